@@ -1,0 +1,450 @@
+"""Every path and file format of a run: atomic writes, append-only JSON lines, manifests with hashes.
+
+Knows nothing about models, prompts or scores. A stage's ``manifest.json`` is written last: it exists only when
+the stage is complete, and it names every input and output with its SHA-256, so that the driver can tell what is
+still true and a reader can check it.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
+RESULTS_VARIABLE = "RUN_RESULTS_DIR"
+# Written into every manifest: the packages whose version can change a number.
+VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
+# Where a stage's files lie says nothing about what it computes: these never make a stage run again.
+LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
+
+
+class ArtifactError(Exception):
+    """A file of a run is missing, torn or not what its name promises; the text says which and what mends it."""
+
+
+def project_path(path: str | Path) -> Path:
+    """``path`` itself when absolute, else below the project's root (a notebook's working directory is anyone's)."""
+    return PROJECT_ROOT / path
+
+
+def display_path(path: Path) -> str:
+    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder."""
+    return os.path.relpath(path, PROJECT_ROOT)
+
+
+# --- where things lie -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The paths of one run; nothing is created by asking for one."""
+
+    name: str
+    run_dir: Path
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder that holds what only ``stage`` writes."""
+        return self.run_dir / stage
+
+    def manifest(self, stage: str) -> Path:
+        """``manifest.json`` of ``stage``: it exists only when the stage is complete."""
+        return self.stage_dir(stage) / "manifest.json"
+
+    def _prepared(self, name: str) -> Path:
+        return self.stage_dir("01_prepare") / name
+
+    @property
+    def config_resolved(self) -> Path:
+        return self.run_dir / "config_resolved.json"
+
+    @property
+    def train_rows(self) -> Path:
+        return self._prepared("train.jsonl")
+
+    @property
+    def dev_rows(self) -> Path:
+        return self._prepared("dev.jsonl")
+
+    @property
+    def fewshot_rows(self) -> Path:
+        return self._prepared("fewshot.jsonl")
+
+    @property
+    def gsm8k_eval_rows(self) -> Path:
+        return self._prepared("gsm8k_eval.jsonl")
+
+    @property
+    def ailuminate_rows(self) -> Path:
+        return self._prepared("ailuminate.jsonl")
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.stage_dir("02_train") / "adapter"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.stage_dir("02_train") / "checkpoints"
+
+    @property
+    def training_log(self) -> Path:
+        return self.stage_dir("02_train") / "training_log.jsonl"
+
+    @property
+    def checkpoint_scores(self) -> Path:
+        return self.run_dir / f"checkpoint_scores_{self.name}.csv"
+
+    @property
+    def gsm8k_preds(self) -> Path:
+        return self.run_dir / f"gsm8k_preds_{self.name}.jsonl"
+
+    @property
+    def ailuminate_preds(self) -> Path:
+        return self.run_dir / f"ailuminate_preds_{self.name}.jsonl"
+
+    @property
+    def ailuminate_safety(self) -> Path:
+        return self.run_dir / f"ailuminate_safety_{self.name}.jsonl"
+
+
+def results_root(results_dir: str = "") -> Path:
+    """The folder of all runs: ``results_dir``, else ``$RUN_RESULTS_DIR``, else ``results/`` of the project."""
+    return project_path(results_dir or os.environ.get(RESULTS_VARIABLE, "") or "results")
+
+
+def run_paths(results_dir: str, run_name: str) -> RunPaths:
+    """Paths of the run ``run_name`` below ``results_dir``.
+
+    Raises:
+        ArtifactError: the name is empty or is not a plain folder name.
+    """
+    if not run_name or not all(char.isalnum() or char in "._-" for char in run_name) or run_name.startswith("."):
+        raise ArtifactError(f"run_name is {run_name!r}; allowed: letters, digits, '.', '_' and '-', no leading dot")
+    return RunPaths(run_name, results_root(results_dir) / f"run_{run_name}")
+
+
+def find_runs(results_dir: str) -> list[RunPaths]:
+    """Every ``run_<name>`` folder below ``results_dir`` that holds row files to score, by name."""
+    folders = sorted(path for path in results_root(results_dir).glob("run_*") if path.is_dir())
+    runs = [RunPaths(path.name.removeprefix("run_"), path) for path in folders]
+    return [run for run in runs if run.gsm8k_preds.exists() or run.ailuminate_safety.exists()]
+
+
+def require(path: Path, stage: str, run_name: str) -> Path:
+    """``path``, or an error that names the stage to run first.
+
+    Raises:
+        ArtifactError: the file or folder is not there.
+    """
+    if not path.exists():
+        raise ArtifactError(
+            f"{display_path(path)} is missing: run {stage} for preset {run_name!r} first "
+            f"(python run_all.py --presets {run_name} --stages {stage[:2]})"
+        )
+    return path
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value in one canonical spelling (sorted keys, no spaces), as hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes files that only their owner can read; results are for others to check.
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    write_text(path, "".join(_json_line(row) for row in rows))
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    # ASCII only: a lone surrogate or a U+2028 in model text can then neither fail to encode nor split a line.
+    return json.dumps(row, ensure_ascii=True) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{display_path(path)} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{display_path(path)} is not JSON ({error}); delete it and run its stage again") from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file.
+
+    Raises:
+        ArtifactError: the file is missing or empty, or a line is not a JSON object (its number is named).
+    """
+    if not path.exists():
+        raise ArtifactError(f"{display_path(path)} is missing")
+    rows = [_parse_row(path, number, line) for number, line in _numbered_lines(path) if line.strip()]
+    if not rows:
+        raise ArtifactError(f"{display_path(path)} is empty: a row a line was expected; delete it and make it again")
+    return rows
+
+
+def _numbered_lines(path: Path) -> list[tuple[int, bytes]]:
+    # Split on \n alone: str.splitlines would cut a row at U+2028 or a form feed inside a string.
+    return list(enumerate(path.read_bytes().split(b"\n"), start=1))
+
+
+def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{display_path(path)}, line {number}: not JSON ({error}); mend or delete it") from None
+    if not isinstance(row, dict):
+        raise ArtifactError(f"{display_path(path)}, line {number}: a {type(row).__name__}, a JSON object was expected")
+    return row
+
+
+class RowLog:
+    """An append-only row file that survives ``kill -9``.
+
+    On opening, whole rows made under the same protocol are kept in ``rows`` (key -> row), rows of another protocol
+    are dropped (``num_dropped``) and a torn last line is cut off (``torn``). ``append`` flushes each row as it is
+    finished; ``finish`` rewrites the file in the order asked for, so that its bytes do not depend on which row
+    happened to finish first.
+
+    Args:
+        path: the row file; its folder is made where it is missing.
+        protocol_hash: hash of everything that makes the rows what they are (model, prompts, decoding).
+        key: the column that identifies a row.
+
+    Raises:
+        ArtifactError: a line in the middle is not a JSON object, or lacks ``key``; the line number is named.
+    """
+
+    def __init__(self, path: Path, protocol_hash: str, key: str = "id") -> None:
+        self.path, self.protocol_hash, self.key = path, protocol_hash, key
+        self.rows: dict[Any, dict[str, Any]] = {}
+        self.num_dropped, self.torn = 0, False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._load()
+            write_jsonl(path, self.rows.values())
+
+    def _load(self) -> None:
+        lines = _numbered_lines(self.path)
+        # Every finished row ends in a newline, so what follows the last one is a row that a kill cut short.
+        self.torn = bool(lines.pop()[1])
+        for number, line in lines:
+            row = _parse_row(self.path, number, line)
+            if self.key not in row:
+                raise ArtifactError(f"{display_path(self.path)}, line {number}: column {self.key!r} is missing")
+            if row.get("protocol_hash") == self.protocol_hash:
+                self.rows[row[self.key]] = row
+            else:
+                self.num_dropped += 1
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one finished row and hand it to the operating system before returning."""
+        stamped = {**row, "protocol_hash": self.protocol_hash}
+        with self.path.open("a", encoding="utf-8", newline="\n") as stream:
+            stream.write(_json_line(stamped))
+        self.rows[stamped[self.key]] = stamped
+
+    def finish(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
+        """Rows of ``keys`` in their order, as written back to the file; other rows leave it.
+
+        Raises:
+            ArtifactError: a row is not there.
+        """
+        missing = [key for key in keys if key not in self.rows]
+        if missing:
+            raise ArtifactError(f"{display_path(self.path)}: {len(missing)} rows are missing, the first {missing[0]!r}")
+        rows = [self.rows[key] for key in keys]
+        write_jsonl(self.path, rows)
+        return rows
+
+
+# --- manifests ----------------------------------------------------------------------------------------------------
+
+
+def file_stamp(path: Path) -> dict[str, Any]:
+    """Identity of a file: SHA-256 of its bytes, size in bytes and modification time in ns."""
+    status = path.stat()
+    return {"sha256": sha256_file(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def same_file(path: Path, stamp: Mapping[str, Any]) -> bool:
+    """Whether ``path`` still holds what ``stamp`` says; it is read only when its size or time moved."""
+    if not path.is_file():
+        return False
+    status = path.stat()
+    if status.st_size != stamp["size"]:
+        return False
+    return status.st_mtime_ns == stamp["mtime_ns"] or sha256_file(path) == stamp["sha256"]
+
+
+def code_hash(stage: str) -> str:
+    """SHA-256 over the code cells of the stage's source notebook and every module in ``lib/``.
+
+    Prose and the parameters cell are left out: they cannot change a number that the manifest does not name.
+    """
+    digest = hashlib.sha256()
+    cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
+            digest.update("".join(cell["source"]).encode())
+    for module in sorted((PROJECT_ROOT / "lib").glob("*.py")):
+        digest.update(module.read_bytes())
+    return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number, without importing any."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def git_commit() -> str:
+    """The project's commit, with ``+changes`` where the tree differs from it; ``unknown`` outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+@dataclass
+class StageRecord:
+    """What a notebook notes when it starts and writes when it is complete."""
+
+    stage: str
+    manifest_path: Path
+    run_name: str
+    parameters: dict[str, Any]
+    started: float = field(default_factory=time.perf_counter)
+
+    def finish(
+        self,
+        *,
+        inputs: Iterable[Path],
+        outputs: Iterable[Path],
+        facts: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
+        skipped: str = "",
+    ) -> dict[str, Any]:
+        """Write the manifest and return it; nothing else of the stage may be written after it.
+
+        Args:
+            inputs: files the stage read; folders stand for every file in them.
+            outputs: files the stage wrote, likewise.
+            facts: identities and resources: model, adapter, dtype, device, peak memory, rows ...
+            metrics: the numbers that the stage reports.
+            skipped: why the stage could not measure; empty where it did.
+        """
+        manifest = {
+            "stage": self.stage,
+            "run_name": self.run_name,
+            "status": "skipped" if skipped else "complete",
+            "skipped_because": skipped,
+            "parameters": self.parameters,
+            "metrics": dict(metrics or {}),
+            "facts": dict(facts),
+            "inputs": _stamps(inputs, self.manifest_path.parent),
+            "outputs": _stamps(outputs, self.manifest_path.parent),
+            "code_sha256": code_hash(self.stage),
+            "versions": package_versions(),
+            "git_commit": git_commit(),
+            "wall_s": round(time.perf_counter() - self.started, 2),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(self.manifest_path, manifest)
+        return manifest
+
+
+def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapping[str, Any]) -> StageRecord:
+    """Begin a stage: its old manifest goes first, so that a stage that dies half-way never looks complete."""
+    manifest_path.unlink(missing_ok=True)
+    return StageRecord(stage, manifest_path, run_name, dict(parameters))
+
+
+def _stamps(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:
+    # Paths are relative to the manifest, so that a run folder can be moved or handed in.
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return {os.path.relpath(file, base): file_stamp(file) for file in files if file.is_file()}
+
+
+def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:
+    """Why a stage has to run again; empty when its manifest still holds for these parameters.
+
+    Compared are the parameters (but where things lie), the code, and the bytes of every input and output.
+    """
+    if not manifest_path.exists():
+        return "not run yet"
+    manifest = read_json(manifest_path)
+    if manifest["status"] != "complete":
+        return f"it was skipped: {manifest['skipped_because']}"
+    changed = _changed_parameters(manifest["parameters"], parameters)
+    if changed:
+        return "parameters changed: " + ", ".join(changed)
+    if manifest["code_sha256"] != code_hash(stage):
+        return "the code changed"
+    return _changed_files(manifest, manifest_path.parent)
+
+
+def _changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    names = sorted((before.keys() | after.keys()) - LOCATION_PARAMETERS)
+    absent = object()
+    return [name for name in names if before.get(name, absent) != after.get(name, absent)]
+
+
+def _changed_files(manifest: Mapping[str, Any], base: Path) -> str:
+    for kind in ("inputs", "outputs"):
+        for name, stamp in manifest[kind].items():
+            if not same_file(base / name, stamp):
+                return f"{kind[:-1]} {display_path(base / name)} changed or is gone"
+    return ""
