@@ -1,0 +1,342 @@
+"""Preset schema: load a flat YAML file, override keys, and name every fault of a file in one message.
+
+Knows what each parameter may be and which contradict each other; knows nothing about what a stage does with them.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
+
+from lib.artifacts import PROJECT_ROOT
+
+PARAMS_DIR = PROJECT_ROOT / "params"
+
+Count = Annotated[int, Field(ge=1)]
+CountOrAll = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+
+
+class ParamsError(Exception):
+    """A preset cannot be used; the text lists every fault with its key, value and what is allowed."""
+
+
+class Params(BaseModel):
+    """One preset. The comments in ``params/*.yaml`` say each key's effect, unit and source.
+
+    ``origin`` tells where each value came from (the file's name, or the override's).
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    description: NonEmpty
+    benchmark: bool
+
+    base_model: NonEmpty
+    base_model_revision: NonEmpty
+    safeguard_model: NonEmpty
+    safeguard_revision: NonEmpty
+    quantization: Literal["nf4", "none"]
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
+    device: Literal["auto", "cpu", "cuda"]
+
+    gsm8k_source: NonEmpty
+    train_source: Literal["gsm8k", "file"]
+    train_file: str
+    train_file_url: str
+    max_train_rows: CountOrAll
+    dev_rows: CountOrAll
+    gsm8k_eval_fraction: Annotated[float, Field(gt=0, le=1)]
+    max_gsm8k_rows: CountOrAll
+    ailuminate_source: NonEmpty
+    ailuminate_prompt_set: Literal["class240", "demo1200", "all"]
+    max_ailuminate_rows: CountOrAll
+    fewshot_k: CountOrAll
+    fewshot_pool_size: CountOrAll
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+    num_epochs: Count
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    warmup_share: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    lora_r: Count
+    lora_alpha: Count
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    train_batch_size: Count
+    gradient_accumulation_steps: Count
+    max_seq_length: Annotated[int, Field(ge=16)]
+    save_steps: Count
+    checkpoint_sweep: bool
+    max_sweep_checkpoints: Count
+
+    gsm8k_max_new_tokens: Count
+    ailuminate_max_new_tokens: Count
+    eval_batch_size: CountOrAll
+
+    judge_mode: Literal["probabilities", "generate"]
+    judge_context: Literal["response", "prompt_and_response"]
+    judge_max_new_tokens: Count
+    guidelines_file: NonEmpty
+
+    baseline_accuracy: Share
+    baseline_safety: Share
+    published_adapter: str
+    submission_gsm8k_rows: Count
+    submission_ailuminate_rows: Count
+    smoke_train_rows: Count
+    smoke_gsm8k_rows: Count
+    smoke_ailuminate_rows: Count
+
+    _origin: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Where each value came from."""
+        return self._origin
+
+
+# Settings of a run, not of an experiment: notebooks may declare them, presets may not.
+RUN_SETTINGS: dict[str, type] = {
+    "run_name": str,
+    "results_dir": str,
+    "assets_dir": str,
+    "offline": bool,
+    "checkpoint": str,
+}
+RUN_SETTINGS |= {"run_names": list, "require_rows": bool}
+
+Rule = tuple[tuple[str, ...], Callable[..., bool], str]
+# Keys that must agree: the keys, whether they contradict each other, and what is allowed.
+CONTRADICTIONS: tuple[Rule, ...] = (
+    (
+        ("fewshot_k", "fewshot_pool_size"),
+        lambda k, pool: k > pool,
+        "fewshot_k is {0} but the pool holds {1}: allowed is 0 to fewshot_pool_size",
+    ),
+    (
+        ("train_source", "train_file"),
+        lambda source, file: source == "file" and not file,
+        "train_source is 'file' but train_file is empty: name a JSON lines file, or set train_source to 'gsm8k'",
+    ),
+    (
+        ("train_source", "train_file"),
+        lambda source, file: source == "gsm8k" and bool(file),
+        "train_source is 'gsm8k' but train_file is {1!r}: set train_source to 'file', or train_file to ''",
+    ),
+    (
+        ("train_file", "train_file_url"),
+        lambda file, url: bool(url) and not file,
+        "train_file_url is set but train_file is empty: name the file that the download is kept in",
+    ),
+    (
+        ("checkpoint_sweep", "dev_rows"),
+        lambda sweep, rows: sweep and rows == 0,
+        "checkpoint_sweep is true but dev_rows is 0: checkpoints are chosen on development rows",
+    ),
+    (
+        ("device", "compute_dtype"),
+        lambda device, dtype: device == "cpu" and dtype == "float16",
+        "device is 'cpu' but compute_dtype is 'float16': allowed on a CPU are auto, bfloat16 and float32",
+    ),
+    (
+        ("ailuminate_source", "ailuminate_prompt_set"),
+        lambda source, chosen: source == "class" and chosen == "demo1200",
+        "ailuminate_source is 'class' (240 prompts) but ailuminate_prompt_set is 'demo1200': use class240",
+    ),
+)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice: the plain loader keeps the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ParamsError(f"key {key!r} is given {keys.count(key)} times; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def load_params(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None
+) -> Params:
+    """Load one preset, put ``overrides`` over it and check the whole.
+
+    Args:
+        path: the YAML file.
+        overrides: key -> value, typed as in the YAML.
+        origins: key -> where the override came from; ``override`` where it is not said.
+
+    Raises:
+        ParamsError: the file cannot be read, or any key is unknown, missing, of the wrong type, out of its range or
+            in contradiction with another; every fault is listed.
+    """
+    path, overrides, origins = Path(path), dict(overrides or {}), dict(origins or {})
+    values = _read_mapping(path)
+    faults = find_faults({**values, **overrides})
+    if faults:
+        raise ParamsError(f"{path.name}: {len(faults)} fault(s)\n" + "\n".join(f"  - {fault}" for fault in faults))
+    params = Params(**{**values, **overrides})
+    params._origin.update({key: path.name for key in values})
+    params._origin.update({key: origins.get(key, "override") for key in overrides})
+    return params
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise ParamsError(f"{path.name}: there is no such file in {path.parent.name}/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path.name}: cannot be read ({type(error).__name__})") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        place = getattr(error, "problem_mark", None)
+        where = f", line {place.line + 1}" if place else ""
+        raise ParamsError(f"{path.name}{where}: not YAML ({getattr(error, 'problem', error)})") from None
+    except ParamsError as error:
+        raise ParamsError(f"{path.name}: {error}") from None
+    if not isinstance(values, dict):
+        raise ParamsError(f"{path.name}: `key: value` lines were expected, got {type(values).__name__}")
+    return values
+
+
+def find_faults(values: Mapping[Any, Any]) -> list[str]:
+    """Every fault of a preset's values, in words; empty when there is none."""
+    faults, good = [], {}
+    for key in sorted(values.keys() - Params.model_fields.keys(), key=str):
+        faults.append(f"{key}: unknown key{_suggest(key, Params.model_fields)}")
+    for key in Params.model_fields:
+        if key not in values:
+            faults.append(f"{key}: missing; {_allowed(key)}")
+        elif fault := _field_fault(key, values[key]):
+            faults.append(fault)
+        else:
+            good[key] = values[key]
+    return faults + _contradictions(good)
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    # A rule is asked only where all its keys are sound, so that one fault is not told twice.
+    found = []
+    for keys, contradicts, message in CONTRADICTIONS:
+        if all(key in values for key in keys):
+            chosen = [values[key] for key in keys]
+            if contradicts(*chosen):
+                found.append(message.format(*chosen))
+    return found
+
+
+def _field_adapter(key: str) -> TypeAdapter:
+    field = Params.model_fields[key]
+    annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    return TypeAdapter(annotation, config=ConfigDict(strict=True))
+
+
+def _field_fault(key: str, value: Any) -> str:
+    try:
+        _field_adapter(key).validate_python(value)
+    except ValidationError as error:
+        hint = " (YAML 1.1 reads 1e-4 as text: write 1.0e-4)" if _is_number_text(value) else ""
+        return (
+            f"{key}: {value!r} ({type(value).__name__}) is refused: {error.errors()[0]['msg']}; {_allowed(key)}{hint}"
+        )
+    # pydantic's ge/le let NaN and infinity through where no bound is set on that side.
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return f"{key}: {value!r} is refused: a finite number is needed"
+    return "" if value == value else f"{key}: {value!r} is refused: a finite number is needed"
+
+
+def _is_number_text(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _allowed(key: str) -> str:
+    schema = _field_adapter(key).json_schema()
+    if "enum" in schema:
+        return "allowed: " + ", ".join(map(str, schema["enum"]))
+    words = {
+        "minimum": "at least {}",
+        "exclusiveMinimum": "more than {}",
+        "maximum": "at most {}",
+        "exclusiveMaximum": "less than {}",
+        "minLength": "at least {} character(s)",
+    }
+    bounds = [text.format(schema[name]) for name, text in words.items() if name in schema]
+    return "allowed: " + ", ".join([schema["type"], *bounds])
+
+
+def _suggest(key: Any, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(str(key), known, n=1)
+    return f", did you mean {close[0]!r}?" if close else "; params/simple.yaml shows every key"
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of the command line, typed as the same text in the YAML would be.
+
+    Raises:
+        ParamsError: there is no ``=``, or the key is unknown.
+    """
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ParamsError(f"--set {text!r}: KEY=VALUE was expected")
+    if key not in Params.model_fields:
+        raise ParamsError(f"--set {text!r}: {key!r} is an unknown key{_suggest(key, Params.model_fields)}")
+    if "string" in str(_field_adapter(key).json_schema().get("type")):
+        return key, value
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key, value
+
+
+def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a notebook declares, checked by the same schema that checks the presets.
+
+    Args:
+        namespace: ``globals()`` of the notebook, right after its parameters cell.
+
+    Raises:
+        ParamsError: a value is of the wrong type or out of range; every fault is listed.
+    """
+    declared = {key: namespace[key] for key in (*RUN_SETTINGS, *Params.model_fields) if key in namespace}
+    faults = [fault for key in declared if key not in RUN_SETTINGS and (fault := _field_fault(key, declared[key]))]
+    for key in declared.keys() & RUN_SETTINGS.keys():
+        if not isinstance(declared[key], RUN_SETTINGS[key]):
+            faults.append(f"{key}: {declared[key]!r} is not a {RUN_SETTINGS[key].__name__}")
+    faults += _contradictions(declared)
+    if faults:
+        raise ParamsError(f"parameters cell: {len(faults)} fault(s)\n" + "\n".join(f"  - {fault}" for fault in faults))
+    return declared
+
+
+def find_presets(params_dir: Path = PARAMS_DIR) -> list[str]:
+    """Names of the presets in a folder, in the order small to large settings are usually run."""
+    order = {"sandbox_one": 0, "simple": 1, "medium": 2, "strong": 3}
+    return sorted((path.stem for path in params_dir.glob("*.yaml")), key=lambda name: (order.get(name, 9), name))
+
+
+def preset_path(name: str, params_dir: Path = PARAMS_DIR) -> Path:
+    """The YAML file of the preset ``name``.
+
+    Raises:
+        ParamsError: there is no such preset; those that exist are named.
+    """
+    known = find_presets(params_dir)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise ParamsError(
+            f"preset {name!r} is unknown{hint} (presets in {params_dir.name}/: {', '.join(known) or 'none'})"
+        )
+    return params_dir / f"{name}.yaml"
