@@ -1,0 +1,504 @@
+#!/usr/bin/env python3
+"""Run the five notebooks once per preset with papermill, keep them filled in, and say what happened.
+
+    python run_all.py --presets sandbox_one
+    python run_all.py --presets simple medium strong
+
+Every preset is checked before any notebook starts. A stage whose parameters, inputs and outputs are unchanged is not
+run again. Exit status: 0 all ran; 1 a preset failed (the others still ran); 2 wrong usage or parameters, before
+anything started; 3 a baseline was missed under --require-baselines; 130 interrupted. Never imports torch.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lib.artifacts import RunPaths
+    from lib.params import Params
+
+PROJECT_ROOT = Path(__file__).resolve().parent
+SUBMISSION_PRESETS = ("simple", "medium", "strong")
+STAGE_NUMBERS = ("01", "02", "03", "04", "05")
+COMPARE = "05_compare"
+
+
+class UsageError(Exception):
+    """The command line asks for something that cannot be done; nothing was started."""
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Only the standard library is needed to print its help."""
+    parser = argparse.ArgumentParser(
+        prog="run_all.py",
+        description="Fine-tune, evaluate and compare: five notebooks a preset, kept as a record that others can check.",
+        epilog="exit status: 0 all ran; 1 a preset failed, the others ran; 2 wrong usage or parameters; "
+        "3 a baseline missed under --require-baselines; 130 interrupted",
+    )
+    _add_selection(parser)
+    _add_changes(parser)
+    _add_sources(parser)
+    return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to run")
+    what.add_argument("--presets", nargs="+", metavar="P", help="presets of params/ to run, in this order")
+    what.add_argument("--stages", nargs="+", choices=STAGE_NUMBERS, help="only these stages (default: all five)")
+    what.add_argument("--skip-gsm8k", action="store_true", help="do not run 03; rows that are there are still scored")
+    what.add_argument("--skip-ailuminate", action="store_true", help="do not run 04; rows that are there still count")
+    what.add_argument("--resume", action="store_true", help="go on where a run stopped (the default, said explicitly)")
+    what.add_argument("--rerun-all", action="store_true", help="run every stage again, reusing no rows, no checkpoint")
+    what.add_argument("--list", action="store_true", help="show the presets and the state of their stages, then end")
+    what.add_argument("--verify", metavar="DIR", help="recompute every metric in DIR from its row files, then end")
+
+
+def _add_changes(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("changes to the presets")
+    how.add_argument("--set", nargs="+", action="append", default=[], metavar="KEY=VALUE", help="typed as in the YAML")
+    how.add_argument("--smoke-test", action="store_true", help="few rows through the same code, into results/smoke")
+    how.add_argument("--full-gsm8k-test", action="store_true", help="all 1,319 test questions in place of the subset")
+    how.add_argument("--eval-batch-size", type=int, metavar="N", help="rows at once in evaluation; 0 derives it")
+    how.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="[PRESET=]PATH_OR_HUB_ID",
+        help="evaluate this adapter instead of training one",
+    )
+    how.add_argument("--submission", action="store_true", help="the published adapters of all three presets, checked")
+    how.add_argument("--require-baselines", action="store_true", help="exit 3 when a preset is below its baseline")
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group("where things are")
+    where.add_argument("--params-dir", type=Path, default=PROJECT_ROOT / "params", help="folder of the presets")
+    where.add_argument("--output-dir", type=Path, help="artefacts go here, filled notebooks into its reports/")
+    where.add_argument("--assets", type=Path, metavar="DIR", help="folder with data sets and models already fetched")
+    where.add_argument("--offline", action="store_true", help="never ask the network")
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """One preset, resolved: its parameters, its settings, the stages asked for, and what became of them."""
+
+    preset: str
+    params: "Params"
+    settings: dict[str, Any]
+    paths: "RunPaths"
+    reports_dir: Path
+    stages: list[str]
+    wall_s: float = 0.0
+    failure: str = ""
+    interrupted: bool = False
+    ran: list[str] = field(default_factory=list)
+
+
+def make_plans(args: argparse.Namespace) -> list[Plan]:
+    """Check the whole command line and every preset; nothing is written.
+
+    Raises:
+        UsageError: anything is wrong; every faulty preset is named.
+    """
+    from lib.params import ParamsError
+
+    presets = list(args.presets or (SUBMISSION_PRESETS if args.submission else ()))
+    _check_usage(args, presets)
+    checkpoints = _parse_checkpoints(args.checkpoint, presets)
+    plans, faults = [], []
+    for preset in presets:
+        try:
+            plans.append(_make_plan(args, preset, checkpoints))
+        except ParamsError as error:
+            faults.append(str(error))
+    if faults:
+        raise UsageError("\n".join(faults))
+    return plans
+
+
+def _check_usage(args: argparse.Namespace, presets: Sequence[str]) -> None:
+    if not presets:
+        raise UsageError("name at least one preset: python run_all.py --presets sandbox_one (see --list)")
+    if len(set(presets)) < len(presets):
+        raise UsageError(f"--presets {' '.join(presets)}: a preset is named twice")
+    if args.resume and args.rerun_all:
+        raise UsageError("--resume and --rerun-all contradict each other: keep one")
+    if args.submission and (args.checkpoint or args.smoke_test):
+        raise UsageError("--submission evaluates the published adapters whole: leave out --checkpoint and --smoke-test")
+    if args.eval_batch_size is not None and args.eval_batch_size < 0:
+        raise UsageError(f"--eval-batch-size {args.eval_batch_size}: allowed is 0 (derived) or more")
+    if args.assets and not args.assets.is_dir():
+        raise UsageError(f"--assets {args.assets}: there is no such folder")
+
+
+def _parse_checkpoints(texts: Sequence[str], presets: Sequence[str]) -> dict[str, str]:
+    """Preset -> adapter. A local folder is checked at once; a hub name only when its stage asks for it."""
+    checkpoints: dict[str, str] = {}
+    for text in texts:
+        preset, equals, place = text.partition("=")
+        if equals and preset not in presets:
+            raise UsageError(f"--checkpoint {text}: preset {preset!r} is not among --presets {' '.join(presets)}")
+        if not (place if equals else text):
+            raise UsageError(f"--checkpoint {text!r}: a folder or a hub name was expected")
+        for name in [preset] if equals else presets:
+            checkpoints[name] = _local_or_hub(place if equals else text)
+    return checkpoints
+
+
+def _local_or_hub(place: str) -> str:
+    from lib.artifacts import display_path
+
+    return display_path(Path(place).resolve()) if Path(place).exists() else place
+
+
+def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str]) -> Plan:
+    from lib.artifacts import RunPaths, display_path
+    from lib.params import load_params, preset_path
+
+    path = preset_path(preset, args.params_dir)
+    overrides = _overrides(args, load_params(path))
+    values = {key: value for key, (value, _) in overrides.items()}
+    params = load_params(path, values, {key: origin for key, (_, origin) in overrides.items()})
+    results, reports = output_folders(args)
+    settings = {
+        "run_name": preset,
+        "results_dir": display_path(results),
+        "assets_dir": display_path(args.assets.resolve()) if args.assets else "",
+        "offline": args.offline,
+        "checkpoint": params.published_adapter if args.submission else checkpoints.get(preset, ""),
+        "require_rows": args.submission,
+    }
+    _check_checkpoint(preset, params, settings)
+    run = RunPaths(preset, results / f"run_{preset}")
+    return Plan(preset, params, settings, run, reports / f"run_{preset}", chosen_stages(args))
+
+
+def _check_checkpoint(preset: str, params: "Params", settings: dict[str, Any]) -> None:
+    from lib.assets import AssetError, resolve_adapter
+
+    if settings["checkpoint"] and (PROJECT_ROOT / settings["checkpoint"]).exists():
+        try:
+            resolve_adapter(settings["checkpoint"], params.base_model, settings["assets_dir"], settings["offline"])
+        except AssetError as error:
+            raise UsageError(f"--checkpoint for preset {preset!r}: {error}") from None
+
+
+def _overrides(args: argparse.Namespace, params: "Params") -> dict[str, tuple[Any, str]]:
+    """Key -> (value, the flag it came from); a key that is ``--set`` wins over every other flag."""
+    from lib.params import parse_assignment
+
+    found: dict[str, tuple[Any, str]] = {}
+    if args.smoke_test:
+        sizes = {"train": params.smoke_train_rows, "gsm8k": params.smoke_gsm8k_rows}
+        sizes["ailuminate"] = params.smoke_ailuminate_rows
+        found |= {f"max_{name}_rows": (rows, "--smoke-test") for name, rows in sizes.items()}
+    if args.submission:
+        whole = params.submission_gsm8k_rows == 1319
+        found["gsm8k_eval_fraction"] = (1.0 if whole else params.gsm8k_eval_fraction, "--submission")
+    if args.full_gsm8k_test:
+        found["gsm8k_eval_fraction"] = (1.0, "--full-gsm8k-test")
+    if args.eval_batch_size is not None:
+        found["eval_batch_size"] = (args.eval_batch_size, "--eval-batch-size")
+    assignments = [parse_assignment(text) for group in args.set for text in group]
+    return found | {key: (value, "--set") for key, value in assignments}
+
+
+def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
+    """(artefacts, filled notebooks). A smoke test has folders of its own: it must never replace a real run."""
+    from lib.artifacts import results_root
+
+    if args.output_dir or args.submission:
+        folder = (args.output_dir or PROJECT_ROOT / "submission_results").resolve()
+        return folder, folder / "reports"
+    part = "smoke" if args.smoke_test else "."
+    return (results_root() / part).resolve(), (PROJECT_ROOT / "reports" / part).resolve()
+
+
+def chosen_stages(args: argparse.Namespace) -> list[str]:
+    """The stages to run, by their full names, in order."""
+    from lib.artifacts import STAGES
+
+    numbers = set(args.stages or STAGE_NUMBERS)
+    numbers -= {"03"} if args.skip_gsm8k else set()
+    numbers -= {"04"} if args.skip_ailuminate else set()
+    return [stage for stage in STAGES if stage[:2] in numbers]
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def stage_parameters(stage: str, plan: Plan) -> dict[str, Any]:
+    """What the driver injects: exactly the names that the notebook declares."""
+    from lib.execution import declared_parameters
+
+    known = {**plan.params.model_dump(), **plan.settings}
+    return {name: known[name] for name in declared_parameters(stage)}
+
+
+def run_preset(plan: Plan, rerun: bool) -> None:
+    """Run the stages of one preset that are not up to date; stop at the first that fails."""
+    from lib.artifacts import write_json
+
+    write_json(plan.paths.config_resolved, resolved_config(plan))
+    if rerun:
+        forget_run(plan)
+    for stage in plan.stages:
+        if stage != COMPARE and not plan.failure:
+            run_stage(plan, stage, plan.paths.manifest(stage), plan.reports_dir / f"{stage}.ipynb", rerun)
+
+
+def resolved_config(plan: Plan) -> dict[str, Any]:
+    """Every parameter after overrides, and where each came from."""
+    values, origin = plan.params.model_dump(), plan.params.origin
+    return {"preset": plan.preset, "parameters": values, "origin": origin, "settings": plan.settings}
+
+
+def forget_run(plan: Plan) -> None:
+    """Remove rows and checkpoints that the asked stages would otherwise reuse."""
+    import shutil
+
+    paths = plan.paths
+    reusable = {
+        "02_train": [paths.stage_dir("02_train")],
+        "03_eval_gsm8k": [paths.gsm8k_preds],
+        "04_eval_safety": [paths.ailuminate_preds, paths.ailuminate_safety],
+    }
+    for path in (path for stage in plan.stages for path in reusable.get(stage, [])):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: bool) -> None:
+    """Run one stage unless its manifest still holds, and say why in a line."""
+    from lib.artifacts import stale_reason
+    from lib.execution import RowWatch, execute
+
+    parameters = stage_parameters(stage, plan)
+    reason = "asked for by --rerun-all" if rerun else stale_reason(manifest, stage, parameters)
+    reason = reason or ("" if notebook.exists() else "its filled notebook is gone")
+    label = f"{plan.preset} {stage}"
+    if not reason:
+        print(f"{label}: unchanged, kept", flush=True)
+        return
+    print(f"{label}: running ({reason})", flush=True)
+    with RowWatch(label, lambda: rows_done(plan.paths, stage)):
+        outcome = execute(stage, notebook, parameters)
+    plan.wall_s += outcome.wall_s
+    plan.ran.append(stage)
+    if outcome.error:
+        plan.failure, plan.interrupted = _failure_text(stage, outcome), outcome.interrupted
+        print(f"{label}: {'interrupted' if outcome.interrupted else 'failed'} after {outcome.wall_s:.0f} s", flush=True)
+    else:
+        print(f"{label}: done in {outcome.wall_s:.0f} s", flush=True)
+
+
+def _failure_text(stage: str, outcome: Any) -> str:
+    from lib.artifacts import display_path
+
+    cell = f" in cell {outcome.cell}" if outcome.cell else ""
+    return f"{stage}{cell}: {outcome.error}\n  notebook: {display_path(outcome.notebook)}"
+
+
+def rows_done(paths: "RunPaths", stage: str) -> tuple[int, int]:
+    """(rows written, rows expected) of a stage that is running."""
+    from lib.execution import count_lines
+
+    if stage == "03_eval_gsm8k":
+        return count_lines(paths.gsm8k_preds), count_lines(paths.gsm8k_eval_rows)
+    if stage == "04_eval_safety":
+        done = count_lines(paths.ailuminate_preds) + count_lines(paths.ailuminate_safety)
+        return done, 2 * count_lines(paths.ailuminate_rows)
+    return 0, 0
+
+
+def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
+    """05 once, over every run of the folder; ``None`` when it was not asked for or has nothing to compare."""
+    from lib.artifacts import find_runs, results_root
+
+    first = plans[0]
+    if COMPARE not in first.stages or not find_runs(first.settings["results_dir"]):
+        return None
+    settings = {**first.settings, "run_names": []}
+    plan = Plan("all runs", first.params, settings, first.paths, first.reports_dir.parent, [COMPARE])
+    manifest = results_root(settings["results_dir"]) / COMPARE / "manifest.json"
+    run_stage(plan, COMPARE, manifest, plan.reports_dir / f"{COMPARE}.ipynb", rerun)
+    return plan
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the output folder for one driver; the lock goes with its holder, however that ends.
+
+    Raises:
+        UsageError: the folder cannot be written, or another driver holds it.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"--output-dir: {folder} cannot be written ({error.strerror}); choose another folder"
+        ) from None
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise UsageError(f"{folder.name}/ is in use by another run_all.py ({stream.read().strip()})") from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()}, since {time.strftime('%H:%M:%S')}")
+        stream.flush()
+        yield
+
+
+# --- telling ------------------------------------------------------------------------------------------------------
+
+
+def tell_results(args: argparse.Namespace, plans: list[Plan]) -> None:
+    """The small table at the end, and where everything lies."""
+    from lib.artifacts import display_path
+    from lib.compare import results_table
+
+    results, reports = output_folders(args)
+    seconds = {plan.preset: plan.wall_s for plan in plans}
+    table = results_table(display_path(results), seconds)
+    if table:
+        print("\n" + table)
+    if any(not plan.params.benchmark for plan in plans):
+        print("sandbox runs use a 135M model and small data: a rehearsal of the pipeline, not a benchmark.")
+    print(f"\nartefacts: {display_path(results)}/\nreports:   {display_path(reports)}/ (.ipynb and .html)")
+
+
+def tell_failures(plans: list[Plan], argv: Sequence[str]) -> None:
+    """What failed, in which cell, and the command that goes on."""
+    from lib.execution import fail
+
+    for plan in plans:
+        if plan.failure:
+            fail(f"\n{plan.preset}: {plan.failure}")
+    fail(f"\nfinished stages and rows are kept; to go on: python run_all.py {' '.join(argv)}")
+
+
+def show_list(args: argparse.Namespace) -> int:
+    """Presets and the state of their stages."""
+    from lib.artifacts import STAGES, stale_reason
+    from lib.params import ParamsError, find_presets
+
+    chosen = args.presets or find_presets(args.params_dir)
+    for preset in chosen:
+        args.presets = [preset]
+        try:
+            plan = make_plans(args)[0]
+        except (UsageError, ParamsError) as error:
+            print(f"{preset}: {error}")
+            continue
+        print(f"{preset}: {plan.params.description}")
+        for stage in (stage for stage in STAGES if stage != COMPARE):
+            reason = stale_reason(plan.paths.manifest(stage), stage, stage_parameters(stage, plan))
+            print(f"  {stage:<15} {reason or 'complete'}")
+    return 0
+
+
+def verify(folder: str) -> int:
+    """Recompute every metric below ``folder`` from its row files; 1 when anything differs."""
+    from lib.artifacts import ArtifactError
+    from lib.compare import verify_folder
+    from lib.execution import fail
+
+    try:
+        lines, mismatches = verify_folder(Path(folder).resolve())
+    except ArtifactError as error:
+        fail(f"--verify {folder}: {error}")
+        return 1
+    print("\n".join(lines))
+    for mismatch in mismatches:
+        fail(f"MISMATCH {mismatch}")
+    print(f"{len(mismatches)} mismatch(es)")
+    return 1 if mismatches else 0
+
+
+# --- main ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the return value is the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(argv)
+    args.params_dir = args.params_dir.resolve()
+    from lib.execution import fail
+
+    try:
+        if args.verify:
+            return verify(args.verify)
+        if args.list:
+            return show_list(args)
+        plans = make_plans(args)
+        results, _ = output_folders(args)
+        with locked(results):
+            return run_all(args, plans, argv)
+    except UsageError as error:
+        fail(f"run_all.py: {error}")
+        return 2
+    except KeyboardInterrupt:
+        fail(f"\ninterrupted; to go on: python run_all.py {' '.join(argv)}")
+        return 130
+
+
+def run_all(args: argparse.Namespace, plans: list[Plan], argv: Sequence[str]) -> int:
+    """Every preset, then the comparison; the return value is the exit status."""
+    set_kernel_environment(args.offline)
+    # Every path was resolved above; from here on the project is the working directory, as in the kernels.
+    os.chdir(PROJECT_ROOT)
+    for plan in plans:
+        run_preset(plan, args.rerun_all)
+        if plan.interrupted:
+            break
+    interrupted = any(plan.interrupted for plan in plans)
+    comparison = None if interrupted else run_comparison(plans, args.rerun_all)
+    every = [*plans, *([comparison] if comparison else [])]
+    if not interrupted:
+        tell_results(args, plans)
+    if any(plan.failure for plan in every):
+        tell_failures(every, argv)
+        return 130 if interrupted else 1
+    return 3 if args.require_baselines and baselines_missed(args, plans) else 0
+
+
+def baselines_missed(args: argparse.Namespace, plans: list[Plan]) -> bool:
+    """Whether a preset is below a baseline; each miss is told."""
+    from lib.artifacts import display_path
+    from lib.compare import missed_baselines
+    from lib.execution import fail
+
+    misses = missed_baselines(display_path(output_folders(args)[0]), [plan.preset for plan in plans])
+    for miss in misses:
+        fail(miss)
+    return bool(misses)
+
+
+def set_kernel_environment(offline: bool) -> None:
+    """What the kernels inherit: no bars that flood a notebook, no telemetry, no network where it is forbidden."""
+    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    if offline:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
