@@ -1,0 +1,183 @@
+"""Files of a run: whole or not at all, torn lines, garbage, manifests and when they stop holding."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lib import artifacts
+from lib.artifacts import PROJECT_ROOT, ArtifactError, RowLog, read_jsonl, run_paths
+
+NASTY_TEXTS = ["", "plain", "\u2028line\u2029", "\x00\x1b[31m", "\ud800 lone surrogate", "<script>x</script>", "é\r\n"]
+
+
+def test_paths_follow_the_published_names(tmp_path):
+    paths = run_paths(str(tmp_path), "medium")
+    assert paths.gsm8k_preds == tmp_path / "run_medium" / "gsm8k_preds_medium.jsonl"
+    assert paths.ailuminate_preds.name == "ailuminate_preds_medium.jsonl"
+    assert paths.ailuminate_safety.name == "ailuminate_safety_medium.jsonl"
+    assert paths.checkpoint_scores.name == "checkpoint_scores_medium.csv"
+    assert paths.config_resolved == tmp_path / "run_medium" / "config_resolved.json"
+    assert paths.manifest("02_train") == tmp_path / "run_medium" / "02_train" / "manifest.json"
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x\n"])
+def test_a_run_name_is_a_plain_folder_name(name):
+    with pytest.raises(ArtifactError, match="run_name"):
+        run_paths("", name)
+
+
+def test_a_missing_file_names_the_stage_to_run(tmp_path):
+    paths = run_paths(str(tmp_path), "simple")
+    with pytest.raises(ArtifactError, match="run 01_prepare for preset 'simple' first") as caught:
+        artifacts.require(paths.train_rows, "01_prepare", "simple")
+    assert "train.jsonl" in str(caught.value)
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [{"id": number, "text": text} for number, text in enumerate(NASTY_TEXTS)]
+    artifacts.write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"\n\n", "empty"),
+        (b'{"id": 1}\n{"id": 2\n', "line 2"),
+        (b'{"id": 1}\nnot json\n{"id": 3}\n', "line 2"),
+        (b'{"id": 1}\n[1, 2]\n', "line 2"),
+        (b"\xff\xfe\n", "line 1"),
+        (b"[" * 100_000 + b"\n", "line 1"),
+        (b"<!DOCTYPE html>\n<html></html>\n", "line 1"),
+    ],
+)
+def test_a_row_file_with_garbage_is_refused_with_its_line(tmp_path, content, words):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"rows\.jsonl") as caught:
+        read_jsonl(tmp_path / "rows.jsonl")
+    assert words in str(caught.value)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
+    target = tmp_path / "value.json"
+    artifacts.write_json(target, {"old": 1})
+    with pytest.raises(UnicodeEncodeError):
+        artifacts.write_text(target, "\ud800")
+    assert json.loads(target.read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_log_keeps_whole_rows_and_drops_a_torn_last_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    log = RowLog(path, "p")
+    for number in range(3):
+        log.append({"id": number})
+    path.write_bytes(path.read_bytes() + b'{"id": 3, "te')
+    again = RowLog(path, "p")
+    assert (sorted(again.rows), again.torn) == ([0, 1, 2], True)
+    # The torn piece must leave the file too: a row appended to it would be garbage in the middle.
+    again.append({"id": 3})
+    assert [row["id"] for row in read_jsonl(path)] == [0, 1, 2, 3]
+
+
+def test_a_log_refuses_garbage_in_the_middle_and_leaves_the_file_alone(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    content = b'{"id": 0, "protocol_hash": "p"}\ngarbage\n{"id": 2, "protocol_hash": "p"}\n'
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="line 2"):
+        RowLog(path, "p")
+    assert path.read_bytes() == content
+
+
+def test_a_log_drops_rows_of_another_protocol(tmp_path):
+    RowLog(tmp_path / "rows.jsonl", "old").append({"id": 0})
+    log = RowLog(tmp_path / "rows.jsonl", "new")
+    assert (log.rows, log.num_dropped) == ({}, 1)
+
+
+def test_a_finished_log_has_the_order_asked_for_whatever_finished_first(tmp_path):
+    contents = []
+    for order in ([2, 0, 1], [0, 1, 2]):
+        log = RowLog(tmp_path / f"{order[0]}.jsonl", "p")
+        for number in order:
+            log.append({"id": number})
+        assert [row["id"] for row in log.finish([0, 1, 2])] == [0, 1, 2]
+        contents.append(log.path.read_bytes())
+    assert contents[0] == contents[1]
+    with pytest.raises(ArtifactError, match="1 rows are missing, the first 7"):
+        log.finish([0, 7])
+
+
+def test_rows_survive_kill_9(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    code = (
+        "import sys, itertools, pathlib; from lib.artifacts import RowLog\n"
+        "log = RowLog(pathlib.Path(sys.argv[1]), 'p')\n"
+        "for number in itertools.count(): log.append({'id': number, 'text': 'x' * 5000})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=PROJECT_ROOT)
+    deadline = time.monotonic() + 30
+    while (not path.exists() or path.stat().st_size < 50_000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = RowLog(path, "p").rows
+    assert len(kept) >= 9 and sorted(kept) == list(range(len(kept)))
+
+
+@pytest.fixture
+def finished_stage(tmp_path):
+    """A complete stage with one input and one output."""
+    (tmp_path / "in.txt").write_text("in")
+    (tmp_path / "out.txt").write_text("out")
+    record = artifacts.start_stage(tmp_path / "manifest.json", "01_prepare", "x", {"seed": 1, "assets_dir": "here"})
+    record.finish(inputs=[tmp_path / "in.txt"], outputs=[tmp_path / "out.txt"], facts={"rows": 1})
+    return tmp_path
+
+
+def stale(folder, **parameters):
+    return artifacts.stale_reason(
+        folder / "manifest.json", "01_prepare", {"seed": 1, "assets_dir": "here", **parameters}
+    )
+
+
+def test_a_complete_stage_holds_until_something_changes(finished_stage):
+    assert stale(finished_stage) == ""
+    assert stale(finished_stage, assets_dir="there") == ""
+    assert "seed" in stale(finished_stage, seed=2)
+    assert "new_key" in stale(finished_stage, new_key=None)
+
+
+@pytest.mark.parametrize("name", ["in.txt", "out.txt"])
+def test_a_changed_or_missing_file_makes_a_stage_stale(finished_stage, name):
+    path = finished_stage / name
+    content = path.read_text()
+    path.write_text(content.upper())
+    assert name in stale(finished_stage)
+    # The same bytes with another time are the same file: a copied folder need not run again.
+    path.write_text(content)
+    os.utime(path, (1, 1))
+    assert stale(finished_stage) == ""
+    path.unlink()
+    assert name in stale(finished_stage)
+
+
+def test_a_stage_that_started_again_or_was_skipped_is_not_complete(finished_stage):
+    manifest = finished_stage / "manifest.json"
+    record = artifacts.start_stage(manifest, "01_prepare", "x", {"seed": 1})
+    assert stale(finished_stage) == "not run yet"
+    record.finish(inputs=[], outputs=[], facts={}, skipped="no prompts")
+    assert stale(finished_stage) == "it was skipped: no prompts"
+
+
+def test_a_manifest_names_no_home_folder(finished_stage):
+    text = (finished_stage / "manifest.json").read_text()
+    assert str(finished_stage) not in text and f"{Path.home()}/" not in text
+    assert json.loads(text)["versions"]["torch"] != "not installed"

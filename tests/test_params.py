@@ -1,0 +1,186 @@
+"""Presets: what stands in them, and that every fault is told at once, with key, value and what is allowed."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lib import params
+from lib.artifacts import PROJECT_ROOT
+from lib.params import Params, ParamsError, find_presets, load_params, parse_assignment, preset_path
+
+SIMPLE = yaml.safe_load(preset_path("simple").read_text())
+
+# The presets' table: setting -> (simple, medium, strong).
+TABLE = {
+    "base_model": ("Qwen/Qwen2.5-1.5B-Instruct",) * 3,
+    "safeguard_model": ("Qwen/Qwen3-4B-SafeRL",) * 3,
+    "train_source": ("gsm8k", "gsm8k", "file"),
+    "train_file": ("", "", "data/gsm8k_train_self-instruct.jsonl"),
+    "num_epochs": (1, 1, 2),
+    "learning_rate": (1e-4, 5e-5, 2e-5),
+    "lora_r": (8, 16, 32),
+    "lora_alpha": (16, 32, 64),
+    "lora_dropout": (0.0, 0.05, 0.1),
+    "train_batch_size": (2, 2, 4),
+    "gradient_accumulation_steps": (8, 8, 4),
+    "weight_decay": (0.0, 0.0, 0.01),
+    "warmup_share": (0.0, 0.03, 0.05),
+    "fewshot_k": (3, 5, 8),
+    "gsm8k_max_new_tokens": (512, 768, 1024),
+    "ailuminate_max_new_tokens": (512, 512, 512),
+    "max_seq_length": (2048,) * 3,
+    "seed": (42,) * 3,
+    "quantization": ("nf4",) * 3,
+    "checkpoint_sweep": (False, True, False),
+    "save_steps": (500, 500, 400),
+    "baseline_accuracy": (0.26, 0.31, 0.37),
+    "baseline_safety": (0.26, 0.34, 0.42),
+    "published_adapter": tuple(
+        f"{owner}/{name}_pilot_project_model"
+        for owner, name in [("nbso", "simple"), ("haohxin", "medium"), ("haohxin", "strong")]
+    ),
+    "submission_gsm8k_rows": (1319, 263, 263),
+    "submission_ailuminate_rows": (240, 240, 240),
+    "judge_context": ("response",) * 3,
+}
+
+
+def write_preset(folder, **changes):
+    """simple.yaml with some keys changed; a value of ``...`` removes its key."""
+    values = {key: value for key, value in {**SIMPLE, **changes}.items() if value is not ...}
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_presets_hold_the_published_settings(key):
+    loaded = [getattr(load_params(preset_path(name)), key) for name in ("simple", "medium", "strong")]
+    assert tuple(loaded) == TABLE[key]
+
+
+def test_every_preset_loads_and_has_the_same_keys():
+    assert find_presets() == ["sandbox_one", "simple", "medium", "strong"]
+    for name in find_presets():
+        assert list(yaml.safe_load(preset_path(name).read_text())) == list(Params.model_fields)
+        assert load_params(preset_path(name)).origin["seed"] == f"{name}.yaml"
+
+
+def test_every_line_of_a_preset_carries_a_comment():
+    for name in find_presets():
+        lines = preset_path(name).read_text().splitlines()
+        settings = [line for line in lines if ": " in line and not line.startswith("#")]
+        bare = [line for line in settings if " # " not in line and not line.startswith(("description", "smoke_"))]
+        assert bare == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": "1e-4"}, ["learning_rate", "'1e-4'", "str", "1.0e-4"]),
+        ({"learning_rate": -1.0}, ["learning_rate", "-1.0", "more than 0"]),
+        ({"learning_rate": float("nan")}, ["learning_rate", "nan"]),
+        ({"max_grad_norm": float("inf")}, ["max_grad_norm", "inf"]),
+        ({"lora_r": 0}, ["lora_r", "0", "at least 1"]),
+        ({"lora_r": True}, ["lora_r", "True", "integer"]),
+        ({"lora_r": 8.0}, ["lora_r", "8.0", "integer"]),
+        ({"seed": -1}, ["seed", "-1", "at least 0"]),
+        ({"quantization": "int4"}, ["quantization", "'int4'", "allowed: nf4, none"]),
+        ({"checkpoint_sweep": "yes please"}, ["checkpoint_sweep", "'yes please'", "boolean"]),
+        ({"base_model": ""}, ["base_model", "at least 1 character"]),
+        ({"seed": None}, ["seed", "None"]),
+        ({"seed": [1, 2]}, ["seed", "[1, 2]", "list"]),
+        ({"seed": ...}, ["seed", "missing", "integer"]),
+        ({"learning_rat": 1.0}, ["learning_rat", "unknown key", "did you mean 'learning_rate'?"]),
+        ({"fewshot_k": 9}, ["fewshot_k is 9", "pool holds 8"]),
+        ({"train_source": "file"}, ["train_source is 'file'", "train_file is empty"]),
+        ({"train_file": "mine.jsonl"}, ["train_source is 'gsm8k'", "mine.jsonl"]),
+        ({"checkpoint_sweep": True}, ["checkpoint_sweep is true", "dev_rows is 0"]),
+        ({"device": "cpu", "compute_dtype": "float16"}, ["float16", "bfloat16 and float32"]),
+        ({"ailuminate_source": "class", "ailuminate_prompt_set": "demo1200"}, ["'class'", "demo1200"]),
+        ({"gsm8k_eval_fraction": 0.0}, ["gsm8k_eval_fraction", "more than 0"]),
+    ],
+)
+def test_a_fault_is_told_with_key_value_and_what_is_allowed(tmp_path, changes, words):
+    with pytest.raises(ParamsError) as caught:
+        load_params(write_preset(tmp_path, **changes))
+    assert "1 fault(s)" in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_three_faults_in_one_file_are_all_listed(tmp_path):
+    path = write_preset(tmp_path, learning_rate="1e-4", lora_r=0, colour="blue")
+    with pytest.raises(ParamsError, match="3 fault") as caught:
+        load_params(path)
+    assert all(key in str(caught.value) for key in ("learning_rate", "lora_r", "colour"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "`key: value` lines"),
+        ("- a\n- b\n", "list"),
+        ("seed: [1\n", "not YAML"),
+        ("seed: 1\nseed: 2\n", "'seed' is given 2 times"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "not YAML"),
+        ("\x00", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_preset_is_refused(tmp_path, text, words):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamsError, match=r"mine\.yaml") as caught:
+        load_params(path)
+    assert words in str(caught.value)
+
+
+def test_overrides_are_checked_like_the_file_and_remembered():
+    loaded = load_params(preset_path("simple"), {"seed": 7}, {"seed": "--set"})
+    assert (loaded.seed, loaded.origin["seed"], loaded.origin["lora_r"]) == (7, "--set", "simple.yaml")
+    with pytest.raises(ParamsError, match="seed"):
+        load_params(preset_path("simple"), {"seed": "7"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lora_r=16", ("lora_r", 16)),
+        ("checkpoint_sweep=true", ("checkpoint_sweep", True)),
+        ("learning_rate=2.0e-5", ("learning_rate", 2e-5)),
+        ("base_model=123", ("base_model", "123")),
+        ("train_file=a=b.jsonl", ("train_file", "a=b.jsonl")),
+        ("train_file=", ("train_file", "")),
+    ],
+)
+def test_assignments_are_typed_as_in_the_yaml(text, expected):
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["lora_r", "=3", "lora_rr=3"])
+def test_an_assignment_that_names_no_key_is_refused(text):
+    with pytest.raises(ParamsError, match="--set"):
+        parse_assignment(text)
+
+
+def test_a_misspelt_preset_is_told_with_a_suggestion():
+    with pytest.raises(ParamsError, match=r"did you mean 'medium'.*sandbox_one, simple"):
+        preset_path("meduim")
+
+
+def test_a_notebooks_parameters_cell_is_checked_by_the_same_schema():
+    namespace = {"seed": 1, "run_name": "mine", "unrelated": object(), "offline": False}
+    assert params.from_notebook(namespace) == {"run_name": "mine", "offline": False, "seed": 1}
+    with pytest.raises(ParamsError, match="2 fault") as caught:
+        params.from_notebook({"seed": "1", "offline": "no"})
+    assert "seed" in str(caught.value) and "offline" in str(caught.value)
+
+
+TORCH_FREE = ("params", "artifacts", "assets", "gsm8k", "safety", "stats", "compare", "execution")
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_scoring_and_driver_modules_never_import_torch(module):
+    code = f"import sys, lib.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
