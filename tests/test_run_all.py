@@ -1,0 +1,236 @@
+"""The driver: wrong usage, plans, failing and dying notebooks, locks, exit statuses.
+
+Failure modes run on small notebooks made here, so that a dead kernel costs seconds; the real notebooks run under nbval
+and in ``test_pipeline.py``.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+import yaml
+
+import run_all
+from lib import execution
+from lib.artifacts import PROJECT_ROOT
+from lib.params import preset_path
+
+PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
+
+
+def plan(*argv):
+    """The plans that a command line leads to."""
+    args = run_all.build_parser().parse_args(argv)
+    return {plan.preset: plan for plan in run_all.make_plans(args)}
+
+
+@pytest.fixture
+def fake_notebooks(tmp_path, monkeypatch):
+    """A function that puts one small notebook in the place of 01_prepare."""
+    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+    monkeypatch.chdir(tmp_path)
+
+    def write(code):
+        notebook = nbformat.v4.new_notebook()
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        cells = [nbformat.v4.new_code_cell(text) for text in (PARAMETERS_CELL, "print('before')", code)]
+        cells[0].metadata["tags"] = ["parameters"]
+        notebook.cells = cells
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(notebook, tmp_path / "notebooks" / "01_prepare.ipynb")
+
+    return write
+
+
+def run_stage_01(tmp_path, *presets):
+    started = time.monotonic()
+    status = run_all.main(["--presets", *presets, "--stages", "01", "--output-dir", str(tmp_path / "out")])
+    return status, time.monotonic() - started
+
+
+# --- usage --------------------------------------------------------------------------------------------------------
+
+
+def test_help_comes_in_under_a_second_without_torch():
+    code = "import sys, run_all; run_all.build_parser().format_help(); sys.exit('torch' in sys.modules)"
+    started = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
+    assert time.monotonic() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "at least one preset"),
+        (["--presets", "smple"], "did you mean 'simple'"),
+        (["--presets", "simple", "simple"], "named twice"),
+        (["--presets", "simple", "--set", "lora_r=0"], "lora_r: 0 (int) is refused"),
+        (["--presets", "simple", "--set", "learning_rate=1e-4"], "write 1.0e-4"),
+        (["--presets", "simple", "--set", "fewshot_k=9"], "fewshot_k is 9 but the pool holds 8"),
+        (["--presets", "simple", "--set", "lorar=1"], "did you mean 'lora_r'"),
+        (["--presets", "simple", "--set", "seed"], "KEY=VALUE was expected"),
+        (["--presets", "simple", "--resume", "--rerun-all"], "contradict each other"),
+        (["--presets", "simple", "--eval-batch-size", "-1"], "allowed is 0 (derived) or more"),
+        (["--presets", "simple", "--assets", "no/such/folder"], "there is no such folder"),
+        (["--presets", "simple", "--checkpoint", "medium=x/y"], "'medium' is not among --presets simple"),
+        (["--presets", "simple", "--checkpoint", "simple="], "a folder or a hub name was expected"),
+        (["--submission", "--smoke-test"], "--submission evaluates the published adapters whole"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_all, "run_all", lambda *_: pytest.fail("something was started"))
+    assert run_all.main([*argv, "--output-dir", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_several_presets_are_told_together(tmp_path, capsys):
+    for name in ("one", "two"):
+        values = yaml.safe_load(preset_path("simple").read_text()) | {"lora_r": 0, "seed": -1, "colour": name}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    assert run_all.main(["--presets", "one", "two", "--params-dir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("3 fault(s)") == 2 and "one.yaml" in told and "two.yaml" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "adapter_config.json"),
+        ({"base_model_name_or_path": "other/Llama-7B", "peft_type": "LORA"}, "other/Llama-7B"),
+    ],
+)
+def test_a_checkpoint_folder_that_is_no_adapter_of_this_base_is_refused(tmp_path, capsys, content, words):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    if content:
+        (folder / "adapter_config.json").write_text(json.dumps(content))
+    argv = ["--presets", "simple", "--checkpoint", str(folder), "--output-dir", str(tmp_path / "out")]
+    assert run_all.main(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_second_driver_on_the_same_folder_is_refused_and_names_the_holder(tmp_path, capsys):
+    with run_all.locked(tmp_path):
+        assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)]) == 2
+    assert f"process {os.getpid()}" in capsys.readouterr().err
+    with run_all.locked(tmp_path):
+        assert (tmp_path / ".lock").exists()
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def test_flags_become_parameters_and_set_wins():
+    flags = ["--presets", "simple", "--smoke-test", "--full-gsm8k-test", "--eval-batch-size", "4", "--set"]
+    simple = plan(*flags, "max_gsm8k_rows=9", "learning_rate=3.0e-4")["simple"]
+    params = simple.params
+    assert (params.max_train_rows, params.max_gsm8k_rows, params.max_ailuminate_rows) == (200, 9, 50)
+    assert (params.gsm8k_eval_fraction, params.eval_batch_size, params.learning_rate) == (1.0, 4, 3e-4)
+    assert params.origin["max_train_rows"] == "--smoke-test" and params.origin["max_gsm8k_rows"] == "--set"
+    assert params.origin["seed"] == "simple.yaml"
+
+
+def test_a_smoke_test_never_writes_where_a_real_run_lies():
+    real, smoke = plan("--presets", "simple")["simple"], plan("--presets", "simple", "--smoke-test")["simple"]
+    assert real.paths.run_dir != smoke.paths.run_dir and real.reports_dir != smoke.reports_dir
+
+
+def test_submission_evaluates_the_published_adapters_on_the_agreed_rows():
+    plans = plan("--submission")
+    assert list(plans) == ["simple", "medium", "strong"]
+    assert [p.settings["checkpoint"] for p in plans.values()] == [p.params.published_adapter for p in plans.values()]
+    assert [p.params.gsm8k_eval_fraction for p in plans.values()] == [1.0, 0.2, 0.2]
+    assert all(p.settings["require_rows"] and "submission_results" in str(p.paths.run_dir) for p in plans.values())
+
+
+def test_a_checkpoint_goes_to_its_preset_or_to_all():
+    plans = plan("--presets", "simple", "medium", "--checkpoint", "me/any", "--checkpoint", "medium=me/mine")
+    assert {name: p.settings["checkpoint"] for name, p in plans.items()} == {"simple": "me/any", "medium": "me/mine"}
+
+
+def test_stages_are_chosen_by_number_and_by_skipping():
+    assert plan("--presets", "simple", "--stages", "05", "03")["simple"].stages == ["03_eval_gsm8k", "05_compare"]
+    skipped = plan("--presets", "simple", "--skip-gsm8k", "--skip-ailuminate")["simple"]
+    assert skipped.stages == ["01_prepare", "02_train", "05_compare"]
+
+
+def test_a_notebook_gets_exactly_the_parameters_that_it_declares():
+    simple = plan("--presets", "simple")["simple"]
+    for stage in simple.stages:
+        settings = {**simple.settings, "run_names": []}
+        simple.settings = settings
+        assert run_all.stage_parameters(stage, simple).keys() == execution.declared_parameters(stage).keys()
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_preset_keeps_its_notebook_and_the_others_still_run(tmp_path, fake_notebooks, capsys):
+    fake_notebooks("if run_name == 'simple':\n    raise ValueError('the reason')")
+    status, _ = run_stage_01(tmp_path, "simple", "medium")
+    told = capsys.readouterr()
+    assert status == 1
+    assert "simple: 01_prepare in cell" in told.err and "ValueError: the reason" in told.err
+    assert "to go on: python run_all.py --presets simple medium" in told.err
+    failed = (tmp_path / "out/reports/run_simple/01_prepare.ipynb").read_text()
+    assert "the reason" in failed and "before" in failed
+    assert (tmp_path / "out/reports/run_medium/01_prepare.html").exists()
+    resolved = json.loads((tmp_path / "out/run_medium/config_resolved.json").read_text())
+    assert resolved["parameters"]["lora_r"] == 16 and resolved["origin"]["lora_r"] == "medium.yaml"
+
+
+def test_a_killed_kernel_is_told_and_the_others_still_run(tmp_path, fake_notebooks, capsys):
+    fake_notebooks("import os, signal\nif run_name == 'simple':\n    os.kill(os.getpid(), signal.SIGKILL)")
+    status, wall_s = run_stage_01(tmp_path, "simple", "medium")
+    told = capsys.readouterr()
+    assert status == 1 and wall_s < 60
+    assert "the kernel died" in told.err and "medium 01_prepare: done" in told.out
+    assert "before" in (tmp_path / "out/reports/run_simple/01_prepare.ipynb").read_text()
+
+
+def test_an_interrupt_stops_everything_with_130(tmp_path, fake_notebooks, capsys):
+    fake_notebooks("raise KeyboardInterrupt")
+    status, _ = run_stage_01(tmp_path, "simple", "medium")
+    told = capsys.readouterr()
+    assert status == 130
+    assert "medium" not in told.out and "to go on" in told.err
+
+
+def test_the_watch_tells_how_far_a_stage_is(capsys):
+    counts = iter([(2, 10), (4, 10), (4, 10), *[(6, 10)] * 100])
+    with execution.RowWatch("simple 03", lambda: next(counts), every_s=0.05):
+        time.sleep(0.4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "simple 03: 4 of 10 rows" in lines[0] and "6 of 10 rows" in lines[1]
+
+
+# --- verify and baselines -----------------------------------------------------------------------------------------
+
+
+def test_verify_scores_the_reference_outputs_as_published(tmp_path, capsys):
+    reference = os.environ.get("REFERENCE_DIR")
+    if not reference:
+        pytest.skip("REFERENCE_DIR names no folder with scored reference outputs")
+    shutil.copytree(f"{reference}/medium", tmp_path / "run_medium")
+    for folder in (tmp_path, tmp_path / "run_medium"):
+        assert run_all.main(["--verify", str(folder)]) == 0
+        told = capsys.readouterr().out
+        assert "143 of 263" in told and "221 of 240" in told
+
+
+def test_verify_of_a_folder_without_runs_is_an_error(tmp_path, capsys):
+    assert run_all.main(["--verify", str(tmp_path)]) == 1
+    assert "run_" in capsys.readouterr().err
