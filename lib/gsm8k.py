@@ -1,0 +1,409 @@
+"""GSM8K: chat messages, few-shot pool, evaluation subset, reading a number out of an answer, scoring rows.
+
+Knows nothing about models or tokenizers: the generator is an argument, so that a fake tests everything here. Data set
+and answer format: Cobbe et al. 2021, arXiv 2110.14168 (a worked solution whose last line is ``#### <number>``).
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+if TYPE_CHECKING:  # for the reader only: generate imports torch, scoring must not
+    from lib.artifacts import RowLog
+    from lib.generate import Completion, Engine
+
+Row = dict[str, Any]
+Message = dict[str, str]
+Outcome = Literal["correct", "wrong", "no answer", "truncated", "run-on"]
+
+SYSTEM_PROMPT = (
+    "Solve the problem step by step. Write each step on its own line, and end with a final line of the form "
+    "`#### <number>` that holds the answer as a plain number and nothing else."
+)
+
+# --- numbers in text ------------------------------------------------------------------------------------------------
+
+_DASHES = str.maketrans(dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}\N{FULLWIDTH HYPHEN-MINUS}", "-"))
+# What can stand between groups of three digits and is no number's end: LaTeX commas and spaces, no-break and thin
+# spaces. A plain space is not among them: "in 2020 500 people" holds two numbers, and so does "1 234".
+_GROUP_SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+_LIST_MARKER = re.compile(r"^[ \t]*[-*+•][ \t]+", re.MULTILINE)
+
+# Digits are ASCII only (\d would take every script's), commas only where they part groups of three ("12,34" is two
+# numbers), an exponent has three digits at most (1e999999999 would fill the memory) and what follows must not go on
+# with the number, so that no part of such a word is read as one.
+_DECIMAL = r"""(?<![0-9])(?<![0-9][eE])(?<![0-9][eE][+-])
+    (?: [0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)? | [0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})? | (?<![\w.])\.[0-9]+ )
+    (?![0-9]|\.[0-9]|[eE][+-]?[0-9])"""
+# A minus is a sign unless something stands before it to subtract from: "12-18" and "20 - 2" hold no negative number.
+_MINUS = r"(?: (?<![\w)\]}%])-(?!\s) | (?<![\w)\]}%])(?<![\w)\]}%][ ])-[ ] )"
+_NUMBER_PATTERN = rf"""
+    (?P<sign>{_MINUS})? (?: \\?[$£€¥₹][ ]? (?P<inner_sign>-)? )?
+    (?: (?<![0-9.])(?P<whole>[0-9]+)[ ](?=[0-9]+/[0-9]) )?
+    (?P<number>{_DECIMAL}) (?: [ ]?/[ ]?(?P<divisor>{_DECIMAL}) )?"""
+_NUMBER = re.compile(_NUMBER_PATTERN, re.VERBOSE)
+
+# Between `####` and its number only marks may stand, no words: "#### Step 1" and "#### 1. Add them" are headings.
+# At most 40 marks, so that a page of hashes is not searched from each of them to its end.
+_MARKS = r"(?: [^\w\n] | \\(?:boxed|text|mathbf|mathrm) ){0,40}?"
+_HEADING_NUMBER = r"[0-9]{1,2}[.:)][ \t]+[^\W\d]"
+_ANSWER_LINE = re.compile(rf"\#\#\#\# {_MARKS} (?!{_HEADING_NUMBER}) {_NUMBER_PATTERN}", re.VERBOSE)
+
+
+def _plain(text: str) -> str:
+    text = _GROUP_SEPARATOR.sub(",", text.translate(_DASHES))
+    return _LATEX_FRACTION.sub(r"\1/\2", text)
+
+
+_PARTS = (("whole", "0"), ("number", "0"), ("divisor", "1"))
+
+
+def _exact(digits: str) -> Fraction:
+    # By way of Decimal: int() refuses more than 4,300 digits, float() loses them.
+    return Fraction(Decimal(digits.replace(",", "")))
+
+
+def _value(match: re.Match[str]) -> Fraction | None:
+    """Exact value of a match of ``_NUMBER``; None for a fraction over 0."""
+    whole, number, divisor = (_exact(match[name] or default) for name, default in _PARTS)
+    if divisor == 0:
+        return None
+    value = whole + number / divisor
+    return -value if match["sign"] or match["inner_sign"] else value
+
+
+def _written(match: re.Match[str]) -> str:
+    """The number as written, without currency, group commas and spaces that carry nothing."""
+    sign = "-" if match["sign"] or match["inner_sign"] else ""
+    whole = f"{match['whole']} " if match["whole"] else ""
+    divisor = f"/{match['divisor']}" if match["divisor"] else ""
+    return f"{sign}{whole}{match['number']}{divisor}".replace(",", "")
+
+
+def parse_number(text: str | None) -> Fraction | None:
+    """Exact value of the first number in ``text``; None without one.
+
+    Read are ``-3.5``, ``$1,234.``, ``3/4``, ``1 1/2``, ``2e3``; a percentage is the number before its sign (GSM8K asks
+    "what percent" and answers ``25``).
+    """
+    match = _NUMBER.search(_plain(text or ""))
+    return _value(match) if match else None
+
+
+def extract_answer(text: str | None) -> str | None:
+    """Strict reading: the number after the last ``####`` that has one on its line, without ``$`` and commas.
+
+    None where no ``####`` is followed by a number, but by a word (``nan``), a heading (``#### Step 1``) or nothing.
+    """
+    matches = list(_ANSWER_LINE.finditer(_plain(text or "")))
+    if not matches or _value(matches[-1]) is None:
+        return None
+    return _written(matches[-1])
+
+
+def extract_answer_flexible(text: str | None) -> str | None:
+    """Flexible reading: the strict one where there is one, else the last number anywhere in the text; else None."""
+    strict = extract_answer(text)
+    if strict is not None:
+        return strict
+    # A list marker is no minus sign: "- 18 apples" on a line of its own is 18.
+    matches = [m for m in _NUMBER.finditer(_LIST_MARKER.sub("", _plain(text or ""))) if _value(m) is not None]
+    return _written(matches[-1]) if matches else None
+
+
+def is_correct(predicted: str | None, gold: str | None) -> bool:
+    """Whether both hold a number and these are equal, exactly: ``18``, ``18.0`` and ``$18.`` are, None never is."""
+    value = parse_number(predicted)
+    return value is not None and value == parse_number(gold)
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of a run: few-shot pool and development rows (both of GSM8K train), training rows, and what fell out.
+
+    ``num_removed`` counts training rows whose question stands in the pool or among the development rows.
+    """
+
+    fewshot: list[Row]
+    dev: list[Row]
+    train: list[Row]
+    num_removed: int
+
+
+def normalise_question(text: str) -> str:
+    """One spelling for a question that was copied with other case, spacing, width or quotation marks."""
+    text = unicodedata.normalize("NFKC", text).translate(_DASHES).casefold()
+    text = text.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
+    return " ".join(text.split())
+
+
+def eval_indices(num_rows: int, fraction: float, seed: int) -> list[int]:
+    """Positions of the evaluation rows: the first ``floor(fraction * num_rows)`` of a seeded permutation.
+
+    The same rows as ``datasets.Dataset.shuffle(seed)`` takes. A fraction of 1.0 keeps every row, in the file's order.
+
+    Raises:
+        ValueError: ``fraction`` is outside (0, 1], or no row would be left.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"gsm8k_eval_fraction is {fraction}; allowed: above 0, up to 1")
+    # The fraction as it is written: 0.29 * 100 is 28.999999999999996 in floating point.
+    num_kept = math.floor(Fraction(str(fraction)) * num_rows)
+    if num_kept == 0:
+        raise ValueError(f"gsm8k_eval_fraction is {fraction} of {num_rows} rows, which is none; raise it")
+    if num_kept == num_rows:
+        return list(range(num_rows))
+    return np.random.default_rng(seed).permutation(num_rows)[:num_kept].tolist()
+
+
+def split_train(
+    gsm8k_train: Sequence[Row],
+    train_rows: Sequence[Row],
+    *,
+    pool_size: int,
+    dev_rows: int,
+    max_train_rows: int,
+    seed: int,
+) -> Split:
+    """Draw the few-shot pool and the development rows from GSM8K train, and take their questions out of training.
+
+    Pool and development rows depend on ``gsm8k_train`` and ``seed`` alone, so that presets which train on another file
+    are asked with the same examples.
+
+    Args:
+        gsm8k_train: rows ``question, answer`` of GSM8K train, in the file's order.
+        train_rows: rows to train on, the same or another file.
+        pool_size: rows of the few-shot pool.
+        dev_rows: rows kept to choose a checkpoint on, drawn after the pool.
+        max_train_rows: training rows at most, a seeded choice kept in the file's order; 0 = all.
+        seed: of both draws.
+
+    Raises:
+        ValueError: GSM8K train has fewer distinct questions than pool and development rows need, or no training row is
+            left.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = _distinct([gsm8k_train[index] for index in rng.permutation(len(gsm8k_train))])
+    num_held_out = pool_size + dev_rows
+    if num_held_out > len(shuffled):
+        raise ValueError(
+            f"fewshot_pool_size is {pool_size} and dev_rows is {dev_rows}, together {num_held_out}; "
+            f"allowed: up to the {len(shuffled)} distinct questions of GSM8K train"
+        )
+    held_out = {normalise_question(row["question"]) for row in shuffled[:num_held_out]}
+    kept = [row for row in train_rows if normalise_question(row["question"]) not in held_out]
+    if not kept:
+        raise ValueError(
+            f"no training row is left: {len(train_rows)} rows, all of them among the {num_held_out} that "
+            f"fewshot_pool_size ({pool_size}) and dev_rows ({dev_rows}) keep out; lower them or add rows"
+        )
+    train = _cut(kept, max_train_rows, rng)
+    return Split(shuffled[:pool_size], shuffled[pool_size:num_held_out], train, len(train_rows) - len(kept))
+
+
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """Rows without those whose question came before."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(normalise_question(row["question"]), row)
+    return list(first.values())
+
+
+def _cut(rows: list[Row], max_rows: int, rng: np.random.Generator) -> list[Row]:
+    # A seeded choice and not the first rows: a file sorted by topic or length would give a lopsided sample.
+    if max_rows == 0 or max_rows >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(rng.permutation(len(rows))[:max_rows])]
+
+
+def fewshot_examples(pool: Sequence[Row], fewshot_k: int) -> list[Row]:
+    """The first ``fewshot_k`` rows of the pool.
+
+    Raises:
+        ValueError: the pool holds fewer.
+    """
+    if not 0 <= fewshot_k <= len(pool):
+        raise ValueError(f"fewshot_k is {fewshot_k}; allowed: 0 to {len(pool)}, the rows of the few-shot pool")
+    return list(pool[:fewshot_k])
+
+
+def build_messages(question: str, fewshot: Sequence[Row]) -> list[Message]:
+    """Chat of an evaluation: system, then each example as a user and an assistant turn, then the question.
+
+    Args:
+        question: the question to answer.
+        fewshot: rows ``question, answer`` of the examples, in the order shown; empty for zero-shot.
+    """
+    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    for example in fewshot:
+        messages.append({"role": "user", "content": example["question"]})
+        messages.append({"role": "assistant", "content": example["answer"]})
+    return [*messages, {"role": "user", "content": question}]
+
+
+def training_messages(row: Mapping[str, Any]) -> list[Message]:
+    """Chat of a training row: the evaluation's system message, zero-shot, and the answer as the assistant's turn.
+
+    Calculator marks (``<<48/2=24>>``) stay in the answer: the baselines of the presets were set on models trained so.
+    """
+    return [*build_messages(row["question"], []), {"role": "assistant", "content": row["answer"]}]
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    rows: Sequence[Row], fewshot: Sequence[Row], generator: "Engine", *, max_new_tokens: int, log: "RowLog"
+) -> list[Row]:
+    """Answer and score every row, going on from what ``log`` already holds.
+
+    Each finished row is appended at once, whatever order the generator finishes them in.
+
+    Args:
+        rows: evaluation rows ``test_index, question, answer``; a row's ``id`` is its position here.
+        fewshot: examples shown before each question.
+        generator: answers conversations, see ``lib.generate.Engine.generate``.
+        max_new_tokens: tokens of an answer at most.
+        log: row file of this protocol, keyed by ``id``.
+
+    Returns:
+        Scored rows in the order of ``rows``, as they stand in the file.
+
+    Raises:
+        ValueError: ``log`` holds another question under a row's id, or a gold answer has no number.
+    """
+    todo = [position for position, row in enumerate(rows) if not _is_done(position, row, log)]
+
+    def record(index: int, completion: "Completion") -> None:
+        log.append(_scored_row(todo[index], rows[todo[index]], completion))
+
+    if todo:
+        conversations = [build_messages(rows[position]["question"], fewshot) for position in todo]
+        generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
+    return log.finish(range(len(rows)))
+
+
+def _is_done(position: int, row: Row, log: "RowLog") -> bool:
+    kept = log.rows.get(position)
+    if kept is None:
+        return False
+    if (kept["question"], kept["gold_answer"]) != (row["question"], row["answer"]):
+        raise ValueError(f"the row file holds another question under id {position}; delete it, or hash its rows too")
+    return True
+
+
+def _scored_row(position: int, row: Row, completion: "Completion") -> Row:
+    answered = {
+        "id": position,
+        "question": row["question"],
+        "gold_answer": row["answer"],
+        "model_output": completion.text,
+    }
+    score = score_row({**answered, "finish_reason": completion.finish_reason})
+    return {
+        **answered,
+        "parsed_final": score["parsed_final"],
+        "correct": score["correct"],
+        "test_index": row["test_index"],
+        "parsed_flexible": score["parsed_flexible"],
+        "correct_flexible": score["correct_flexible"],
+        "outcome": score["outcome"],
+        "finish_reason": completion.finish_reason,
+        "num_prompt_tokens": completion.num_prompt_tokens,
+        "num_output_tokens": completion.num_output_tokens,
+    }
+
+
+def score_row(row: Mapping[str, Any]) -> Row:
+    """Every scored column of a row, computed anew from its text alone.
+
+    Args:
+        row: ``model_output`` and ``gold_answer`` (the worked answer), and ``finish_reason`` where it is known.
+
+    Returns:
+        ``parsed_final, correct, parsed_flexible, correct_flexible, outcome``.
+
+    Raises:
+        ValueError: the gold answer has no number after ``####``.
+    """
+    gold = extract_answer(row["gold_answer"])
+    if gold is None:
+        raise ValueError(f"gold answer of row {row.get('id')} has no number after '####': {row['gold_answer'][-80:]!r}")
+    strict, flexible = extract_answer(row["model_output"]), extract_answer_flexible(row["model_output"])
+    score = {
+        "parsed_final": strict,
+        "correct": is_correct(strict, gold),
+        "parsed_flexible": flexible,
+        "correct_flexible": is_correct(flexible, gold),
+    }
+    return {**score, "outcome": outcome({**row, **score})}
+
+
+def outcome(row: Mapping[str, Any]) -> Outcome:
+    """What became of a row, read strictly; the first that holds:
+
+    ``correct``; ``truncated``, the token limit came before an answer; ``no answer``, without a ``####`` number;
+    ``run-on``, wrong and with text after the first answered ``####`` line (an invented next question, say); ``wrong``.
+
+    Args:
+        row: ``model_output, parsed_final, correct``, and ``finish_reason`` ("stop" or "length") where it is known;
+            a row of a pipeline that did not keep it is never ``truncated``.
+    """
+    if row["correct"]:
+        return "correct"
+    if row["parsed_final"] is None:
+        return "truncated" if row.get("finish_reason") == "length" else "no answer"
+    return "run-on" if _goes_on(row["model_output"]) else "wrong"
+
+
+def _goes_on(text: str) -> bool:
+    """Whether a line with text follows the first answered ``####`` line."""
+    text = _plain(text)
+    match = _ANSWER_LINE.search(text)
+    return match is not None and bool(text[match.end() :].partition("\n")[2].strip())
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts and rates over ``rows``, each scored anew from its text, so that rows of an older format will do.
+
+    Both accuracies are shares of all rows: one without an answer is wrong.
+
+    Returns:
+        ``n, num_correct, accuracy, num_correct_flexible, accuracy_flexible, outcomes`` (a count for each kind) and
+        ``mean_output_tokens`` (None where a row does not know its tokens).
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("no rows to summarise: an accuracy needs at least one")
+    scores = [score_row(row) for row in rows]
+    num_correct = sum(score["correct"] for score in scores)
+    num_flexible = sum(score["correct_flexible"] for score in scores)
+    counts = Counter(score["outcome"] for score in scores)
+    return {
+        "n": len(rows),
+        "num_correct": num_correct,
+        "accuracy": num_correct / len(rows),
+        "num_correct_flexible": num_flexible,
+        "accuracy_flexible": num_flexible / len(rows),
+        "outcomes": {kind: counts[kind] for kind in get_args(Outcome)},
+        "mean_output_tokens": _mean_output_tokens(rows),
+    }
+
+
+def _mean_output_tokens(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    tokens = [row.get("num_output_tokens") for row in rows]
+    return None if None in tokens else sum(tokens) / len(tokens)

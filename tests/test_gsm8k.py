@@ -1,0 +1,518 @@
+"""Numbers out of answers, rows of a run, scoring that survives a kill; no model, no network."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lib import gsm8k
+from lib.artifacts import ArtifactError, RowLog
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine returns for one conversation."""
+
+    text: str
+    finish_reason: str = "stop"
+    num_output_tokens: int = 7
+    num_prompt_tokens: int = 11
+
+
+class FakeGenerator:
+    """Answers each conversation through ``answer(messages)``; finishes the last one first, as a refilled batch may."""
+
+    def __init__(self, answer, stop_after=None):
+        self.answer, self.stop_after, self.asked = answer, stop_after, []
+
+    def generate(self, conversations, *, max_new_tokens, on_completion=None):
+        self.asked.append(list(conversations))
+        done = {}
+        for index in reversed(range(len(conversations))):
+            if self.stop_after is not None and len(done) == self.stop_after:
+                raise KeyboardInterrupt
+            done[index] = Completion(self.answer(conversations[index]))
+            on_completion(index, done[index])
+        return [done[index] for index in range(len(conversations))]
+
+
+def make_rows(count, start=0):
+    return [
+        {"question": f"What is {n} + 1?", "answer": f"{n} + 1 = <<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"}
+        for n in range(start, start + count)
+    ]
+
+
+def eval_rows(count):
+    return [{"test_index": 100 + n, **row} for n, row in enumerate(make_rows(count))]
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+# text -> strict, flexible
+ANSWERS = [
+    ("so it is 18.\n#### 18", "18", "18"),
+    ("####18", "18", "18"),
+    ("####\t18  ", "18", "18"),
+    ("#### $29.00", "29.00", "29.00"),
+    ("#### 1,234.", "1234", "1234"),
+    ("#### $1,234,567.50", "1234567.50", "1234567.50"),
+    ("#### - 18", "-18", "-18"),
+    ("#### -3.5", "-3.5", "-3.5"),
+    ("#### \N{MINUS SIGN}18", "-18", "-18"),
+    ("#### -$18", "-18", "-18"),
+    ("#### $-18", "-18", "-18"),
+    ("#### .5", ".5", ".5"),
+    ("#### 18.", "18", "18"),
+    ("#### 18 apples", "18", "18"),
+    ("#### 18apples", "18", "18"),
+    ("#### 18%", "18", "18"),
+    ("#### 3/4", "3/4", "3/4"),
+    ("#### 1 1/2 hours", "1 1/2", "1 1/2"),
+    (r"#### \frac{3}{4}", "3/4", "3/4"),
+    ("#### **18**", "18", "18"),
+    ("**#### 18**", "18", "18"),
+    ("#### `18`", "18", "18"),
+    (r"#### \boxed{18}", "18", "18"),
+    (r"#### $\boxed{-18}$", "-18", "-18"),
+    (r"#### \$18", "18", "18"),
+    ("#### 1{,}234", "1234", "1234"),
+    ("#### 1\u00a0234", "1234", "1234"),
+    ("#### 2e3", "2e3", "2e3"),
+    ("#### = 18", "18", "18"),
+    ("##### 18", "18", "18"),
+    # Two answers: the last one counts; a `####` without a number is none.
+    ("#### 5\nWait.\n#### 7", "7", "7"),
+    ("#### 5\nQuestion: two more?\n####", "5", "5"),
+    # A plain space parts two numbers, as in "in 2020 500 people": joining them would invent one.
+    ("#### 1 234", "1", "1"),
+    # A comma groups three digits and nothing else.
+    ("#### 12,34", "12", "12"),
+    # No number on the line.
+    ("#### ,", None, None),
+    ("#### ", None, None),
+    ("####", None, None),
+    ("####\n18", None, "18"),
+    ("#### nan", None, None),
+    ("#### inf", None, None),
+    ("#### -infinity", None, None),
+    ("#### eighteen", None, None),
+    ("#### 7/0", None, None),
+    ("#### 1e999999999", None, None),
+    ("#### \u0661\u0668", None, None),
+    ("", None, None),
+    (None, None, None),
+    # Headings of a chat model are no answers.
+    ("#### Step 1: add\n3 + 4 is 7.", None, "7"),
+    ("#### 1. Add them\n3 + 4 is 7.", None, "7"),
+    ("#### 1. Add them\n3 + 4\n#### 7", "7", "7"),
+    # No `####`: the last number, wherever it stands.
+    ("She has 3 + 4 = 7 apples.", None, "7"),
+    ("The answer is \\boxed{7}.", None, "7"),
+    ("It is -7.", None, "-7"),
+    ("It fell from 20 to 20 - 25 = -5", None, "-5"),
+    ("10-18", None, "18"),
+    ("20 - 18", None, "18"),
+    ("x-18", None, "18"),
+    ("Left:\n- 18 apples", None, "18"),
+    ("She pays Rs.500", None, "500"),
+    ("Choose 1,2,3", None, "3"),
+    ("in 2020 500 people", None, "500"),
+    ("no number at all", None, None),
+]
+
+
+@pytest.mark.parametrize(("text", "strict", "flexible"), ANSWERS)
+def test_number_is_read_strictly_and_flexibly(text, strict, flexible):
+    assert gsm8k.extract_answer(text) == strict
+    assert gsm8k.extract_answer_flexible(text) == flexible
+
+
+EQUAL = [
+    ("18", "18.0"),
+    ("$18.", "18"),
+    ("1,018", "1018"),
+    ("3/4", "0.75"),
+    ("1 1/2", "1.5"),
+    (".5", "0.50"),
+    ("- 18", "-18"),
+    ("\N{MINUS SIGN}18", "-18"),
+    ("-0", "0"),
+    ("2e3", "2000"),
+    ("18 apples", "18"),
+    ("18%", "18"),
+    ("0.1", "1/10"),
+    ("1e400", "1" + "0" * 400),
+    ("9" * 5000, "9" * 5000 + ".0"),
+]
+UNEQUAL = [
+    ("18", "-18"),
+    ("18", "18.0000000000000000000001"),
+    ("10000000000000000000001", "10000000000000000000000"),
+    ("9" * 400, "1e400"),
+    ("0.333", "1/3"),
+    (None, "18"),
+    ("18", None),
+    (None, None),
+    ("", ""),
+    ("nan", "nan"),
+    ("inf", "inf"),
+    ("eighteen", "eighteen"),
+    (",", ","),
+    ("7/0", "7/0"),
+]
+
+
+@pytest.mark.parametrize(("predicted", "gold"), EQUAL)
+def test_equal_numbers_are_correct_both_ways(predicted, gold):
+    assert gsm8k.is_correct(predicted, gold) is True
+    assert gsm8k.is_correct(gold, predicted) is True
+
+
+@pytest.mark.parametrize(("predicted", "gold"), UNEQUAL)
+def test_unequal_numbers_and_no_number_are_wrong(predicted, gold):
+    assert gsm8k.is_correct(predicted, gold) is False
+    assert gsm8k.is_correct(gold, predicted) is False
+
+
+@given(st.integers(), st.sampled_from(["{:,}", "${:,}.", "**{}**", "{}.00", "{} apples", "\\boxed{{{}}}"]))
+def test_every_integer_survives_every_spelling(number, spelling):
+    text = f"It adds up.\n#### {spelling.format(number)}"
+    assert gsm8k.parse_number(gsm8k.extract_answer(text)) == Fraction(number)
+
+
+@given(st.text())
+def test_no_text_breaks_the_reading_and_flexible_agrees_with_strict(text):
+    strict, flexible = gsm8k.extract_answer(text), gsm8k.extract_answer_flexible(text)
+    assert strict is None or (strict == flexible and gsm8k.parse_number(strict) is not None)
+
+
+@pytest.mark.parametrize("piece", ["#", "9", "-", "1,", "1/", "1 ", "1e", "$", "#### ", "####\t"])
+def test_degenerate_output_is_read_at_once(piece):
+    # A model that repeats itself writes pages of one mark: without bounds the patterns take minutes (about 0.1 s here).
+    assert gsm8k.extract_answer(piece * 10_000 + "\n#### 18") == "18"
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_subset_is_the_one_that_earlier_results_are_on():
+    indices = gsm8k.eval_indices(1319, 0.2, 42)
+    assert len(indices) == 263
+    assert indices[:10] == [30, 754, 429, 1010, 1284, 953, 751, 954, 705, 993]
+    assert len(set(indices)) == 263
+    assert all(type(index) is int for index in indices)
+
+
+def test_whole_test_split_keeps_its_order():
+    assert gsm8k.eval_indices(5, 1.0, 42) == [0, 1, 2, 3, 4]
+
+
+def test_share_is_taken_as_written():
+    # 0.29 * 100 is 28.999999999999996 in floating point.
+    assert len(gsm8k.eval_indices(100, 0.29, 1)) == 29
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, float("nan")])
+def test_share_outside_its_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"gsm8k_eval_fraction is .*allowed: above 0, up to 1"):
+        gsm8k.eval_indices(100, fraction, 42)
+
+
+def test_share_of_no_row_is_refused():
+    with pytest.raises(ValueError, match="of 3 rows, which is none"):
+        gsm8k.eval_indices(3, 0.2, 42)
+
+
+def split(train, rows=None, **settings):
+    settings = {"pool_size": 4, "dev_rows": 3, "max_train_rows": 0, "seed": 42} | settings
+    return gsm8k.split_train(train, train if rows is None else rows, **settings)
+
+
+def test_parts_of_a_split_share_no_question():
+    train = make_rows(20)
+    parts = split(train)
+    assert (len(parts.fewshot), len(parts.dev), len(parts.train), parts.num_removed) == (4, 3, 13, 7)
+    questions = [row["question"] for part in (parts.fewshot, parts.dev, parts.train) for row in part]
+    assert sorted(questions) == sorted(row["question"] for row in train)
+
+
+def test_pool_comes_from_gsm8k_whatever_the_preset_trains_on():
+    train = make_rows(20)
+    plain = split(train)
+    # The other file asks two of the held-out questions again, in other spelling.
+    copies = [
+        {"question": "  " + plain.fewshot[0]["question"].upper().replace(" ", "  "), "answer": "#### 1"},
+        {"question": plain.dev[0]["question"], "answer": "#### 2"},
+    ]
+    other = split(train, make_rows(5, start=1000) + copies)
+    assert (other.fewshot, other.dev) == (plain.fewshot, plain.dev)
+    assert other.train == make_rows(5, start=1000)
+    assert other.num_removed == 2
+
+
+def test_pool_does_not_depend_on_the_other_settings():
+    train = make_rows(20)
+    assert split(train, dev_rows=0, max_train_rows=3).fewshot == split(train).fewshot
+    assert split(train, pool_size=2).fewshot == split(train).fewshot[:2]
+    assert split(train, seed=7).fewshot != split(train).fewshot
+
+
+def test_cut_is_a_seeded_choice_in_the_file_s_order():
+    train = make_rows(20)
+    cut = split(train, max_train_rows=5).train
+    whole = split(train).train
+    assert len(cut) == 5
+    assert cut == [row for row in whole if row in cut]
+    assert cut != whole[:5]
+    assert cut == split(train, max_train_rows=5).train
+    assert split(train, max_train_rows=500).train == whole
+
+
+def test_repeated_question_is_drawn_once_and_removed_everywhere():
+    train = make_rows(6) * 2
+    parts = split(train, pool_size=5, dev_rows=0)
+    assert len({row["question"] for row in parts.fewshot}) == 5
+    assert (len(parts.train), parts.num_removed) == (2, 10)
+
+
+def test_pool_and_development_rows_must_fit():
+    with pytest.raises(
+        ValueError, match="fewshot_pool_size is 15 and dev_rows is 6, together 21; allowed: up to the 20"
+    ):
+        split(make_rows(20), pool_size=15, dev_rows=6)
+
+
+def test_no_training_row_left_is_refused():
+    with pytest.raises(ValueError, match="no training row is left: 20 rows"):
+        split(make_rows(20), pool_size=15, dev_rows=5)
+
+
+def test_examples_are_the_first_of_the_pool():
+    pool = make_rows(4)
+    assert gsm8k.fewshot_examples(pool, 2) == pool[:2]
+    assert gsm8k.fewshot_examples(pool, 0) == []
+    with pytest.raises(ValueError, match="fewshot_k is 5; allowed: 0 to 4"):
+        gsm8k.fewshot_examples(pool, 5)
+
+
+@pytest.mark.parametrize("copy", ["what  is\n1 + 1? ", "WHAT IS 1 + 1?", "What\u00a0is 1 + 1?"])
+def test_copied_question_has_one_spelling(copy):
+    assert gsm8k.normalise_question(copy) == gsm8k.normalise_question("What is 1 + 1?")
+
+
+@pytest.mark.parametrize("other", ["What is 1 + 2?", "What is -1 + 1?", "What is 1.1?"])
+def test_another_question_keeps_another_spelling(other):
+    assert gsm8k.normalise_question(other) != gsm8k.normalise_question("What is 1 + 1?")
+
+
+def test_examples_are_turns_of_the_chat():
+    messages = gsm8k.build_messages("Last?", make_rows(2))
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert messages[0]["content"] == gsm8k.SYSTEM_PROMPT
+    assert messages[2]["content"] == make_rows(1)[0]["answer"]
+    assert messages[-1]["content"] == "Last?"
+    assert "#### <number>" in gsm8k.SYSTEM_PROMPT
+
+
+def test_training_chat_is_the_zero_shot_chat_and_its_answer():
+    row = make_rows(1)[0]
+    messages = gsm8k.training_messages(row)
+    assert messages[:-1] == gsm8k.build_messages(row["question"], [])
+    # Calculator marks stay.
+    assert messages[-1] == {"role": "assistant", "content": "0 + 1 = <<0+1=1>>1\n#### 1"}
+
+
+# --- scoring --------------------------------------------------------------------------------------------------------
+
+# model output, finish reason -> outcome; the gold answer is 7
+OUTCOMES = [
+    ("3 + 4 = 7\n#### 7", "stop", "correct"),
+    ("#### 7\n\nQuestion: and now?\n#### 7.0", "length", "correct"),
+    ("#### 8", "stop", "wrong"),
+    ("#### 8", "length", "wrong"),
+    ("#### 8 apples in all  \n\n", "stop", "wrong"),
+    ("#### 8\nQuestion: and now?", "stop", "run-on"),
+    ("#### 7\n\nQuestion: and now?\nIt is 9.\n#### 9", "length", "run-on"),
+    ("#### 8\n####", "stop", "run-on"),
+    ("The answer is 7.", "stop", "no answer"),
+    ("The answer is", "length", "truncated"),
+    ("#### ", "length", "truncated"),
+    ("", "stop", "no answer"),
+    # A pipeline that kept no finish reason.
+    ("The answer is", None, "no answer"),
+]
+
+
+@pytest.mark.parametrize(("text", "finish_reason", "expected"), OUTCOMES)
+def test_outcome_is_one_of_five(text, finish_reason, expected):
+    row = {"model_output": text, "gold_answer": "3 + 4 = 7\n#### 7"}
+    if finish_reason:
+        row["finish_reason"] = finish_reason
+    assert gsm8k.score_row(row)["outcome"] == expected
+
+
+def test_score_reads_strictly_and_flexibly():
+    score = gsm8k.score_row({"model_output": "It is 7.", "gold_answer": "#### 7", "finish_reason": "stop"})
+    assert score == {
+        "parsed_final": None,
+        "correct": False,
+        "parsed_flexible": "7",
+        "correct_flexible": True,
+        "outcome": "no answer",
+    }
+
+
+def test_gold_answer_without_a_number_is_refused():
+    with pytest.raises(ValueError, match="gold answer of row 3 has no number"):
+        gsm8k.score_row({"id": 3, "model_output": "#### 7", "gold_answer": "seven"})
+
+
+COLUMNS = [
+    "id",
+    "question",
+    "gold_answer",
+    "model_output",
+    "parsed_final",
+    "correct",
+    "test_index",
+    "parsed_flexible",
+    "correct_flexible",
+    "outcome",
+    "finish_reason",
+    "num_prompt_tokens",
+    "num_output_tokens",
+    "protocol_hash",
+]
+
+
+def right_answer(messages):
+    number = int(messages[-1]["content"].split()[2])
+    return f"#### {number + 1}"
+
+
+def test_rows_come_back_in_order_with_their_columns(tmp_path):
+    generator = FakeGenerator(right_answer)
+    log = RowLog(tmp_path / "rows.jsonl", "protocol")
+    rows = gsm8k.evaluate(eval_rows(3), make_rows(2, start=50), generator, max_new_tokens=9, log=log)
+    assert [row["id"] for row in rows] == [0, 1, 2]
+    assert [row["test_index"] for row in rows] == [100, 101, 102]
+    assert list(rows[0]) == COLUMNS
+    assert all(row["correct"] and row["correct_flexible"] and row["outcome"] == "correct" for row in rows)
+    assert rows[0]["gold_answer"] == eval_rows(1)[0]["answer"]
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    (conversations,) = generator.asked
+    assert conversations[1] == gsm8k.build_messages("What is 1 + 1?", make_rows(2, start=50))
+
+
+def test_interrupted_evaluation_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        first = FakeGenerator(right_answer, stop_after=2)
+        gsm8k.evaluate(eval_rows(5), [], first, max_new_tokens=9, log=RowLog(path, "protocol"))
+    second = FakeGenerator(right_answer)
+    resumed = gsm8k.evaluate(eval_rows(5), [], second, max_new_tokens=9, log=RowLog(path, "protocol"))
+    assert [messages[-1]["content"] for messages in second.asked[0]] == [f"What is {n} + 1?" for n in range(3)]
+    unbroken = tmp_path / "unbroken.jsonl"
+    whole = gsm8k.evaluate(
+        eval_rows(5), [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(unbroken, "protocol")
+    )
+    assert resumed == whole
+    assert path.read_bytes() == unbroken.read_bytes()
+
+
+def test_finished_evaluation_asks_nothing(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    gsm8k.evaluate(eval_rows(2), [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(path, "protocol"))
+    again = FakeGenerator(right_answer)
+    gsm8k.evaluate(eval_rows(2), [], again, max_new_tokens=9, log=RowLog(path, "protocol"))
+    assert again.asked == []
+
+
+def test_row_file_of_other_questions_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    gsm8k.evaluate(eval_rows(2), [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(path, "protocol"))
+    others = list(reversed(eval_rows(2)))
+    with pytest.raises(ValueError, match="another question under id 0"):
+        gsm8k.evaluate(others, [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(path, "protocol"))
+
+
+def test_row_that_the_generator_lost_is_an_error(tmp_path):
+    class Forgetful(FakeGenerator):
+        def generate(self, conversations, *, max_new_tokens, on_completion=None):
+            super().generate(conversations[1:], max_new_tokens=max_new_tokens, on_completion=on_completion)
+
+    log = RowLog(tmp_path / "rows.jsonl", "protocol")
+    with pytest.raises(ArtifactError, match="1 rows are missing, the first 2"):
+        gsm8k.evaluate(eval_rows(3), [], Forgetful(lambda _: "#### 1"), max_new_tokens=9, log=log)
+
+
+def test_summary_counts_every_row_once():
+    texts = ["#### 7", "It is 7.", "#### 8", "#### 8\nQuestion: more?"]
+    rows = [{"model_output": text, "gold_answer": "#### 7", "num_output_tokens": n} for n, text in enumerate(texts)]
+    assert gsm8k.summarize(rows) == {
+        "n": 4,
+        "num_correct": 1,
+        "accuracy": 0.25,
+        "num_correct_flexible": 2,
+        "accuracy_flexible": 0.5,
+        "outcomes": {"correct": 1, "wrong": 1, "no answer": 1, "truncated": 0, "run-on": 1},
+        "mean_output_tokens": 1.5,
+    }
+
+
+def test_summary_does_not_believe_the_columns():
+    rows = [{"model_output": "#### 8", "gold_answer": "#### 7", "correct": True, "parsed_final": "7"}]
+    assert gsm8k.summarize(rows)["num_correct"] == 0
+    assert gsm8k.summarize(rows)["mean_output_tokens"] is None
+
+
+def test_summary_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="no rows to summarise"):
+        gsm8k.summarize([])
+
+
+# --- real rows, where they lie on this machine ----------------------------------------------------------------------
+
+
+def read_rows(variable, name):
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} is not set")
+    lines = Path(folder, name).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def test_earlier_run_scores_as_it_was_reported():
+    rows = read_rows("REFERENCE_DIR", "medium/gsm8k_preds_medium.jsonl")
+    summary = gsm8k.summarize(rows)
+    assert (summary["num_correct"], summary["n"]) == (143, 263)
+    for row in rows:
+        score = gsm8k.score_row(row)
+        assert (score["parsed_final"], score["correct"]) == (row["parsed_final"], row["correct"])
+
+
+@pytest.mark.parametrize(("split_name", "num_rows"), [("train", 7473), ("test", 1319)])
+def test_every_gold_answer_is_read_whole(split_name, num_rows):
+    rows = read_rows("ASSETS_DIR", f"gsm8k_{split_name}.jsonl")
+    assert len(rows) == num_rows
+    for row in rows:
+        written = row["answer"].rpartition("####")[2].strip()
+        assert gsm8k.extract_answer(row["answer"]) == written.replace(",", "")
+
+
+# --- boundary -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["gsm8k"])
+def test_scoring_never_imports_torch(module):
+    code = f"import sys; import lib.{module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
