@@ -1,17 +1,44 @@
-"""Models ready for use: device and dtype, the tokenizer and the one function that renders prompts.
+"""Models ready for use: device and dtype, tokenizer and prompts, the 4-bit base, the dense model of an evaluation.
 
 Takes folders on this machine and never looks for them (``assets`` does), knows nothing about data sets or scores.
+
+Training and evaluation must compute the same function. bitsandbytes on a CPU does not grant that: the first forward
+pass of a packed NF4 layer in eval mode re-packs its weights for another kernel, which moves logits by up to 0.9, and
+dequantising after it gives garbage. So nothing here evaluates packed weights: they are dequantised right after
+loading, before any forward pass, which equals the packed layers in train mode exactly, and the adapter is merged into
+those (into the original 16-bit weights it would not fit, see peft issue 2321 and transformers issue 31293).
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from lib.memory import free_memory_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICES = ("cpu", "cuda")
+QUANTIZATIONS = ("nf4", "none")
+GIB = 2**30
+# Packed NF4: half a byte a weight, and a little for the double-quantised block scales.
+NF4_BYTES_PER_WEIGHT = 0.52
+# Left free beside the weights when training keeps them dense: activations, optimizer and what else runs here.
+TRAINING_RESERVE_BYTES = 2 * GIB
 # Tried in this order where a tokenizer pads with its end-of-sequence token or with nothing.
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
@@ -166,3 +193,159 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     ids = set(declared) if isinstance(declared, list) else {declared}
     ids |= {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
     return sorted(ids - {None})
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
+    """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
+
+    Packed weights are for training only (module docstring); ``load_dense`` gives what is evaluated. Embeddings and
+    the output layer are never quantised.
+
+    Raises:
+        ModelError: an unknown quantization, or no safetensors weights in the folder.
+    """
+    _require_one_of("quantization", quantization, QUANTIZATIONS)
+    _weight_files(Path(folder))
+    with _quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=runtime.dtype,
+            device_map={"": runtime.device},
+            quantization_config=_nf4_config(runtime.dtype) if quantization == "nf4" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return model.requires_grad_(False)
+
+
+def load_dense(
+    folder: str | Path, runtime: Runtime, quantization: str, adapter_dir: str | Path | None = None
+) -> PreTrainedModel:
+    """The model that evaluation runs on: dense weights in the runtime's dtype, adapter merged, eval mode, frozen.
+
+    With ``nf4`` its weights are the dequantised 4-bit ones, so that it computes what QLoRA training optimised:
+    without an adapter exactly, with one up to the rounding of the merged weights to the dtype.
+
+    Raises:
+        ModelError: as ``load_base``, or an adapter that is not safetensors or does not fit the model.
+    """
+    model = _dequantize(load_base(folder, runtime, quantization))
+    if adapter_dir is not None:
+        model = _merge_adapter(model, Path(adapter_dir))
+    return model.eval().requires_grad_(False)
+
+
+def load_for_training(
+    folder: str | Path,
+    runtime: Runtime,
+    quantization: str,
+    *,
+    weights: Literal["auto", "dense", "packed"] = "auto",
+    say: Callable[[str], None] = print,
+) -> PreTrainedModel:
+    """The frozen base in train mode, ready for LoRA; says which weights it holds and why.
+
+    ``dense`` keeps the dequantised NF4 weights, the same function as ``packed`` without unpacking them in every
+    step, at 2 (bfloat16) instead of 0.52 bytes a weight; ``auto`` takes it wherever memory allows. With quantization
+    ``none`` weights are dense anyway.
+
+    Raises:
+        ModelError: as ``load_base``, or an unknown ``weights``.
+    """
+    _require_one_of("weights", weights, ("auto", "dense", "packed"))
+    choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)
+    say(f"weights: {reason}")
+    model = load_base(folder, runtime, quantization)
+    return (_dequantize(model) if choice == "dense" else model).train()
+
+
+def peak_memory_gib(device: str) -> float:
+    """Highest memory so far in GiB: allocated on the GPU, or resident of this whole process on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    # In KiB on Linux; it never falls again, so a notebook's number covers all that its kernel did.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def _nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Dense weights in place of packed ones, and nothing left that says the model is quantised; plain models as is."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    with _quiet_loading():
+        model = model.dequantize()
+    # transformers forgets this one; peft, accelerate and saving would still take the model for a packed one.
+    model.is_loaded_in_4bit = False
+    return model.requires_grad_(False)
+
+
+def _merge_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
+    path = adapter_dir / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: an adapter folder as peft saves it (safetensors) is needed")
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter_dir), torch_device=str(model.device))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the adapter in {adapter_dir} does not fit the base model: {error}") from error
+    # peft only warns of tensors that are missing or left over, and then evaluates an adapter that is partly random.
+    with safe_open(path, framework="pt") as stored:
+        difference = set(stored.keys()) ^ set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    if difference:
+        raise ModelError(f"{path} and the model differ in {len(difference)} tensors, first {min(difference)}")
+    # safe_merge refuses weights that are not finite.
+    return wrapped.merge_and_unload(safe_merge=True)
+
+
+def _choose_weights(folder: Path, runtime: Runtime, quantization: str, asked: str) -> tuple[str, str]:
+    if quantization != "nf4":
+        return "dense", "as they are (quantization: none)"
+    if asked != "auto":
+        return asked, f"NF4, {asked} (asked for)"
+    num_weights = _num_weights(folder)
+    need = num_weights * (runtime.dtype.itemsize + NF4_BYTES_PER_WEIGHT) + TRAINING_RESERVE_BYTES
+    free = free_memory_bytes(torch.device(runtime.device))
+    kind = "dense" if need <= free else "packed"
+    return kind, f"NF4, {kind} (dense needs {need / GIB:.1f} GiB with working space, {free / GIB:.1f} GiB are free)"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no model*.safetensors: only safetensors weights are loaded")
+    return files
+
+
+def _num_weights(folder: Path) -> int:
+    """Number of weights in the folder's files, read from their headers."""
+    count = 0
+    for path in _weight_files(folder):
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        shapes = (entry["shape"] for name, entry in header.items() if name != "__metadata__")
+        count += sum(torch.Size(shape).numel() for shape in shapes)
+    return count
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars and no advice while a model loads: both flood a filled notebook. Errors are raised anyway."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
