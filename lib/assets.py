@@ -75,7 +75,8 @@ class ModelSource:
     """A model or adapter that lies on this disk.
 
     Attributes:
-        identity: ``<hub id>@<commit>``, ``folder sha256:<12 hex>`` or ``bundled ...``: equal means equal weights.
+        identity: ``<hub id>@<commit>``, ``folder sha256:<12 hex>`` or ``bundled ...``; equal means that the same bytes
+            are loaded.
     """
 
     name: str
@@ -192,7 +193,9 @@ def _question_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise AssetError(f"{where}: not JSON ({error}): is the file cut off? Delete it or fetch it again") from None
+        # The decoder counts lines within this line: only its column helps.
+        said = str(error).replace("line 1 column", "column")
+        raise AssetError(f"{where}: not JSON ({said}): is the file cut off? Delete it or fetch it again") from None
     if not isinstance(row, dict):
         raise AssetError(f"{where}: a {type(row).__name__}; a JSON object with 'question' and 'answer' was expected")
     for column in QUESTION_COLUMNS:
@@ -658,7 +661,7 @@ def _check_safetensors(file: Path) -> None:
     try:
         tensors = json.loads(header)
         end = max((entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         end = -1
     if size != 8 + header_size + end:
         raise AssetError(f"{shown_path(file)} is not a whole safetensors file ({size} bytes): fetch it again")
@@ -679,7 +682,8 @@ def _resolve_bundled() -> ModelSource:
     folder = MODELS_DIR / BUNDLED_MODEL
     if not _is_converted(folder):
         _convert_once(_bundled_gguf(), folder)
-    return ModelSource(BUNDLED_MODEL, folder, f"bundled {BUNDLED_MODEL} sha256:{GGUF_SHA256[:12]}", "bundled")
+    made_from = f"gguf sha256:{GGUF_SHA256[:12]}, conversion {BUNDLED_NOTE['conversion']}"
+    return ModelSource(BUNDLED_MODEL, folder, f"bundled {BUNDLED_MODEL} ({made_from})", "bundled")
 
 
 def _is_converted(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,7 +147,7 @@ def test_changed_rows_name_file_hashes_and_remedy(place, project, tmp_path, publ
         ("", "is empty"),
         (" \n\n", "is empty"),
         ("<!DOCTYPE html><html>Moved</html>", "is a web page"),
-        (_jsonl(ROWS)[:-20], "line 2: not JSON"),
+        (_jsonl(ROWS)[:-20], r"line 2: not JSON \(Unterminated string starting at: column \d+ "),
         ('{"question": "a", "answer": "b"}\nnot json\n', "line 2: not JSON"),
         ('{"question": "a", "answer": "b"}\n\n[1]\n', "line 3: a list; a JSON object"),
         (
@@ -182,6 +183,13 @@ def test_own_folder_has_no_fixed_hash_but_a_recorded_one(tmp_path):
     assert (source.origin, source.sha256) == ("local folder", assets.content_sha256(ROWS))
     with pytest.raises(AssetUnavailable, match=r"allowed: 'openai/gsm8k', or a folder with gsm8k_test.jsonl"):
         assets.load_gsm8k("test", str(tmp_path / "mine"), offline=True)
+
+
+def test_own_small_set_is_named_as_the_projects(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "SANDBOX_DIR", tmp_path / "sandbox")
+    _write(tmp_path / "sandbox" / "gsm8k_train.jsonl", _jsonl(ROWS))
+    _, source = assets.load_gsm8k("train", str(tmp_path / "sandbox"), offline=True)
+    assert (source.origin, source.licence, source.home) == ("bundled", "Apache-2.0", "this project")
 
 
 def test_table_row_shows_no_home_folder(tmp_path):
@@ -542,6 +550,7 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
         ({"model.safetensors": None}, "has no weights"),
         ({"model.safetensors": None, "pytorch_model.bin": "x"}, r"has only pytorch_model.bin \(pickle, refused"),
         ({"model.safetensors": _safetensors()[:-1]}, "model.safetensors is not a whole safetensors file"),
+        ({"model.safetensors": _safetensors().replace(b"[0, 4]", b"[]    ")}, "is not a whole safetensors file"),
         ({"model.safetensors": b""}, "is not a whole safetensors file"),
         ({"model.safetensors": "version https://git-lfs.github.com/spec/v1\n"}, "is not a whole safetensors file"),
         (
@@ -607,13 +616,10 @@ def test_model_that_is_not_cached_and_offline_says_what_to_do(tmp_path, monkeypa
 
 @pytest.mark.parametrize("kind", ["GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"])
 def test_refusal_of_the_hub_is_one_message_without_the_token(kind, monkeypatch):
-    import httpx
     from huggingface_hub import errors
 
-    response = httpx.Response(401, request=httpx.Request("GET", "https://hub.invalid"))
-
     def refuse(*_: object, **__: object) -> None:
-        raise getattr(errors, kind)("401 for hf_secretTOKEN", response=response)
+        raise getattr(errors, kind)("401 for hf_secretTOKEN", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(AssetUnavailable, match=rf"cannot be had \[{kind}: 401 for \*\*\*.*set HF_TOKEN") as caught:
@@ -725,7 +731,10 @@ def test_bundled_model_is_converted_once(fake_conversion, project):
     first = assets.resolve_model("smollm2-135m-instruct")
     assert first == assets.resolve_model("smollm2-135m-instruct")
     assert len(fake_conversion) == 1
-    assert (first.identity, first.origin) == ("bundled smollm2-135m-instruct sha256:b179c9523d0e", "bundled")
+    assert (first.identity, first.origin) == (
+        "bundled smollm2-135m-instruct (gguf sha256:b179c9523d0e, conversion 1)",
+        "bundled",
+    )
     assert [path.name for path in (project / "models").iterdir()] == ["smollm2-135m-instruct"]
 
 
