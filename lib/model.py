@@ -11,6 +11,7 @@ those (into the original 16-bit weights it would not fit, see peft issue 2321 an
 
 import json
 import resource
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -294,17 +295,20 @@ def _merge_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel
     path = adapter_dir / "adapter_model.safetensors"
     if not path.is_file():
         raise ModelError(f"{path} is missing: an adapter folder as peft saves it (safetensors) is needed")
+    stored = load_file(path)
+    broken = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{path} holds values that are not finite, first in {broken[0]}; train it again")
     try:
-        wrapped = PeftModel.from_pretrained(model, str(adapter_dir), torch_device=str(model.device))
+        with _quiet_loading():
+            wrapped = PeftModel.from_pretrained(model, str(adapter_dir), torch_device=str(model.device))
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the adapter in {adapter_dir} does not fit the base model: {error}") from error
     # peft only warns of tensors that are missing or left over, and then evaluates an adapter that is partly random.
-    with safe_open(path, framework="pt") as stored:
-        difference = set(stored.keys()) ^ set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+    difference = stored.keys() ^ get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     if difference:
         raise ModelError(f"{path} and the model differ in {len(difference)} tensors, first {min(difference)}")
-    # safe_merge refuses weights that are not finite.
-    return wrapped.merge_and_unload(safe_merge=True)
+    return wrapped.merge_and_unload()
 
 
 def _choose_weights(folder: Path, runtime: Runtime, quantization: str, asked: str) -> tuple[str, str]:
@@ -344,7 +348,9 @@ def _quiet_loading() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
+from lib import artifacts
 from lib import model as models
 
+BUNDLED = artifacts.PROJECT_ROOT / "data" / "models" / "smollm2-135m-instruct"
 TOKENIZERS = os.environ.get("TOKENIZERS_DIR", "")
 needs_tokenizers = pytest.mark.skipif(not TOKENIZERS, reason="TOKENIZERS_DIR names no folder with qwen2.5 and qwen3")
 
@@ -128,3 +133,164 @@ def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(models.ModelError, match="no CUDA GPU"):
         models.resolve_runtime("cuda")
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+BFLOAT16 = models.Runtime("cpu", torch.bfloat16, "test")
+FLOAT32 = models.Runtime("cpu", torch.float32, "test")
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    return save_adapter(folder, tmp_path_factory.mktemp("adapter"))
+
+
+def save_adapter(folder, path, scale=0.1):
+    """An adapter whose B is not zero, as after training."""
+    torch.manual_seed(1)
+    base = models.load_base(folder, FLOAT32, "none")
+    wrapped = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    wrapped.save_pretrained(path, save_embedding_layers=False)
+    return path
+
+
+def tokens(model):
+    return torch.randint(0, model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=tokens(model)).logits.float()
+
+
+def training_logits(folder, runtime, adapter):
+    """What QLoRA training computes: packed weights in train mode, the adapter beside them."""
+    base = models.load_base(folder, runtime, "nf4")
+    return logits(PeftModel.from_pretrained(base, str(adapter)).train() if adapter else base.train())
+
+
+@pytest.mark.parametrize("runtime", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_logits_equal_packed_training_logits_exactly(tmp_path, family, runtime):
+    folder = save_tiny_model(tmp_path, family)
+    dense = models.load_dense(folder, runtime, "nf4")
+    assert torch.equal(logits(dense), training_logits(folder, runtime, None))
+
+
+def test_merged_logits_equal_training_logits_in_float32(folder, adapter):
+    trained = training_logits(folder, FLOAT32, adapter)
+    merged = logits(models.load_dense(folder, FLOAT32, "nf4", adapter))
+    torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
+    assert (trained - training_logits(folder, FLOAT32, None)).std() > 0.5, "the adapter of this test does something"
+
+
+def assert_merging_costs_no_more_than_the_dtype(folder, adapter):
+    """bfloat16 moves logits by itself; those of the merged model may not be further from float32 than training's."""
+    exact = training_logits(folder, FLOAT32, adapter)
+    trained = training_logits(folder, BFLOAT16, adapter)
+    merged = logits(models.load_dense(folder, BFLOAT16, "nf4", adapter))
+    assert (merged - exact).std() < 1.5 * (trained - exact).std()
+
+
+def test_merging_rounds_no_more_than_bfloat16_does(folder, adapter):
+    assert_merging_costs_no_more_than_the_dtype(folder, adapter)
+
+
+@pytest.mark.skipif(not (BUNDLED / "config.json").exists(), reason="the bundled model is not converted yet")
+def test_the_bundled_model_is_evaluated_as_it_is_trained(tmp_path):
+    dense = models.load_dense(BUNDLED, BFLOAT16, "nf4")
+    assert torch.equal(logits(dense), training_logits(BUNDLED, BFLOAT16, None))
+    assert_merging_costs_no_more_than_the_dtype(BUNDLED, save_adapter(BUNDLED, tmp_path, scale=0.02))
+
+
+def test_without_quantization_the_adapter_merges_into_the_plain_weights(folder, adapter):
+    plain = PeftModel.from_pretrained(models.load_base(folder, FLOAT32, "none"), str(adapter))
+    merged = models.load_dense(folder, FLOAT32, "none", adapter)
+    torch.testing.assert_close(logits(merged), logits(plain.eval()), rtol=1e-4, atol=1e-4)
+
+
+def test_the_dense_model_is_plain_frozen_and_in_eval_mode(folder, adapter, tmp_path):
+    model = models.load_dense(folder, BFLOAT16, "nf4", adapter)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert not getattr(model, "is_quantized", False) and not getattr(model, "is_loaded_in_4bit", False)
+    assert getattr(model.config, "quantization_config", None) is None
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    # It saves, and loads again, as any plain model does.
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(models.load_dense(tmp_path, BFLOAT16, "none")), logits(model))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_and_output_layer_are_not_quantised(tmp_path, tied):
+    model = models.load_base(save_tiny_model(tmp_path, tied=tied), BFLOAT16, "nf4")
+    assert type(model.lm_head) is torch.nn.Linear
+    assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert len(packed) == 2 * len(LINEARS)
+
+
+def test_training_keeps_the_weights_dense_where_memory_allows(folder, monkeypatch):
+    said = []
+    assert type(models.load_for_training(folder, BFLOAT16, "nf4", say=said.append).model.layers[0].mlp.up_proj) is (
+        torch.nn.Linear
+    )
+    monkeypatch.setattr(models, "free_memory_bytes", lambda device: 2**30)
+    packed = models.load_for_training(folder, BFLOAT16, "nf4", say=said.append)
+    assert packed.is_quantized and packed.training
+    assert "NF4, dense (dense needs 2.0 GiB" in said[0] and "NF4, packed" in said[1] and "1.0 GiB are free" in said[1]
+
+
+def test_an_adapter_that_does_not_fit_is_refused(folder, adapter, tmp_path):
+    with pytest.raises(models.ModelError, match=r"adapter_model\.safetensors is missing"):
+        models.load_dense(folder, FLOAT32, "none", tmp_path)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    # peft itself would warn, and evaluate a layer's random A with B = 0.
+    save_file(dict(list(tensors.items())[2:]), tmp_path / "adapter_model.safetensors")
+    with pytest.raises(models.ModelError, match="differ in 2 tensors"):
+        models.load_dense(folder, FLOAT32, "none", tmp_path)
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, tmp_path / "nan")
+    (tmp_path / "nan").rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(models.ModelError, match="not finite"):
+        models.load_dense(folder, FLOAT32, "none", tmp_path)
+
+
+def test_only_safetensors_weights_are_loaded(tmp_path):
+    with pytest.raises(models.ModelError, match="only safetensors"):
+        models.load_base(tmp_path, FLOAT32, "none")
+    with pytest.raises(models.ModelError, match="allowed: nf4, none"):
+        models.load_base(tmp_path, FLOAT32, "int8")
+
+
+def test_stop_ids_are_those_of_model_tokenizer_and_template(folder):
+    model, tokenizer = models.load_base(folder, FLOAT32, "none"), models.load_tokenizer(folder)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config.eos_token_id = [7, 3]
+    assert models.stop_token_ids(model, tokenizer) == sorted([3, 7, end])
+    model.generation_config.eos_token_id = None
+    assert models.stop_token_ids(model, tokenizer) == [end]
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(models.ModelError, match="chat template"):
+        models.load_tokenizer(tmp_path)
+
+
+def test_peak_memory_is_in_gib(folder):
+    assert 0.05 < models.peak_memory_gib("cpu") < 64
