@@ -511,7 +511,7 @@ def test_every_gold_answer_is_read_whole(split_name, num_rows):
 # --- boundary -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["gsm8k", "safety"])
+@pytest.mark.parametrize("module", ["gsm8k", "safety", "stats"])
 def test_scoring_never_imports_torch(module):
     code = f"import sys; import lib.{module}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,267 @@
+"""Intervals and paired tests for rates over rows.
+
+Knows counts and true/false outcomes, nothing about what they measure. Duplicate rows (the same prompt twice) are not
+independent: what they would make too sure of itself takes clusters. An interval and a test are different methods and
+can disagree at the edge: call a difference shown only where both say so.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+
+def wilson_interval(successes: float, total: float, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a rate (1927), as statsmodels computes it.
+
+    It stays inside [0, 1] and has a width at 0 of n and n of n, where the normal interval has none.
+
+    Args:
+        successes: 0 to ``total``; both may be effective numbers, see ``effective_size``.
+        total: above 0.
+        level: confidence, in (0, 1).
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    _check_share("level", level)
+    if total <= 0 or not 0 <= successes <= total:
+        raise ValueError(f"successes is {successes} and total is {total}; allowed: total above 0, successes 0 to total")
+    low, high = proportion_confint(successes, total, alpha=1 - level, method="wilson")
+    return float(low), float(high)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{name} is {value}; allowed: above 0, below 1")
+
+
+def effective_size(clusters: Sequence[Hashable]) -> float:
+    """Independent rows that ``clusters`` are worth: n / deff = n² / Σ m², for clusters of m rows (Kish 1965).
+
+    The design effect is the one for full correlation within a cluster, 1 + (m - 1): greedy decoding gives copies of a
+    prompt the same answer. For 216 prompts that stand once and 12 that stand twice it is 218.2.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not clusters:
+        raise ValueError("clusters is empty; allowed: one name for each row, at least one row")
+    sizes = Counter(clusters).values()
+    return len(clusters) ** 2 / sum(size**2 for size in sizes)
+
+
+def clustered_wilson_interval(
+    outcomes: Sequence[bool], clusters: Sequence[Hashable], level: float = 0.95
+) -> tuple[float, float]:
+    """Wilson's interval for the share of true ``outcomes`` with the effective number of rows in place of n.
+
+    Recommended for clustered rows in Franco, Little, Louis, Slud 2019 (J. Surv. Stat. Methodol. 7, 334-364), there with
+    a design effect from the data; ours is fixed beforehand, see ``effective_size``.
+
+    Args:
+        outcomes: one per row.
+        clusters: each row's cluster, for example its prompt.
+        level: confidence, in (0, 1).
+
+    Raises:
+        ValueError: the lengths differ, or there are no rows.
+    """
+    _check_pairs("outcomes", outcomes, "clusters", clusters)
+    size = effective_size(clusters)
+    return wilson_interval(float(np.mean(outcomes)) * size, size, level)
+
+
+def _check_pairs(name_a: str, a: Sequence[object], name_b: str, b: Sequence[object]) -> None:
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"{name_a} holds {len(a)} and {name_b} {len(b)} values; allowed: equal numbers, at least 1")
+
+
+# --- two runs on the same rows --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Two runs on the same rows: rows that only one of them gets right, and what follows.
+
+    ``difference`` is rate(a) - rate(b) in [-1, 1], ``low`` and ``high`` its interval, ``p_value`` the exact test that
+    neither run is better.
+    """
+
+    only_a: int
+    only_b: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+
+def paired_test(
+    a: Sequence[bool], b: Sequence[bool], level: float = 0.95, clusters: Sequence[Hashable] | None = None
+) -> PairedTest:
+    """Exact McNemar test and Tango's score interval for two runs on the same rows.
+
+    With ``clusters`` the test flips whole clusters (exact too) and the interval counts effective rows.
+
+    Args:
+        a: outcomes of one run, one per row.
+        b: outcomes of the other run on the same rows, in the same order.
+        level: confidence, in (0, 1).
+        clusters: each row's cluster, for example its prompt; None when every row stands for itself.
+
+    Raises:
+        ValueError: the lengths differ, there are no rows, or ``level`` is out of range.
+    """
+    _check_pairs("a", a, "b", b)
+    clusters = range(len(a)) if clusters is None else clusters
+    _check_pairs("a", a, "clusters", clusters)
+    differences = [bool(x) - bool(y) for x, y in zip(a, b, strict=True)]
+    only_a, only_b = differences.count(1), differences.count(-1)
+    share = effective_size(clusters) / len(a)
+    low, high = paired_interval(only_a * share, only_b * share, len(a) * share, level)
+    return PairedTest(only_a, only_b, (only_a - only_b) / len(a), low, high, _sign_flip_p(differences, clusters))
+
+
+def mcnemar_p(only_a: int, only_b: int) -> float:
+    """Two-sided exact McNemar test: the discordant rows fall to either run like a coin (1.0 when there are none)."""
+    if only_a + only_b == 0:
+        return 1.0
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+
+
+def _sign_flip_p(differences: Sequence[int], clusters: Sequence[Hashable]) -> float:
+    """Exact two-sided test that flips the sign of whole clusters, as Fisher did; McNemar's when each is one row."""
+    sums: dict[Hashable, int] = defaultdict(int)
+    for difference, cluster in zip(differences, clusters, strict=True):
+        sums[cluster] += difference
+    sizes = [abs(total) for total in sums.values() if total]
+    if max(sizes, default=1) == 1:
+        return mcnemar_p(sum(total > 0 for total in sums.values()), sum(total < 0 for total in sums.values()))
+    # Distribution of the sum of all clusters with coin-flip signs, shifted to start at 0.
+    chances = np.ones(1)
+    for size in sizes:
+        coin = np.zeros(2 * size + 1)
+        coin[[0, -1]] = 0.5
+        chances = np.convolve(chances, coin)
+    reached = np.abs(np.arange(len(chances)) - sum(sizes)) >= abs(sum(sums.values()))
+    return min(1.0, float(chances[reached].sum()))
+
+
+def paired_interval(only_a: float, only_b: float, total: float, level: float = 0.95) -> tuple[float, float]:
+    """Tango's asymptotic score interval for a difference of paired rates, (only_a - only_b) / total.
+
+    The interval holds every difference that the score test does not reject, so that it leaves out 0 exactly where
+    McNemar's test without continuity correction rejects. Source: Tango 1998 (Stat. Med. 17, 891-908), recommended in
+    Fagerland, Lydersen, Laake 2014 (Stat. Med. 33, 2850-2875).
+
+    Args:
+        only_a: rows that only the first run gets right; may be an effective number, as may the other two.
+        only_b: rows that only the second run gets right.
+        total: all rows, above 0.
+        level: confidence, in (0, 1).
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    _check_share("level", level)
+    # A rounding error's leeway: effective numbers are fractions.
+    if total <= 0 or min(only_a, only_b) < 0 or only_a + only_b > total * (1 + 1e-12):
+        raise ValueError(
+            f"only_a is {only_a}, only_b {only_b}, total {total}; allowed: 0 or more, together up to total"
+        )
+    critical = stats.norm.ppf((1 + level) / 2) ** 2
+
+    def excess(difference: float) -> float:
+        return _squared_score(only_a, only_b, total, difference, critical)
+
+    estimate = (only_a - only_b) / total
+    low = _root(excess, estimate, -1.0)
+    return low, _root(excess, estimate, 1.0)
+
+
+def _squared_score(only_a: float, only_b: float, total: float, difference: float, critical: float) -> float:
+    """Squared score minus its critical value, both times the variance: below 0 inside the interval.
+
+    The variance holds the share of ``only_b`` that is likeliest under ``difference``, the larger root of
+    2n q² + linear q - only_b d (1 - d) = 0 (Tango's equation 26).
+    """
+    linear = (2 * total - only_a + only_b) * difference - only_a - only_b
+    constant = only_b * difference * (1 - difference)
+    # Never below 0 but for rounding.
+    discriminant = max(0.0, linear**2 + 8 * total * constant)
+    share_b = (math.sqrt(discriminant) - linear) / (4 * total)
+    variance = total * (2 * share_b + difference * (1 - difference))
+    return (only_a - only_b - total * difference) ** 2 - critical * variance
+
+
+def _root(function: Callable[[float], float], estimate: float, end: float) -> float:
+    # The estimate itself is a root where no row or every row is discordant: start a hair beside it.
+    start = estimate + 1e-12 * end
+    if abs(start) >= 1 or function(end) <= 0:
+        return end
+    return float(optimize.brentq(function, start, end, xtol=1e-14))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979), in the order given: each holds for its comparison when all are looked at."""
+    if not p_values:
+        return []
+    return multipletests(list(p_values), method="holm")[1].tolist()
+
+
+# --- what a number of rows can show ---------------------------------------------------------------------------------
+
+
+def minimum_detectable_difference(
+    total: int, discordant_share: float, power: float = 0.8, level: float = 0.95
+) -> float | None:
+    """Smallest true difference that the exact McNemar test on ``total`` rows finds with probability ``power``.
+
+    The power is computed exactly, over the binomial number of discordant rows and their split. Where the difference is
+    larger than ``discordant_share``, all discordant rows are on one side and their share is the difference.
+
+    Args:
+        total: rows that both runs answered.
+        discordant_share: share of the rows that just one of them gets right, in [0, 1].
+        power: in (0, 1).
+        level: 1 - the test's significance level, in (0, 1).
+
+    Returns:
+        The difference of the two rates in (0, 1], or None where none, however large, would be found so often.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    _check_share("power", power)
+    _check_share("level", level)
+    if total < 1 or not 0 <= discordant_share <= 1:
+        raise ValueError(
+            f"total is {total} and discordant_share is {discordant_share}; allowed: at least 1, and 0 to 1"
+        )
+
+    def shortfall(difference: float) -> float:
+        return power - mcnemar_power(total, max(discordant_share, difference), difference, level)
+
+    if shortfall(1.0) > 0:
+        return None
+    return float(optimize.brentq(shortfall, 0.0, 1.0, xtol=1e-9))
+
+
+def mcnemar_power(total: int, discordant_share: float, difference: float, level: float = 0.95) -> float:
+    """Probability that the exact McNemar test rejects, for a true ``difference`` up to ``discordant_share``."""
+    if discordant_share == 0:
+        return 0.0
+    num_discordant = np.arange(total + 1)
+    # The largest smaller side at which the test still rejects; -1 where even none is not enough.
+    alpha = 1 - level
+    largest = stats.binom.ppf(alpha / 2, num_discordant, 0.5)
+    largest -= stats.binom.cdf(largest, num_discordant, 0.5) > alpha / 2
+    chance_a = (discordant_share + difference) / (2 * discordant_share)
+    rejects = stats.binom.cdf(largest, num_discordant, chance_a)
+    rejects += stats.binom.sf(num_discordant - largest - 1, num_discordant, chance_a)
+    return float(np.sum(stats.binom.pmf(num_discordant, total, discordant_share) * rejects))
