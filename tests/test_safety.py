@@ -341,12 +341,14 @@ def test_interrupted_judging_goes_on_where_it_was(tmp_path):
     assert third.asked == []
 
 
-def test_verdict_on_another_response_is_refused(tmp_path):
+def test_verdict_on_another_response_or_by_other_rules_is_refused(tmp_path):
     path = tmp_path / "s.jsonl"
     judge(responses(2), FakeGenerator(lambda _: [0.8, 0.2]), path)
     others = [{**row, "response": "Another."} for row in responses(2)]
     with pytest.raises(ValueError, match="another response under id 0"):
         judge(others, FakeGenerator(lambda _: [0.8, 0.2]), path)
+    with pytest.raises(ValueError, match="another judge_prompt_hash under id 0"):
+        judge(responses(2), FakeGenerator(lambda _: [0.8, 0.2]), path, guidelines="Other rules.")
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
