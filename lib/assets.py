@@ -672,7 +672,8 @@ def _bare_name(model: str) -> str:
     parts = model.replace("\\", "/").rstrip("/").split("/")
     cached = [part for part in parts if part.startswith("models--")]
     name = cached[-1].rsplit("--", 1)[-1] if cached else parts[-1].rsplit("__", 1)[-1]
-    return name.lower()
+    # The hub's ready-made NF4 copies hold the same weights; adapters trained on one name the copy.
+    return re.sub(r"(-unsloth)?-bnb-4bit$", "", name.lower())
 
 
 # --- the bundled model ------------------------------------------------------------------------------------------------

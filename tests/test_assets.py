@@ -646,6 +646,8 @@ def _adapter_folder(
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
         ("/brought/models/Qwen__Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"),
         ("/c/hub/models--Qwen--Qwen2.5-1.5B-Instruct/snapshots/c0ffee", "Qwen/Qwen2.5-1.5B-Instruct"),
+        ("unsloth/qwen2.5-1.5b-instruct-unsloth-bnb-4bit", "Qwen/Qwen2.5-1.5B-Instruct"),
+        ("unsloth/Qwen2.5-1.5B-Instruct-bnb-4bit", "Qwen/Qwen2.5-1.5B-Instruct"),
     ],
 )
 def test_adapter_of_the_same_base_is_taken(trained_on, run_on, tmp_path):
