@@ -288,8 +288,8 @@ def judge(
         and ``judge_prompt_hash``, in the order of ``rows``, as they stand in the file.
 
     Raises:
-        ValueError: context or mode is unknown, ``log`` holds a verdict on another text or by another judge prompt under a
-            row's id, or the generator's probabilities are none.
+        ValueError: context or mode is unknown, ``log`` holds a verdict on another text, or by another judge prompt,
+            under a row's id, or the generator's probabilities are none.
     """
     prompt_hash = judge_prompt_hash(guidelines, context, mode)
     asked = [{**row, "judge_prompt_hash": prompt_hash} for row in rows]
