@@ -301,6 +301,8 @@ def _is_done(position: int, row: Row, log: "RowLog") -> bool:
         return False
     if (kept["question"], kept["gold_answer"]) != (row["question"], row["answer"]):
         raise ValueError(f"the row file holds another question under id {position}; delete it, or hash its rows too")
+    # Scored again from its text: the rules that read an answer may be newer than the kept row.
+    log.rows[position] = {**kept, **score_row(kept)}
     return True
 
 

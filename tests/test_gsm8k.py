@@ -436,6 +436,16 @@ def test_finished_evaluation_asks_nothing(tmp_path):
     assert again.asked == []
 
 
+def test_kept_row_is_scored_again_from_its_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    gsm8k.evaluate(eval_rows(2), [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(path, "protocol"))
+    before = path.read_text()
+    path.write_text(before.replace('"correct": true', '"correct": false'))
+    again = FakeGenerator(right_answer)
+    rows = gsm8k.evaluate(eval_rows(2), [], again, max_new_tokens=9, log=RowLog(path, "protocol"))
+    assert all(row["correct"] for row in rows) and path.read_text() == before
+
+
 def test_row_file_of_other_questions_is_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     gsm8k.evaluate(eval_rows(2), [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(path, "protocol"))
