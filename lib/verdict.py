@@ -535,10 +535,11 @@ def find_flips(before_rows: Sequence[Row], after_rows: Sequence[Row], axis: str)
     for before, after in pair_rows(before_rows, after_rows, axis):
         change = outcome(before), outcome(after)
         if change[0] != change[1]:
-            groups.setdefault(change, []).append(_row_id(after))
+            groups.setdefault(change, []).append(row_id(after))
     flips = [Flip(*change, sorted(ids)) for change, ids in groups.items()]
     return sorted(flips, key=lambda flip: (-len(flip.ids), flip.before, flip.after))
 
 
-def _row_id(row: Row) -> int:
+def row_id(row: Row) -> int:
+    """``test_index`` where it is known, else the row's position ``id``."""
     return row["id"] if row.get("test_index") is None else row["test_index"]
