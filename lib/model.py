@@ -210,7 +210,7 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
     """
     _require_one_of("quantization", quantization, QUANTIZATIONS)
     _weight_files(Path(folder))
-    with _quiet_loading():
+    with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=runtime.dtype,
@@ -284,7 +284,7 @@ def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
     """Dense weights in place of packed ones, and nothing left that says the model is quantised; plain models as is."""
     if not getattr(model, "is_quantized", False):
         return model
-    with _quiet_loading():
+    with quiet_loading():
         model = model.dequantize()
     # transformers forgets this one; peft, accelerate and saving would still take the model for a packed one.
     model.is_loaded_in_4bit = False
@@ -300,7 +300,7 @@ def _merge_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel
     if broken:
         raise ModelError(f"{path} holds values that are not finite, first in {broken[0]}; train it again")
     try:
-        with _quiet_loading():
+        with quiet_loading():
             wrapped = PeftModel.from_pretrained(model, str(adapter_dir), torch_device=str(model.device))
     except (RuntimeError, ValueError) as error:
         raise ModelError(f"the adapter in {adapter_dir} does not fit the base model: {error}") from error
@@ -342,7 +342,7 @@ def _num_weights(folder: Path) -> int:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No progress bars and no advice while a model loads: both flood a filled notebook. Errors are raised anyway."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -1,0 +1,236 @@
+"""Training rows as one unpadded sequence: attention row by row, LoRA in the compute dtype, loss where labels are.
+
+The plain way pads a batch to its longest row, computes logits for every token and casts activations to float32 and
+back around each adapter. Here the rows of a micro-batch stand end to end, so no linear layer works on padding and no
+mask is needed: attention takes one row at a time. The function is the same, up to rounding; ``sft`` checks that
+against transformers' own loss before it trains. Plugged in through transformers' attention interface and peft's
+custom layers, no model is patched. Knows nothing about optimizers, checkpoints or chat templates.
+
+Letters in shapes: N tokens of a micro-batch, T tokens of a row, S supervised tokens, H query heads, K key/value heads,
+D head size, C hidden size, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+ATTENTION_NAME = "packed_rows"
+IGNORED_LABEL = -100
+# Scores of longer rows are too large to keep for the backward pass; torch's own kernel recomputes them.
+LONGEST_ROW_WITH_KEPT_SCORES = 1024
+# Float32 logits at a time, in elements: on a CPU they should stay in its last cache.
+LOSS_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+# Relative difference up to which a loss counts as transformers' own, by the dtype of the weights.
+LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
+
+Example = Mapping[str, list[int]]
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows end to end. Row i's label at position p is predicted from the token at p - 1 of the same row."""
+
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N), each row counts from 0
+    row_lengths: list[int]  # sums to N
+    predict_index: Tensor  # (S,) position among N whose next token is supervised
+    targets: Tensor  # (S,) that next token
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.row_lengths)
+
+
+def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedRows:
+    """Packs rows of ``{"input_ids", "labels"}`` (equally long lists, labels -100 where nothing is to be learnt)."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    # The first label of a row has nothing before it; without this it would be predicted from the row before.
+    labels = torch.tensor([label for row in examples for label in [IGNORED_LABEL, *row["labels"][1:]]], device=device)
+    supervised = torch.nonzero(labels != IGNORED_LABEL).squeeze(1)
+    return PackedRows(
+        input_ids=torch.tensor([[token for row in examples for token in row["input_ids"]]], device=device),
+        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
+        row_lengths=lengths,
+        predict_index=supervised - 1,
+        targets=labels[supervised],
+    )
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    row_lengths: list[int],
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row; what transformers calls in place of its own.
+
+    Args:
+        query: (1, H, N, D); ``key`` and ``value`` are (1, K, N, D).
+        row_lengths: handed through by the model's forward.
+
+    Returns:
+        (1, N, H, D), and no attention weights.
+
+    Raises:
+        ValueError: attention that this does not compute: dropout, or a window shorter than a row.
+    """
+    if dropout or (sliding_window is not None and max(row_lengths) > sliding_window):
+        raise ValueError(f"packed rows know no attention dropout ({dropout}) and no sliding window ({sliding_window})")
+    attend = _attend_keeping_scores if _keeps_scores(query, row_lengths) else _attend_by_torch
+    rows = zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True)
+    return torch.cat([attend(module, *row, scaling) for row in rows], dim=1), None
+
+
+def _keeps_scores(query: Tensor, row_lengths: list[int]) -> bool:
+    # On a CPU, torch's fused kernel takes three times as long in bfloat16 (forward and backward, 230 tokens).
+    plain_wins = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    return plain_wins and max(row_lengths) <= LONGEST_ROW_WITH_KEPT_SCORES
+
+
+def _attend_by_torch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0]
+
+
+def _attend_keeping_scores(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """One row; the query heads that share a key head are one batch of G * T queries, so keys are never repeated."""
+    _, num_heads, length, size = query.shape
+    num_groups = key.shape[1]
+    future = _future_mask(query.dtype)[:length, :length].repeat(num_heads // num_groups, 1)
+    queries = query.reshape(num_groups, -1, size)
+    scores = torch.baddbmm(future.expand(num_groups, -1, -1), queries, key[0].transpose(1, 2), alpha=scaling)
+    # softmax sums in float32 inside, so rounding its output is all that bfloat16 costs.
+    mixed = torch.bmm(scores.softmax(dim=-1), value[0])
+    return mixed.view(1, num_heads, length, size).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _future_mask(dtype: torch.dtype) -> Tensor:
+    size = LONGEST_ROW_WITH_KEPT_SCORES
+    return torch.full((size, size), -torch.inf, dtype=dtype).triu(1)
+
+
+AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Sets the attention of a model, by the name it is registered under, for the time of a ``with``."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+class ComputeDtypeLoraLinear(LoraLinear):
+    """peft's LoRA layer with float32 adapter weights whose products run in the dtype of the activations.
+
+    What autocast computes too, without casting the input to float32 and back, and with one addition in place of a
+    scaling and an addition over the whole output.
+    """
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            down = F.linear(self.lora_dropout[name](x), self.lora_A[name].weight.to(x.dtype))
+            up = self.lora_B[name].weight.to(x.dtype)
+            flat = torch.addmm(result.flatten(0, -2), down.flatten(0, -2), up.t(), alpha=self.scaling[name])
+            result = flat.view_as(result)
+        return result
+
+
+# --- loss ---------------------------------------------------------------------------------------------------------
+
+
+def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:
+    """Sum over the supervised tokens of their cross-entropy, as a float32 scalar with gradient.
+
+    Args:
+        model: the causal language model whose layers hold the adapters, set to the attention ``ATTENTION_NAME``.
+    """
+    outputs = model.base_model(
+        input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, row_lengths=rows.row_lengths
+    )
+    hidden = outputs.last_hidden_state[0].index_select(0, rows.predict_index)
+    return _LinearCrossEntropy.apply(hidden, model.get_output_embeddings().weight, rows.targets)
+
+
+@torch.random.fork_rng()
+@torch.no_grad()
+def check_loss(model: PreTrainedModel, example: Example) -> None:
+    """Compares the packed loss of one row with transformers' own, so that no model with unusual logits slips through.
+
+    Args:
+        model: in train mode; adapters are fresh (B = 0), so that their dropout does not show.
+
+    Raises:
+        ValueError: the two differ by more than the dtype explains.
+    """
+    rows = pack_rows([example], model.device)
+    ours = supervised_loss(model, rows).item() / len(rows.targets)
+    labels = torch.tensor([example["labels"]], device=model.device)
+    with attention(model, "sdpa"):
+        plain = model(input_ids=rows.input_ids, labels=labels, use_cache=False).loss.item()
+    # A loss that is not finite cannot be compared; training stops at its first step and says so.
+    if math.isfinite(plain) and abs(ours - plain) > LOSS_TOLERANCE[model.dtype] * max(1.0, abs(plain)):
+        raise ValueError(
+            f"loss of the first row is {ours:.5f} packed and {plain:.5f} plain: this model kind is unknown"
+        )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of ``hidden @ weight.T`` against ``targets``, summed, with a frozen ``weight``.
+
+    The gradient with respect to ``hidden`` is made in the forward pass, chunk by chunk, so that no logits are kept.
+    As in the plain way, logits come out of the product in the compute dtype and go on in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        gradient = torch.empty_like(hidden)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        size = max(1, LOSS_CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
+        for start in range(0, len(hidden), size):
+            chunk = slice(start, start + size)
+            log_p = torch.log_softmax(hidden[chunk] @ weight.t(), dim=-1, dtype=torch.float32)
+            column = targets[chunk, None]
+            total -= log_p.gather(1, column).sum()
+            # d loss / d logits = p - 1 at the target, p elsewhere.
+            p = log_p.exp_()
+            p.scatter_add_(1, column, torch.full_like(column, -1, dtype=p.dtype))
+            gradient[chunk] = p.to(hidden.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient.dtype), None, None

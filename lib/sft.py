@@ -1,0 +1,634 @@
+"""Supervised fine-tuning with LoRA: assistant-only labels, transformers' Trainer, resume that equals an unbroken run.
+
+An optimizer step is one item of the Trainer's data set: its rows are drawn by a seeded shuffle of each epoch, and
+``train_batch_size * gradient_accumulation_steps`` of them make a step. How they are cut into micro-batches is a matter
+of memory and speed alone: rows are packed without padding (``packed``), and the loss is divided by the supervised
+tokens of the whole step, so that no cut changes the update (transformers PR 34191). Knows nothing about GSM8K.
+
+Written to ``output_dir``: ``adapter/`` (plain peft safetensors), ``checkpoints/checkpoint-N/``,
+``training_log.jsonl`` (a row a step) and, last, ``training.json``: it exists only when training is complete.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from lib.artifacts import read_json, read_jsonl, sha256_file, sha256_json, write_json, write_jsonl
+from lib.memory import free_memory_bytes
+from lib.model import Message, end_of_turn_id, peak_memory_gib, quiet_loading, render_completion
+from lib.packed import (
+    ATTENTION_NAME,
+    IGNORED_LABEL,
+    ComputeDtypeLoraLinear,
+    Example,
+    attention,
+    check_loss,
+    pack_rows,
+    supervised_loss,
+)
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# More tokens at a time are no faster on a CPU (measured, 135M weights) and fall out of its caches.
+MOST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+# Of the free memory, what activations kept for the backward pass may take; the rest is for what comes and goes.
+ACTIVATION_SHARE = 0.5
+SECONDS_BETWEEN_LINES = 20.0
+COMPLETE = "complete.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class TrainingError(Exception):
+    """Rows that cannot be trained on, or a training that went wrong; the text says which and what to do."""
+
+
+class RowTooLong(TrainingError):
+    """A row has more tokens than ``max_seq_length``; nothing of it is cut away."""
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows ready for training, and what became of the others."""
+
+    examples: list[Example]  # {"input_ids", "labels"}
+    kept: list[int]  # row number of each example, from 0
+    too_long: list[int]  # row numbers that were left out
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(example["input_ids"]) for example in self.examples)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return sum(map(num_supervised, self.examples))
+
+
+def encode_row(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_seq_length: int) -> Example:
+    """Tokens and labels of a conversation that ends in the answer to learn.
+
+    Labelled are the answer's tokens and the token that ends its turn, so that the model learns to stop; everything
+    before has the label -100. What a template adds after the end of the turn (a line break) is left out: it is never
+    generated, and no label looks back on it.
+
+    Returns:
+        ``{"input_ids", "labels"}``, equally long.
+
+    Raises:
+        RowTooLong: more than ``max_seq_length`` tokens.
+        TrainingError: an empty answer, or one that holds the end of its own turn.
+        ModelError: the prompt's tokens are not where the conversation's tokens begin.
+    """
+    prompt, completion = render_completion(tokenizer, messages)
+    end = end_of_turn_id(tokenizer)
+    if completion.count(end) != 1:
+        raise TrainingError(f"the answer holds the end-of-turn token {tokenizer.decode([end])!r} as text; take it out")
+    answer = completion[: completion.index(end) + 1]
+    if not messages[-1]["content"].strip() or len(answer) < 2:
+        raise TrainingError("the answer is empty: a row needs at least one token to learn")
+    length = len(prompt) + len(answer)
+    if length > max_seq_length:
+        raise RowTooLong(f"{length} tokens, max_seq_length is {max_seq_length}")
+    return {"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], max_seq_length: int
+) -> EncodedRows:
+    """Encodes conversations; those over ``max_seq_length`` are left out whole and reported by row number.
+
+    Raises:
+        TrainingError: no row is left, or as ``encode_row``, with the row's number.
+    """
+    examples, kept, too_long = [], [], []
+    for number, messages in enumerate(conversations):
+        try:
+            examples.append(encode_row(tokenizer, messages, max_seq_length))
+        except RowTooLong:
+            too_long.append(number)
+        except TrainingError as error:
+            raise TrainingError(f"training row {number}: {error}") from error
+        else:
+            kept.append(number)
+    if not examples:
+        raise TrainingError(f"none of {len(conversations)} rows has at most max_seq_length = {max_seq_length} tokens")
+    return EncodedRows(examples, kept, too_long)
+
+
+def num_supervised(example: Example) -> int:
+    """Tokens of a row that have a label; the first token of a row is never predicted."""
+    return sum(label != IGNORED_LABEL for label in example["labels"][1:])
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What training is told. The last two do not change the function that is optimised; the rest is its identity."""
+
+    base_model: str  # name written into adapter_config.json
+    base_identity: str  # what the frozen weights are, quantization included ("Qwen/...@<commit> nf4")
+    num_epochs: int
+    learning_rate: float  # highest of the cosine schedule
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    train_batch_size: int  # times gradient_accumulation_steps = rows of an optimizer step
+    gradient_accumulation_steps: int
+    save_steps: int
+    seed: int
+    warmup_share: float = 0.0  # of all steps, rounded up
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = 0  # most tokens in one forward pass; 0: from free memory
+    gradient_checkpointing: bool | None = None  # None: only where memory asks for it
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        own = asdict(self)
+        for name in ("micro_batch_tokens", "gradient_checkpointing"):
+            del own[name]
+        return own
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training, as ``training.json`` holds it (paths and the log apart)."""
+
+    fingerprint: str  # settings, rows, base and dtype in one hash
+    adapter_sha256: str
+    num_steps: int
+    num_rows: int  # seen in training, all epochs
+    num_trainable: int
+    num_parameters: int
+    num_tokens: int  # seen in training, all epochs
+    num_supervised_tokens: int
+    wall_s: float  # sum over the steps, earlier sessions of a resumed run included
+    peak_memory_gib: float  # of the session that ended it
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    resumed_from: int | None  # step of the checkpoint that the last session went on from
+    adapter_dir: Path
+    checkpoints: list[Path] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)  # a row a step
+    reused: bool = False  # complete already, nothing was trained
+
+    @property
+    def examples_per_s(self) -> float:
+        return sum(row["num_rows"] for row in self.log) / self.wall_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.wall_s
+
+
+def step_rows(num_rows: int, rows_per_step: int, num_epochs: int, seed: int) -> list[list[int]]:
+    """Row numbers of each optimizer step: every epoch is a seeded shuffle of all rows, its last step may be short."""
+    steps = []
+    for epoch in range(num_epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        steps += [order[start : start + rows_per_step] for start in range(0, num_rows, rows_per_step)]
+    return steps
+
+
+def cut_micro_batches(examples: Sequence[Example], most_tokens: int) -> list[list[Example]]:
+    """Cuts a step's rows, in their order, so that no part has more than ``most_tokens`` unless one row alone does."""
+    parts: list[list[Example]] = []
+    filled = most_tokens
+    for example in examples:
+        length = len(example["input_ids"])
+        if filled + length > most_tokens:
+            parts.append([])
+            filled = 0
+        parts[-1].append(example)
+        filled += length
+    return parts
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How large a micro-batch is and whether activations are computed twice, and why."""
+
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    reason: str
+
+
+def plan_memory(model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings) -> MemoryPlan:
+    """The largest micro-batch that fits; gradient checkpointing only where not even the longest row fits without.
+
+    What a token keeps for the backward pass is measured on the first row. The size is a power of two, so that a little
+    more or less free memory cuts the same micro-batches and a resumed run stays the run that it was.
+    """
+    device = model.device
+    per_token = _kept_bytes(model, examples[0]) / len(examples[0]["input_ids"])
+    free = free_memory_bytes(device) * ACTIVATION_SHARE
+    longest = max(len(example["input_ids"]) for example in examples)
+    checkpointing = settings.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = per_token * longest > free
+    if checkpointing:
+        # One layer at a time keeps its activations; of the others only their input stays.
+        config = model.config
+        per_token = per_token / config.num_hidden_layers + config.num_hidden_layers * config.hidden_size * 4
+    fitting = 2 ** int(math.log2(max(1.0, free / per_token)))
+    most = settings.micro_batch_tokens or min(fitting, MOST_MICRO_BATCH_TOKENS[device.type])
+    reason = f"{per_token / 2**20:.2f} MiB a token, {free / 2**30:.1f} GiB for them, longest row {longest} tokens"
+    return MemoryPlan(most, checkpointing, reason)
+
+
+@torch.random.fork_rng()
+def _kept_bytes(model: PreTrainedModel, example: Example) -> int:
+    """Bytes that a forward pass over one row keeps for its backward pass, weights apart."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = supervised_loss(model, pack_rows([example], model.device))
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def train(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    output_dir: Path,
+    *,
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
+
+    A complete training of the same settings, rows and base is returned as it is. Otherwise the latest whole
+    checkpoint of it is gone on from: order of the rows, optimizer, schedule and random numbers continue, so that the
+    result is that of an unbroken run. What another training left in ``output_dir`` is deleted, and said.
+
+    Args:
+        model: frozen base in train mode, as ``model.load_for_training`` gives it; it is handed back without adapter.
+        examples: as ``encode_rows`` gives them.
+        output_dir: the stage's folder (module docstring).
+        say: takes one line at a time, some twenty seconds apart.
+
+    Raises:
+        TrainingError: a loss that is not finite.
+        ValueError: a model whose loss ``packed`` does not know to compute.
+    """
+    fingerprint = training_fingerprint(model, examples, settings)
+    checkpoints_dir = output_dir / "checkpoints"
+    finished = _finished(output_dir, fingerprint)
+    if finished:
+        say(f"complete already: {finished.num_steps} steps with these settings, rows and base; nothing was trained")
+        return finished
+    _delete_other_trainings(output_dir, fingerprint, say)
+    steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
+    with _adapted(model, settings) as wrapped:
+        check_loss(model, examples[0])
+        plan = plan_memory(model, examples, settings)
+        say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {_checkpointing_words(plan)} ({plan.reason})")
+        trainer = _build_trainer(wrapped, examples, steps, plan, settings, output_dir, fingerprint, say)
+        latest = list_checkpoints(checkpoints_dir)[-1:]
+        if latest:
+            say(f"going on from {latest[0].name}")
+        with _checkpointed_activations(model, plan.gradient_checkpointing):
+            trainer.train(resume_from_checkpoint=str(latest[0]) if latest else None)
+        save_adapter(wrapped, output_dir / "adapter")
+        return _finish(trainer, plan, latest, output_dir)
+
+
+def training_fingerprint(model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings) -> str:
+    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers."""
+    rows = hashlib.sha256()
+    for example in examples:
+        rows.update(np.array([example["input_ids"], example["labels"]], dtype=np.int64).tobytes() + b"|")
+    return sha256_json([settings.identity, rows.hexdigest(), str(model.dtype), LORA_TARGETS])
+
+
+def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
+    """Whole checkpoints by step (checkpoint-500 before checkpoint-1000); one that a kill cut short is none."""
+    found = [path for path in checkpoints_dir.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    return sorted(found, key=_checkpoint_step)
+
+
+def save_adapter(wrapped: PeftModel, folder: Path) -> None:
+    """Saves the adapter alone, as safetensors; peft's template README, which says nothing, is left out."""
+    # "auto" would ask the hub whether the base model's vocabulary was changed.
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def _checkpoint_step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _checkpointing_words(plan: MemoryPlan) -> str:
+    return "activations computed twice" if plan.gradient_checkpointing else "activations kept"
+
+
+def _finished(output_dir: Path, fingerprint: str) -> TrainResult | None:
+    record, adapter = output_dir / "training.json", output_dir / "adapter" / ADAPTER_FILE
+    if not record.is_file() or not adapter.is_file():
+        return None
+    facts = read_json(record)
+    if facts["fingerprint"] != fingerprint or facts["adapter_sha256"] != sha256_file(adapter):
+        return None
+    return _result(facts, output_dir, reused=True)
+
+
+def _result(facts: Mapping[str, Any], output_dir: Path, *, reused: bool) -> TrainResult:
+    return TrainResult(
+        **facts,
+        adapter_dir=output_dir / "adapter",
+        checkpoints=list_checkpoints(output_dir / "checkpoints"),
+        log=read_jsonl(output_dir / "training_log.jsonl"),
+        reused=reused,
+    )
+
+
+def _delete_other_trainings(output_dir: Path, fingerprint: str, say: Callable[[str], None]) -> None:
+    (output_dir / "training.json").unlink(missing_ok=True)
+    for path in sorted((output_dir / "checkpoints").glob("checkpoint-*"), key=_checkpoint_step):
+        whole = (path / COMPLETE).is_file()
+        if not whole or read_json(path / COMPLETE)["fingerprint"] != fingerprint:
+            say(f"deleting {path.name}: {'made by another training' if whole else 'cut short while it was saved'}")
+            shutil.rmtree(path)
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftModel]:
+    """The model with fresh adapters and packed attention; both are taken off again."""
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({nn.Linear: ComputeDtypeLoraLinear})
+    set_seed(settings.seed)
+    with quiet_loading():
+        wrapped = get_peft_model(model, config)
+    # peft notes the folder that the model was loaded from, which means nothing elsewhere.
+    wrapped.peft_config["default"].base_model_name_or_path = settings.base_model
+    with attention(model, ATTENTION_NAME):
+        yield wrapped.train()
+    wrapped.unload()
+
+
+@contextmanager
+def _checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    yield
+    model.activation_checkpointing_disable()
+
+
+def _build_trainer(
+    wrapped: PeftModel,
+    examples: Sequence[Example],
+    steps: list[list[int]],
+    plan: MemoryPlan,
+    settings: TrainSettings,
+    output_dir: Path,
+    fingerprint: str,
+    say: Callable[[str], None],
+) -> "StepTrainer":
+    recorder = Recorder(output_dir / "training_log.jsonl", fingerprint, len(steps), say)
+    trainer = StepTrainer(
+        model=wrapped,
+        args=_training_arguments(wrapped, len(steps), settings, output_dir / "checkpoints"),
+        train_dataset=StepDataset(examples, steps, plan.micro_batch_tokens, settings.num_epochs),
+        data_collator=_only_item,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _training_arguments(
+    wrapped: PeftModel, num_steps: int, settings: TrainSettings, checkpoints_dir: Path
+) -> TrainingArguments:
+    device, dtype = wrapped.device, wrapped.get_base_model().dtype
+    args = TrainingArguments(
+        output_dir=str(checkpoints_dir),
+        use_cpu=device.type == "cpu",
+        # Rows of a step, their order and their accumulation are the data set's business.
+        per_device_train_batch_size=1,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        optim="adamw_torch_fused",
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(settings.warmup_share * num_steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        # For its loss scaling; the forward pass does not go through autocast, its layers are in float16 as they are.
+        fp16=dtype == torch.float16,
+        seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    # With several GPUs the Trainer would wrap the model in DataParallel; everything here is on one.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
+
+
+def _finish(trainer: "StepTrainer", plan: MemoryPlan, latest: list[Path], output_dir: Path) -> TrainResult:
+    log = [row for row in trainer.state.log_history if "num_rows" in row]
+    num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
+    facts = {
+        "fingerprint": trainer.recorder.fingerprint,
+        "adapter_sha256": sha256_file(output_dir / "adapter" / ADAPTER_FILE),
+        "num_steps": trainer.state.global_step,
+        "num_trainable": num_trainable,
+        "num_parameters": num_parameters,
+        "num_rows": sum(row["num_rows"] for row in log),
+        "num_tokens": sum(row["num_tokens"] for row in log),
+        "num_supervised_tokens": sum(row["num_supervised_tokens"] for row in log),
+        "wall_s": sum(row["wall_s"] for row in log),
+        "peak_memory_gib": peak_memory_gib(trainer.model.device.type),
+        "micro_batch_tokens": plan.micro_batch_tokens,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "resumed_from": _checkpoint_step(latest[0]) if latest else None,
+    }
+    write_json(output_dir / "training.json", facts)
+    return _result(facts, output_dir, reused=False)
+
+
+# --- inside the Trainer -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one optimizer step, cut into micro-batches."""
+
+    micro_batches: list[list[Example]]
+    epoch: float  # epochs done when this step is
+
+    @property
+    def facts(self) -> dict[str, int]:
+        rows = [example for part in self.micro_batches for example in part]
+        return {
+            "num_rows": len(rows),
+            "num_tokens": sum(len(example["input_ids"]) for example in rows),
+            "num_supervised_tokens": sum(map(num_supervised, rows)),
+        }
+
+
+class StepDataset(torch.utils.data.Dataset):
+    """Item i is optimizer step i."""
+
+    def __init__(self, examples: Sequence[Example], steps: list[list[int]], most_tokens: int, num_epochs: int) -> None:
+        self.examples, self.steps, self.most_tokens = examples, steps, most_tokens
+        self.steps_per_epoch = len(steps) // num_epochs
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> Step:
+        rows = [self.examples[number] for number in self.steps[index]]
+        return Step(cut_micro_batches(rows, self.most_tokens), (index + 1) / self.steps_per_epoch)
+
+
+def _only_item(items: list[Step]) -> dict[str, Step]:
+    return {"step": items[0]}
+
+
+class StepTrainer(Trainer):
+    """transformers' Trainer whose batch is a whole optimizer step."""
+
+    def __init__(self, *args: Any, callbacks: list["Recorder"], **kwargs: Any) -> None:
+        super().__init__(*args, callbacks=callbacks, **kwargs)
+        self.recorder = callbacks[0]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Step], num_items_in_batch: object = None) -> Tensor:
+        """Gradients of the mean loss over all supervised tokens of the step; returns that loss."""
+        self._started, self._step = time.perf_counter(), inputs["step"]
+        model.train()
+        base = self.model.get_base_model()
+        total = torch.zeros((), device=self.model.device)
+        num_targets = self._step.facts["num_supervised_tokens"]
+        for part in self._step.micro_batches:
+            loss = supervised_loss(base, pack_rows(part, self.model.device)) / num_targets
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        self._require_finite(total)
+        return total
+
+    def _require_finite(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the checkpoints before it are kept. "
+                "Lower learning_rate, or set compute_dtype to float32"
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds a row to the log: what the Trainer measured in this step, and what the step was."""
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            # A step that float16's loss scaling skipped; JSON has no word for infinity.
+            logs["grad_norm"] = None
+        measured = {"step": self.state.global_step, "epoch": self._step.epoch, **logs, **self._step.facts}
+        row = {**measured, "wall_s": time.perf_counter() - self._started}
+        # Kept in the checkpoint's state too: a resumed run's log starts with the rows before it.
+        self.state.log_history.append(row)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the Trainer would look for padded batches."""
+        return 0
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        # Without the pickled arguments and the model card that the Trainer adds.
+        save_adapter(self.model, Path(output_dir))
+
+
+class Recorder(TrainerCallback):
+    """Writes the log as steps finish, marks whole checkpoints, and says a line now and then."""
+
+    def __init__(self, log_path: Path, fingerprint: str, num_steps: int, say: Callable[[str], None]) -> None:
+        self.log_path, self.fingerprint, self.num_steps, self.say = log_path, fingerprint, num_steps, say
+        self._said_at = -math.inf
+        self._begun_at, self._begun_step = 0.0, 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        write_jsonl(self.log_path, state.log_history)
+        self._begun_at, self._begun_step = time.perf_counter(), state.global_step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        with self.log_path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(logs) + "\n")
+        now = time.perf_counter()
+        if now - self._said_at >= SECONDS_BETWEEN_LINES or logs["step"] == self.num_steps:
+            self._said_at = now
+            self.say(self._line(logs, now))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(folder / COMPLETE, {"step": state.global_step, "fingerprint": self.fingerprint})
+
+    def _line(self, row: dict[str, Any], now: float) -> str:
+        seconds_a_step = (now - self._begun_at) / (row["step"] - self._begun_step)
+        left = round(seconds_a_step * (self.num_steps - row["step"]))
+        return (
+            f"step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  learning rate {row['learning_rate']:.2e}  "
+            f"{row['num_tokens'] / row['wall_s']:.0f} tokens/s  {left // 60} min {left % 60} s left"
+        )
