@@ -25,7 +25,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def tiny_config(family: str, *, tied: bool = True, vocab_size: int = 300) -> AutoConfig:
+def tiny_config(family: str, *, tied: bool = True, vocab_size: int = 300, **more: object) -> AutoConfig:
     """Two layers, four query heads over two key/value heads, widths that NF4's blocks of 64 divide."""
     return AutoConfig.for_model(
         family,
@@ -41,6 +41,7 @@ def tiny_config(family: str, *, tied: bool = True, vocab_size: int = 300) -> Aut
         bos_token_id=None,
         eos_token_id=256,
         pad_token_id=None,
+        **more,
     )
 
 
