@@ -399,8 +399,8 @@ def test_reference_run():
     assert "no change that 240 prompts could show" in verdict.verdict_sentence([safety])
 
 
-def test_module_never_loads_torch():
-    code = "import sys, lib.verdict; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+def test_modules_of_the_comparison_never_load_torch():
+    code = "import sys, lib.verdict, lib.hazards, lib.judge_card, lib.overlap; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
