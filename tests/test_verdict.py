@@ -400,7 +400,8 @@ def test_reference_run():
 
 
 def test_modules_of_the_comparison_never_load_torch():
-    code = "import sys, lib.verdict, lib.hazards, lib.judge_card, lib.overlap; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    modules = "lib.verdict, lib.hazards, lib.judge_card, lib.overlap"
+    code = f"import sys, {modules}; sys.exit(bool({{'torch', 'transformers'}} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
