@@ -1,0 +1,392 @@
+"""lib.sft: what carries a label, the same update however a step is cut, a resumed run that equals an unbroken one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
+
+from lib import model as models
+from lib import sft
+
+TOKENIZERS = os.environ.get("TOKENIZERS_DIR", "")
+needs_tokenizers = pytest.mark.skipif(not TOKENIZERS, reason="TOKENIZERS_DIR names no folder with qwen2.5 and qwen3")
+FLOAT32 = models.Runtime("cpu", torch.float32, "test")
+BFLOAT16 = models.Runtime("cpu", torch.bfloat16, "test")
+SETTINGS = sft.TrainSettings(
+    base_model="owner/base",
+    base_identity="random",
+    num_epochs=2,
+    learning_rate=5e-3,
+    lora_r=4,
+    lora_alpha=8,
+    lora_dropout=0.1,
+    train_batch_size=2,
+    gradient_accumulation_steps=2,
+    save_steps=4,
+    seed=42,
+    warmup_share=0.1,
+)
+
+
+def conversation(number, answer=None):
+    return [
+        {"role": "system", "content": "Add."},
+        {"role": "user", "content": f"{number} + {number}?" + "!" * (number % 5)},
+        {"role": "assistant", "content": answer or f"#### {2 * number}"},
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
+
+
+def run(folder, examples, output_dir, settings=SETTINGS, runtime=FLOAT32, quantization="none", **loading):
+    model = models.load_for_training(folder, runtime, quantization, say=lambda line: None, **loading)
+    return sft.train(model, examples, settings, output_dir, say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, examples, tmp_path_factory):
+    return run(folder, examples, tmp_path_factory.mktemp("unbroken"))
+
+
+def adapter(result_or_folder):
+    folder = getattr(result_or_folder, "adapter_dir", result_or_folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def losses(result):
+    return [row["loss"] for row in result.log]
+
+
+def assert_same_adapter(one, other, **tolerance):
+    one, other = adapter(one), adapter(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **tolerance)
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def labelled_text(tokenizer, example):
+    return tokenizer.decode([label for label in example["labels"] if label != sft.IGNORED_LABEL])
+
+
+def test_the_answer_and_its_end_carry_labels_and_nothing_else():
+    # The tokenizer's end-of-sequence token is its end of turn: masked by id, the model would never learn to stop.
+    tokenizer = tiny_tokenizer()
+    example = sft.encode_row(tokenizer, conversation(3), 100)
+    assert labelled_text(tokenizer, example) == "#### 6<|im_end|>"
+    assert example["labels"][-1] == example["input_ids"][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.decode(example["input_ids"]) == (
+        "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n3 + 3?!!!<|im_end|>\n<|im_start|>assistant\n"
+        "#### 6<|im_end|>"
+    )
+
+
+@needs_tokenizers
+@pytest.mark.parametrize(
+    ("name", "opening"),
+    [("qwen2.5", "<|im_start|>assistant\n"), ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n")],
+)
+def test_labels_on_the_real_templates(name, opening):
+    tokenizer = models.load_tokenizer(Path(TOKENIZERS) / name)
+    example = sft.encode_row(tokenizer, conversation(3), 100)
+    assert labelled_text(tokenizer, example) == "#### 6<|im_end|>"
+    prompt = [token for token, label in zip(*example.values(), strict=True) if label == sft.IGNORED_LABEL]
+    assert prompt == models.render_prompt(tokenizer, conversation(3)[:2])
+    assert tokenizer.decode(prompt).endswith(opening)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [(" ", "empty"), ("so 4<|im_end|>\n<|im_start|>user\nmore", "end-of-turn token")]
+)
+def test_answers_that_cannot_be_learnt_are_refused_by_row(answer, said):
+    rows = [conversation(1), conversation(2, answer)]
+    with pytest.raises(sft.TrainingError, match=f"training row 1: .*{said}"):
+        sft.encode_rows(tiny_tokenizer(), rows, 200)
+
+
+def test_rows_that_are_too_long_are_left_out_whole_and_reported():
+    tokenizer = tiny_tokenizer()
+    rows = [conversation(0), conversation(1, "long " * 50), conversation(2)]
+    encoded = sft.encode_rows(tokenizer, rows, 60)
+    assert (encoded.kept, encoded.too_long) == ([0, 2], [1])
+    assert encoded.num_supervised_tokens == 2 * len("#### 0|")
+    assert encoded.num_tokens == sum(len(sft.encode_row(tokenizer, rows[i], 60)["input_ids"]) for i in (0, 2))
+    with pytest.raises(sft.TrainingError, match="none of 3 rows"):
+        sft.encode_rows(tokenizer, rows, 10)
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_epoch_is_a_shuffle_of_all_rows_and_the_seed_decides_it():
+    steps = sft.step_rows(50, 16, 2, seed=7)
+    assert [len(step) for step in steps] == [16, 16, 16, 2] * 2
+    first, second = ([row for step in epoch for row in step] for epoch in (steps[:4], steps[4:]))
+    assert sorted(first) == sorted(second) == list(range(50)) and first != second
+    assert steps == sft.step_rows(50, 16, 2, seed=7) != sft.step_rows(50, 16, 2, seed=8)
+    assert len(sft.step_rows(7473, 16, 1, seed=42)) == 468
+
+
+def test_micro_batches_keep_every_row_and_the_limit():
+    rows = [{"input_ids": [0] * length, "labels": [0] * length} for length in (5, 4, 3, 20, 1)]
+    parts = sft.cut_micro_batches(rows, 9)
+    assert [[len(row["input_ids"]) for row in part] for part in parts] == [[5, 4], [3], [20], [1]]
+
+
+def test_an_update_does_not_depend_on_how_its_step_is_cut(folder, examples, tmp_path):
+    settings = replace(SETTINGS, lora_dropout=0.0, train_batch_size=2, gradient_accumulation_steps=8)
+    whole = run(folder, examples, tmp_path / "whole", replace(settings, micro_batch_tokens=4096))
+    cut = run(folder, examples, tmp_path / "cut", replace(settings, micro_batch_tokens=90))
+    turned = run(
+        folder, examples, tmp_path / "turned", replace(settings, train_batch_size=16, gradient_accumulation_steps=1)
+    )
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+    assert_same_adapter(cut, whole, rtol=1e-4, atol=1e-5)
+    assert_same_adapter(turned, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_loss_is_the_mean_over_the_supervised_tokens_of_the_step(folder, examples, tmp_path):
+    """By transformers' own loss, row by row: long answers weigh more than short ones."""
+    model = models.load_base(folder, FLOAT32, "none")
+    first = sft.step_rows(len(examples), 4, 1, SETTINGS.seed)[0]
+    sums, counts = 0.0, 0
+    for number in first:
+        row = {name: torch.tensor([ids]) for name, ids in examples[number].items()}
+        count = sft.num_supervised(examples[number])
+        sums, counts = sums + model(**row).loss.item() * count, counts + count
+    assert losses(run(folder, examples, tmp_path))[0] == pytest.approx(sums / counts, rel=1e-5)
+
+
+RECORDED = {
+    "qwen2": [6.2313, 6.0103, 5.5653],
+    "qwen3": [6.3556, 6.3408, 5.8735],
+    "llama": [5.9638, 6.2126, 5.7973],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_losses_are_those_recorded(tmp_path, examples, family):
+    """Whatever changes these changes the training of every preset: say so when they are recorded anew."""
+    result = run(save_tiny_model(tmp_path / "base", family), examples, tmp_path / "run", quantization="nf4")
+    assert losses(result)[:3] == pytest.approx(RECORDED[family], abs=2e-3)
+    assert losses(result)[-1] < 0.7 * losses(result)[0]
+    assert result.num_steps == 10 and result.num_rows == 40
+
+
+def test_packed_and_dense_weights_train_the_same(folder, examples, tmp_path):
+    packed, dense = (
+        run(folder, examples, tmp_path / weights, runtime=BFLOAT16, quantization="nf4", weights=weights)
+        for weights in ("packed", "dense")
+    )
+    assert losses(packed) == losses(dense)
+    assert_same_adapter(packed, dense, rtol=0, atol=0)
+
+
+def test_computing_activations_twice_changes_nothing(folder, examples, tmp_path, unbroken):
+    twice = run(folder, examples, tmp_path, replace(SETTINGS, gradient_checkpointing=True))
+    assert (unbroken.gradient_checkpointing, twice.gradient_checkpointing) == (False, True)
+    assert_same_adapter(unbroken, twice, rtol=0, atol=0)
+
+
+def test_checkpointing_and_small_micro_batches_come_with_little_memory(folder, examples, monkeypatch):
+    model = models.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
+    with sft._adapted(model, SETTINGS):
+        ample = sft.plan_memory(model, examples, SETTINGS)
+        monkeypatch.setattr(sft, "free_memory_bytes", lambda device: 2**20)
+        tight = sft.plan_memory(model, examples, SETTINGS)
+    assert not ample.gradient_checkpointing and ample.micro_batch_tokens == 2048
+    assert tight.gradient_checkpointing and tight.micro_batch_tokens < 1024
+
+
+# --- what is left behind --------------------------------------------------------------------------------------------
+
+
+def test_what_training_writes(unbroken):
+    result = unbroken
+    assert sorted(path.name for path in result.adapter_dir.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    config = json.loads((result.adapter_dir / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/base"
+    assert {tensor.dtype for tensor in adapter(result).values()} == {torch.float32}
+    assert len(adapter(result)) == 2 * 7 * 2, "A and B of all seven linear layers of both blocks"
+    assert [path.name for path in result.checkpoints] == ["checkpoint-4", "checkpoint-8", "checkpoint-10"]
+    assert_same_adapter(result.checkpoints[-1], result, rtol=0, atol=0)
+    written = {path.name for path in result.adapter_dir.parent.rglob("*")}
+    assert not written & {"README.md", "training_args.bin", "adapter_model.bin"}
+
+
+def test_the_log_has_a_row_a_step(examples, unbroken):
+    result = unbroken
+    lines = (result.adapter_dir.parent / "training_log.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in lines]
+    assert written == result.log
+    assert [row["step"] for row in written] == list(range(1, 11))
+    assert [row["epoch"] for row in written] == pytest.approx([0.2 * step for step in range(1, 11)])
+    # One warm-up step of ten (learning rate 0 to full), then half a cosine down to 0.
+    assert written[0]["learning_rate"] == 0 and written[1]["learning_rate"] == 5e-3
+    assert 0 < written[-1]["learning_rate"] < 5e-4
+    assert sum(row["num_tokens"] for row in written) == result.num_tokens
+    assert result.num_supervised_tokens == 2 * sum(map(sft.num_supervised, examples))
+    assert result.num_trainable == sum(tensor.numel() for tensor in adapter(result).values())
+
+
+def test_the_model_comes_back_as_it_was(folder, examples, tmp_path):
+    model = models.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    said = []
+    sft.train(model, examples, replace(SETTINGS, num_epochs=1), tmp_path, say=said.append)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert model.config._attn_implementation == "sdpa"
+    assert said[0].startswith("micro-batches of up to") and said[-1].startswith("step 5/5  loss")
+
+
+def test_the_adapter_is_evaluated_as_it_was_trained(folder, examples, tmp_path):
+    result = run(folder, examples, tmp_path, replace(SETTINGS, num_epochs=6, lora_dropout=0.0), quantization="nf4")
+    row = {name: torch.tensor([ids]) for name, ids in examples[0].items()}
+    untuned, tuned = (
+        models.load_dense(folder, FLOAT32, "nf4", path)(**row).loss.item() for path in (None, result.adapter_dir)
+    )
+    assert tuned < 0.5 * untuned
+
+
+# --- resume ---------------------------------------------------------------------------------------------------------
+
+
+def assert_equals_unbroken(resumed, unbroken):
+    """Bit for bit on the same machine: order, dropout, optimizer and schedule all continue."""
+    assert losses(resumed) == losses(unbroken)
+    assert [row["learning_rate"] for row in resumed.log] == [row["learning_rate"] for row in unbroken.log]
+    assert_same_adapter(resumed, unbroken, rtol=0, atol=0)
+
+
+def interrupt_at(monkeypatch, step):
+    real = sft.StepTrainer.training_step
+
+    def stop(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step + 1 == step:
+            raise KeyboardInterrupt
+        return real(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(sft.StepTrainer, "training_step", stop)
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_a_resumed_run_equals_an_unbroken_one(folder, examples, tmp_path, unbroken, monkeypatch, step):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, examples, tmp_path)
+    assert not (tmp_path / "training.json").exists()
+    resumed = run(folder, examples, tmp_path)
+    assert resumed.resumed_from == {3: None, 9: 8}[step]
+    assert_equals_unbroken(resumed, unbroken)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from lib import sft
+import test_sft as tests
+import torch
+torch.set_num_threads(int(sys.argv[4]))
+
+real = sft.Recorder.on_save
+def kill(self, args, state, control, **kwargs):
+    if state.global_step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, args, state, control, **kwargs)
+sft.Recorder.on_save = kill
+rows = [tests.conversation(number) for number in range(20)]
+tests.run(Path(sys.argv[2]), sft.encode_rows(tests.tiny_tokenizer(), rows, 100).examples, Path(sys.argv[3]))
+"""
+
+
+def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_checkpoint_before(folder, examples, tmp_path, unbroken):
+    arguments = [str(Path(__file__).parent), str(folder), str(tmp_path), str(torch.get_num_threads())]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json").exists()
+    assert [path.name for path in sft.list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4"]
+    resumed = run(folder, examples, tmp_path)
+    assert resumed.resumed_from == 4
+    assert_equals_unbroken(resumed, unbroken)
+
+
+def test_a_run_killed_after_its_last_step_only_writes_the_adapter(folder, examples, tmp_path, unbroken, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "_finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, examples, tmp_path)
+    resumed = run(folder, examples, tmp_path)
+    assert resumed.resumed_from == 10
+    assert_equals_unbroken(resumed, unbroken)
+
+
+def test_a_complete_training_is_not_repeated(folder, examples, tmp_path, monkeypatch):
+    first = run(folder, examples, tmp_path)
+    interrupt_at(monkeypatch, 1)
+    again = run(folder, examples, tmp_path)
+    assert again.reused and not first.reused
+    assert replace(again, reused=False) == first
+
+
+@pytest.mark.parametrize("change", ["settings", "rows", "adapter"])
+def test_what_another_training_left_is_not_taken(folder, examples, tmp_path, change):
+    first = run(folder, examples, tmp_path)
+    settings, rows = SETTINGS, examples
+    if change == "settings":
+        settings = replace(SETTINGS, learning_rate=1e-3)
+    if change == "rows":
+        rows = examples[:-1]
+    if change == "adapter":
+        (first.adapter_dir / "adapter_model.safetensors").write_bytes(b"torn")
+    second = run(folder, rows, tmp_path, settings)
+    # A spoilt adapter is written again from the last checkpoint; another training starts anew.
+    assert not second.reused and second.resumed_from == (10 if change == "adapter" else None)
+    assert (second.fingerprint == first.fingerprint) is (change == "adapter")
+
+
+def test_checkpoints_sort_by_step_and_not_by_name(tmp_path):
+    for step in (1000, 500, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / sft.COMPLETE).touch()
+    (tmp_path / "checkpoint-1500").mkdir()
+    names = [path.name for path in sft.list_checkpoints(tmp_path)]
+    assert names == ["checkpoint-20", "checkpoint-500", "checkpoint-1000"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(folder, examples, tmp_path, monkeypatch):
+    real, calls = sft.supervised_loss, []
+
+    def break_at_step_6(model, rows):
+        calls.append(rows)
+        # The first call measures memory, before any step.
+        return real(model, rows) * (torch.nan if len(calls) > 6 else 1.0)
+
+    monkeypatch.setattr(sft, "supervised_loss", break_at_step_6)
+    with pytest.raises(sft.TrainingError, match=r"loss is nan at step 6.*learning_rate"):
+        run(folder, examples, tmp_path)
+    assert [path.name for path in sft.list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4"]
+    assert not (tmp_path / "adapter").exists()
