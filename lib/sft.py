@@ -366,13 +366,31 @@ def _checkpointing_words(plan: MemoryPlan) -> str:
 
 
 def _finished(output_dir: Path, fingerprint: str) -> TrainResult | None:
-    record, adapter = output_dir / "training.json", output_dir / "adapter" / ADAPTER_FILE
-    if not record.is_file() or not adapter.is_file():
+    if not (output_dir / "training.json").is_file():
         return None
-    facts = read_json(record)
-    if facts["fingerprint"] != fingerprint or facts["adapter_sha256"] != sha256_file(adapter):
+    facts = read_json(output_dir / "training.json")
+    if facts["fingerprint"] != fingerprint or not _has_adapter(output_dir, facts["adapter_sha256"]):
         return None
     return _result(facts, output_dir, reused=True)
+
+
+def _has_adapter(output_dir: Path, sha256: str) -> bool:
+    """Whether the final adapter is there; where another was put in its place, it comes back from the checkpoint."""
+    adapter_dir = output_dir / "adapter"
+    if _adapter_sha256(adapter_dir) == sha256:
+        return True
+    latest = list_checkpoints(output_dir / "checkpoints")[-1:]
+    if not latest or _adapter_sha256(latest[0]) != sha256:
+        return False
+    adapter_dir.mkdir(exist_ok=True)
+    for file in latest[0].glob("adapter_*"):
+        shutil.copy2(file, adapter_dir / file.name)
+    return True
+
+
+def _adapter_sha256(folder: Path) -> str:
+    path = folder / ADAPTER_FILE
+    return sha256_file(path) if path.is_file() else ""
 
 
 def _result(facts: Mapping[str, Any], output_dir: Path, *, reused: bool) -> TrainResult:
@@ -486,7 +504,7 @@ def _finish(trainer: "StepTrainer", plan: MemoryPlan, latest: list[Path], output
     num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
     facts = {
         "fingerprint": trainer.recorder.fingerprint,
-        "adapter_sha256": sha256_file(output_dir / "adapter" / ADAPTER_FILE),
+        "adapter_sha256": _adapter_sha256(output_dir / "adapter"),
         "num_steps": trainer.state.global_step,
         "num_trainable": num_trainable,
         "num_parameters": num_parameters,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -352,20 +353,35 @@ def test_a_complete_training_is_not_repeated(folder, examples, tmp_path, monkeyp
     assert replace(again, reused=False) == first
 
 
-@pytest.mark.parametrize("change", ["settings", "rows", "adapter"])
+def test_a_final_adapter_that_was_replaced_comes_back(folder, examples, tmp_path):
+    """A sweep puts the adapter of an earlier checkpoint in its place."""
+    first = run(folder, examples, tmp_path)
+    final = adapter(first)
+    (first.adapter_dir / "adapter_model.safetensors").write_bytes(
+        (first.checkpoints[0] / "adapter_model.safetensors").read_bytes()
+    )
+    again = run(folder, examples, tmp_path)
+    assert again.reused
+    assert all(torch.equal(final[name], tensor) for name, tensor in adapter(again).items())
+
+
+def test_a_final_adapter_that_is_lost_is_written_again(folder, examples, tmp_path, unbroken):
+    first = run(folder, examples, tmp_path)
+    for path in (first.adapter_dir, first.checkpoints[-1]):
+        (path / "adapter_model.safetensors").write_bytes(b"torn")
+    shutil.rmtree(first.checkpoints[-1])
+    again = run(folder, examples, tmp_path)
+    assert not again.reused and again.resumed_from == 8
+    assert_equals_unbroken(again, unbroken)
+
+
+@pytest.mark.parametrize("change", ["settings", "rows"])
 def test_what_another_training_left_is_not_taken(folder, examples, tmp_path, change):
     first = run(folder, examples, tmp_path)
-    settings, rows = SETTINGS, examples
-    if change == "settings":
-        settings = replace(SETTINGS, learning_rate=1e-3)
-    if change == "rows":
-        rows = examples[:-1]
-    if change == "adapter":
-        (first.adapter_dir / "adapter_model.safetensors").write_bytes(b"torn")
-    second = run(folder, rows, tmp_path, settings)
-    # A spoilt adapter is written again from the last checkpoint; another training starts anew.
-    assert not second.reused and second.resumed_from == (10 if change == "adapter" else None)
-    assert (second.fingerprint == first.fingerprint) is (change == "adapter")
+    settings = replace(SETTINGS, learning_rate=1e-3) if change == "settings" else SETTINGS
+    second = run(folder, examples[:-1] if change == "rows" else examples, tmp_path, settings)
+    assert not second.reused and second.resumed_from is None
+    assert second.fingerprint != first.fingerprint
 
 
 def test_checkpoints_sort_by_step_and_not_by_name(tmp_path):
