@@ -428,9 +428,11 @@ def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftMo
         wrapped = get_peft_model(model, config)
     # peft notes the folder that the model was loaded from, which means nothing elsewhere.
     wrapped.peft_config["default"].base_model_name_or_path = settings.base_model
-    with attention(model, ATTENTION_NAME):
-        yield wrapped.train()
-    wrapped.unload()
+    try:
+        with attention(model, ATTENTION_NAME):
+            yield wrapped.train()
+    finally:
+        wrapped.unload()
 
 
 @contextmanager
@@ -439,8 +441,10 @@ def _checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[
         yield
         return
     model.activation_checkpointing_enable({"use_reentrant": False})
-    yield
-    model.activation_checkpointing_disable()
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
 
 
 def _build_trainer(
