@@ -1,0 +1,477 @@
+"""Tables and plots of the filled notebooks, in one style.
+
+Whatever a model or a data set wrote is escaped before it becomes HTML. Plots are drawn without a screen, in colours
+that colour-blind readers tell apart and that keep their order in grey; intervals are Wilson's, at 95 %.
+Knows nothing about models, prompts or where a number comes from.
+"""
+
+import base64
+import hashlib
+import html
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lib.artifacts import PROJECT_ROOT, git_commit, package_versions, read_json
+from lib.stats import wilson_interval
+
+if TYPE_CHECKING:  # for the reader only: a table of runs needs no scoring
+    from lib.compare import RunScores
+
+MAX_TABLE_ROWS = 10
+# Okabe and Ito 2008: told apart by colour-blind readers; in this order they also get lighter.
+INK, BLUE, VERMILION, GREEN, ORANGE, SKY = "#222222", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    # The same plot gives the same bytes: no random ids in the SVG (its date is left out where it is saved).
+    "svg.hashsalt": "plot",
+}
+PIXELS_PER_INCH = 96
+TEXT_BOX = (
+    "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;margin:.3em 0"
+)
+
+
+@dataclass(frozen=True)
+class Html:
+    """What a notebook shows: HTML, and the same as plain text where there is no HTML."""
+
+    html: str
+    text: str
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/html": self.html, "text/plain": self.text}
+
+
+# --- numbers in words ------------------------------------------------------------------------------------------------
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] as a percentage with one decimal; ``not measured`` for None."""
+    return "not measured" if share is None else f"{100 * share:.1f} %"
+
+
+def interval_text(successes: int, total: int) -> str:
+    """Wilson's 95 % interval of a rate, as ``48.4 to 60.3 %``."""
+    low, high = wilson_interval(successes, total)
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def rate_text(successes: int, total: int) -> str:
+    """A rate with its interval and n, as ``54.4 % (95 % interval 48.3 to 60.3 %, n = 263)``."""
+    return f"{percent(successes / total)} (95 % interval {interval_text(successes, total)}, n = {total:,})"
+
+
+def rate_columns(successes: int, total: int) -> dict[str, str]:
+    """A rate as cells of a table: rate, interval, and the count it comes from."""
+    cells = {"rate": percent(successes / total), "95 % interval": interval_text(successes, total)}
+    return {**cells, "rows": f"{successes:,} of {total:,}"}
+
+
+def baseline_text(share: float, baseline: float) -> str:
+    """Where a rate stands against the course's threshold, in words; reaching it passes."""
+    return f"{'reaches' if share >= baseline else 'misses'} the baseline of {percent(baseline)}"
+
+
+# --- notes and lists -------------------------------------------------------------------------------------------------
+
+
+def note(text: str, *, strong: bool = False) -> Html:
+    """A sentence that must not be overlooked; ``strong`` for what limits the meaning of the numbers."""
+    colour, background = (VERMILION, "#FFF3E8") if strong else (BLUE, "#EEF6FB")
+    style = f"border-left:5px solid {colour};background:{background};color:{INK};padding:.6em 1em;margin:.4em 0"
+    return Html(f'<div role="note" style="{style}">{html.escape(text)}</div>', text)
+
+
+def purpose_note(run_name: str, description: str, benchmark: bool) -> Html:
+    """Which run this is, and whether its numbers mean anything outside it."""
+    if benchmark:
+        return note(f"Run {run_name}: {description}.")
+    warning = "NOT A BENCHMARK: its numbers show that the pipeline works and say nothing about a model."
+    return note(f"Run {run_name}: {description}. {warning}", strong=True)
+
+
+def sentences(lines: Sequence[str]) -> Html:
+    """A list of sentences: a notebook's summary."""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
+
+
+def fold(summary: str, inside: Html) -> Html:
+    """Something that is shown only when its summary line is clicked."""
+    return Html(f"<details><summary>{html.escape(summary)}</summary>{inside.html}</details>", summary)
+
+
+def stack(parts: Sequence[Html]) -> Html:
+    """Several parts below each other, as one output."""
+    return Html("\n".join(part.html for part in parts), "\n\n".join(part.text for part in parts))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = MAX_TABLE_ROWS) -> Html:
+    """Rows as a table with escaped cells; columns that hold only numbers are set flush right.
+
+    Args:
+        rows: at least one; every row's keys in the order of the columns.
+        caption: stands above; says how many rows are not shown, where there are more than ``max_rows``.
+    """
+    shown = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object)
+    shown = shown.fillna("–")
+    if len(rows) > max_rows:
+        caption = f"{caption} (first {max_rows} of {len(rows):,})".strip()
+    numeric = [place for place, name in enumerate(shown) if all(_is_number(row.get(name)) for row in rows[:max_rows])]
+    left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
+    right = [{"selector": f"th.col{place}, td.col{place}", "props": "text-align: right"} for place in numeric]
+    title = {
+        "selector": "caption",
+        "props": "text-align: left; font-weight: bold; caption-side: top; white-space: nowrap",
+    }
+    styler = shown.style.hide(axis="index").format(escape="html").format_index(escape="html", axis="columns")
+    styler = styler.set_table_styles([left, *right, title]).set_caption(html.escape(caption))
+    # The id ties the styles to this table; from its content, so that the same table gives the same HTML.
+    text = "\n".join(filter(None, [caption, shown.to_string(index=False)]))
+    styler.set_uuid(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:10])
+    return Html(styler.to_html(doctype_html=False), text)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def parameters_table(stage: str, parameters: Mapping[str, Any]) -> Html:
+    """Every parameter with its value and meaning, folded where there are many."""
+    meanings = parameter_meanings(stage)
+    rows = [
+        {"parameter": name, "value": repr(value), "meaning": meanings.get(name, "")}
+        for name, value in parameters.items()
+    ]
+    whole = table(rows, max_rows=len(rows))
+    return fold(f"{len(rows)} parameters of this run, with their meaning", whole)
+
+
+def parameter_meanings(stage: str) -> dict[str, str]:
+    """What each parameter means: the comments of the source notebook's parameters cell."""
+    cells = read_json(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb")["cells"]
+    lines = "".join(
+        "".join(cell["source"]) + "\n" for cell in cells if "parameters" in cell["metadata"].get("tags", [])
+    )
+    return dict(re.findall(r"^(\w+): .*?  # (.*)$", lines, flags=re.MULTILINE))
+
+
+def versions_table(device: str) -> Html:
+    """Versions of what can change a number, the commit, and where the stage runs and why."""
+    rows = [{"package": name, "version": version} for name, version in package_versions().items()]
+    return table([*rows, {"package": "commit", "version": git_commit()[:12]}], f"Device: {device}")
+
+
+def scores_table(runs: "Sequence[RunScores]") -> Html:
+    """A row a run and axis: rate, interval, count, baseline and whether it is reached."""
+    rows = []
+    for run in runs:
+        for axis, counts, status, baseline in (
+            ("accuracy", run.accuracy, run.gsm8k_status, run.baseline_accuracy),
+            ("safety", run.safe, run.safety_status, run.baseline_safety),
+        ):
+            cells = rate_columns(*counts) if counts else {"rate": status, "95 % interval": None, "rows": None}
+            reached = bool(counts) and baseline is not None and counts[0] / counts[1] >= baseline
+            verdict = "baseline not known" if baseline is None else "pass" if reached else "fail"
+            shown = None if baseline is None else percent(baseline)
+            rows.append({"run": run.name, "axis": axis, **cells, "baseline": shown, "verdict": verdict})
+    return table(rows, "Accuracy on GSM8K and safe rate on AILuminate", max_rows=len(rows))
+
+
+def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
+    """Provenance of data sets; of each hash the first 12 digits, the manifest holds them whole.
+
+    Args:
+        sources: what each is used for -> ``assets.Source.table_row()``.
+    """
+    columns = {"origin": "found in", "path": "file", "num_rows": "rows", "sha256": "SHA-256 of the rows"}
+    columns |= {"licence": "licence", "home": "published at"}
+    rows = [
+        {"data": name, **{shown: source[key] for key, shown in columns.items()}} for name, source in sources.items()
+    ]
+    return table([{**row, "SHA-256 of the rows": row["SHA-256 of the rows"][:12]} for row in rows], "Provenance")
+
+
+def files_table(paths: Sequence[Path], run_dir: Path) -> Html:
+    """Files and folders that a stage leaves in the run's folder, with their sizes."""
+    rows = []
+    for path in paths:
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        size_kib = sum(file.stat().st_size for file in files) / 1024
+        rows.append(
+            {
+                "in the run's folder": path.relative_to(run_dir).as_posix(),
+                "files": len(files),
+                "KiB": round(size_kib, 1),
+            }
+        )
+    return table(rows, "Written by this stage", max_rows=len(rows))
+
+
+def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
+    """What an evaluation cost, in words; rows that were already there cost nothing."""
+    if num_rows == 0:
+        return "Every row was already there: nothing was generated anew."
+    rates = f"{num_rows / wall_s:.2f} rows/s, {num_tokens / wall_s:.0f} tokens/s"
+    return f"{num_rows:,} rows and {num_tokens:,} tokens in {wall_s:.1f} s: {rates}."
+
+
+# --- texts of models and data sets -----------------------------------------------------------------------------------
+
+
+def text_block(text: str) -> Html:
+    """A text as it stands, line breaks and spaces kept."""
+    style = f"{TEXT_BOX};max-height:45em;overflow:auto"
+    return Html(f'<pre style="{style}">{html.escape(text)}</pre>', text)
+
+
+def examples(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], heading: str, absent: str = "There is no such row."
+) -> Html:
+    """Rows as cards, one text below the other, which a table would squeeze.
+
+    Args:
+        columns: column -> what to call it.
+        heading: a format string over the row's columns, for example ``row {id}``.
+        absent: what to say where there are no rows.
+    """
+    if not rows:
+        return note(absent)
+    cards = []
+    for row in rows:
+        parts = [Html(f"<b>{html.escape(name)}</b>", name) for name in columns.values()]
+        blocks = [text_block(_cell(row[column])) for column in columns]
+        body = stack([part for pair in zip(parts, blocks, strict=True) for part in pair])
+        title = _heading(heading, row)
+        cards.append(Html(f"<h4>{html.escape(title)}</h4>{body.html}", f"{title}\n{body.text}"))
+    return stack(cards)
+
+
+def folded_examples(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], heading: str, absent: str = "There is no such row."
+) -> Html:
+    """As ``examples``, each folded: only its heading is seen until it is clicked; the plain text holds no more."""
+    if not rows:
+        return note(absent)
+    return stack([fold(_heading(heading, row), examples([row], columns, heading)) for row in rows])
+
+
+def _heading(heading: str, row: Mapping[str, Any]) -> str:
+    # A model can write a number of a hundred digits.
+    title = heading.format(**{key: _cell(value) for key, value in row.items()})
+    return title if len(title) <= 100 else f"{title[:99]}…"
+
+
+def masked_row(input_ids: Sequence[int], labels: Sequence[int], decode: Callable[[list[int]], str]) -> Html:
+    """A training row with the tokens that carry no label greyed out.
+
+    Args:
+        labels: the token's own id where it is learnt, -100 where it is masked.
+        decode: turns token ids into text.
+    """
+    runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != -100)
+    pieces = [(learnt, decode([token for token, _ in run])) for learnt, run in runs]
+    masked, trained = "color:#777;background:#f0f0f0", f"color:{INK};background:#CFE8F5;font-weight:bold"
+    spans = "".join(
+        f'<span style="{trained if learnt else masked}" title="{"learnt" if learnt else "masked"}">'
+        f"{html.escape(text)}</span>"
+        for learnt, text in pieces
+    )
+    legend = (
+        f'<p><span style="{masked}">grey: masked, only read</span> · <span style="{trained}">bold: learnt</span></p>'
+    )
+    box = f'<pre style="{TEXT_BOX}">{spans}</pre>'
+    plain = "".join(f"[learnt: {text}]" if learnt else text for learnt, text in pieces)
+    return Html(legend + box, plain)
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def show_plot(figure: Figure, stem: Path, alt: str) -> Html:
+    """Save a plot as ``<stem>.png`` and ``<stem>.svg`` and show it, with ``alt`` for those who cannot see it."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    png = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(png, format="png", dpi=2 * PIXELS_PER_INCH)
+        figure.savefig(stem.with_suffix(".svg"), format="svg", metadata={"Date": None})
+    stem.with_suffix(".png").write_bytes(png.getvalue())
+    data, width = base64.b64encode(png.getvalue()).decode(), round(figure.get_figwidth() * PIXELS_PER_INCH)
+    style = f"width:{width}px;max-width:100%;background:white"
+    return Html(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">', alt)
+
+
+def _figure(width: float = 7.6, height: float = 3.2, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+@matplotlib.rc_context(STYLE)
+def histogram(
+    values: Sequence[float], *, title: str, xlabel: str, limit: float | None = None, limit_label: str = ""
+) -> Figure:
+    """How many rows have which value; ``limit`` is drawn as a dashed line."""
+    figure, (axes,) = _figure()
+    axes.hist(values, bins=min(30, max(5, len(set(values)))), color=BLUE, edgecolor="white", linewidth=0.5)
+    if limit is not None:
+        axes.axvline(limit, color=VERMILION, linestyle="--", linewidth=1.5)
+        _beside_line(axes, limit, limit_label)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=f"{title} (n = {len(values):,})", xlabel=xlabel, ylabel="rows", ylim=(0, axes.get_ylim()[1] * 1.12))
+    return figure
+
+
+def _beside_line(axes: Axes, place: float, label: str) -> None:
+    """A label at the top of a vertical line, on the side where there is room."""
+    low, high = axes.get_xlim()
+    right = place > (low + high) / 2
+    transform = axes.get_xaxis_transform()
+    shift = (-4 if right else 4, -2)
+    axes.annotate(
+        label, (place, 1), shift, transform, "offset points", ha="right" if right else "left", va="top", color=VERMILION
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def probability_histogram(shares: Sequence[float], *, title: str, xlabel: str) -> Figure:
+    """Probabilities in 20 equal bins over [0, 1], with the line at 0.5 where the label changes."""
+    figure, (axes,) = _figure()
+    axes.hist(shares, bins=[step / 20 for step in range(21)], color=BLUE, edgecolor="white", linewidth=0.5)
+    axes.axvline(0.5, color=VERMILION, linestyle="--", linewidth=1.5)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=f"{title} (n = {len(shares):,})", xlabel=xlabel, ylabel="rows", xlim=(0, 1))
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+    _beside_line(axes, 0.5, "label changes at 0.5")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
+    """Loss and learning rate over optimiser steps, side by side.
+
+    Args:
+        log: rows ``step, loss, learning_rate``.
+    """
+    figure, panels = _figure(width=8.6, panels=2)
+    steps = [row["step"] for row in log]
+    named = (("loss", "loss (nats per supervised token)", BLUE), ("learning_rate", "learning rate", INK))
+    for axes, (column, label, colour) in zip(panels, named, strict=True):
+        axes.plot(
+            steps, [row[column] for row in log], color=colour, marker="o" if len(steps) < 40 else "", markersize=4
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(xlabel="optimiser step", ylabel=label, ylim=(0, None))
+    panels[0].set_title(f"{title} (n = {len(steps):,} steps)")
+    panels[1].set_title("learning rate")
+    panels[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def rate_plot(
+    rates: Mapping[str, tuple[int, int]], *, title: str, xlabel: str, marks: Mapping[str, float] | None = None
+) -> Figure:
+    """Rates as points with their 95 % intervals, one line each, from the top.
+
+    Args:
+        rates: label -> (successes, total).
+        marks: label -> share in [0, 1], drawn as dashed vertical lines (a baseline).
+    """
+    figure, (axes,) = _figure(height=1.3 + 0.32 * len(rates))
+    places = range(len(rates), 0, -1)
+    for place, (successes, total) in zip(places, rates.values(), strict=True):
+        _rate_point(axes, place, successes, total)
+    axes.set_yticks(list(places), [f"{label}  (n = {total:,})" for label, (_, total) in rates.items()])
+    axes.set(title=title, xlabel=xlabel, xlim=(-0.03, 1.03), ylim=(0.4, len(rates) + 0.9))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.grid(axis="y", visible=False)
+    for label, share in (marks or {}).items():
+        axes.axvline(share, color=VERMILION, linestyle="--", linewidth=1.5)
+        _beside_line(axes, share, label)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_safety_plane(runs: "Sequence[RunScores]") -> Figure:
+    """Accuracy against safe rate: a point a run, 95 % intervals on both axes, its baseline as a square.
+
+    A run that lacks an axis stands at 0 there, hollow, and says so.
+    """
+    figure, (axes,) = _figure(width=7.2, height=5.4)
+    colours = (BLUE, VERMILION, GREEN, ORANGE, SKY, INK)
+    for place, run in enumerate(runs):
+        _plane_point(axes, run, colours[place % len(colours)], "osD^vP"[place % 6])
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05), xlabel="GSM8K: share of questions right (strict)")
+    axes.set(ylabel="AILuminate: share of responses safe", title=f"Accuracy and safety (n = {len(runs)} runs)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+    return figure
+
+
+def _plane_point(axes: Axes, run: "RunScores", colour: str, marker: str) -> None:
+    place = [counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)]
+    for counts, line, other in ((run.accuracy, axes.hlines, place[1]), (run.safe, axes.vlines, place[0])):
+        if counts:
+            line(other, *wilson_interval(*counts), color=colour, linewidth=1.5)
+    whole = bool(run.accuracy and run.safe)
+    axes.plot(*place, marker, color=colour, markersize=8, markerfacecolor=colour if whole else "white")
+    missing = ("" if run.accuracy else "accuracy not measured"), ("" if run.safe else "safety not measured")
+    label = ", ".join(filter(None, [run.name, *missing]))
+    _beside_point(axes, place, label, colour)
+    if run.baseline_accuracy is not None and run.baseline_safety is not None:
+        baseline = [run.baseline_accuracy, run.baseline_safety]
+        axes.plot(*zip(place, baseline, strict=True), color=colour, linestyle=":", linewidth=1)
+        axes.plot(*baseline, "s", color="white", markeredgecolor=colour, markersize=6)
+        _beside_point(axes, baseline, f"baseline of {run.name}", "#555555")
+
+
+def _beside_point(axes: Axes, place: Sequence[float], label: str, colour: str) -> None:
+    """A label up and away from a point, on the side where there is room."""
+    right = place[0] < 0.6
+    shift = (8 if right else -8, 6)
+    axes.annotate(
+        label, place, shift, textcoords="offset points", ha="left" if right else "right", color=colour, fontsize=9
+    )
+
+
+def _rate_point(axes: Axes, place: float, successes: int, total: int) -> None:
+    low, high = wilson_interval(successes, total)
+    share = successes / total
+    axes.hlines(place, low, high, color=BLUE, linewidth=2)
+    axes.plot(share, place, "o", color=BLUE, markersize=7)
+    axes.annotate(percent(share), (share, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
