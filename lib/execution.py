@@ -74,6 +74,7 @@ def execute(stage: str, output: Path, parameters: Mapping[str, Any]) -> Outcome:
 def _run_papermill(stage: str, output: Path, parameters: dict[str, Any]) -> tuple[str, int, bool]:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from traitlets.config import Config
 
     for attempt in range(1, KERNEL_START_TRIES + 1):
         try:
@@ -86,6 +87,8 @@ def _run_papermill(stage: str, output: Path, parameters: dict[str, Any]) -> tupl
                 cwd=str(PROJECT_ROOT),
                 progress_bar=False,
                 start_timeout=KERNEL_START_TIMEOUT_S,
+                # Sockets in a private folder in place of TCP ports: nobody else can listen, and no two kernels race.
+                config=Config({"KernelManager": {"transport": "ipc"}}),
             )
         except papermill.PapermillExecutionError as failure:
             # The first line alone: the whole message lists every fault, and the notebook holds the traceback.
