@@ -165,7 +165,8 @@ def _changed_input(paths: RunPaths, manifest: Mapping[str, Any], base: Path) -> 
         file = (base / name).resolve()
         # A handed-in folder may lack the adapter; files outside the run (guidelines) are in the rows' own hash.
         if file.is_relative_to(paths.run_dir.resolve()) and file.exists() and not same_file(file, stamp):
-            return f"{display_path(file)} changed since {manifest['stage']} ran; run it again"
+            changed = file.relative_to(paths.run_dir.resolve()).as_posix()
+            return f"{changed} changed since {manifest['stage']} ran; run it again"
     return ""
 
 

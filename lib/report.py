@@ -25,8 +25,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lib.artifacts import PROJECT_ROOT, git_commit, package_versions, read_json
 from lib.stats import wilson_interval
 
-if TYPE_CHECKING:  # for the reader only: a table of runs needs no scoring
+if TYPE_CHECKING:  # for the reader only: a table needs neither scoring nor torch
     from lib.compare import RunScores
+    from lib.sft import TrainResult
 
 MAX_TABLE_ROWS = 10
 # Okabe and Ito 2008: told apart by colour-blind readers; in this order they also get lighter.
@@ -171,6 +172,11 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def setup_tables(stage: str, parameters: Mapping[str, Any], device: str) -> list[Html]:
+    """What a stage runs with: parameters and versions; ``device`` says where it runs and why."""
+    return [parameters_table(stage, parameters), versions_table(device)]
+
+
 def parameters_table(stage: str, parameters: Mapping[str, Any]) -> Html:
     """Every parameter with its value and meaning, folded where there are many."""
     meanings = parameter_meanings(stage)
@@ -227,20 +233,41 @@ def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
     return table([{**row, "SHA-256 of the rows": row["SHA-256 of the rows"][:12]} for row in rows], "Provenance")
 
 
-def files_table(paths: Sequence[Path], run_dir: Path) -> Html:
-    """Files and folders that a stage leaves in the run's folder, with their sizes."""
+def files_table(paths: Sequence[Path], folder: Path) -> Html:
+    """Files and folders that a stage leaves, relative to ``folder``, with their sizes."""
     rows = []
     for path in paths:
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         size_kib = sum(file.stat().st_size for file in files) / 1024
         rows.append(
             {
-                "in the run's folder": path.relative_to(run_dir).as_posix(),
+                "file": path.relative_to(folder).as_posix(),
                 "files": len(files),
                 "KiB": round(size_kib, 1),
             }
         )
-    return table(rows, "Written by this stage", max_rows=len(rows))
+    return table(rows, f"Written by this stage, in {folder.name}/", max_rows=len(rows))
+
+
+def training_cost_table(result: "TrainResult", device: str) -> Html:
+    """What a training took, as ``sft.train`` reports it."""
+    share = percent(result.num_trainable / result.num_parameters)
+    begun = f"checkpoint-{result.resumed_from}" if result.resumed_from else "the start"
+    rows = [
+        ("trained weights", f"{result.num_trainable:,}", f"{share} of {result.num_parameters:,} in the model"),
+        ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; went on from {begun}"),
+        ("time", f"{result.wall_s:,.0f} s", "sum over all steps"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s", "tokens read, forward and backward"),
+        ("peak memory", f"{result.peak_memory_gib:.2f} GiB", f"on {device}"),
+    ]
+    return table([dict(zip(("what", "value", "meaning"), row, strict=True)) for row in rows], "What training cost")
+
+
+def training_cost_text(result: "TrainResult") -> str:
+    """The same in one sentence."""
+    share = percent(result.num_trainable / result.num_parameters)
+    speed = f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_memory_gib:.2f} GiB at the peak"
+    return f"{share} of the weights were trained, in {result.wall_s:,.0f} s: {speed}."
 
 
 def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
@@ -437,7 +464,7 @@ def accuracy_safety_plane(runs: "Sequence[RunScores]") -> Figure:
     for place, run in enumerate(runs):
         _plane_point(axes, run, colours[place % len(colours)], "osD^vP"[place % 6])
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05), xlabel="GSM8K: share of questions right (strict)")
-    axes.set(ylabel="AILuminate: share of responses safe", title=f"Accuracy and safety (n = {len(runs)} runs)")
+    axes.set(ylabel="AILuminate: share of responses safe", title="Accuracy and safety")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
     return figure
@@ -450,14 +477,17 @@ def _plane_point(axes: Axes, run: "RunScores", colour: str, marker: str) -> None
             line(other, *wilson_interval(*counts), color=colour, linewidth=1.5)
     whole = bool(run.accuracy and run.safe)
     axes.plot(*place, marker, color=colour, markersize=8, markerfacecolor=colour if whole else "white")
-    missing = ("" if run.accuracy else "accuracy not measured"), ("" if run.safe else "safety not measured")
-    label = ", ".join(filter(None, [run.name, *missing]))
-    _beside_point(axes, place, label, colour)
+    _beside_point(axes, place, f"{run.name} ({_known_text(run)})", colour)
     if run.baseline_accuracy is not None and run.baseline_safety is not None:
         baseline = [run.baseline_accuracy, run.baseline_safety]
         axes.plot(*zip(place, baseline, strict=True), color=colour, linestyle=":", linewidth=1)
         axes.plot(*baseline, "s", color="white", markeredgecolor=colour, markersize=6)
         _beside_point(axes, baseline, f"baseline of {run.name}", "#555555")
+
+
+def _known_text(run: "RunScores") -> str:
+    accuracy = f"n = {run.accuracy[1]:,} questions" if run.accuracy else "accuracy not measured"
+    return f"{accuracy}, {f'{run.safe[1]:,} prompts' if run.safe else 'safety not measured'}"
 
 
 def _beside_point(axes: Axes, place: Sequence[float], label: str, colour: str) -> None:

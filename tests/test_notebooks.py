@@ -1,0 +1,171 @@
+"""The notebooks as sources: what papermill, the driver and a reader rely on; and the paths that a default run misses.
+
+That they run with their own defaults is tested by nbval (``pytest --nbval-lax``), not here.
+"""
+
+import ast
+import json
+import re
+import statistics
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from lib import execution
+from lib.artifacts import PROJECT_ROOT, STAGES, read_json, run_paths, write_jsonl
+from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
+
+SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
+SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "offline": False, "checkpoint": ""}
+SETTINGS |= {"run_names": [], "require_rows": False}
+KNOWN = Params.model_fields.keys() | RUN_SETTINGS.keys()
+MAX_LINES, MEDIAN_LINES, PROSE_SHARE = 25, 8, 0.4
+
+
+def read(stage):
+    return nbformat.read(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb", as_version=4)
+
+
+def is_parameters(cell):
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+def code_cells(stage):
+    """Sources of the code cells, the parameters cell apart."""
+    return [cell.source for cell in read(stage).cells if cell.cell_type == "code" and not is_parameters(cell)]
+
+
+@pytest.fixture(params=STAGES)
+def stage(request):
+    return request.param
+
+
+# --- form -----------------------------------------------------------------------------------------------------------
+
+
+def test_sources_are_valid_clean_and_start_on_any_machine(stage):
+    notebook = read(stage)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not {"papermill", "widgets"} & notebook.metadata.keys()
+
+
+def test_the_first_cell_says_what_the_notebook_answers_reads_writes_and_costs(stage):
+    first, second = read(stage).cells[:2]
+    lines = first.source.splitlines()
+    assert lines[0].startswith(f"# {stage[:2]} · ") and lines[2].startswith("> ")
+    assert all(f"**{word}**" in first.source for word in ("Reads", "Writes", "Cost"))
+    assert is_parameters(second)
+
+
+def test_prose_explains_and_code_is_short(stage):
+    cells, sources = read(stage).cells, code_cells(stage)
+    lengths = [len(source.splitlines()) for source in sources]
+    prose = sum(cell.cell_type == "markdown" for cell in cells) / len(cells)
+    assert prose >= PROSE_SHARE, f"{prose:.0%} of the cells are prose"
+    assert statistics.median(lengths) <= MEDIAN_LINES and max(lengths) <= MAX_LINES, lengths
+
+
+def test_every_section_begins_with_why(stage):
+    headings = [cell.source for cell in read(stage).cells if cell.source.startswith("## ")]
+    assert len(headings) >= 5 and headings[-1] == "## Summary"
+    assert all(len(heading.splitlines()) > 2 for heading in headings[:-1])
+
+
+def test_no_definitions_no_handlers_no_shell(stage):
+    # A line of shell or magic is no Python: parsing it fails the test.
+    nodes = [node for source in code_cells(stage) for node in ast.walk(ast.parse(source))]
+    forbidden = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Try, ast.Lambda, ast.While)
+    assert not [node for node in nodes if isinstance(node, forbidden)]
+    called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not called & {"eval", "exec", "open", "print", "display", "get_ipython", "input"}
+
+
+def test_the_manifest_is_written_once_and_last(stage):
+    sources = code_cells(stage)
+    finishing = [place for place, source in enumerate(sources) if "record.finish(" in source]
+    assert len(finishing) == 1 and any("assert " in source for source in sources)
+    after = "\n".join(sources[finishing[0] + 1 :])
+    assert not re.search(r"artifacts\.|compare\.write|show_plot|RowLog", after)
+
+
+# --- parameters -----------------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_exactly_the_names_used(stage):
+    declared = execution.declared_parameters(stage).keys()
+    names = [node for source in code_cells(stage) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    assert {name.id for name in names if isinstance(name.ctx, ast.Load)} & KNOWN == declared
+    # A parameter that a cell overwrites would no longer be what the report says it was.
+    assert not {name.id for name in names if isinstance(name.ctx, ast.Store)} & KNOWN
+
+
+def test_parameters_are_those_of_the_sandbox_preset(stage):
+    expected = SANDBOX | SETTINGS
+    for name, value in execution.declared_parameters(stage).items():
+        assert (name, value, type(value)) == (name, expected[name], type(expected[name]))
+
+
+def test_papermill_sees_every_parameter_with_its_help(stage, recwarn):
+    # It does not see a line that holds a second "=", in a comment even, nor an annotation like `int | None`.
+    seen = papermill.inspect_notebook(str(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb"))
+    assert seen.keys() == execution.declared_parameters(stage).keys()
+    for name, found in seen.items():
+        assert found["help"] and found["inferred_type_name"] == type((SANDBOX | SETTINGS)[name]).__name__
+
+
+# --- paths that the defaults do not take ----------------------------------------------------------------------------
+
+
+def run(stage, folder, **parameters):
+    """Execute a notebook; its outcome, and everything that a reader of it sees."""
+    known = {"results_dir": str(folder / "results"), **parameters}
+    declared = execution.declared_parameters(stage).keys()
+    outcome = execution.execute(stage, folder / f"{stage}.ipynb", {k: v for k, v in known.items() if k in declared})
+    outputs = [output for cell in nbformat.read(outcome.notebook, 4).cells for output in cell.get("outputs", [])]
+    return outcome, json.dumps(outputs)
+
+
+def test_without_prompts_safety_is_not_measured_and_everything_says_so(tmp_path):
+    paths = run_paths(str(tmp_path / "results"), "sandbox_one")
+    absent = {"ailuminate_source": str(tmp_path / "nowhere.csv"), "max_train_rows": 8}
+    for stage in ("01_prepare", "04_eval_safety", "05_compare"):
+        write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
+        outcome, seen = run(stage, tmp_path, **absent)
+        assert not outcome.error, outcome.error
+        assert "not measured" in seen.lower() and "nowhere.csv" in seen
+    manifest = read_json(paths.manifest("04_eval_safety"))
+    assert manifest["status"] == "skipped" and "nowhere.csv" in manifest["skipped_because"]
+    assert not paths.ailuminate_safety.exists() and not paths.ailuminate_preds.exists()
+    metrics = read_json(tmp_path / "results" / "final_metrics.json")[0]
+    assert metrics["ailuminate_safety_rate"] == 0.0 and metrics["safety_status"].startswith("not measured")
+
+
+def gsm8k_row():
+    answer = {"id": 0, "question": "1 + 1?", "gold_answer": "#### 2", "model_output": "It is 2.\n#### 2"}
+    return {**answer, "parsed_final": "2", "correct": True}
+
+
+def test_comparison_runs_over_row_files_of_an_earlier_pipeline(tmp_path):
+    paths = run_paths(str(tmp_path / "results"), "medium")
+    write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
+    judged = {"id": 0, "prompt": "<b>p</b>", "response": "r", "safety_label": "safe", "safety_judge_text": "SAFE"}
+    write_jsonl(paths.ailuminate_safety, [{**judged, "safety_score": None}])
+    outcome, seen = run("05_compare", tmp_path)
+    assert not outcome.error, outcome.error
+    # The preset of the same name knows the baselines: 31 % and 34 %.
+    assert "31.0 %" in seen and "34.0 %" in seen and "<b>p</b>" not in seen
+
+
+def test_a_hand_in_with_other_numbers_of_rows_is_an_error_that_names_both(tmp_path):
+    paths = run_paths(str(tmp_path / "results"), "medium")
+    write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
+    config = {"parameters": {"submission_gsm8k_rows": 263}, "settings": {}}
+    paths.config_resolved.write_text(json.dumps(config), encoding="utf-8")
+    outcome, _ = run("05_compare", tmp_path, require_rows=True)
+    assert "has 1 GSM8K questions, a hand-in has 263" in outcome.error
+    assert not (tmp_path / "results" / "final_metrics.json").exists()

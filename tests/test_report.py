@@ -1,0 +1,203 @@
+"""Tables, texts and plots of the notebooks: escaped, folded, with n and interval, the same each time."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from lib import report
+from lib.artifacts import STAGES
+from lib.execution import declared_parameters
+from lib.stats import wilson_interval
+
+NASTY = "<script>alert('x')</script> & \"quoted\""
+
+
+def shown(output):
+    """(HTML, plain text) as a notebook gets them."""
+    bundle = output._repr_mimebundle_()
+    return bundle["text/html"], bundle["text/plain"]
+
+
+# --- words ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_comes_with_its_interval_and_n():
+    assert report.rate_text(143, 263) == "54.4 % (95 % interval 48.3 to 60.3 %, n = 263)"
+    assert report.rate_columns(0, 8) == {"rate": "0.0 %", "95 % interval": "0.0 to 32.4 %", "rows": "0 of 8"}
+    assert report.percent(None) == "not measured"
+
+
+@pytest.mark.parametrize(("share", "word"), [(0.26, "reaches"), (0.2599, "misses"), (1.0, "reaches"), (0.0, "misses")])
+def test_a_baseline_is_reached_when_it_is_equalled(share, word):
+    assert report.baseline_text(share, 0.26) == f"{word} the baseline of 26.0 %"
+
+
+def test_what_is_no_benchmark_says_so():
+    html, text = shown(report.purpose_note("sandbox_one", NASTY, benchmark=False))
+    assert "NOT A BENCHMARK" in html and "NOT A BENCHMARK" in text and "<script" not in html
+    assert "BENCHMARK" not in shown(report.purpose_note("simple", "one epoch", benchmark=True))[1]
+
+
+def test_an_evaluation_that_generated_nothing_has_no_speed():
+    assert "nothing was generated" in report.speed_text(0, 0, 0.0)
+    assert report.speed_text(10, 500, 2.0) == "10 rows and 500 tokens in 2.0 s: 5.00 rows/s, 250 tokens/s."
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_escape_cells_headings_and_captions():
+    html, _ = shown(report.table([{NASTY: NASTY, "number": 1}], NASTY))
+    assert "<script" not in html and html.count("&lt;script&gt;") == 3
+
+
+def test_long_tables_show_ten_rows_and_say_of_how_many():
+    html, text = shown(report.table([{"row": f"r{number}"} for number in range(1234)], "Rows"))
+    assert html.count("<tr>") == 11 and "r9" in html and "r10" not in html
+    assert "Rows (first 10 of 1,234)" in html and "first 10 of 1,234" in text
+
+
+def test_cells_are_readable():
+    html, text = shown(report.table([{"a": 1234567, "b": 0.123456, "c": None, "d": True}, {"a": 1, "b": 2.0}]))
+    assert all(word in html for word in ("1,234,567", "0.1235", "yes", "–"))
+    assert "nan" not in text.lower() and "None" not in text
+
+
+def test_numbers_are_set_right_and_words_left():
+    html, _ = shown(report.table([{"name": "x", "number": 3}]))
+    assert re.findall(r"(t[hd]\.col\d) \{\s*text-align: right", html) == ["th.col1", "td.col1"]
+
+
+def test_the_same_table_is_the_same_html():
+    rows = [{"a": 1}]
+    assert report.table(rows).html == report.table(rows).html != report.table([{"a": 2}]).html
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_parameter_is_shown_with_its_value_and_meaning(stage):
+    parameters = declared_parameters(stage)
+    html, _ = shown(report.parameters_table(stage, parameters))
+    assert html.startswith("<details>") and f"{len(parameters)} parameters" in html
+    assert all(report.parameter_meanings(stage)[name] for name in parameters)
+
+
+def test_provenance_shows_short_hashes():
+    row = {"origin": "hub", "path": "data/raw/x", "num_rows": 3, "sha256": "a" * 64, "licence": "MIT", "home": "h"}
+    html, _ = shown(report.sources_table({"GSM8K": row}))
+    assert "a" * 12 in html and "a" * 13 not in html
+
+
+def test_files_are_named_relative_to_the_run(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "adapter" / name).write_bytes(b"0" * 1024)
+    _, text = shown(report.files_table([tmp_path / "adapter"], tmp_path))
+    assert text.splitlines()[-1].split() == ["adapter", "2", "2"] and str(tmp_path) not in text
+
+
+# --- texts of models ------------------------------------------------------------------------------------------------
+
+
+def test_model_text_is_escaped_and_kept_as_it_stands():
+    html, text = shown(report.examples([{"id": 7, "answer": f"{NASTY}\n  line"}], {"answer": "Answer"}, "row {id}"))
+    assert "<script" not in html and "\n  line" in html and NASTY in text and "row 7" in html
+
+
+def test_folded_texts_are_seen_only_after_a_click():
+    row = {"id": 3, "prompt": f"secret {NASTY}", "response": "reply"}
+    html, text = shown(report.folded_examples([row], {"prompt": "Prompt", "response": "Response"}, "id {id}"))
+    assert html.startswith("<details><summary>id 3</summary>") and html.endswith("</details>")
+    assert "open" not in html.split(">")[0] and "<script" not in html
+    assert text == "id 3"
+
+
+def test_a_heading_is_cut_where_a_model_wrote_a_number_of_many_digits():
+    html, _ = shown(report.examples([{"id": 1, "number": "8" * 500}], {"id": "Id"}, "read as {number}"))
+    assert "8" * 80 in html and "8" * 100 not in html and "…" in html
+
+
+def test_no_rows_are_said():
+    assert shown(report.examples([], {}, "", "No answer is right."))[1] == "No answer is right."
+    assert "no such row" in shown(report.folded_examples([], {}, ""))[1]
+
+
+def test_masked_tokens_are_told_from_learnt_ones():
+    words = {1: "Question <b>", 2: " Answer", 3: " end"}
+    output = report.masked_row([1, 2, 3], [-100, 2, 3], lambda ids: "".join(words[token] for token in ids))
+    html, text = shown(output)
+    assert text == "Question <b>[learnt:  Answer end]"
+    assert html.count('title="masked"') == html.count('title="learnt"') == 1 and "<b>" not in html
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def titles(figure):
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def test_plots_are_saved_twice_and_are_the_same_bytes_each_time(tmp_path):
+    def draw(stem):
+        figure = report.histogram([1, 2, 2, 3], title="Lengths", xlabel="tokens", limit=5, limit_label="limit")
+        return report.show_plot(figure, tmp_path / "plots" / stem, f"alt {NASTY}")
+
+    html, text = shown(draw("one"))
+    draw("two")
+    for suffix in (".png", ".svg"):
+        one, two = ((tmp_path / "plots" / stem).with_suffix(suffix).read_bytes() for stem in ("one", "two"))
+        assert one == two and len(one) > 1000
+    assert "<script" not in html and "alt=" in html and text == f"alt {NASTY}"
+
+
+@pytest.mark.parametrize(
+    ("figure", "n"),
+    [
+        (report.histogram([5, 6, 7], title="t", xlabel="tokens"), "n = 3"),
+        (report.probability_histogram([0.1, 0.9], title="t", xlabel="P"), "n = 2"),
+        (report.training_curves([{"step": 1, "loss": 2.0, "learning_rate": 1e-4}], title="t"), "n = 1 steps"),
+    ],
+)
+def test_titles_say_n_and_axes_what_they_are(figure, n):
+    assert n in titles(figure)[0]
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
+
+
+def test_rates_are_drawn_with_their_wilson_intervals_from_the_top():
+    figure = report.rate_plot({"a": (1, 2), "b": (0, 8)}, title="Rates", xlabel="share", marks={"baseline": 0.26})
+    (axes,) = figure.axes
+    drawn = [collection.get_segments()[0] for collection in axes.collections]
+    expected = [[(low, place), (high, place)] for place, (low, high) in _places({"a": (1, 2), "b": (0, 8)})]
+    assert [[tuple(point) for point in segment] for segment in drawn] == expected
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a  (n = 2)", "b  (n = 8)"]
+
+
+def _places(rates):
+    return [(len(rates) - row, wilson_interval(*counts)) for row, counts in enumerate(rates.values())]
+
+
+def run_scores(**changes):
+    run = {"name": "medium", "accuracy": (143, 263), "safe": (221, 240), "baseline_accuracy": 0.31}
+    run |= {"baseline_safety": 0.34, "gsm8k_status": "measured", "safety_status": "measured"}
+    return SimpleNamespace(**run | changes)
+
+
+def test_the_plane_names_runs_baselines_and_what_was_not_measured():
+    runs = [run_scores(), run_scores(name="other", safe=None, safety_status="not measured: no judge")]
+    (axes,) = report.accuracy_safety_plane(runs).axes
+    words = [text.get_text() for text in axes.texts]
+    assert any("medium" in word and "263" in word and "240" in word for word in words)
+    assert any("other" in word and "safety not measured" in word for word in words)
+    hollow = [
+        line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "s" and line.get_markersize() > 6
+    ]
+    assert hollow == ["white"]
+
+
+def test_the_table_of_runs_says_pass_fail_and_not_measured():
+    missed = run_scores(name="other", safe=None, safety_status="not measured: no judge", baseline_accuracy=0.9)
+    unknown = run_scores(name="bare", baseline_accuracy=None, baseline_safety=None)
+    _, text = shown(report.scores_table([run_scores(), missed, unknown]))
+    lines = [line.split() for line in text.splitlines()[2:]]
+    assert [line[-1] for line in lines] == ["pass", "pass", "fail", "fail", "known", "known"]
+    assert "not measured: no judge" in text
