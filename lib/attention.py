@@ -10,7 +10,8 @@ Letters in shapes: N tokens of one step, B rows that decode, R rows that enter, 
 G query heads per key/value head, D head size, P prefix length, S capacity of a slot.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +20,18 @@ from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 ATTENTION_NAME = "shared_prefix"
+# Slots grow by this many tokens.
+CAPACITY_STEP = 32
+# Where scores are written out, for this many queries at a time: they then stay in a CPU's cache.
+NUM_QUERIES = 192
 
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Keys and values of a prompt prefix, computed once. ``store`` is (layers, 2, 1, Hkv, P, D)."""
+    """Keys and values of a prompt prefix, computed once: for each layer (2, 1, Hkv, P, D)."""
 
     tokens: tuple[int, ...]
-    store: Tensor
+    layers: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -42,30 +47,44 @@ class PackedStep:
     write_index: Tensor  # (N * Hkv,) where each token's keys and values go in the flattened slots of a layer
     last_index: Tensor  # (B + R,) index of each row's last token among the N
     num_decoding: int
-    decode_length: int  # longest row among those that decode, this step's token included
-    decode_mask: Tensor | None  # (B, 1, 1, decode_length), 0 or -inf; None when all are equally long
+    decode_mask: Tensor  # (B, 1, 1, S) float32: 0 where the row has a token, this step's included, and -inf beyond
     pad_index: Tensor  # (R, T) among the entering tokens, short rows repeat their last one
     unpad_index: Tensor  # (entering tokens,) into R * T
 
 
 class SlotCache(Cache):
-    """Preallocated keys and values of up to ``num_slots`` rows, ``capacity`` own tokens each.
+    """Keys and values of up to ``num_slots`` rows; row ``i``'s own tokens are in slot ``i``, from position 0 on.
 
     ``update`` has the signature that transformers' attention layers call; it writes this step's tokens into the slots
     and hands back the fresh ones, from which entering rows attend to themselves.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, num_slots: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
-        self.num_slots, self.capacity = num_slots, capacity
-        self.num_kv_heads = config.num_key_value_heads
-        shape = (config.num_hidden_layers, 2, num_slots, self.num_kv_heads, capacity, head_size(config))
-        # Zeros and not empty memory: a masked position weighs 0, and 0 times a leftover NaN would be NaN.
-        self.store = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_slots, self.capacity, self.num_kv_heads = num_slots, 0, config.num_key_value_heads
+        empty = torch.zeros((2, num_slots, self.num_kv_heads, 0, head_size(config)), dtype=dtype, device=device)
+        # A layer's keys, then its values: (2, slots, Hkv, S, D).
+        self.slots = [empty] * config.num_hidden_layers
         self.prefix: SharedPrefix | None = None
         self.step: PackedStep | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.slots[0].device
+
+    def reserve(self, length: int) -> None:
+        """Makes every slot hold ``length`` tokens.
+
+        The slots grow with the rows, so that a step may read them whole: a slice of each would be copied first.
+        """
+        if length <= self.capacity:
+            return
+        self.capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+        for layer, old in enumerate(self.slots):
+            *outer, used, size = old.shape
+            # Zeros and not empty memory: a masked position weighs 0, and 0 times a leftover NaN would be NaN.
+            self.slots[layer] = old.new_zeros((*outer, self.capacity, size))
+            self.slots[layer][..., :used, :] = old
 
     def begin(self, step: PackedStep, prefix: SharedPrefix | None) -> None:
         """Sets what the coming forward pass works on."""
@@ -73,14 +92,15 @@ class SlotCache(Cache):
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple:
         """Writes ``key`` and ``value``, both (1, Hkv, N, D), into the slots."""
-        for fresh, slots in zip((key, value), self.store[layer_idx], strict=True):
+        for fresh, slots in zip((key, value), self.slots[layer_idx], strict=True):
             rows = fresh.transpose(1, 2).reshape(-1, fresh.shape[-1])
             slots.view(-1, fresh.shape[-1]).index_copy_(0, self.step.write_index, rows)
         return key, value
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies the first ``length`` tokens of slot ``source`` over slot ``target``."""
-        self.store[:, :, target, :, :length] = self.store[:, :, source, :, :length]
+        for slots in self.slots:
+            slots[:, target, :, :length] = slots[:, source, :, :length]
 
 
 def head_size(config: PretrainedConfig) -> int:
@@ -98,15 +118,15 @@ def pack_step(
         entering: own tokens of the rows that go into the slots after those.
         offset: number of prefix tokens before each row's own.
     """
-    device = cache.store.device
+    device = cache.device
     lengths = [len(tokens) for tokens in entering]
+    cache.reserve(max([cached + 1 for _, cached in decoding] + lengths))
     tokens = [token for token, _ in decoding] + [token for row in entering for token in row]
     positions = [cached for _, cached in decoding] + [position for length in lengths for position in range(length)]
     slots = list(range(len(decoding)))
     slots += [len(decoding) + row for row, length in enumerate(lengths) for _ in range(length)]
     position = torch.tensor(positions, device=device)
     ends = torch.tensor([1] * len(decoding) + lengths, device=device).cumsum(0) - 1
-    longest, mask = _decode_mask([cached + 1 for _, cached in decoding], cache.store.dtype, device)
     pad_index, unpad_index = _padding(lengths, device)
     return PackedStep(
         input_ids=torch.tensor([tokens], device=device),
@@ -114,8 +134,7 @@ def pack_step(
         write_index=_write_index(cache, torch.tensor(slots, device=device), position),
         last_index=ends,
         num_decoding=len(decoding),
-        decode_length=longest,
-        decode_mask=mask,
+        decode_mask=_decode_mask(position[: len(decoding)], cache.capacity),
         pad_index=pad_index,
         unpad_index=unpad_index,
     )
@@ -126,13 +145,9 @@ def _write_index(cache: SlotCache, slot: Tensor, position: Tensor) -> Tensor:
     return ((slot[:, None] * cache.num_kv_heads + heads) * cache.capacity + position[:, None]).flatten()
 
 
-def _decode_mask(lengths: list[int], dtype: torch.dtype, device: torch.device) -> tuple[int, Tensor | None]:
-    longest = max(lengths, default=0)
-    if min(lengths, default=0) == longest:
-        return longest, None
-    beyond = torch.arange(longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
-    mask = torch.zeros(len(lengths), longest, dtype=dtype, device=device).masked_fill_(beyond, -torch.inf)
-    return longest, mask[:, None, None]
+def _decode_mask(last: Tensor, capacity: int) -> Tensor:
+    beyond = torch.arange(capacity, device=last.device) > last[:, None]
+    return torch.zeros(beyond.shape, device=last.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def _padding(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -162,9 +177,9 @@ def forward_step(model: PreTrainedModel, cache: SlotCache, step: PackedStep, pre
 
 def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> SharedPrefix:
     """Keys and values of ``tokens``, read once as if they were a row of their own."""
-    cache = SlotCache(model.config, 1, len(tokens), model.dtype, model.device)
+    cache = SlotCache(model.config, 1, model.dtype, model.device)
     forward_step(model, cache, pack_step(cache, [], [tokens], 0), None)
-    return SharedPrefix(tuple(tokens), cache.store)
+    return SharedPrefix(tuple(tokens), tuple(slots[..., : len(tokens), :].contiguous() for slots in cache.slots))
 
 
 # --- attention ----------------------------------------------------------------------------------------------------
@@ -185,7 +200,7 @@ def shared_prefix_attention(
 
     Returns (1, N, Hkv * G, D) and no weights. What else a layer passes (dropout 0, no window) does not matter here.
     """
-    step, slots = slot_cache.step, slot_cache.store[module.layer_idx]
+    step, slots = slot_cache.step, slot_cache.slots[module.layer_idx]
     num_kv_heads = key.shape[1]
     grouped = query[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # (N, Hkv, G, D)
     parts = []
@@ -196,15 +211,15 @@ def shared_prefix_attention(
         parts.append(_attend_entering(grouped[step.num_decoding :], *fresh, step, scaling))
     out, log_sum = parts[0] if len(parts) == 1 else [torch.cat(pair) for pair in zip(*parts, strict=True)]
     if slot_cache.prefix is not None:
-        prefix = _attend_prefix(grouped, slot_cache.prefix.store[module.layer_idx], scaling)
+        prefix = _attend_prefix(grouped, slot_cache.prefix.layers[module.layer_idx], scaling)
         out = merge(out, log_sum, *prefix)
-    return out.flatten(1, 2)[None], None
+    return out.flatten(1, 2)[None].to(query.dtype), None
 
 
 def _attend_decoding(query: Tensor, slots: Tensor, step: PackedStep, scale: float) -> tuple[Tensor, Tensor]:
     """One token a row against its own slot: (B, Hkv, G, D) and log-sums (B, Hkv, G)."""
-    key, value = slots[:, : step.num_decoding, :, : step.decode_length]
-    return attend(query, key, value, scale, mask=step.decode_mask)
+    key, value = slots[:, : step.num_decoding]
+    return attend_by_products(query, key, value, scale, mask=step.decode_mask)
 
 
 def _attend_entering(
@@ -214,25 +229,18 @@ def _attend_entering(
 
     Right-padded only for this: a real token never sees the padding, which comes after it.
     """
-    num_rows = len(step.pad_index)
-    group = query.shape[2]
-    padded = query[step.pad_index].permute(0, 2, 3, 1, 4).flatten(0, 1)  # (R * Hkv, G, T, D)
-    # A view that repeats each key/value head for its G query heads: no copy.
-    key, value = (
-        states[step.pad_index].transpose(1, 2).flatten(0, 1)[:, None].expand(-1, group, -1, -1)
-        for states in (key, value)
-    )
-    out, log_sum = attend(padded, key, value, scale, causal=True)
-    out = out.unflatten(0, (num_rows, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1)
-    log_sum = log_sum.unflatten(0, (num_rows, -1)).permute(0, 3, 1, 2).flatten(0, 1)
+    padded = query[step.pad_index].permute(0, 2, 3, 1, 4)  # (R, Hkv, G, T, D)
+    key, value = (states[step.pad_index].transpose(1, 2) for states in (key, value))  # (R, Hkv, T, D)
+    out, log_sum = attend_causally(padded, key, value, scale)
+    out, log_sum = out.permute(0, 3, 1, 2, 4).flatten(0, 1), log_sum.permute(0, 3, 1, 2).flatten(0, 1)
     return out[step.unpad_index], log_sum[step.unpad_index]
 
 
-def _attend_prefix(query: Tensor, store: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_prefix(query: Tensor, prefix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """All N tokens against the one prefix, as one product a key/value head: (N, Hkv, G, D) and (N, Hkv, G)."""
     num_tokens, _, group, _ = query.shape
     folded = query.transpose(0, 1).flatten(1, 2)[None]  # (1, Hkv, N * G, D)
-    out, log_sum = attend(folded, *store, scale)
+    out, log_sum = attend(folded, *prefix, scale)
     return (
         out[0].unflatten(1, (num_tokens, group)).transpose(0, 1),
         log_sum[0].unflatten(1, (num_tokens, group)).transpose(0, 1),
@@ -240,56 +248,128 @@ def _attend_prefix(query: Tensor, store: Tensor, scale: float) -> tuple[Tensor, 
 
 
 def merge(out: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> Tensor:
-    """Attention over the union of two sets of keys from the attention over each, in float32.
+    """Attention over the union of two sets of keys from the attention over each, in float32 and returned so.
 
     exp(b) / (exp(a) + exp(b)) is sigmoid(b - a), which neither over- nor underflows.
     """
     share = torch.sigmoid(other_log_sum - log_sum).unsqueeze(-1)
-    return torch.lerp(out.float(), other.float(), share).to(out.dtype)
+    return torch.lerp(out.float(), other.float(), share)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention and the log of its denominator.
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Softmax attention of many queries, and the log of its denominator, by what is fastest on the device.
 
     Args:
         query: (A, H, T, D).
-        key, value: (A, H, S, D); T = S where ``causal``.
-        mask: added to the scores, broadcast to (A, H, T, S).
+        key, value: (A, H, S, D).
 
     Returns:
-        (A, H, T, D) in the dtype of ``query`` and (A, H, T) in float32.
+        (A, H, T, D) and (A, H, T) in float32.
     """
+    if has_kernel(query):
+        return _attend_by_kernel(query, key, value, scale)
     if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-        )
-    if mask is None and _has_flash_kernel(query):
-        # The kernel wants memory of its own for the repeated heads: those of the entering tokens only, so they are few.
-        tensors = [tensor.contiguous() for tensor in (query, key, value)]
-        return torch.ops.aten._scaled_dot_product_flash_attention(*tensors, 0.0, causal, False, scale=scale)[:2]
-    return attend_by_products(query, key, value, scale, causal=causal, mask=mask)
+        return attend_in_portions(query, key, value, scale)
+    return attend_by_products(query, key, value, scale)
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``attend`` of each token to itself and those before it.
+
+    Args:
+        query: (R, Hkv, G, T, D).
+        key, value: (R, Hkv, T, D).
+
+    Returns:
+        (R, Hkv, G, T, D) and (R, Hkv, G, T) in float32.
+    """
+    if has_kernel(query):
+        # A view that shows each key/value head to its G query heads: no copy.
+        shape = (-1, -1, query.shape[2], -1, -1)
+        states = (query, key.unsqueeze(2).expand(shape), value.unsqueeze(2).expand(shape))
+        out, log_sum = _attend_by_kernel(*(state.flatten(0, 1) for state in states), scale, causal=True)
+        return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
+    parts = []
+    for portion, last in zip(query.split(NUM_QUERIES, dim=-2), _ends(query.shape[-2]), strict=True):
+        parts.append(_attend_to_last(portion, key[..., :last, :], value[..., :last, :], scale))
+    return torch.cat([out for out, _ in parts], dim=-2), torch.cat([log_sum for _, log_sum in parts], dim=-1)
+
+
+def _ends(length: int) -> list[int]:
+    return [min(start + NUM_QUERIES, length) for start in range(0, length, NUM_QUERIES)]
+
+
+def _attend_to_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last T of S tokens: ``query`` (R, Hkv, G, T, D), ``key`` and ``value`` (R, Hkv, S, D)."""
+    group, num_queries = query.shape[2:4]
+    num_before = key.shape[-2] - num_queries
+    future = torch.full((num_queries, key.shape[-2]), -torch.inf, device=query.device).triu_(num_before + 1)
+    out, log_sum = attend_by_products(query.flatten(2, 3), key, value, scale, mask=future.repeat(group, 1))
+    return out.unflatten(2, (group, -1)), log_sum.unflatten(2, (group, -1))
 
 
 def attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``attend`` written out, for devices and dtypes without a kernel that returns the log-sum-exp."""
-    scores = (query @ key.transpose(-1, -2)).float() * scale
+    """``attend`` written out: for few queries a key, and for devices and dtypes without a kernel that returns log-sums.
+
+    Args:
+        mask: float32, added to the scores; broadcast to (A, H, T, S).
+    """
+    scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
     if mask is not None:
-        scores = scores + mask
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    log_sum = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - log_sum.unsqueeze(-1)).to(value.dtype)
-    return weights @ value, log_sum
+        scores += mask
+    return _weigh(scores, value)
 
 
-def _has_flash_kernel(query: Tensor) -> bool:
+def attend_in_portions(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``attend`` for bfloat16 on a CPU: products in its bfloat16 units, scores in float32."""
+    # Exact: what is rounded to bfloat16 inside the product was bfloat16 before.
+    key = key.transpose(-1, -2).float()
+    parts = []
+    for portion in query.chunk(-(-query.shape[-2] // NUM_QUERIES), dim=-2):
+        with _bfloat16_products():
+            scores = portion.float() @ key
+        parts.append(_weigh(scores.mul_(scale), value))
+    return torch.cat([out for out, _ in parts], dim=-2), torch.cat([log_sum for _, log_sum in parts], dim=-1)
+
+
+def _weigh(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over float32 ``scores`` (A, H, T, S), which it overwrites: the weighted values and the log-sums."""
+    top = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    return (weights.to(value.dtype) @ value) / total, (top + total.log()).squeeze(-1)
+
+
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Lets products of float32 tensors use bfloat16 units, with float32 sums; never for positions, which it rounds."""
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Whether torch has a fast attention kernel for ``query`` that also returns the log-sum-exp."""
+    if query.device.type == "cpu":
+        # Its bfloat16 does not use the CPU's bfloat16 units: plain products are faster.
+        return query.dtype != torch.bfloat16
     half = query.dtype in (torch.float16, torch.bfloat16)
     return half and query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _attend_by_kernel(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    if query.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+    # In memory of their own, heads that were only shown repeatedly too: those of entering tokens, so they are few.
+    states = (state.contiguous() for state in (query, key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention(*states, 0.0, causal, False, scale=scale)[:2]
 
 
 AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)

@@ -18,13 +18,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lib import generate
-from lib.attention import attend, attend_by_products, merge
+from lib import attention, generate
+from lib.attention import attend_by_products, attend_in_portions, merge
 from lib.generate import Engine, common_prefix_length, pick_tokens, why_not_shared
 from lib.memory import is_out_of_memory
 from lib.model import render_prompt
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 SHAPE = dict(
     vocab_size=300,
     hidden_size=48,
@@ -437,17 +440,44 @@ def test_logits_that_are_not_numbers_are_an_error():
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_kernel_and_written_out_attention_agree(causal):
+def plain_attention(query, key, value, scale):
+    """(R, Hkv, G, T, D) over (R, Hkv, S, D) with the last T of S tokens as queries, by the definition."""
+    scores = torch.einsum("rhgtd,rhsd->rhgts", query, key) * scale
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + key.shape[-2] - query.shape[-2])
+    scores = scores.masked_fill(future, -torch.inf)
+    return torch.einsum("rhgts,rhsd->rhgtd", scores.softmax(dim=-1), value), scores.logsumexp(dim=-1)
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_causal_attention(kernel, monkeypatch):
+    monkeypatch.setattr(attention, "has_kernel", lambda query: kernel)
+    monkeypatch.setattr(attention, "NUM_QUERIES", 3)
     torch.manual_seed(0)
-    query, key, value = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
-    mask = None if causal else torch.zeros(2, 1, 1, 7).masked_fill_(torch.arange(7) > 4, -torch.inf)
-    for one, other in zip(
-        attend(query, key, value, 0.3, causal=causal, mask=mask),
-        attend_by_products(query, key, value, 0.3, causal=causal, mask=mask),
-        strict=True,
-    ):
+    query, key, value = torch.randn(2, 3, 4, 7, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
+    found = attention.attend_causally(query, key, value, 0.3)
+    for one, other in zip(found, plain_attention(query, key, value, 0.3), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_attention_kernel_and_written_out():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
+    assert attention.has_kernel(query)
+    expected = attend_by_products(query, key, value, 0.3)
+    for one, other in zip(attention.attend(query, key, value, 0.3), expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_bfloat16_portions_agree_with_float32():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, length, 64).bfloat16() for length in (300, 200, 200))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    out, log_sum = attend_in_portions(query, key, value, 0.3)
+    expected, expected_log_sum = attend_by_products(query.float(), key.float(), value.float(), 0.3)
+    # Scores are exact up to the order of sums; the weights are rounded to bfloat16.
+    assert torch.allclose(log_sum, expected_log_sum, atol=1e-4)
+    assert torch.allclose(out, expected, atol=0.02)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 def test_merging_two_sets_of_keys_is_attention_over_their_union():
