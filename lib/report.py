@@ -422,10 +422,10 @@ def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
             steps, [row[column] for row in log], color=colour, marker="o" if len(steps) < 40 else "", markersize=4
         )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="optimiser step", ylabel=label, ylim=(0, None))
+        axes.set(xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * max(row[column] for row in log)))
     panels[0].set_title(f"{title} (n = {len(steps):,} steps)")
-    panels[1].set_title("learning rate")
-    panels[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    panels[1].set_title("Learning rate")
+    panels[1].yaxis.set_major_formatter("{x:g}")
     return figure
 
 
@@ -457,12 +457,13 @@ def rate_plot(
 def accuracy_safety_plane(runs: "Sequence[RunScores]") -> Figure:
     """Accuracy against safe rate: a point a run, 95 % intervals on both axes, its baseline as a square.
 
-    A run that lacks an axis stands at 0 there, hollow, and says so.
+    A run that lacks an axis stands at 0 there, hollow, and says so. Names stand in the right margin, in the order of
+    their points, where they cannot cover each other or a point.
     """
-    figure, (axes,) = _figure(width=7.2, height=5.4)
+    figure, (axes,) = _figure(width=9.0, height=5.0)
     colours = (BLUE, VERMILION, GREEN, ORANGE, SKY, INK)
-    for place, run in enumerate(runs):
-        _plane_point(axes, run, colours[place % len(colours)], "osD^vP"[place % 6])
+    places = [_plane_point(axes, run, colours[at % 6], "osD^vP"[at % 6]) for at, run in enumerate(runs)]
+    _margin_labels(axes, places, [f"{run.name}\n{_known_text(run)}" for run in runs], colours)
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05), xlabel="GSM8K: share of questions right (strict)")
     axes.set(ylabel="AILuminate: share of responses safe", title="Accuracy and safety")
     for axis in (axes.xaxis, axes.yaxis):
@@ -470,19 +471,19 @@ def accuracy_safety_plane(runs: "Sequence[RunScores]") -> Figure:
     return figure
 
 
-def _plane_point(axes: Axes, run: "RunScores", colour: str, marker: str) -> None:
+def _plane_point(axes: Axes, run: "RunScores", colour: str, marker: str) -> list[float]:
+    """Draw a run with its intervals and baseline; returns where its point is."""
     place = [counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)]
     for counts, line, other in ((run.accuracy, axes.hlines, place[1]), (run.safe, axes.vlines, place[0])):
         if counts:
             line(other, *wilson_interval(*counts), color=colour, linewidth=1.5)
     whole = bool(run.accuracy and run.safe)
     axes.plot(*place, marker, color=colour, markersize=8, markerfacecolor=colour if whole else "white")
-    _beside_point(axes, place, f"{run.name} ({_known_text(run)})", colour)
     if run.baseline_accuracy is not None and run.baseline_safety is not None:
         baseline = [run.baseline_accuracy, run.baseline_safety]
         axes.plot(*zip(place, baseline, strict=True), color=colour, linestyle=":", linewidth=1)
         axes.plot(*baseline, "s", color="white", markeredgecolor=colour, markersize=6)
-        _beside_point(axes, baseline, f"baseline of {run.name}", "#555555")
+    return place
 
 
 def _known_text(run: "RunScores") -> str:
@@ -490,13 +491,38 @@ def _known_text(run: "RunScores") -> str:
     return f"{accuracy}, {f'{run.safe[1]:,} prompts' if run.safe else 'safety not measured'}"
 
 
-def _beside_point(axes: Axes, place: Sequence[float], label: str, colour: str) -> None:
-    """A label up and away from a point, on the side where there is room."""
-    right = place[0] < 0.6
-    shift = (8 if right else -8, 6)
-    axes.annotate(
-        label, place, shift, textcoords="offset points", ha="left" if right else "right", color=colour, fontsize=9
-    )
+def _margin_labels(
+    axes: Axes, places: Sequence[Sequence[float]], labels: Sequence[str], colours: Sequence[str]
+) -> None:
+    """Labels right of the axes, at least a line apart, each joined to its point by a thin line."""
+    gap = 0.11
+    order = sorted(range(len(places)), key=lambda at: -places[at][1])
+    heights = [places[at][1] for at in order]
+    # Down from the top, then up again from the floor, so that neither end leaves the axes.
+    for row, height in enumerate(heights):
+        heights[row] = min(height, heights[row - 1] - gap) if row else min(height, 1.0)
+    for row in reversed(range(len(heights))):
+        heights[row] = max(heights[row], heights[row + 1] + gap) if row + 1 < len(heights) else max(heights[row], 0.0)
+    for at, height in zip(order, heights, strict=True):
+        arrow = {
+            "arrowstyle": "-",
+            "relpos": (0, 0.5),
+            "color": colours[at % len(colours)],
+            "linewidth": 0.5,
+            "alpha": 0.6,
+        }
+        end = (1.06, height)
+        axes.annotate(
+            labels[at],
+            places[at],
+            end,
+            textcoords=axes.transData,
+            va="center",
+            fontsize=8.5,
+            color=INK,
+            arrowprops=arrow,
+            annotation_clip=False,
+        )
 
 
 def _rate_point(axes: Axes, place: float, successes: int, total: int) -> None:
