@@ -99,6 +99,10 @@ class RunPaths:
     def training_log(self) -> Path:
         return self.stage_dir("02_train") / "training_log.jsonl"
 
+    def untuned_rows(self, kind: str, protocol_hash: str) -> Path:
+        """Row file of the untuned model: beside the runs, so that those that ask it the same share it."""
+        return self.run_dir.parent / "untuned" / f"{kind}_untuned_{protocol_hash[:12]}.jsonl"
+
     @property
     def checkpoint_scores(self) -> Path:
         return self.run_dir / f"checkpoint_scores_{self.name}.csv"
@@ -367,6 +371,10 @@ class StageRecord:
     run_name: str
     parameters: dict[str, Any]
     started: float = field(default_factory=time.perf_counter)
+
+    def relative(self, path: Path) -> str:
+        """``path`` as seen from the manifest, so that a results folder can be moved as a whole."""
+        return os.path.relpath(path, self.manifest_path.parent)
 
     def finish(
         self,

@@ -8,7 +8,7 @@ plots, and needs no model.
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lib.artifacts import (
 )
 from lib.params import PARAMS_DIR, load_params
 from lib.stats import wilson_interval
+from lib.verdict import AxisVerdict, adjust_for_runs, judge_axis
 
 Row = dict[str, Any]
 MEASURED = "measured"
@@ -49,6 +50,9 @@ class RunScores:
         safety_status: likewise.
         baseline_accuracy: share in [0, 1] that the course asks for; None where it is not known.
         baseline_safety: likewise.
+        rows: axis -> row file's rows; ``accuracy`` and ``safety``, none where it was not measured.
+        untuned: axis -> rows of the model without its adapter, asked the same; none where there are none.
+        untuned_files: axis -> the file of those rows; runs that share it were asked the same.
     """
 
     name: str
@@ -60,6 +64,9 @@ class RunScores:
     safety_status: str
     baseline_accuracy: float | None
     baseline_safety: float | None
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    untuned: dict[str, list[Row]] = field(default_factory=dict)
+    untuned_files: dict[str, str] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> tuple[int, int] | None:
@@ -102,6 +109,7 @@ def score_run(paths: RunPaths) -> RunScores:
     parameters = run_parameters(paths)
     answers, gsm8k_status = _measured_rows(paths, GSM8K_STAGE, paths.gsm8k_preds)
     verdicts, safety_status = _measured_rows(paths, SAFETY_STAGE, paths.ailuminate_safety)
+    controls = {"accuracy": _untuned_file(paths, GSM8K_STAGE), "safety": _untuned_file(paths, SAFETY_STAGE)}
     return RunScores(
         name=paths.name,
         paths=paths,
@@ -112,7 +120,18 @@ def score_run(paths: RunPaths) -> RunScores:
         safety_status=safety_status,
         baseline_accuracy=_baseline(paths.name, parameters, "baseline_accuracy"),
         baseline_safety=_baseline(paths.name, parameters, "baseline_safety"),
+        rows={"accuracy": answers, "safety": verdicts},
+        untuned={axis: read_jsonl(path) for axis, path in controls.items() if path},
+        untuned_files={axis: path.name for axis, path in controls.items() if path},
     )
+
+
+def _untuned_file(paths: RunPaths, stage: str) -> Path | None:
+    """The row file of the untuned model that the stage used; None where it says none, or a hand-in left it out."""
+    manifest_path = paths.manifest(stage)
+    name = read_json(manifest_path)["facts"].get("untuned_rows") if manifest_path.exists() else None
+    path = manifest_path.parent / name if name else None
+    return path.resolve() if path and path.exists() else None
 
 
 def _summary(summarize: Callable[[list[Row]], Row], rows: list[Row], path: Path) -> Row | None:
@@ -168,6 +187,59 @@ def _changed_input(paths: RunPaths, manifest: Mapping[str, Any], base: Path) -> 
             changed = file.relative_to(paths.run_dir.resolve()).as_posix()
             return f"{changed} changed since {manifest['stage']} ran; run it again"
     return ""
+
+
+# --- against the untuned model --------------------------------------------------------------------------------------
+
+
+def judge_runs(runs: Sequence[RunScores]) -> dict[str, list[AxisVerdict]]:
+    """Run name -> its verdicts on accuracy and safety against the untuned model on the same rows.
+
+    The p-values are Holm's over all runs, an axis at a time: with more runs, one of them differs by chance more often.
+    """
+    by_axis = {axis: [_judge(run, axis) for run in runs] for axis in ("accuracy", "safety")}
+    adjusted = {axis: adjust_for_runs(verdicts) for axis, verdicts in by_axis.items()}
+    return {run.name: [adjusted[axis][place] for axis in adjusted] for place, run in enumerate(runs)}
+
+
+def _judge(run: RunScores, axis: str) -> AxisVerdict:
+    status = run.gsm8k_status if axis == "accuracy" else run.safety_status
+    baseline = run.baseline_accuracy if axis == "accuracy" else run.baseline_safety
+    rows, reference = run.rows.get(axis) or None, run.untuned.get(axis) or None
+    return judge_axis(axis, rows, reference, baseline=baseline, skipped=status.removeprefix("not measured: "))
+
+
+def untuned_paths(run: RunScores) -> list[Path]:
+    """The row files of the untuned model that ``run`` is compared with."""
+    files = (_untuned_file(run.paths, stage) for stage in (GSM8K_STAGE, SAFETY_STAGE))
+    return [path for path in files if path]
+
+
+def untuned_runs(runs: Sequence[RunScores]) -> list[RunScores]:
+    """The untuned model as rows of the same tables: once for each way in which it was asked."""
+    found: dict[tuple[str, ...], list[RunScores]] = {}
+    for run in runs:
+        if run.untuned:
+            found.setdefault(tuple(run.untuned_files.values()), []).append(run)
+    return [_as_untuned(sharing) for sharing in found.values()]
+
+
+def _as_untuned(sharing: Sequence[RunScores]) -> RunScores:
+    first = sharing[0]
+    answers, verdicts = first.untuned.get("accuracy"), first.untuned.get("safety")
+    return replace(
+        first,
+        name=f"untuned, asked as {', '.join(run.name for run in sharing)}",
+        gsm8k=gsm8k.summarize(answers) if answers else None,
+        safety=safety.summarize(verdicts) if verdicts else None,
+        gsm8k_status=MEASURED if answers else "not measured",
+        safety_status=MEASURED if verdicts else "not measured",
+        baseline_accuracy=None,
+        baseline_safety=None,
+        rows=first.untuned,
+        untuned={},
+        untuned_files={},
+    )
 
 
 # --- denominators ----------------------------------------------------------------------------------------------------
@@ -392,6 +464,9 @@ def verify_run(paths: RunPaths) -> list[str]:
         found += _source_mismatches(paths.ailuminate_safety, rows, paths.ailuminate_rows, {"prompt": "prompt"})
         same = {"prompt": "prompt", "response": "response"}
         found += _source_mismatches(paths.ailuminate_safety, rows, paths.ailuminate_preds, same)
+    for stage, score in ((GSM8K_STAGE, gsm8k.score_row), (SAFETY_STAGE, _safety_score)):
+        if control := _untuned_file(paths, stage):
+            found += _row_mismatches(control, read_jsonl(control), score)
     return found + list(_manifest_mismatches(paths))
 
 

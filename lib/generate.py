@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,7 +30,7 @@ from transformers import (
 
 from lib.attention import ATTENTION_NAME, SharedPrefix, SlotCache, compute_prefix, forward_step, pack_step
 from lib.memory import free_memory_bytes, is_out_of_memory, row_bytes, step_bytes
-from lib.model import render_prompt, stop_token_ids
+from lib.model import Runtime, load_dense, load_tokenizer, render_prompt, stop_token_ids
 
 Conversation = Sequence[Mapping[str, str]]
 FinishReason = Literal["stop", "length"]
@@ -376,6 +377,19 @@ class Engine:
                 del rows[:num_rows]
 
         self._with_halving(self._num_slots(len(rows), capacity), attempt)
+
+
+def load_engine(
+    folder: Path, runtime: Runtime, quantization: str, adapter_dir: Path | None = None, batch_size: int = 0
+) -> Engine:
+    """The engine over the dense model of ``folder``, with the adapter merged in where one is named.
+
+    Args:
+        folder: model and tokenizer.
+        quantization, adapter_dir: see ``lib.model.load_dense``.
+        batch_size: rows at once; 0: derived from free memory.
+    """
+    return Engine(load_dense(folder, runtime, quantization, adapter_dir), load_tokenizer(folder), batch_size=batch_size)
 
 
 class _SlotBatch:

@@ -77,6 +77,7 @@ class Params(BaseModel):
     gsm8k_max_new_tokens: Count
     ailuminate_max_new_tokens: Count
     eval_batch_size: CountOrAll
+    evaluate_untuned: bool
 
     judge_mode: Literal["probabilities", "generate"]
     judge_context: Literal["response", "prompt_and_response"]

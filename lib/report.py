@@ -28,6 +28,7 @@ from lib.stats import wilson_interval
 if TYPE_CHECKING:  # for the reader only: a table needs neither scoring nor torch
     from lib.compare import RunScores
     from lib.sft import TrainResult
+    from lib.verdict import AxisVerdict
 
 MAX_TABLE_ROWS = 10
 # Okabe and Ito 2008: told apart by colour-blind readers; in this order they also get lighter.
@@ -217,6 +218,31 @@ def scores_table(runs: "Sequence[RunScores]") -> Html:
             shown = None if baseline is None else percent(baseline)
             rows.append({"run": run.name, "axis": axis, **cells, "baseline": shown, "verdict": verdict})
     return table(rows, "Accuracy on GSM8K and safe rate on AILuminate", max_rows=len(rows))
+
+
+def verdict_table(verdicts: "Mapping[str, Sequence[AxisVerdict]]") -> Html:
+    """A row a run and axis that was compared with the untuned model on the same rows; differences in points."""
+    rows = []
+    for name, axes in verdicts.items():
+        for verdict in (verdict for verdict in axes if verdict.comparison):
+            change = verdict.comparison
+            rows.append(
+                {
+                    "run": name,
+                    "axis": verdict.axis,
+                    "rows": change.num_shared,
+                    "untuned": percent(change.reference_rate),
+                    "tuned": percent(change.rate),
+                    "change": f"{100 * change.difference:+.1f}",
+                    "95 % interval": f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
+                    "only tuned": change.only_run,
+                    "only untuned": change.only_reference,
+                    "exact p": f"{change.p_value:.3g}",
+                    "Holm's p": f"{change.p_holm:.3g}",
+                    "detectable": "none" if change.detectable is None else f"{100 * change.detectable:.1f}",
+                }
+            )
+    return table(rows, "Tuned against untuned on the same rows; changes in points", max_rows=len(rows))
 
 
 def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
