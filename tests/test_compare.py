@@ -347,6 +347,52 @@ def test_reference_outputs_of_an_earlier_run_are_scored_as_published(tmp_path):
     assert "143 of 263" in lines[0] and "221 of 240" in lines[0]
 
 
+# --- against the untuned model --------------------------------------------------------------------------------------
+
+
+def add_control(folder, name, outputs):
+    """An untuned row file beside the runs, and the manifest of 03 that names it."""
+    paths = run_paths(str(folder), name)
+    rows = [row | {"model_output": output} for row, output in zip(gsm8k_rows(), outputs, strict=True)]
+    control = paths.untuned_rows("gsm8k_preds", "abc")
+    write_jsonl(control, [row | gsm8k.score_row(row) for row in rows])
+    manifest = read_json(paths.manifest("03_eval_gsm8k"))
+    manifest["facts"]["untuned_rows"] = "../../untuned/" + control.name
+    write_json(paths.manifest("03_eval_gsm8k"), manifest)
+    return control
+
+
+def test_a_run_is_compared_with_the_untuned_rows_its_manifest_names(results):
+    add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    run = compare.collect_runs(str(results))[0]
+    accuracy, safe = compare.judge_runs([run])["one"]
+    assert (accuracy.comparison.only_run, accuracy.comparison.only_reference) == (1, 0)
+    assert accuracy.comparison.num_shared == 3 and not accuracy.comparison.shows_change
+    assert safe.comparison is None and safe.num_succeeded == 1
+
+
+def test_runs_that_share_a_control_show_it_once(results):
+    make_run(results, "two")
+    for name in ("one", "two"):
+        add_control(results, name, ["#### 4", "#### 0", "#### 0"])
+    (untuned,) = compare.untuned_runs(compare.collect_runs(str(results)))
+    assert untuned.name == "untuned, asked as one, two"
+    assert (untuned.accuracy, untuned.safe, untuned.baseline_accuracy) == ((1, 3), None, None)
+
+
+def test_a_run_without_a_control_says_so(results):
+    runs = compare.collect_runs(str(results))
+    assert compare.untuned_runs(runs) == [] and compare.untuned_paths(runs[0]) == []
+    assert compare.judge_runs(runs)["one"][0].uncompared
+
+
+def test_tampering_with_the_untuned_rows_is_found(results):
+    control = add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    assert not compare.verify_folder(results)[1]
+    change(control, 1, correct=True)
+    assert any("untuned" in mismatch for mismatch in compare.verify_folder(results)[1])
+
+
 def test_comparing_needs_no_torch():
     code = "import sys, lib.compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
