@@ -24,6 +24,6 @@ lab: setup  ## the notebooks in JupyterLab
 check: setup  ## format, lint, clean notebook sources, tests, sandbox: the same here and in CI
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 	$(MAKE) test
 	$(MAKE) sandbox
