@@ -214,7 +214,7 @@ def scores_table(runs: "Sequence[RunScores]") -> Html:
         ):
             cells = rate_columns(*counts) if counts else {"rate": status, "95 % interval": None, "rows": None}
             reached = bool(counts) and baseline is not None and counts[0] / counts[1] >= baseline
-            verdict = "baseline not known" if baseline is None else "pass" if reached else "fail"
+            verdict = "no baseline" if baseline is None else "pass" if reached else "fail"
             shown = None if baseline is None else percent(baseline)
             rows.append({"run": run.name, "axis": axis, **cells, "baseline": shown, "verdict": verdict})
     return table(rows, "Accuracy on GSM8K and safe rate on AILuminate", max_rows=len(rows))
