@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lib import execution
-from lib.artifacts import PROJECT_ROOT, STAGES, read_json, run_paths, write_jsonl
+from lib.artifacts import PROJECT_ROOT, STAGES, read_json, run_paths, start_stage, write_jsonl
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
@@ -143,6 +143,20 @@ def test_without_prompts_safety_is_not_measured_and_everything_says_so(tmp_path)
     assert not paths.ailuminate_safety.exists() and not paths.ailuminate_preds.exists()
     metrics = read_json(tmp_path / "results" / "final_metrics.json")[0]
     assert metrics["ailuminate_safety_rate"] == 0.0 and metrics["safety_status"].startswith("not measured")
+
+
+def test_without_a_judge_safety_is_not_measured_and_nothing_is_loaded(tmp_path):
+    paths = run_paths(str(tmp_path / "results"), "sandbox_one")
+    # What 01 leaves: prompts are there, so only the judge is missing.
+    write_jsonl(paths.ailuminate_rows, [{"id": 0, "prompt": "p", "release_prompt_id": "", "hazard": "", "persona": ""}])
+    record = start_stage(paths.manifest("01_prepare"), "01_prepare", "sandbox_one", {})
+    record.finish(inputs=[], outputs=[paths.ailuminate_rows], facts={})
+    outcome, seen = run("04_eval_safety", tmp_path, safeguard_model="nobody/none", offline=True)
+    assert not outcome.error, outcome.error
+    assert "NOT MEASURED" in seen and "nobody/none" in seen
+    manifest = read_json(paths.manifest("04_eval_safety"))
+    assert manifest["status"] == "skipped" and manifest["skipped_because"].startswith("judge: 'nobody/none'")
+    assert not paths.ailuminate_preds.exists() and not paths.ailuminate_safety.exists()
 
 
 def gsm8k_row():
