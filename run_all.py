@@ -330,9 +330,11 @@ def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
     from lib.artifacts import find_runs, results_root
 
     first = plans[0]
-    if COMPARE not in first.stages or not find_runs(first.settings["results_dir"]):
+    runs = find_runs(first.settings["results_dir"])
+    if COMPARE not in first.stages or not runs:
         return None
-    settings = {**first.settings, "run_names": []}
+    # By name, so that a run folder that was copied in makes the comparison run again.
+    settings = {**first.settings, "run_names": [run.name for run in runs]}
     plan = Plan("all runs", first.params, settings, first.paths, first.reports_dir.parent, [COMPARE])
     manifest = results_root(settings["results_dir"]) / COMPARE / "manifest.json"
     run_stage(plan, COMPARE, manifest, plan.reports_dir / f"{COMPARE}.ipynb", rerun)
