@@ -45,9 +45,15 @@ class Params(BaseModel):
     device: Literal["auto", "cpu", "cuda"]
 
     gsm8k_source: NonEmpty
-    train_source: Literal["gsm8k", "file"]
+    train_source: Literal["gsm8k", "file", "self_distilled"]
     train_file: str
     train_file_url: str
+    train_file_faults: Literal["refuse", "drop", "keep"]
+    distil_num_samples: Count
+    distil_temperature: Annotated[float, Field(gt=0, le=2)]
+    distil_keep: Count
+    distil_choice: Literal["shortest", "random"]
+    distil_fallback: Literal["drop", "gold"]
     max_train_rows: CountOrAll
     dev_rows: CountOrAll
     gsm8k_eval_fraction: Annotated[float, Field(gt=0, le=1)]
@@ -126,13 +132,18 @@ CONTRADICTIONS: tuple[Rule, ...] = (
     ),
     (
         ("train_source", "train_file"),
-        lambda source, file: source == "gsm8k" and bool(file),
-        "train_source is 'gsm8k' but train_file is {1!r}: set train_source to 'file', or train_file to ''",
+        lambda source, file: source != "file" and bool(file),
+        "train_source is {0!r} but train_file is {1!r}: set train_source to 'file', or train_file to ''",
     ),
     (
         ("train_file", "train_file_url"),
         lambda file, url: bool(url) and not file,
         "train_file_url is set but train_file is empty: name the file that the download is kept in",
+    ),
+    (
+        ("distil_keep", "distil_num_samples"),
+        lambda keep, samples: keep > samples,
+        "distil_keep is {0} but distil_num_samples is {1}: no question has more answers to keep",
     ),
     (
         ("checkpoint_sweep", "dev_rows"),
@@ -323,7 +334,7 @@ def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 def find_presets(params_dir: Path = PARAMS_DIR) -> list[str]:
     """Names of the presets in a folder, in the order small to large settings are usually run."""
-    order = {"sandbox_one": 0, "simple": 1, "medium": 2, "strong": 3}
+    order = {"sandbox_one": 0, "simple": 1, "medium": 2, "strong": 3, "distilled": 4}
     return sorted((path.stem for path in params_dir.glob("*.yaml")), key=lambda name: (order.get(name, 9), name))
 
 

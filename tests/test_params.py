@@ -62,10 +62,23 @@ def test_presets_hold_the_published_settings(key):
 
 
 def test_every_preset_loads_and_has_the_same_keys():
-    assert find_presets() == ["sandbox_one", "simple", "medium", "strong"]
+    assert find_presets() == ["sandbox_one", "simple", "medium", "strong", "distilled"]
     for name in find_presets():
         assert list(yaml.safe_load(preset_path(name).read_text())) == list(Params.model_fields)
         assert load_params(preset_path(name)).origin["seed"] == f"{name}.yaml"
+
+
+def test_distilled_differs_from_strong_in_its_training_data_alone():
+    strong, distilled = (load_params(preset_path(name)).model_dump() for name in ("strong", "distilled"))
+    differing = {key for key in strong if strong[key] != distilled[key]}
+    data = {"train_source", "train_file", "train_file_url", "train_file_faults"}
+    assert differing == {"description", "published_adapter", *data}
+    assert (distilled["train_source"], distilled["published_adapter"]) == ("self_distilled", "")
+
+
+def test_strong_can_be_told_to_train_on_its_own_answers():
+    chosen = dict(map(parse_assignment, ["train_source=self_distilled", "train_file=", "train_file_url="]))
+    assert load_params(preset_path("strong"), chosen).train_source == "self_distilled"
 
 
 def test_every_line_of_a_preset_carries_a_comment():
@@ -97,6 +110,11 @@ def test_every_line_of_a_preset_carries_a_comment():
         ({"fewshot_k": 9}, ["fewshot_k is 9", "pool holds 8"]),
         ({"train_source": "file"}, ["train_source is 'file'", "train_file is empty"]),
         ({"train_file": "mine.jsonl"}, ["train_source is 'gsm8k'", "mine.jsonl"]),
+        ({"train_source": "self_distilled", "train_file": "mine.jsonl"}, ["'self_distilled'", "mine.jsonl"]),
+        ({"train_source": "own"}, ["train_source", "'own'", "allowed: gsm8k, file, self_distilled"]),
+        ({"distil_keep": 5}, ["distil_keep is 5", "distil_num_samples is 4"]),
+        ({"distil_temperature": 0.0}, ["distil_temperature", "more than 0"]),
+        ({"train_file_faults": "ignore"}, ["train_file_faults", "allowed: refuse, drop, keep"]),
         ({"checkpoint_sweep": True}, ["checkpoint_sweep is true", "dev_rows is 0"]),
         ({"device": "cpu", "compute_dtype": "float16"}, ["float16", "bfloat16 and float32"]),
         ({"ailuminate_source": "class", "ailuminate_prompt_set": "demo1200"}, ["'class'", "demo1200"]),
