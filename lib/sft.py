@@ -6,13 +6,15 @@ of memory and speed alone: rows are packed without padding (``packed``), and the
 tokens of the whole step, so that no cut changes the update (transformers PR 34191). Knows nothing about GSM8K.
 
 Written to ``output_dir``: ``adapter/`` (plain peft safetensors), ``checkpoints/checkpoint-N/``,
-``training_log.jsonl`` (a row a step) and, last, ``training.json``: it exists only when training is complete.
+``training_log.jsonl`` (a row a step; at the first step and wherever a checkpoint is saved with the loss on development
+rows, ``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
 """
 
 import hashlib
 import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,6 +58,9 @@ MOST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 # Of the free memory, what activations kept for the backward pass may take; the rest is for what comes and goes.
 ACTIVATION_SHARE = 0.5
 SECONDS_BETWEEN_LINES = 20.0
+# When a loss counts as exploded (``why_exploded``); wide of what the rows of a step move it by.
+EXPLODED_OVER_FIRST, EXPLODED_OVER_USUAL = 2, 10
+USUAL_STEPS, FEWEST_USUAL_STEPS = 20, 5
 COMPLETE = "complete.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -192,7 +197,7 @@ class TrainResult:
     num_parameters: int
     num_tokens: int  # seen in training, all epochs
     num_supervised_tokens: int
-    wall_s: float  # sum over the steps, earlier sessions of a resumed run included
+    wall_s: float  # sum over the steps, earlier sessions of a resumed run included; without the development rows
     peak_memory_gib: float  # of the session that ended it
     micro_batch_tokens: int
     gradient_checkpointing: bool
@@ -296,6 +301,7 @@ def train(
     settings: TrainSettings,
     output_dir: Path,
     *,
+    dev_examples: Sequence[Example] = (),
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
@@ -308,13 +314,14 @@ def train(
         model: frozen base in train mode, as ``model.load_for_training`` gives it; it is handed back without adapter.
         examples: as ``encode_rows`` gives them.
         output_dir: the stage's folder (module docstring).
+        dev_examples: rows whose loss is measured beside training, never trained on; they change no weight.
         say: takes one line at a time, some twenty seconds apart.
 
     Raises:
-        TrainingError: a loss that is not finite.
+        TrainingError: a loss that is not finite or has exploded; checkpoints are kept.
         ValueError: a model whose loss ``packed`` does not know to compute.
     """
-    fingerprint = training_fingerprint(model, examples, settings)
+    fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
     finished = _finished(output_dir, fingerprint)
     if finished:
@@ -327,6 +334,7 @@ def train(
         plan = plan_memory(model, examples, settings)
         say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {_checkpointing_words(plan)} ({plan.reason})")
         trainer = _build_trainer(wrapped, examples, steps, plan, settings, output_dir, fingerprint, say)
+        trainer.dev_parts = cut_micro_batches(dev_examples, plan.micro_batch_tokens)
         latest = list_checkpoints(checkpoints_dir)[-1:]
         if latest:
             say(f"going on from {latest[0].name}")
@@ -336,12 +344,23 @@ def train(
         return _finish(trainer, plan, latest, output_dir)
 
 
-def training_fingerprint(model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings) -> str:
-    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers."""
-    rows = hashlib.sha256()
+def training_fingerprint(
+    model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings, dev_examples: Sequence[Example] = ()
+) -> str:
+    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers.
+
+    Development rows count too: they change no weight, but what the log holds.
+    """
+    identity = [settings.identity, rows_sha256(examples), str(model.dtype), LORA_TARGETS]
+    return sha256_json([*identity, rows_sha256(dev_examples)] if dev_examples else identity)
+
+
+def rows_sha256(examples: Sequence[Example]) -> str:
+    """SHA-256 over the tokens and labels of rows, in their order."""
+    digest = hashlib.sha256()
     for example in examples:
-        rows.update(np.array([example["input_ids"], example["labels"]], dtype=np.int64).tobytes() + b"|")
-    return sha256_json([settings.identity, rows.hexdigest(), str(model.dtype), LORA_TARGETS])
+        digest.update(np.array([example["input_ids"], example["labels"]], dtype=np.int64).tobytes() + b"|")
+    return digest.hexdigest()
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
@@ -564,12 +583,44 @@ def _only_item(items: list[Step]) -> dict[str, Step]:
     return {"step": items[0]}
 
 
+def why_exploded(loss: float, earlier: Sequence[float], vocab_size: int) -> str:
+    """Why a loss counts as exploded, in words; empty where it does not.
+
+    It must be more than twice the first loss and, besides, more than ten times the median of the last twenty (of five
+    at least), or more than ``ln(vocab_size)``, which is what guessing every token alike would give. Conservative: an
+    unusual step of a sound training is not stopped, and a training that only gets slowly worse is not either; the loss
+    on development rows shows that.
+    """
+    if not earlier or loss <= EXPLODED_OVER_FIRST * earlier[0]:
+        return ""
+    usual = statistics.median(earlier[-USUAL_STEPS:])
+    if len(earlier) >= FEWEST_USUAL_STEPS and loss > EXPLODED_OVER_USUAL * usual:
+        return f"over {EXPLODED_OVER_USUAL} times the median {usual:.4g} of the steps before"
+    if loss > math.log(vocab_size):
+        return f"worse than guessing every token alike ({math.log(vocab_size):.1f})"
+    return ""
+
+
+@contextmanager
+def _without_dropout(wrapped: PeftModel) -> Iterator[None]:
+    """Dropout off and nothing else: in eval mode, packed NF4 layers on a CPU would repack their weights (``model``)."""
+    dropouts = [module for module in wrapped.modules() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.train()
+
+
 class StepTrainer(Trainer):
     """transformers' Trainer whose batch is a whole optimizer step."""
 
     def __init__(self, *args: Any, callbacks: list["Recorder"], **kwargs: Any) -> None:
         super().__init__(*args, callbacks=callbacks, **kwargs)
         self.recorder = callbacks[0]
+        self.dev_parts: list[list[Example]] = []
 
     def training_step(self, model: nn.Module, inputs: dict[str, Step], num_items_in_batch: object = None) -> Tensor:
         """Gradients of the mean loss over all supervised tokens of the step; returns that loss."""
@@ -582,15 +633,37 @@ class StepTrainer(Trainer):
             loss = supervised_loss(base, pack_rows(part, self.model.device)) / num_targets
             self.accelerator.backward(loss)
             total += loss.detach()
-        self._require_finite(total)
+        self._require_sound(total.item())
         return total
 
-    def _require_finite(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; the checkpoints before it are kept. "
-                "Lower learning_rate, or set compute_dtype to float32"
-            )
+    def _require_sound(self, loss: float) -> None:
+        earlier = [row["loss"] for row in self.state.log_history]
+        vocab_size = self.model.get_base_model().get_output_embeddings().weight.shape[0]
+        if not math.isfinite(loss):
+            fault = f"the loss is {loss}"
+        elif why := why_exploded(loss, earlier, vocab_size):
+            fault = f"the loss has exploded: it is {loss:.4g}, {earlier[0]:.4g} in the first step, {why},"
+        else:
+            return
+        raise TrainingError(
+            f"{fault} at step {self.state.global_step + 1}; {self._kept_words()}. Lower learning_rate, raise "
+            "warmup_share, or set compute_dtype to float32"
+        )
+
+    def _kept_words(self) -> str:
+        # The weights of a checkpoint of the step just done gave this loss: the one before it is the last good one.
+        found = list_checkpoints(Path(self.args.output_dir))
+        good = [path.name for path in found if _checkpoint_step(path) < self.state.global_step]
+        return f"the last good checkpoint, {good[-1]}, is kept" if good else "no checkpoint was saved before it"
+
+    def dev_loss(self) -> float | None:
+        """Mean loss over the supervised tokens of the development rows, without dropout; None where not finite."""
+        base = self.model.get_base_model()
+        num_targets = sum(num_supervised(example) for part in self.dev_parts for example in part)
+        with torch.no_grad(), _without_dropout(self.model):
+            parts = [supervised_loss(base, pack_rows(part, base.device)).item() for part in self.dev_parts]
+        loss = sum(parts) / num_targets
+        return loss if math.isfinite(loss) else None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds a row to the log: what the Trainer measured in this step, and what the step was."""
@@ -600,7 +673,12 @@ class StepTrainer(Trainer):
             # A step that float16's loss scaling skipped; JSON has no word for infinity.
             logs["grad_norm"] = None
         measured = {"step": self.state.global_step, "epoch": self._step.epoch, **logs, **self._step.facts}
-        row = {**measured, "wall_s": time.perf_counter() - self._started}
+        wall_s = time.perf_counter() - self._started
+        row = {**measured, "wall_s": wall_s, "tokens_per_s": measured["num_tokens"] / wall_s}
+        if self.dev_parts and (self.control.should_save or self.state.global_step == 1):
+            started = time.perf_counter()
+            row["dev_loss"] = self.dev_loss()
+            row["dev_wall_s"] = time.perf_counter() - started
         # Kept in the checkpoint's state too: a resumed run's log starts with the rows before it.
         self.state.log_history.append(row)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, row)
@@ -652,5 +730,5 @@ class Recorder(TrainerCallback):
         left = round(seconds_a_step * (self.num_steps - row["step"]))
         return (
             f"step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  learning rate {row['learning_rate']:.2e}  "
-            f"{row['num_tokens'] / row['wall_s']:.0f} tokens/s  {left // 60} min {left % 60} s left"
+            f"{row['tokens_per_s']:.0f} tokens/s  {left // 60} min {left % 60} s left"
         )

@@ -55,9 +55,9 @@ def examples():
     return sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
 
 
-def run(folder, examples, output_dir, settings=SETTINGS, runtime=FLOAT32, quantization="none", **loading):
+def run(folder, examples, output_dir, settings=SETTINGS, runtime=FLOAT32, quantization="none", dev=(), **loading):
     model = models.load_for_training(folder, runtime, quantization, say=lambda line: None, **loading)
-    return sft.train(model, examples, settings, output_dir, say=lambda line: None)
+    return sft.train(model, examples, settings, output_dir, dev_examples=dev, say=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -406,3 +406,103 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(folde
         run(folder, examples, tmp_path)
     assert [path.name for path in sft.list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4"]
     assert not (tmp_path / "adapter").exists()
+
+
+# --- what can be trusted --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dev():
+    return sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(30, 36)], 100).examples
+
+
+def dev_losses(result):
+    return {row["step"]: row["dev_loss"] for row in result.log if "dev_loss" in row}
+
+
+def test_development_rows_are_measured_and_change_nothing(folder, examples, dev, tmp_path, unbroken):
+    # Dropout is on in training: a measurement that drew random numbers would change every later step.
+    measured = run(folder, examples, tmp_path, dev=dev)
+    assert list(dev_losses(measured)) == [1, 4, 8, 10], "the first step, and every step that is saved"
+    assert_equals_unbroken(measured, unbroken)
+    assert measured.fingerprint != unbroken.fingerprint, "its log holds something else"
+    again = run(folder, examples, tmp_path, dev=dev)
+    assert again.reused and dev_losses(again) == dev_losses(measured)
+    assert not run(folder, examples, tmp_path, dev=dev[:-1]).reused
+
+
+def test_the_loss_on_development_rows_is_that_of_the_saved_adapter_without_dropout(folder, examples, dev, tmp_path):
+    """By transformers' own loss on the model that is evaluated, row by row."""
+    result = run(folder, examples, tmp_path, dev=dev, quantization="nf4")
+    tuned = models.load_dense(folder, FLOAT32, "nf4", result.checkpoints[0])
+    sums, counts = 0.0, 0
+    for example in dev:
+        row = {name: torch.tensor([ids]) for name, ids in example.items()}
+        count = sft.num_supervised(example)
+        sums, counts = sums + tuned(**row).loss.item() * count, counts + count
+    assert dev_losses(result)[4] == pytest.approx(sums / counts, rel=1e-4)
+
+
+def test_packed_weights_give_the_same_development_loss_as_dense_ones(folder, examples, dev, tmp_path):
+    # In eval mode packed NF4 layers on a CPU compute another function; what is measured must be what is trained.
+    packed, dense = (
+        run(folder, examples, tmp_path / weights, runtime=BFLOAT16, quantization="nf4", dev=dev, weights=weights)
+        for weights in ("packed", "dense")
+    )
+    assert dev_losses(packed) == dev_losses(dense)
+    assert losses(packed) == losses(dense)
+
+
+def test_a_resumed_run_has_the_same_development_losses(folder, examples, dev, tmp_path, unbroken, monkeypatch):
+    whole = run(folder, examples, tmp_path / "whole", dev=dev)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, examples, tmp_path / "broken", dev=dev)
+    resumed = run(folder, examples, tmp_path / "broken", dev=dev)
+    assert resumed.resumed_from == 8
+    assert dev_losses(resumed) == dev_losses(whole)
+    assert_equals_unbroken(resumed, unbroken)
+
+
+def test_every_step_has_its_gradient_norm_and_speed(unbroken):
+    assert all(row["grad_norm"] > 0 for row in unbroken.log)
+    assert all(row["tokens_per_s"] == row["num_tokens"] / row["wall_s"] for row in unbroken.log)
+
+
+@pytest.mark.parametrize(
+    ("loss", "earlier", "words"),
+    [
+        (9.9, [1.0] * 6, ""),
+        (10.1, [1.0] * 6, "10 times the median 1"),
+        # A well-learnt set has small losses: ten times of little is no explosion while it is near the first loss.
+        (1.9, [1.0] + [0.01] * 30, ""),
+        (2.1, [1.0] + [0.01] * 30, "10 times the median 0.01"),
+        (11.4, [4.0] * 6, ""),
+        (11.6, [4.0] * 6, "guessing every token alike"),
+        # Untrained weights may begin worse than guessing.
+        (20.0, [15.0] * 6, ""),
+        (10.1, [1.0] * 4, ""),
+        (300.0, [], ""),
+        # Only the last twenty count: a high beginning does not hide a jump.
+        (9.0, [4.4] * 5 + [0.5] * 20, "10 times the median 0.5"),
+    ],
+)
+def test_what_counts_as_exploded(loss, earlier, words):
+    said = sft.why_exploded(loss, earlier, vocab_size=100_000)
+    assert (words in said) if words else (said == "")
+
+
+def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(folder, examples, tmp_path, monkeypatch):
+    real, calls = sft.supervised_loss, []
+
+    def explode_at_step_9(model, rows):
+        calls.append(rows)
+        return real(model, rows) * (60.0 if len(calls) > 9 else 1.0)
+
+    monkeypatch.setattr(sft, "supervised_loss", explode_at_step_9)
+    # checkpoint-8 holds the very weights that gave the loss of step 9.
+    with pytest.raises(sft.TrainingError, match=r"exploded: .* at step 9; .*good checkpoint, checkpoint-4, is kept"):
+        run(folder, examples, tmp_path)
+    kept = [path.name for path in sft.list_checkpoints(tmp_path / "checkpoints")]
+    assert kept == ["checkpoint-4", "checkpoint-8"] and not (tmp_path / "adapter").exists()
