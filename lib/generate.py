@@ -1,12 +1,16 @@
 """Many prompts in, texts or label probabilities out, fast: the one place where the project has its own engine.
 
-Greedy decoding and nothing else: the most likely token, no logits processor, whatever the model's generation_config
-says. The tokens that all prompts of a call begin with are computed once (`attention` holds how they are attended to);
-rows leave the batch as they finish and waiting rows take their places; the batch is as large as free memory allows and
-halves, saying so, where that was too much. Models with attention of another kind go through ``model.generate``.
-Knows nothing about GSM8K, verdicts or files.
+Greedy decoding: the most likely token, no logits processor, whatever the model's generation_config says; or, where a
+call asks for it, seeded draws at a temperature that do not depend on the rows beside them. The tokens that all prompts
+of a call begin with are computed once (`attention` holds how they are attended to); rows leave the batch as they finish
+and waiting rows take their places; the batch is as large as free memory allows and halves, saying so, where that was
+too much. Models with attention of another kind go through ``model.generate``. Knows nothing about GSM8K, verdicts or
+files.
 """
 
+import hashlib
+import json
+import math
 import time
 import warnings
 from collections import deque
@@ -22,6 +26,8 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
@@ -34,6 +40,7 @@ from lib.model import Runtime, load_dense, load_tokenizer, render_prompt, stop_t
 
 Conversation = Sequence[Mapping[str, str]]
 FinishReason = Literal["stop", "length"]
+Key = str | int
 SUPPORTED_MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 # A shorter prefix costs more in merging than it saves.
 MIN_PREFIX_TOKENS = 16
@@ -57,6 +64,31 @@ class Completion:
     num_output_tokens: int
     num_prompt_tokens: int
     token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draw each token from the model's distribution at a temperature, without cutting it (no top-k, no top-p).
+
+    The random number of a token is a hash of ``seed``, the key of its conversation and its place in the answer, so a
+    row draws the same numbers whatever rows are beside it and in whatever order; no generator has a state to restore.
+
+    Raises:
+        ValueError: ``temperature`` is not a finite number above 0.
+    """
+
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}; allowed: above 0 (without sampling it is greedy)")
+
+    def uniform(self, key: Key, place: int) -> float:
+        """The random number in [0, 1) of the token at ``place`` (from 0) of the answer to conversation ``key``."""
+        digest = hashlib.blake2b(json.dumps([self.seed, key, place]).encode(), digest_size=8).digest()
+        # 52 bits: then its product with a sum of probabilities stays below that sum.
+        return (int.from_bytes(digest) >> 12) / 2**52
 
 
 @dataclass
@@ -90,8 +122,23 @@ class _Row:
         return self.prompt + self.output
 
 
+@dataclass(frozen=True)
+class _Picker:
+    """Chooses the next token of each row: the most likely one, or a drawn one where there is a ``sampling``."""
+
+    sampling: Sampling | None
+    keys: Sequence[Key]
+
+    def __call__(self, logits: Tensor, rows: Sequence[_Row], places: Sequence[int]) -> list[int]:
+        """``logits`` (rows, vocabulary); ``places`` of the tokens to choose in their answers."""
+        if self.sampling is None:
+            return pick_tokens(logits)
+        uniforms = [self.sampling.uniform(self.keys[row.index], place) for row, place in zip(rows, places, strict=True)]
+        return draw_tokens(logits, uniforms, self.sampling.temperature)
+
+
 class Engine:
-    """Greedy generation and label scoring for one model.
+    """Generation, greedy or sampled, and label scoring for one model.
 
     The weights must stay as they are while the engine lives: it keeps the keys and values of the last shared prefix.
 
@@ -133,19 +180,32 @@ class Engine:
         *,
         max_new_tokens: int,
         on_completion: Callable[[int, Completion], None] | None = None,
+        sampling: Sampling | None = None,
+        keys: Sequence[Key] | None = None,
     ) -> list[Completion]:
         """One completion a conversation, in the order asked for.
 
         Args:
             max_new_tokens: most tokens a row, a stop token included.
             on_completion: called once for each row, with its index, as soon as it is done.
+            sampling: draws instead of greedy decoding.
+            keys: one a conversation, what its draws are told apart by; None: its index. Conversations with the same
+                key and the same prompt get the same answer.
 
         Raises:
-            ValueError: ``max_new_tokens`` below 1, or a prompt that does not fit the model's positions.
+            ValueError: ``max_new_tokens`` below 1, a prompt that does not fit the model's positions, or another number
+                of keys than of conversations.
             FloatingPointError: the model's logits are not numbers.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
+        pick = _Picker(sampling, range(len(conversations)) if keys is None else keys)
+        if len(pick.keys) != len(conversations):
+            raise ValueError(f"{len(pick.keys)} keys for {len(conversations)} conversations; allowed: one each")
+        if sampling is not None:
+            # A prefix kept from an earlier call may be shorter or longer, and rounding with it: by a near tie a row
+            # would then depend on what was asked before.
+            self._prefix = None
         results: dict[int, Completion] = {}
 
         def emit(index: int, completion: Completion) -> None:
@@ -156,7 +216,7 @@ class Engine:
         with self._call(conversations, max_new_tokens) as prompts:
             way = self._generate_plain if self.refusal else self._generate_shared
             if prompts:
-                way(prompts, max_new_tokens, emit)
+                way(prompts, max_new_tokens, emit, pick)
             self.stats.num_output_tokens = sum(done.num_output_tokens for done in results.values())
         return [results[index] for index in range(len(prompts))]
 
@@ -305,13 +365,13 @@ class Engine:
 
     # --- shared prefix ---
 
-    def _generate_shared(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable) -> None:
+    def _generate_shared(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable, pick: _Picker) -> None:
         waiting = self._shared_rows(prompts)
 
         def run(batch: "_SlotBatch") -> None:
             while waiting or batch.active:
                 batch.admit(waiting)
-                tokens = pick_tokens(batch.forward())
+                tokens = pick(batch.forward(), batch.active, [len(row.output) for row in batch.active])
                 reasons = [self._take_token(*pair, max_new_tokens) for pair in zip(batch.active, tokens, strict=True)]
                 for row, reason in batch.remove_finished(reasons):
                     emit(row.index, self._complete(row, reason))
@@ -340,10 +400,11 @@ class Engine:
 
     # --- plain way ---
 
-    def _generate_plain(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable) -> None:
+    def _generate_plain(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable, pick: _Picker) -> None:
         def run(rows: list[_Row]) -> None:
             prompts_here = [row.prompt for row in rows]
-            outputs = generate_batch(self.model, prompts_here, max_new_tokens, self.stop_ids)
+            draw = _DrawProcessor(pick, rows) if pick.sampling else None
+            outputs = generate_batch(self.model, prompts_here, max_new_tokens, self.stop_ids, draw)
             for row, output in zip(rows, outputs, strict=True):
                 done = next((place for place, token in enumerate(output) if token in self.stop_ids), None)
                 row.output = output[:done]
@@ -467,7 +528,29 @@ def pick_tokens(logits: Tensor) -> list[int]:
     # Not argmax: over bfloat16 it takes the CPU six times as long. Both give the first of equals.
     best, tokens = logits.max(dim=-1)
     # One transfer for both: -1 marks a row whose best logit is not a number.
-    picked = tokens.masked_fill(best.isnan(), -1).tolist()
+    return _require_numbers(tokens.masked_fill(best.isnan(), -1).tolist())
+
+
+def draw_tokens(logits: Tensor, uniforms: Sequence[float], temperature: float) -> list[int]:
+    """A token of each row of (rows, vocabulary), drawn from softmax(logits / temperature) by inverting its sum.
+
+    Args:
+        uniforms: a number in [0, 1) a row: the share of the probability that lies before the drawn token.
+
+    Raises:
+        FloatingPointError: as ``pick_tokens``.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    # In float64: over 150,000 tokens a float32 sum is off by more than the rarer tokens weigh.
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    shares = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)[:, None]
+    # The first token whose sum is above the share: never one without probability.
+    tokens = torch.searchsorted(cumulative, shares * total, right=True)
+    return _require_numbers(tokens.masked_fill(total.isnan(), -1).squeeze(-1).tolist())
+
+
+def _require_numbers(picked: list[int]) -> list[int]:
     if -1 in picked:
         raise FloatingPointError("the model's logits are NaN, its dtype overflows; use compute_dtype: float32")
     return picked
@@ -548,13 +631,37 @@ def own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> I
         model.generation_config = shipped
 
 
+class _DrawProcessor(LogitsProcessor):
+    """Leaves each row the one token that is drawn for it, so that ``model.generate`` takes it greedily."""
+
+    def __init__(self, pick: _Picker, rows: Sequence[_Row]) -> None:
+        self.pick, self.rows = pick, rows
+        self.longest = max(len(row.prompt) for row in rows)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """``input_ids`` (rows, tokens so far), ``scores`` (rows, vocabulary) before any other change."""
+        # Prompts are padded to the longest, so all rows are at the same place.
+        place = input_ids.shape[1] - self.longest
+        tokens = torch.tensor(self.pick(scores, self.rows, [place] * len(self.rows)), device=scores.device)
+        return torch.full_like(scores, -math.inf).scatter_(1, tokens[:, None], 0.0)
+
+
 def generate_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Iterable[int]
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Iterable[int],
+    draw: LogitsProcessor | None = None,
 ) -> list[list[int]]:
-    """``model.generate`` over left-padded prompts: the new tokens of each row, with what follows a stop token."""
+    """``model.generate`` over left-padded prompts: the new tokens of each row, with what follows a stop token.
+
+    Args:
+        draw: takes the place of the most likely token; None: greedy.
+    """
     input_ids, attention_mask = left_pad(prompts, model.device)
+    drawing = {"logits_processor": LogitsProcessorList([draw])} if draw else {}
     with own_generation_config(model, greedy_config(max_new_tokens, stop_ids)):
-        output = model.generate(input_ids=input_ids, attention_mask=attention_mask)
+        output = model.generate(input_ids=input_ids, attention_mask=attention_mask, **drawing)
     return output[:, input_ids.shape[1] :].tolist()
 
 

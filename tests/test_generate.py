@@ -20,7 +20,7 @@ from transformers import (
 
 from lib import attention, generate
 from lib.attention import attend_by_products, attend_in_portions, merge
-from lib.generate import Engine, common_prefix_length, pick_tokens, why_not_shared
+from lib.generate import Engine, Sampling, common_prefix_length, pick_tokens, why_not_shared
 from lib.memory import is_out_of_memory
 from lib.model import render_prompt
 
@@ -345,6 +345,109 @@ def test_batch_is_bounded_by_free_memory(tokenizer, monkeypatch):
         assert engine._num_slots(1000, 100) == rows
     monkeypatch.setattr(generate, "free_memory_bytes", lambda device: 0)
     assert engine._num_slots(1000, 100) == 1
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+SAMPLING = Sampling(temperature=0.8, seed=3)
+
+
+def sampled_reference(model, tokenizer, conversation, max_new_tokens, key, sampling=SAMPLING, stop_ids=(256,)):
+    """The definition of sampling by one number a token: the first token whose summed probability exceeds it."""
+    prompt, output = render_prompt(tokenizer, conversation), []
+    while len(output) < max_new_tokens:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + output])).logits[0, -1]
+        below = torch.softmax(logits.double() / sampling.temperature, dim=-1).cumsum(dim=-1)
+        token = int((below <= sampling.uniform(key, len(output)) * below[-1]).sum())
+        if token in stop_ids:
+            return output, "stop"
+        output.append(token)
+    return output, "length"
+
+
+@pytest.mark.parametrize("refusal", ["", "asked for by this test"])
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_sampled_rows_are_those_of_the_definition_whatever_the_batch(batch_size, refusal, tokenizer):
+    model, rows = make_model("qwen2"), conversations()
+    keys = [f"row {index}" for index in range(len(rows))]
+    expected = [sampled_reference(model, tokenizer, row, 8, key) for row, key in zip(rows, keys, strict=True)]
+    engine = Engine(model, tokenizer, batch_size=batch_size)
+    engine.refusal = refusal
+    assert written(engine.generate(rows, max_new_tokens=8, sampling=SAMPLING, keys=keys)) == expected
+    # Without rows 0 to 3 and in another order: the keys, not the places, decide.
+    found = engine.generate(rows[:3:-1], max_new_tokens=8, sampling=SAMPLING, keys=keys[:3:-1])
+    assert written(found) == expected[:3:-1]
+    assert expected != references(model, tokenizer, rows, 8)
+
+
+def test_keys_seeds_and_places_draw_apart_and_the_index_is_the_default_key(tokenizer):
+    model, same = make_model("llama"), conversations(questions=["same"] * 3)
+    engine = Engine(model, tokenizer)
+    rows = written(engine.generate(same, max_new_tokens=8, sampling=SAMPLING))
+    assert rows[0] != rows[1] != rows[2]
+    assert written(engine.generate(same, max_new_tokens=8, sampling=SAMPLING, keys=[2, 2, 0])) == [
+        rows[2],
+        rows[2],
+        rows[0],
+    ]
+    assert written(engine.generate(same, max_new_tokens=8, sampling=Sampling(0.8, seed=4)))[0] != rows[0]
+    numbers = {SAMPLING.uniform(key, place) for key in ("a", "b", 1, 11) for place in range(20)}
+    assert len(numbers) == 80 and all(0 <= number < 1 for number in numbers)
+
+
+def test_the_random_numbers_never_change():
+    # Row files are kept by a hash of seed and temperature: another way to number would mix two draws in one file.
+    assert Sampling(1.0, 42).uniform("a", 0) == 0.19847539857049457
+    assert Sampling(1.0, 42).uniform(7, 3) == 0.6112780467390464
+
+
+def test_draws_follow_the_distribution_and_skip_what_has_no_probability():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    uniforms = [SAMPLING.uniform("draw", place) for place in range(4000)]
+    tokens = generate.draw_tokens(probabilities.log().expand(4000, -1), uniforms, 1.0)
+    shares = torch.bincount(torch.tensor(tokens), minlength=6) / 4000
+    assert torch.allclose(shares, probabilities, atol=0.03) and set(tokens) == {1, 3, 4}
+    largest = 1 - 2**-52
+    assert generate.draw_tokens(probabilities.log().expand(2, -1), [0.0, largest], 1.0) == [1, 4]
+    # Colder: more of the likeliest. 0.5 ** 2 of 0.38 is 66 %.
+    cold = torch.tensor(generate.draw_tokens(probabilities.log().expand(4000, -1), uniforms, 0.5))
+    assert (cold == 1).float().mean().item() == pytest.approx(0.25 / 0.38, abs=0.03)
+
+
+def test_a_sampled_call_computes_its_own_prefix(tokenizer):
+    model, engine_rows = make_model("llama"), conversations()
+    engine = Engine(model, tokenizer)
+    engine.generate(engine_rows, max_new_tokens=1)
+    kept = engine._prefix
+    engine.generate(engine_rows, max_new_tokens=1, sampling=SAMPLING)
+    assert engine._prefix is not kept and engine._prefix.tokens == kept.tokens
+
+
+def test_a_shortage_in_the_middle_changes_no_draw(tokenizer, monkeypatch):
+    model, rows = make_model("llama"), conversations()
+    expected = [sampled_reference(model, tokenizer, row, 8, index) for index, row in enumerate(rows)]
+    fail_above(2, torch.OutOfMemoryError("CUDA out of memory"), monkeypatch)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = Engine(model, tokenizer, batch_size=4).generate(rows, max_new_tokens=8, sampling=SAMPLING)
+    assert written(found) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperatures_that_draw_nothing_are_refused(temperature):
+    with pytest.raises(ValueError, match="temperature is"):
+        Sampling(temperature, seed=0)
+
+
+def test_a_key_for_each_conversation(tokenizer):
+    with pytest.raises(ValueError, match="2 keys for 7 conversations"):
+        Engine(make_model("llama"), tokenizer).generate(conversations(), max_new_tokens=2, keys=["a", "b"])
+
+
+def test_logits_that_are_no_numbers_are_not_drawn_from():
+    with pytest.raises(FloatingPointError, match="float32"):
+        generate.draw_tokens(torch.tensor([[1.0, 2.0], [float("nan"), 1.0]]), [0.5, 0.5], 1.0)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
