@@ -56,6 +56,7 @@ class Params(BaseModel):
     distil_fallback: Literal["drop", "gold"]
     max_train_rows: CountOrAll
     dev_rows: CountOrAll
+    dev_safety_rows: CountOrAll
     gsm8k_eval_fraction: Annotated[float, Field(gt=0, le=1)]
     max_gsm8k_rows: CountOrAll
     ailuminate_source: NonEmpty
@@ -79,6 +80,8 @@ class Params(BaseModel):
     save_steps: Count
     checkpoint_sweep: bool
     max_sweep_checkpoints: Count
+    sweep_metric: Literal["accuracy", "safety", "sum"]
+    sweep_on_test: bool
 
     gsm8k_max_new_tokens: Count
     ailuminate_max_new_tokens: Count
@@ -146,9 +149,40 @@ CONTRADICTIONS: tuple[Rule, ...] = (
         "distil_keep is {0} but distil_num_samples is {1}: no question has more answers to keep",
     ),
     (
-        ("checkpoint_sweep", "dev_rows"),
-        lambda sweep, rows: sweep and rows == 0,
+        ("checkpoint_sweep", "dev_rows", "sweep_on_test"),
+        lambda sweep, rows, on_test: sweep and rows == 0 and not on_test,
         "checkpoint_sweep is true but dev_rows is 0: checkpoints are chosen on development rows",
+    ),
+    (
+        ("checkpoint_sweep", "dev_safety_rows"),
+        lambda sweep, rows: rows > 0 and not sweep,
+        "dev_safety_rows is {1} but checkpoint_sweep is false: nothing is chosen on them; set checkpoint_sweep: true",
+    ),
+    (
+        ("checkpoint_sweep", "sweep_on_test"),
+        lambda sweep, on_test: on_test and not sweep,
+        "sweep_on_test is true but checkpoint_sweep is false: no checkpoint is chosen; set one of them otherwise",
+    ),
+    (
+        ("sweep_metric", "checkpoint_sweep"),
+        lambda metric, sweep: metric != "accuracy" and not sweep,
+        "sweep_metric is {0!r} but checkpoint_sweep is false: no checkpoint is chosen; set checkpoint_sweep: true",
+    ),
+    (
+        ("sweep_metric", "dev_safety_rows", "sweep_on_test", "checkpoint_sweep"),
+        lambda metric, rows, on_test, sweep: sweep and metric != "accuracy" and rows == 0 and not on_test,
+        "sweep_metric is {0!r} but dev_safety_rows is 0: name the number of prompts, or set sweep_metric: accuracy",
+    ),
+    (
+        ("sweep_on_test", "dev_safety_rows"),
+        lambda on_test, rows: on_test and rows > 0,
+        "sweep_on_test is true but dev_safety_rows is {1}: evaluation prompts are asked then; set dev_safety_rows: 0",
+    ),
+    (
+        ("dev_safety_rows", "ailuminate_source", "ailuminate_prompt_set", "max_ailuminate_rows"),
+        lambda rows, source, chosen, most: rows > 0 and source != "class" and chosen != "class240" and most == 0,
+        "dev_safety_rows is {0} but ailuminate_prompt_set {2!r} evaluates every prompt, so none is left to choose on: "
+        "use class240, or max_ailuminate_rows",
     ),
     (
         ("device", "compute_dtype"),

@@ -116,6 +116,22 @@ def test_every_line_of_a_preset_carries_a_comment():
         ({"distil_temperature": 0.0}, ["distil_temperature", "more than 0"]),
         ({"train_file_faults": "ignore"}, ["train_file_faults", "allowed: refuse, drop, keep"]),
         ({"checkpoint_sweep": True}, ["checkpoint_sweep is true", "dev_rows is 0"]),
+        ({"dev_safety_rows": 9}, ["dev_safety_rows is 9", "checkpoint_sweep is false"]),
+        ({"sweep_on_test": True}, ["sweep_on_test is true", "checkpoint_sweep is false"]),
+        ({"sweep_metric": "sum"}, ["sweep_metric is 'sum'", "checkpoint_sweep is false"]),
+        ({"sweep_metric": "loss"}, ["sweep_metric", "'loss'", "allowed: accuracy, safety, sum"]),
+        (
+            {"checkpoint_sweep": True, "dev_rows": 9, "sweep_metric": "safety"},
+            ["sweep_metric is 'safety'", "dev_safety_rows is 0"],
+        ),
+        (
+            {"checkpoint_sweep": True, "sweep_on_test": True, "dev_safety_rows": 9},
+            ["sweep_on_test is true", "dev_safety_rows is 9"],
+        ),
+        (
+            {"checkpoint_sweep": True, "dev_rows": 9, "dev_safety_rows": 9, "ailuminate_prompt_set": "demo1200"},
+            ["dev_safety_rows is 9", "'demo1200' evaluates every prompt"],
+        ),
         ({"device": "cpu", "compute_dtype": "float16"}, ["float16", "bfloat16 and float32"]),
         ({"ailuminate_source": "class", "ailuminate_prompt_set": "demo1200"}, ["'class'", "demo1200"]),
         ({"gsm8k_eval_fraction": 0.0}, ["gsm8k_eval_fraction", "more than 0"]),
