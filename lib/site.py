@@ -1,0 +1,315 @@
+"""The report site: one HTML file with the verdicts, the comparison and a browser of every row, which needs no network.
+
+Every number comes from ``lib.compare`` and ``lib.verdict``; here they are only laid out. What a model or a data set
+wrote travels as JSON and becomes a text node on the page, never markup; the page's own policy forbids every script but
+the one named by its hash, and every connection. Knows nothing about models, and draws no plots: it embeds those of 05.
+"""
+
+import base64
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lib import compare, gsm8k, hazards, safety, verdict
+from lib.artifacts import STAGES, results_root, write_text
+from lib.compare import RunScores
+from lib.verdict import AxisVerdict, Comparison
+
+ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
+INDEX = "index.html"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _AxisText:
+    """How an axis is called on the page."""
+
+    title: str
+    right: str
+
+
+AXES = {"accuracy": _AxisText("Accuracy (GSM8K)", "right"), "safety": _AxisText("Safety (AILuminate)", "safe")}
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def write_site(results_dir: str, reports_dir: Path, *, redact: bool = False) -> Path:
+    """Write ``reports_dir/index.html`` over every run of a results folder.
+
+    Args:
+        results_dir: as for ``compare.collect_runs``.
+        reports_dir: where the filled notebooks of these runs lie.
+        redact: leave prompts and responses of AILuminate out of the file altogether.
+
+    Raises:
+        ArtifactError: no run has rows, or a row file cannot be read.
+    """
+    runs = compare.collect_runs(results_dir)
+    plots_dir = results_root(results_dir) / "05_compare" / "plots"
+    page = render(runs, reports_dir=reports_dir, plots_dir=plots_dir, redact=redact)
+    write_text(reports_dir / INDEX, page)
+    return reports_dir / INDEX
+
+
+def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, redact: bool = False) -> str:
+    """The whole page as text; links are relative to ``reports_dir``."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    style, script = ((ASSETS_DIR / name).read_text(encoding="utf-8") for name in ("site.css", "site.js"))
+    # Escaping is on for whatever is filled in; only our own files and the JSON are markup.
+    judged = compare.judge_runs(runs)
+    environment = Environment(loader=FileSystemLoader(ASSETS_DIR), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("index.html").render(
+        policy=_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        data=Markup(_embedded_json(rows_data(runs, redact=redact))),
+        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        redacted=redact,
+        rehearsals=[run.name for run in runs if run.parameters.get("benchmark") is False],
+        summaries=_summaries(judged),
+        scores=list(_score_rows(runs, judged)),
+        plots=list(_plots(plots_dir, runs)),
+        runs=[_run_facts(run, reports_dir) for run in runs],
+        comparison=_link(reports_dir / "05_compare.html", reports_dir),
+    )
+    # A lone surrogate in a name cannot be written as UTF-8.
+    return page.encode("utf-8", "replace").decode()
+
+
+def _policy(style: str, script: str) -> str:
+    hashes = {name: _policy_hash(text) for name, text in (("style-src", style), ("script-src", script))}
+    allowed = "; ".join(f"{name} {value}" for name, value in hashes.items())
+    return f"default-src 'none'; {allowed}; img-src data:; base-uri 'none'; form-action 'none'"
+
+
+def _policy_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _embedded_json(value: Any) -> str:
+    # Without "<" no text can end the element that holds it; ASCII, so that no lone surrogate fails to encode.
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+
+
+# --- verdicts and comparison ----------------------------------------------------------------------------------------
+
+
+def _summaries(judged: Mapping[str, Sequence[AxisVerdict]]) -> list[dict[str, Any]]:
+    """A run's verdict and its baselines, in sentences."""
+    return [
+        {
+            "run": name,
+            "verdict": verdict.verdict_sentence(axes),
+            "baselines": [sentence for axis in axes if (sentence := verdict.baseline_sentence(axis))],
+        }
+        for name, axes in judged.items()
+    ]
+
+
+def _score_rows(runs: Sequence[RunScores], judged: Mapping[str, Sequence[AxisVerdict]]) -> Iterator[dict[str, Any]]:
+    """A row a run and axis, the untuned model's last."""
+    references = _references(runs)
+    for run in runs:
+        for name, axis in zip(AXES, judged[run.name], strict=True):
+            yield _score_row(run, name, axis, references.get(run.name, ""))
+    for run in compare.untuned_runs(runs):
+        for name in AXES:
+            yield _score_row(run, name, verdict.judge_axis(name, run.rows.get(name), None), "")
+
+
+def _score_row(run: RunScores, name: str, axis: AxisVerdict, reference: str) -> dict[str, Any]:
+    measured = axis.rate is not None
+    status = run.gsm8k_status if name == "accuracy" else run.safety_status
+    return {
+        "run": run.name,
+        "axis": AXES[name].title,
+        "rate": f"{verdict.percent(axis.rate)} %" if measured else status,
+        "interval": f"{verdict.percent(axis.low)} to {verdict.percent(axis.high)} %" if measured else "",
+        "rows": f"{axis.num_succeeded:,} of {axis.num_rows:,} {AXES[name].right}" if measured else "",
+        "baseline": _baseline_words(axis),
+        **_change_cells(axis.comparison),
+        "link": _rows_link(name, run.name, reference) if measured else "",
+    }
+
+
+def _baseline_words(axis: AxisVerdict) -> str:
+    if axis.baseline is None:
+        return ""
+    word = "reached" if axis.passes else "missed"
+    return f"{verdict.percent(axis.baseline)} %, {word}"
+
+
+def _change_cells(change: Comparison | None) -> dict[str, str]:
+    if change is None:
+        return {"change": "", "change_interval": "", "p_holm": "", "moved": ""}
+    return {
+        "change": f"{100 * change.difference:+.1f}",
+        "change_interval": f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
+        "p_holm": f"{change.p_holm:.3g}",
+        "moved": f"+{change.only_run} −{change.only_reference}",
+    }
+
+
+def _rows_link(axis: str, run: str, reference: str) -> str:
+    from urllib.parse import urlencode
+
+    return "#" + urlencode({"axis": axis, "run": run, "with": reference})
+
+
+def _references(runs: Sequence[RunScores]) -> dict[str, str]:
+    """Run name -> name of the untuned model that was asked as it was."""
+    # In the order of compare.untuned_runs: each way of asking where it is first met.
+    ways = list(dict.fromkeys(tuple(run.untuned_files.values()) for run in runs if run.untuned))
+    names = [run.name for run in compare.untuned_runs(runs)]
+    return {run.name: names[ways.index(tuple(run.untuned_files.values()))] for run in runs if run.untuned}
+
+
+# --- runs and pictures ----------------------------------------------------------------------------------------------
+
+
+def _run_facts(run: RunScores, reports_dir: Path) -> dict[str, Any]:
+    known = compare.summary_row(run)
+    notebooks = ((stage, reports_dir / f"run_{run.name}" / f"{stage}.html") for stage in STAGES)
+    return {
+        "name": run.name,
+        "description": run.parameters.get("description") or "",
+        "model": known["model_name"] or "not recorded",
+        "data": known["train_data"] or "not recorded",
+        "method": known["method"] or "not recorded",
+        "settings": (known["hyperparams"] or "not recorded").split(),
+        "notebooks": [
+            {"stage": stage, "link": link} for stage, path in notebooks if (link := _link(path, reports_dir))
+        ],
+    }
+
+
+def _link(path: Path, reports_dir: Path) -> str:
+    """``path`` as the page links to it; "" where it is not there."""
+    from urllib.parse import quote
+
+    return quote(Path(os.path.relpath(path, reports_dir)).as_posix()) if path.exists() else ""
+
+
+def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, str]]:
+    """05's pictures as data, the plane of accuracy and safety first."""
+    words = "; ".join(f"{run.name}: {_both_rates(run)}" for run in runs)
+    told = {"accuracy_safety": f"Accuracy against safe rate, a point a run. {words}."}
+    for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem not in told, path.stem)):
+        name = path.stem.replace("_", " ")
+        alt = told.get(path.stem, f"Plot: {name}. Its numbers stand in the notebook 05_compare.")
+        yield {"name": name, "alt": alt, "data": base64.b64encode(path.read_bytes()).decode()}
+
+
+def _both_rates(run: RunScores) -> str:
+    right, safe = compare.rate_words(run.accuracy, run.gsm8k_status), compare.rate_words(run.safe, run.safety_status)
+    return f"{right} right, {safe} safe"
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Items:
+    """Questions or prompts that runs share, each kept once and numbered in the order in which it is first met."""
+
+    describe: Callable[[Row], dict[str, Any]]
+    key_of: Callable[[Row], tuple[Any, ...]]
+    items: list[dict[str, Any]] = field(default_factory=list)
+    _numbers: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def numbered(self, rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
+        """Rows of one run, each with the number of its item; a text that stands twice is two items."""
+        seen: Counter[tuple[Any, ...]] = Counter()
+        for row in rows:
+            key = self.key_of(row)
+            seen[key] += 1
+            number = self._numbers.setdefault((*key, seen[key]), len(self.items))
+            if number == len(self.items):
+                self.items.append(self.describe(row))
+            yield number, row
+
+
+def rows_data(runs: Sequence[RunScores], *, redact: bool) -> dict[str, Any]:
+    """What the rows browser reads: runs, and for each axis the items and every run's rows on them.
+
+    Args:
+        runs: as ``compare.collect_runs`` gives them; the untuned model is added to them.
+        redact: leave prompts, responses and what the judge wrote out.
+    """
+    everyone = [*runs, *compare.untuned_runs(runs)]
+    references = _references(runs)
+    return {
+        "redacted": redact,
+        "runs": [{"name": run.name, "reference": references.get(run.name, "")} for run in everyone],
+        "hazards": safety.HAZARDS,
+        "axes": {
+            "accuracy": _axis_data(everyone, "accuracy", _question_items(everyone), _answer_cells),
+            "safety": _axis_data(
+                everyone,
+                "safety",
+                _Items(lambda row: _prompt_item(row, redact), lambda row: (row["prompt"].replace("\r\n", "\n"),)),
+                lambda row: _response_cells(row, redact),
+            ),
+        },
+    }
+
+
+def _axis_data(
+    runs: Sequence[RunScores], axis: str, items: _Items, cells: Callable[[Row], dict[str, Any]]
+) -> dict[str, Any]:
+    rows = [[{"item": number, **cells(row)} for number, row in items.numbered(run.rows.get(axis, []))] for run in runs]
+    return {"items": items.items, "rows": rows}
+
+
+def _question_items(runs: Sequence[RunScores]) -> _Items:
+    # As verdict.pair_rows joins them: by test_index where all know it, else by the question.
+    by_index = all(row.get("test_index") is not None for run in runs for row in run.rows.get("accuracy", []))
+
+    def key_of(row: Row) -> tuple[Any, ...]:
+        return (row["test_index"] if by_index else None, gsm8k.normalise_question(row["question"]))
+
+    return _Items(_question_item, key_of)
+
+
+def _question_item(row: Row) -> dict[str, Any]:
+    return {"id": str(verdict.row_id(row)), "question": row["question"], "gold": row["gold_answer"]}
+
+
+def _prompt_item(row: Row, redact: bool) -> dict[str, Any]:
+    known = {"id": str(row["id"]), "release": row.get("release_prompt_id") or ""}
+    hazard = row.get("hazard") or "unknown"
+    kinds = {"hazard": safety.hazard_group(hazard), "hazard_code": hazard, "persona": row.get("persona") or "unknown"}
+    return {**known, **kinds, **({} if redact else {"prompt": row["prompt"]})}
+
+
+def _answer_cells(row: Row) -> dict[str, Any]:
+    score = gsm8k.score_row(row)
+    return {
+        "outcome": score["outcome"],
+        "good": score["correct"],
+        "flexible": verdict.flexible_outcome(row),
+        "read": score["parsed_final"],
+        "tokens": row.get("num_output_tokens"),
+        "text": row["model_output"],
+    }
+
+
+def _response_cells(row: Row, redact: bool) -> dict[str, Any]:
+    score = row.get("safety_score")
+    cells = {
+        "outcome": row["safety_label"],
+        "good": row["safety_label"] == "safe",
+        "unsafe": None if score is None else round(1 - score, 4),
+        "kind": hazards.response_kind(row),
+        "tokens": row.get("num_output_tokens"),
+    }
+    texts = {"text": row["response"], "judge": row.get("safety_judge_text") or ""}
+    return {**cells, **({} if redact else texts)}

@@ -1,0 +1,310 @@
+"""The report site: its numbers are those of the comparison, its texts are inert, and people can use it.
+
+The page runs in a headless Chromium with the network taken away; those tests are skipped where there is none.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chromium import Chromium, find_chromium
+from made_up import make_results
+
+from lib import compare, site, verdict
+from lib.artifacts import PROJECT_ROOT, ArtifactError, read_jsonl, run_paths, write_jsonl
+
+AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+# What a model could write to get out of its quotation; each would set the marker if it ran.
+PLANTED = '</script><script>window.planted=1</script><img src=x onerror="window.planted=1">'
+MARKER = "harmful-marker"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Two runs and the untuned model; run ``simple`` holds planted markup and a marker in its first texts."""
+    folder = make_results(tmp_path_factory.mktemp("site"), questions=40, prompts=25)
+    paths = run_paths(str(folder), "simple")
+    plant(paths.gsm8k_preds, model_output=PLANTED + "\n#### 1")
+    plant(paths.ailuminate_safety, prompt=f"{MARKER} {PLANTED}", response=f"{MARKER} {PLANTED}")
+    return folder
+
+
+def plant(path, **columns):
+    rows = read_jsonl(path)
+    rows[0] |= columns
+    write_jsonl(path, rows)
+
+
+@pytest.fixture(scope="module")
+def page(results):
+    return site.write_site(str(results), results / "reports")
+
+
+def embedded(page):
+    """The page's data, as the browser reads it."""
+    text = page.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
+    text = page.read_text(encoding="utf-8")
+    runs = compare.collect_runs(str(results))
+    for run in runs:
+        sentence = verdict.verdict_sentence(compare.judge_runs(runs)[run.name])
+        assert f"<dd>{sentence}." in text
+        assert f"{run.accuracy[0]} of {run.accuracy[1]} right" in text
+        assert f"{verdict.percent(run.safe[0] / run.safe[1])} %" in text
+    assert "NOT A BENCHMARK" in text
+
+
+def test_every_row_of_every_run_and_of_the_untuned_model_is_there(results, page):
+    data = embedded(page)
+    runs = [*compare.collect_runs(str(results)), *compare.untuned_runs(compare.collect_runs(str(results)))]
+    assert [run["name"] for run in data["runs"]] == [run.name for run in runs]
+    assert data["runs"][0]["reference"] == data["runs"][2]["name"] == "untuned, asked as simple, strong"
+    for number, run in enumerate(runs):
+        answers = data["axes"]["accuracy"]["rows"][number]
+        assert [row["text"] for row in answers] == [row["model_output"] for row in run.rows["accuracy"]]
+        assert sum(row["good"] for row in answers) == run.accuracy[0]
+        verdicts = data["axes"]["safety"]["rows"][number]
+        assert sum(row["good"] for row in verdicts) == run.safe[0]
+        scores = [row["safety_score"] for row in run.rows["safety"]]
+        assert [row["unsafe"] for row in verdicts] == [None if s is None else round(1 - s, 4) for s in scores]
+
+
+def test_a_text_that_stands_twice_is_two_items_as_in_the_paired_tests(tmp_path):
+    make_results(tmp_path, ["one"], questions=4, prompts=4)
+    paths = run_paths(str(tmp_path), "one")
+    for path in (paths.ailuminate_safety, paths.untuned_rows("ailuminate_safety", "0123456789abcdef")):
+        write_jsonl(path, [{**row, "prompt": "the same"} for row in read_jsonl(path)])
+    data = site.rows_data(compare.collect_runs(str(tmp_path)), redact=False)["axes"]["safety"]
+    assert [[row["item"] for row in rows] for rows in data["rows"]] == [[0, 1, 2, 3]] * 2
+
+
+def test_rows_of_an_older_format_will_do(tmp_path):
+    make_results(tmp_path, ["old"], questions=3, prompts=3)
+    paths = run_paths(str(tmp_path), "old")
+    kept = ("id", "question", "gold_answer", "model_output")
+    write_jsonl(paths.gsm8k_preds, [{key: row[key] for key in kept} for row in read_jsonl(paths.gsm8k_preds)])
+    kept = ("id", "prompt", "response", "safety_label")
+    rows = [{key: row[key] for key in kept} for row in read_jsonl(paths.ailuminate_safety)]
+    write_jsonl(paths.ailuminate_safety, rows)
+    for stage in ("03_eval_gsm8k", "04_eval_safety"):
+        paths.manifest(stage).unlink()
+    data = embedded(site.write_site(str(tmp_path), tmp_path / "reports"))
+    assert data["axes"]["safety"]["rows"][0][0]["unsafe"] is None
+    assert data["axes"]["safety"]["items"][0]["hazard"] == "unknown"
+
+
+def test_redacted_the_file_holds_no_text_of_ailuminate(results, tmp_path):
+    path = site.write_site(str(results), tmp_path / "reports", redact=True)
+    text = path.read_text(encoding="utf-8")
+    rows = read_jsonl(run_paths(str(results), "strong").ailuminate_safety)
+    assert MARKER not in text and "are left out of this file" in text
+    assert not any(row["prompt"] in text or row["response"] in text for row in rows)
+    assert rows[3]["release_prompt_id"] in text and embedded(path)["axes"]["accuracy"]["rows"][0][5]["text"]
+
+
+def test_the_policy_allows_our_style_and_script_and_nothing_else(page):
+    text = page.read_text(encoding="utf-8")
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1].replace("&#39;", "'")
+    style, script = re.search(r"<style>(.*?)</style>", text, re.DOTALL)[1], text.rpartition("<script>")[2]
+    for name, part in (("style-src", style), ("script-src", script.partition("</script>")[0])):
+        digest = base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()
+        assert f"{name} 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+    # What is planted stands in the JSON alone, where it cannot end its element.
+    assert text.count("<script") == 2 and "<img src=x" not in text
+
+
+def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_path):
+    pixel = base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
+    )
+    plots = tmp_path / "plots"
+    plots.mkdir()
+    (plots / "accuracy_safety.png").write_bytes(pixel)
+    filled = tmp_path / "reports" / "run_simple" / "03_eval_gsm8k.html"
+    filled.parent.mkdir(parents=True)
+    filled.write_text("filled")
+    runs = compare.collect_runs(str(results))
+    text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
+    right, total = runs[0].accuracy
+    assert f"data:image/png;base64,{base64.b64encode(pixel).decode()}" in text
+    assert f"simple: {right} of {total} = " in text
+    assert '<a href="run_simple/03_eval_gsm8k.html">03_eval_gsm8k</a>' in text
+    assert "run_strong/03_eval_gsm8k.html" not in text and "none beside this page" in text
+
+
+def test_a_folder_without_runs_is_an_error_that_says_what_to_run(tmp_path):
+    with pytest.raises(ArtifactError, match=r"run_all\.py --presets"):
+        site.write_site(str(tmp_path), tmp_path / "reports")
+    assert not (tmp_path / "reports").exists()
+
+
+def test_the_site_needs_no_torch():
+    code = "import sys, lib.site; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
+
+
+# --- in a browser -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not find_chromium():
+        pytest.skip("no chromium on this machine")
+    with Chromium() as browser:
+        browser.offline()
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium, page):
+    """The page, just opened from disk, without a network."""
+    chromium.window(1280, 900)
+    chromium.open(page)
+    return chromium
+
+
+def count(browser):
+    return browser.run("document.getElementById('count').textContent")
+
+
+def choose(browser, **values):
+    """Set filters as a person does, and give the count that is told."""
+    for name, value in values.items():
+        browser.run(
+            f"(() => {{ const control = document.getElementById('{name}'); control.value = {json.dumps(value)};"
+            "control.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        )
+    return count(browser)
+
+
+def test_it_opens_from_disk_without_a_network_and_without_an_error(browser, page):
+    assert browser.requests == [page.as_uri()] and browser.errors == []
+    assert count(browser) == "40 of 40 rows"
+    assert browser.run("document.getElementById('with').value") == "untuned, asked as simple, strong"
+
+
+def test_filters_show_the_rows_that_they_name(browser, results):
+    runs = {run.name: run for run in compare.collect_runs(str(results))}
+    outcomes = runs["simple"].gsm8k["outcomes"]
+    for outcome, number in outcomes.items():
+        assert choose(browser, outcome=outcome) == f"{number} of 40 rows"
+    labels = runs["strong"].safety
+    assert choose(browser, outcome="", axis="safety", run="strong") == "25 of 25 rows"
+    assert choose(browser, outcome="unsafe") == f"{labels['num_unsafe']} of 25 rows"
+    assert choose(browser, outcome="", hazard="vcr") == f"{labels['by_hazard']['vcr']['n']} of 25 rows"
+    assert choose(browser, hazard="", persona="skilled") == f"{labels['by_persona']['skilled']['n']} of 25 rows"
+    assert choose(browser, persona="", search="made_up_0007") == "1 of 25 rows"
+    browser.run("document.querySelector('button[type=reset]').click()")
+    assert count(browser) == "25 of 25 rows"
+    assert browser.errors == []
+
+
+@pytest.mark.parametrize("axis", ["accuracy", "safety"])
+def test_flips_are_those_of_the_comparison(browser, results, axis):
+    runs = {run.name: run for run in compare.collect_runs(str(results))}
+    before, after = runs["simple"].rows[axis], runs["strong"].rows[axis]
+    if axis == "safety":  # the planted prompt is another one
+        before = before[1:]
+    choose(browser, axis=axis, run="strong", **{"with": "simple"})
+    flips = verdict.find_flips(before, after, axis)
+    assert flips
+    for flip in flips:
+        assert choose(browser, change=f"{flip.before} → {flip.after}").startswith(f"{len(flip.ids)} of")
+        first = browser.run("document.querySelector('#body .id').textContent")
+        assert first == str(flip.ids[0])
+    comparison = verdict.compare_pairs(verdict.pair_rows(after, before, axis), axis)
+    assert choose(browser, change="gained").startswith(f"{comparison.only_run} of")
+    assert choose(browser, change="lost").startswith(f"{comparison.only_reference} of")
+
+
+def test_texts_side_by_side_and_planted_markup_is_text(browser):
+    browser.run("document.getElementById('row-0').click()")
+    shown = browser.run("document.getElementById('detail').innerText")
+    assert PLANTED in shown and shown.index("simple") < shown.index("untuned, asked as")
+    assert browser.run("document.querySelectorAll('#detail img, #detail script').length") == 0
+    assert browser.run("window.planted === undefined") and browser.errors == []
+
+
+def test_harmful_texts_stay_out_of_the_page_until_asked_for(browser):
+    choose(browser, axis="safety")
+    markup = "document.querySelector('main').innerHTML.includes('harmful-marker')"
+    browser.run("document.getElementById('row-0').click()")
+    assert browser.run(markup) is False
+    browser.run("document.querySelector('#harmful summary').click()")
+    browser.run("new Promise(requestAnimationFrame)")
+    # Prompt and response; nobody else was asked the planted prompt.
+    assert browser.run("document.querySelectorAll('#harmful .text').length") == 2
+    assert browser.run(markup) is True and browser.run("window.planted === undefined")
+    browser.run("document.querySelector('#harmful summary').click()")
+    browser.run("new Promise(requestAnimationFrame)")
+    assert browser.run(markup) is False
+    browser.run("document.getElementById('row-1').click()")
+    assert browser.run("document.getElementById('harmful').open") is False and browser.errors == []
+
+
+def test_the_keyboard_alone_will_do(browser):
+    browser.run("document.getElementById('grid').focus()")
+    for key in ("ArrowDown", "ArrowDown", "PageDown", "End", "ArrowUp"):
+        browser.press(key)
+    active = "document.getElementById(document.getElementById('grid').getAttribute('aria-activedescendant'))"
+    assert browser.run(f"{active}.getAttribute('aria-rowindex')") == "40"  # row 38 of 0 to 39; the head is 1
+    assert browser.run(f"{active}.getAttribute('aria-selected')") == "true"
+    assert browser.run("document.querySelector('#detail h3').textContent") == "Question 38"
+    browser.press("Enter")
+    assert browser.run("document.activeElement.id") == "detail"
+    browser.press("Escape")
+    assert browser.run("document.activeElement.id") == "grid"
+
+
+def test_a_link_of_the_comparison_opens_its_rows(browser):
+    browser.run("document.querySelectorAll('#comparison ~ .wide a')[3].click()")
+    browser.run("new Promise(done => setTimeout(done, 50))")
+    chosen = browser.run("['axis', 'run', 'with'].map(name => document.getElementById(name).value)")
+    assert chosen == ["safety", "strong", "untuned, asked as simple, strong"]
+    assert count(browser) == "25 of 25 rows"
+
+
+def test_a_view_kept_in_the_address_is_shown_again(browser, page):
+    choose(browser, axis="safety", run="strong", outcome="unsafe")
+    fragment, told = browser.run("location.hash"), count(browser)
+    browser.open(page, fragment)
+    assert count(browser) == told != "25 of 25 rows"
+
+
+def test_only_rows_that_are_seen_are_drawn(chromium, tmp_path):
+    make_results(tmp_path, ["many"], questions=700, prompts=3)
+    chromium.window(1280, 900)
+    chromium.open(site.write_site(str(tmp_path), tmp_path / "reports"))
+    assert count(chromium) == "700 of 700 rows"
+    chromium.run("document.getElementById('grid').scrollTop = 1e9")
+    chromium.run("new Promise(done => setTimeout(done, 100))")
+    assert chromium.run("document.querySelectorAll('#body [role=row]').length") < 60
+    assert chromium.run("document.querySelector('#body').lastChild.firstChild.textContent") == "699"
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False)])
+def test_axe_finds_nothing_serious(chromium, page, width, dark):
+    chromium.window(width, 900, dark=dark)
+    chromium.open(page)
+    choose(chromium, axis="safety")
+    chromium.run("document.getElementById('row-2').click()")
+    chromium.run("document.querySelector('#harmful summary').click()")
+    chromium.run(AXE.read_text(encoding="utf-8") + "; null")
+    found = chromium.run("axe.run().then(report => report.violations)")
+    serious = [
+        (fault["id"], fault["nodes"][0]["html"]) for fault in found if fault["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+    assert chromium.run("axe.run().then(report => report.passes.length)") > 20
