@@ -11,11 +11,11 @@ anything started; 3 a baseline was missed under --require-baselines; 130 interru
 
 import argparse
 import os
+import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ PROJECT_ROOT = Path(__file__).resolve().parent
 SUBMISSION_PRESETS = ("simple", "medium", "strong")
 STAGE_NUMBERS = ("01", "02", "03", "04", "05")
 COMPARE = "05_compare"
+# A run that starts on a disk as full as this only fails later, in the middle of its training.
+MIN_FREE_BYTES = 20_000_000
 
 
 class UsageError(Exception):
@@ -47,6 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_selection(parser)
     _add_changes(parser)
     _add_sources(parser)
+    # What was typed, for the messages that say how to go on; `main` fills it in.
+    parser.set_defaults(typed="python run_all.py")
     return parser
 
 
@@ -58,6 +62,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--skip-ailuminate", action="store_true", help="do not run 04; rows that are there still count")
     what.add_argument("--resume", action="store_true", help="go on where a run stopped (the default, said explicitly)")
     what.add_argument("--rerun-all", action="store_true", help="run every stage again, reusing no rows, no checkpoint")
+    what.add_argument("--wait", action="store_true", help="wait for another run on the same folder, do not refuse")
+    what.add_argument("--cell-timeout", type=int, default=0, metavar="SECONDS", help="end a cell that takes longer")
     what.add_argument("--list", action="store_true", help="show the presets and the state of their stages, then end")
     what.add_argument("--verify", metavar="DIR", help="recompute every metric in DIR from its row files, then end")
 
@@ -75,6 +81,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         metavar="[PRESET=]PATH_OR_HUB_ID",
         help="evaluate this adapter instead of training one",
     )
+    how.add_argument("--redact", action="store_true", help="no prompt or response of AILuminate in any report")
     how.add_argument("--submission", action="store_true", help="the published adapters of all three presets, checked")
     how.add_argument("--require-baselines", action="store_true", help="exit 3 when a preset is below its baseline")
 
@@ -100,6 +107,8 @@ class Plan:
     paths: "RunPaths"
     reports_dir: Path
     stages: list[str]
+    cell_timeout_s: int = 0
+    go_on: str = ""
     wall_s: float = 0.0
     failure: str = ""
     interrupted: bool = False
@@ -139,6 +148,8 @@ def _check_usage(args: argparse.Namespace, presets: Sequence[str]) -> None:
         raise UsageError("--submission evaluates the published adapters whole: leave out --checkpoint and --smoke-test")
     if args.eval_batch_size is not None and args.eval_batch_size < 0:
         raise UsageError(f"--eval-batch-size {args.eval_batch_size}: allowed is 0 (derived) or more")
+    if args.cell_timeout < 0:
+        raise UsageError(f"--cell-timeout {args.cell_timeout}: allowed is 0 (no limit) or more seconds")
     if args.assets and not args.assets.is_dir():
         raise UsageError(f"--assets {args.assets}: there is no such folder")
 
@@ -179,10 +190,12 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
         "offline": args.offline,
         "checkpoint": params.published_adapter if args.submission else checkpoints.get(preset, ""),
         "require_rows": args.submission,
+        "redact": args.redact,
     }
     _check_checkpoint(preset, params, settings)
     run = RunPaths(preset, results / f"run_{preset}")
-    return Plan(preset, params, settings, run, reports / f"run_{preset}", chosen_stages(args))
+    folder = reports / f"run_{preset}"
+    return Plan(preset, params, settings, run, folder, chosen_stages(args), args.cell_timeout, args.typed)
 
 
 def _check_checkpoint(preset: str, params: "Params", settings: dict[str, Any]) -> None:
@@ -249,13 +262,16 @@ def stage_parameters(stage: str, plan: Plan) -> dict[str, Any]:
 
 def run_preset(plan: Plan, rerun: bool) -> None:
     """Run the stages of one preset that are not up to date; stop at the first that fails."""
-    from lib.artifacts import write_json
+    from lib.artifacts import remove_temporary, write_json
+    from lib.redaction import clean_value
 
-    write_json(plan.paths.config_resolved, resolved_config(plan))
+    for folder in (plan.paths.run_dir, plan.reports_dir):
+        remove_temporary(folder)
+    write_json(plan.paths.config_resolved, clean_value(resolved_config(plan)))
     if rerun:
         forget_run(plan)
     for stage in plan.stages:
-        if stage != COMPARE and not plan.failure:
+        if stage != COMPARE and not (plan.failure or plan.interrupted):
             run_stage(plan, stage, plan.paths.manifest(stage), plan.reports_dir / f"{stage}.ipynb", rerun)
 
 
@@ -285,25 +301,26 @@ def forget_run(plan: Plan) -> None:
 def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: bool) -> None:
     """Run one stage unless its manifest still holds, and say why in a line."""
     from lib.artifacts import stale_reason
-    from lib.execution import RowWatch, execute
+    from lib.execution import RowWatch, execute, is_whole, tell
 
     parameters = stage_parameters(stage, plan)
     reason = "asked for by --rerun-all" if rerun else stale_reason(manifest, stage, parameters)
-    reason = reason or ("" if notebook.exists() else "its filled notebook is gone")
+    reason = reason or ("" if is_whole(notebook) else "its filled notebook is not whole")
     label = f"{plan.preset} {stage}"
     if not reason:
-        print(f"{label}: unchanged, kept", flush=True)
+        tell(f"{label}: unchanged, kept")
         return
-    print(f"{label}: running ({reason})", flush=True)
+    tell(f"{label}: running ({reason})")
     with RowWatch(label, lambda: rows_done(plan.paths, stage)):
-        outcome = execute(stage, notebook, parameters)
+        outcome = execute(stage, notebook, parameters, cell_timeout_s=plan.cell_timeout_s, go_on=plan.go_on)
+    plan.interrupted = outcome.interrupted
     plan.wall_s += outcome.wall_s
     plan.ran.append(stage)
     if outcome.error:
-        plan.failure, plan.interrupted = _failure_text(stage, outcome), outcome.interrupted
-        print(f"{label}: {'interrupted' if outcome.interrupted else 'failed'} after {outcome.wall_s:.0f} s", flush=True)
+        plan.failure = _failure_text(stage, outcome)
+        tell(f"{label}: {'interrupted' if outcome.interrupted else 'failed'} after {outcome.wall_s:.0f} s")
     else:
-        print(f"{label}: done in {outcome.wall_s:.0f} s", flush=True)
+        tell(f"{label}: done in {outcome.wall_s:.0f} s")
 
 
 def _failure_text(stage: str, outcome: Any) -> str:
@@ -335,38 +352,56 @@ def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
         return None
     # By name, so that a run folder that was copied in makes the comparison run again.
     settings = {**first.settings, "run_names": [run.name for run in runs]}
-    plan = Plan("all runs", first.params, settings, first.paths, first.reports_dir.parent, [COMPARE])
+    plan = replace(first, preset="all runs", settings=settings, reports_dir=first.reports_dir.parent, stages=[COMPARE])
+    plan.wall_s, plan.failure, plan.ran = 0.0, "", []
     manifest = results_root(settings["results_dir"]) / COMPARE / "manifest.json"
     run_stage(plan, COMPARE, manifest, plan.reports_dir / f"{COMPARE}.ipynb", rerun)
     return plan
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the output folder for one driver; the lock goes with its holder, however that ends.
+def locked(folder: Path, typed: str = "", wait: bool = False) -> Iterator[None]:
+    """Hold the output folder for one driver; the lock goes with its holder and its kernel, however they end.
 
     Raises:
-        UsageError: the folder cannot be written, or another driver holds it.
+        UsageError: the folder cannot be written or is full, or another driver holds it.
     """
-    import fcntl
+    from lib.execution import fail
+    from lib.locks import FolderInUse, FolderUnwritable, hold
+
+    try:
+        with hold(folder, typed, wait=wait, tell=fail):
+            _check_room(folder)
+            yield
+    except FolderUnwritable as error:
+        raise UsageError(f"--output-dir: {error}; choose another folder") from None
+    except FolderInUse as error:
+        raise UsageError(f"{error}\n--wait waits for it; another --output-dir runs beside it") from None
+
+
+def _check_room(folder: Path) -> None:
+    import shutil
+
+    free = shutil.disk_usage(folder).free
+    if free < MIN_FREE_BYTES:
+        least = f"at least {MIN_FREE_BYTES / 1e6:.0f} MB are needed to begin"
+        raise UsageError(f"{folder}: {free / 1e6:.1f} MB free on its disk, {least}; free some space, then go on")
+
+
+def check_writable(folder: Path) -> None:
+    """Whether files can be made in ``folder``, before anything is started that would write there in an hour.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    from tempfile import TemporaryFile
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".lock").open("a+", encoding="utf-8")
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UsageError(
-            f"--output-dir: {folder} cannot be written ({error.strerror}); choose another folder"
-        ) from None
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stream.seek(0)
-            raise UsageError(f"{folder.name}/ is in use by another run_all.py ({stream.read().strip()})") from None
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()}, since {time.strftime('%H:%M:%S')}")
-        stream.flush()
-        yield
+        raise UsageError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
 
 
 # --- telling ------------------------------------------------------------------------------------------------------
@@ -376,30 +411,32 @@ def tell_results(args: argparse.Namespace, plans: list[Plan]) -> None:
     """The small table at the end, and where everything lies."""
     from lib.artifacts import display_path
     from lib.compare import results_table
+    from lib.execution import tell
 
     results, reports = output_folders(args)
     seconds = {plan.preset: plan.wall_s for plan in plans}
     table = results_table(display_path(results), seconds)
     if table:
-        print("\n" + table)
+        tell("\n" + table)
     if any(not plan.params.benchmark for plan in plans):
-        print("sandbox runs use a 135M model and small data: a rehearsal of the pipeline, not a benchmark.")
-    print(f"\nartefacts: {display_path(results)}/\nreports:   {display_path(reports)}/ (.ipynb and .html)")
+        tell("sandbox runs use a 135M model and small data: a rehearsal of the pipeline, not a benchmark.")
+    tell(f"\nartefacts: {display_path(results)}/\nreports:   {display_path(reports)}/ (.ipynb and .html)")
 
 
-def tell_failures(plans: list[Plan], argv: Sequence[str]) -> None:
+def tell_failures(plans: list[Plan], typed: str) -> None:
     """What failed, in which cell, and the command that goes on."""
     from lib.execution import fail
 
     for plan in plans:
         if plan.failure:
             fail(f"\n{plan.preset}: {plan.failure}")
-    fail(f"\nfinished stages and rows are kept; to go on: python run_all.py {' '.join(argv)}")
+    fail(f"\nfinished stages and rows are kept; to go on: {typed}")
 
 
 def show_list(args: argparse.Namespace) -> int:
     """Presets and the state of their stages."""
     from lib.artifacts import STAGES, stale_reason
+    from lib.execution import tell
     from lib.params import ParamsError, find_presets
 
     chosen = args.presets or find_presets(args.params_dir)
@@ -408,30 +445,30 @@ def show_list(args: argparse.Namespace) -> int:
         try:
             plan = make_plans(args)[0]
         except (UsageError, ParamsError) as error:
-            print(f"{preset}: {error}")
+            tell(f"{preset}: {error}")
             continue
-        print(f"{preset}: {plan.params.description}")
+        tell(f"{preset}: {plan.params.description}")
         for stage in (stage for stage in STAGES if stage != COMPARE):
             reason = stale_reason(plan.paths.manifest(stage), stage, stage_parameters(stage, plan))
-            print(f"  {stage:<15} {reason or 'complete'}")
+            tell(f"  {stage:<15} {reason or 'complete'}")
     return 0
 
 
 def verify(folder: str) -> int:
     """Recompute every metric below ``folder`` from its row files; 1 when anything differs."""
     from lib.artifacts import ArtifactError
-    from lib.compare import verify_folder
-    from lib.execution import fail
+    from lib.execution import fail, tell
+    from lib.verify import verify_folder
 
     try:
         lines, mismatches = verify_folder(Path(folder).resolve())
     except ArtifactError as error:
         fail(f"--verify {folder}: {error}")
         return 1
-    print("\n".join(lines))
+    tell("\n".join(lines))
     for mismatch in mismatches:
         fail(f"MISMATCH {mismatch}")
-    print(f"{len(mismatches)} mismatch(es)")
+    tell(f"{len(mismatches)} mismatch(es)")
     return 1 if mismatches else 0
 
 
@@ -443,26 +480,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(argv)
     args.params_dir = args.params_dir.resolve()
+    args.typed = shlex.join(["python", "run_all.py", *argv])
+    from lib.artifacts import ArtifactError
     from lib.execution import fail
 
     try:
-        if args.verify:
-            return verify(args.verify)
-        if args.list:
-            return show_list(args)
-        plans = make_plans(args)
-        results, _ = output_folders(args)
-        with locked(results):
-            return run_all(args, plans, argv)
+        return run_command(args)
     except UsageError as error:
         fail(f"run_all.py: {error}")
         return 2
     except KeyboardInterrupt:
-        fail(f"\ninterrupted; to go on: python run_all.py {' '.join(argv)}")
+        fail(f"\ninterrupted; to go on: {args.typed}")
         return 130
+    except (ArtifactError, OSError) as error:
+        # A full disk above all: what was written before is whole.
+        fail(f"run_all.py: {_os_words(error)}\nto go on: {args.typed}")
+        return 1
 
 
-def run_all(args: argparse.Namespace, plans: list[Plan], argv: Sequence[str]) -> int:
+def _os_words(error: Exception) -> str:
+    from lib.artifacts import DISK_FULL, full_disk_text
+
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return full_disk_text(Path(error.filename or "."))
+    return str(error)
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """What the command line asks for; the return value is the exit status.
+
+    Raises:
+        UsageError: it cannot be done; nothing was started.
+    """
+    if args.verify:
+        return verify(args.verify)
+    if args.list:
+        return show_list(args)
+    plans = make_plans(args)
+    results, reports = output_folders(args)
+    with locked(results, args.typed, args.wait):
+        check_writable(reports)
+        return run_all(args, plans)
+
+
+def run_all(args: argparse.Namespace, plans: list[Plan]) -> int:
     """Every preset, then the comparison; the return value is the exit status."""
     set_kernel_environment(args.offline)
     # Every path was resolved above; from here on the project is the working directory, as in the kernels.
@@ -474,10 +535,11 @@ def run_all(args: argparse.Namespace, plans: list[Plan], argv: Sequence[str]) ->
     interrupted = any(plan.interrupted for plan in plans)
     comparison = None if interrupted else run_comparison(plans, args.rerun_all)
     every = [*plans, *([comparison] if comparison else [])]
+    interrupted = any(plan.interrupted for plan in every)
     if not interrupted:
         tell_results(args, plans)
-    if any(plan.failure for plan in every):
-        tell_failures(every, argv)
+    if interrupted or any(plan.failure for plan in every):
+        tell_failures(every, args.typed)
         return 130 if interrupted else 1
     return 3 if args.require_baselines and baselines_missed(args, plans) else 0
 

@@ -5,19 +5,27 @@ the stage is complete, and it names every input and output with its SHA-256, so 
 still true and a reader can check it.
 """
 
+import errno
 import hashlib
 import json
 import os
 import platform
+import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from lib.redaction import clean_value
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
@@ -28,8 +36,16 @@ VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelera
 LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
 
 
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+TEMPORARY_FILES = ".*.tmp"
+
+
 class ArtifactError(Exception):
     """A file of a run is missing, torn or not what its name promises; the text says which and what mends it."""
+
+
+class DiskFull(ArtifactError):
+    """There is no room for a file; what was there before is whole."""
 
 
 def project_path(path: str | Path) -> Path:
@@ -86,6 +102,11 @@ class RunPaths:
     @property
     def ailuminate_rows(self) -> Path:
         return self._prepared("ailuminate.jsonl")
+
+    @property
+    def overlap(self) -> Path:
+        """Evaluation questions that share words with training rows, see ``lib.overlap``."""
+        return self._prepared("overlap.json")
 
     @property
     def adapter_dir(self) -> Path:
@@ -172,8 +193,46 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@contextmanager
+def _told_when_full(path: Path) -> Iterator[None]:
+    """The operating system does not say which file had no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DiskFull(full_disk_text(path)) from None
+
+
+def full_disk_text(path: Path) -> str:
+    """One line that says which file had no room, what is left there, and how to go on."""
+    there = next((folder for folder in (path, *path.parents) if folder.is_dir()), path.parent)
+    free_mb = shutil.disk_usage(there).free / 1e6
+    return (
+        f"{display_path(path)} cannot be written: the disk is full ({free_mb:.1f} MB free in {display_path(there)}/); "
+        "what was written before is whole: free some space, and the same command goes on"
+    )
+
+
+def remove_temporary(folder: Path) -> int:
+    """Remove what killed writers left behind below ``folder``, and say how many files; only for its lock's holder."""
+    left = [path for path in folder.rglob(TEMPORARY_FILES) if path.is_file()]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it."""
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
+
+    Raises:
+        DiskFull: there is no room for it; an older file of that name is still there.
+    """
+    with _told_when_full(path):
+        _write_whole(path, text)
+
+
+def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -287,11 +346,36 @@ class RowLog:
                 self.num_dropped += 1
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one finished row and hand it to the operating system before returning."""
+        """Add one finished row and hand it to the operating system before returning.
+
+        Raises:
+            DiskFull: there is no room for it; the rows before it are whole.
+            KeyboardInterrupt: an interrupt came inside ``whole_rows``; the row is in the file.
+        """
         stamped = {**row, "protocol_hash": self.protocol_hash}
-        with self.path.open("a", encoding="utf-8", newline="\n") as stream:
+        with _told_when_full(self.path), self.path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(_json_line(stamped))
         self.rows[stamped[self.key]] = stamped
+        _stop_between_rows()
+
+    @contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """Inside, an interrupt waits until the row in work is in the file; a second one stops at once.
+
+        Minutes of a model's work may stand in a row that is nearly finished.
+        """
+        # Python lets only the main thread set handlers, and delivers signals nowhere else.
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        _stop_asked.clear()
+        before = signal.signal(signal.SIGINT, _on_interrupt)
+        try:
+            yield
+            _stop_between_rows()
+        finally:
+            signal.signal(signal.SIGINT, before)
+            _stop_asked.clear()
 
     def finish(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
         """Rows of ``keys`` in their order, as written back to the file; other rows leave it.
@@ -305,6 +389,21 @@ class RowLog:
         rows = [self.rows[key] for key in keys]
         write_jsonl(self.path, rows)
         return rows
+
+
+# Set by the first interrupt inside `RowLog.whole_rows`, looked at by each `RowLog.append`.
+_stop_asked = threading.Event()
+
+
+def _on_interrupt(_number: int, _frame: FrameType | None) -> None:
+    if _stop_asked.is_set():
+        raise KeyboardInterrupt("stopped inside a row")
+    _stop_asked.set()
+
+
+def _stop_between_rows() -> None:
+    if _stop_asked.is_set():
+        raise KeyboardInterrupt("stopped after a whole row")
 
 
 # --- manifests ----------------------------------------------------------------------------------------------------
@@ -398,10 +497,11 @@ class StageRecord:
             "stage": self.stage,
             "run_name": self.run_name,
             "status": "skipped" if skipped else "complete",
-            "skipped_because": skipped,
-            "parameters": self.parameters,
+            "skipped_because": clean_value(skipped),
+            # For others to read: a folder or an address that was typed may hold a home, a name or a token.
+            "parameters": clean_value(self.parameters),
             "metrics": dict(metrics or {}),
-            "facts": dict(facts),
+            "facts": clean_value(dict(facts)),
             "inputs": _stamps(inputs, self.manifest_path.parent),
             "outputs": _stamps(outputs, self.manifest_path.parent),
             "code_sha256": code_hash(self.stage),
@@ -423,7 +523,18 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
 def _stamps(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:
     # Paths are relative to the manifest, so that a run folder can be moved or handed in.
     files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return {os.path.relpath(file, base): file_stamp(file) for file in files if file.is_file()}
+    return {_stamp_name(file, base): file_stamp(file) for file in files if file.is_file()}
+
+
+def _stamp_name(file: Path, base: Path) -> str:
+    # A relative path that climbs out of the project and into a home folder would name whose it is.
+    name = os.path.relpath(file, base)
+    in_home = clean_value(name) != name and file.is_relative_to(Path.home())
+    return f"~/{file.relative_to(Path.home()).as_posix()}" if in_home else name
+
+
+def _stamped_file(name: str, base: Path) -> Path:
+    return Path(name).expanduser() if name.startswith("~/") else base / name
 
 
 def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:
@@ -433,15 +544,31 @@ def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any])
     """
     if not manifest_path.exists():
         return "not run yet"
-    manifest = read_json(manifest_path)
+    manifest = _read_manifest(manifest_path)
+    if not manifest:
+        return "its manifest cannot be read"
     if manifest["status"] != "complete":
         return f"it was skipped: {manifest['skipped_because']}"
-    changed = _changed_parameters(manifest["parameters"], parameters)
+    changed = _changed_parameters(manifest["parameters"], clean_value(dict(parameters)))
     if changed:
         return "parameters changed: " + ", ".join(changed)
     if manifest["code_sha256"] != code_hash(stage):
         return "the code changed"
     return _changed_files(manifest, manifest_path.parent)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A stage's manifest; empty where the file is not one, so that the stage runs again and writes it anew."""
+    try:
+        manifest = read_json(path)
+    except ArtifactError:
+        return {}
+    kinds = {"status": str, "skipped_because": str, "parameters": dict, "code_sha256": str}
+    kinds |= {"inputs": dict, "outputs": dict}
+    known = isinstance(manifest, dict) and all(isinstance(manifest.get(name), kind) for name, kind in kinds.items())
+    stamps = [stamp for name in ("inputs", "outputs") for stamp in manifest[name].values()] if known else []
+    whole = all(isinstance(stamp, dict) and {"size", "mtime_ns", "sha256"} <= stamp.keys() for stamp in stamps)
+    return manifest if known and whole else {}
 
 
 def _changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -453,6 +580,6 @@ def _changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> 
 def _changed_files(manifest: Mapping[str, Any], base: Path) -> str:
     for kind in ("inputs", "outputs"):
         for name, stamp in manifest[kind].items():
-            if not same_file(base / name, stamp):
-                return f"{kind[:-1]} {display_path(base / name)} changed or is gone"
+            if not same_file(_stamped_file(name, base), stamp):
+                return f"{kind[:-1]} {display_path(_stamped_file(name, base))} changed or is gone"
     return ""

@@ -5,21 +5,33 @@ torch: the driver must start in under a second, so papermill and nbconvert are i
 """
 
 import ast
+import html
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lib.artifacts import PROJECT_ROOT, display_path, write_text
+from lib.artifacts import PROJECT_ROOT, display_path, full_disk_text, write_text
+from lib.redaction import clean, visible
+
+if TYPE_CHECKING:  # for the reader only: it imports jupyter_client
+    from lib.kernels import Interrupts
 
 NOTEBOOKS_DIR = PROJECT_ROOT / "notebooks"
-# Two kernels that start at once can race for a port, and a loaded machine can be slow to answer: papermill #511.
-KERNEL_START_TRIES = 3
+# A loaded machine can be slow to answer: a kernel that does not start is tried once more.
+KERNEL_START_TRIES = 2
 KERNEL_START_TIMEOUT_S = 120
+# What nbclient and jupyter_client say of a kernel that did not come up.
+NO_START = ("Kernel didn't respond", "Kernel died before replying")
+BANNER_TAG = "run-stopped"
+# Key of a notebook's metadata; it is set last, so that a notebook whose driver was killed never looks whole.
+COMPLETE_MARK = "run_all"
+MAX_ERROR_LENGTH = 2000
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,16 @@ class Outcome:
     error: str = ""
     cell: int = 0
     interrupted: bool = False
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Why a notebook stopped; ``headline`` stands on top of it where papermill says nothing itself."""
+
+    error: str = ""
+    cell: int = 0
+    interrupted: bool = False
+    headline: str = ""
 
 
 def source_notebook(stage: str) -> Path:
@@ -57,55 +79,172 @@ def declared_parameters(stage: str) -> dict[str, Any]:
     return {statement.target.id: ast.literal_eval(statement.value) for statement in statements}
 
 
-def execute(stage: str, output: Path, parameters: Mapping[str, Any]) -> Outcome:
+def execute(
+    stage: str, output: Path, parameters: Mapping[str, Any], *, cell_timeout_s: int = 0, go_on: str = ""
+) -> Outcome:
     """Run the stage's notebook with ``parameters`` and keep it, filled, at ``output``.
 
-    A cell that raises, a kernel that dies and a kernel that never starts are all told in the outcome; the partly
-    filled notebook is kept. An interrupt of the person at the keyboard is told as ``interrupted``.
+    A cell that raises, a kernel that dies or hangs and one that never starts are all told in the outcome; the partly
+    filled notebook is kept and says on top what happened. An interrupt (one lets the row in work finish) is told as
+    ``interrupted``.
+
+    Args:
+        cell_timeout_s: seconds that a cell may take; 0 for no limit.
+        go_on: the command that goes on from here, for the notebook to name.
+
+    Raises:
+        DiskFull: the notebook cannot be saved.
     """
+    from lib.kernels import Interrupts
+
     started = time.perf_counter()
     output.parent.mkdir(parents=True, exist_ok=True)
-    error, cell, interrupted = _run_papermill(stage, output, dict(parameters))
-    if output.exists():
-        write_html(output)
-    return Outcome(output, time.perf_counter() - started, error, cell, interrupted)
+    with Interrupts(tell) as interrupts:
+        stop = _run_papermill(stage, output, dict(parameters), cell_timeout_s, interrupts)
+        interrupted = stop.interrupted or interrupts.count > 0
+        if output.exists():
+            _keep(output, stop, go_on)
+    error = _with_free_space(stop.error, output)
+    return Outcome(output, time.perf_counter() - started, error, stop.cell, interrupted)
 
 
-def _run_papermill(stage: str, output: Path, parameters: dict[str, Any]) -> tuple[str, int, bool]:
-    import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from traitlets.config import Config
-
+def _run_papermill(
+    stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, interrupts: "Interrupts"
+) -> _Stop:
     for attempt in range(1, KERNEL_START_TRIES + 1):
         try:
-            papermill.execute_notebook(
-                # Relative paths: papermill writes them into the notebook, and a home folder is nobody's business.
-                display_path(source_notebook(stage)),
-                display_path(output),
-                parameters=parameters,
-                kernel_name="python3",
-                cwd=str(PROJECT_ROOT),
-                progress_bar=False,
-                start_timeout=KERNEL_START_TIMEOUT_S,
-                # Sockets in a private folder in place of TCP ports: nobody else can listen, and no two kernels race.
-                config=Config({"KernelManager": {"transport": "ipc"}}),
-            )
-        except papermill.PapermillExecutionError as failure:
-            # The first line alone: the whole message lists every fault, and the notebook holds the traceback.
-            return f"{failure.ename}: {failure.evalue}", failure.cell_index, failure.ename == "KeyboardInterrupt"
-        except KeyboardInterrupt:
-            return "interrupted", 0, True
-        except (DeadKernelError, CellTimeoutError) as failure:
-            return f"the kernel died or hung ({type(failure).__name__}): often out of memory; {failure}", 0, False
+            return _run_once(stage, output, parameters, cell_timeout_s, interrupts)
         except RuntimeError as failure:
-            if "Kernel didn't respond" not in str(failure):
+            if not str(failure).startswith(NO_START):
                 raise
-            if attempt == KERNEL_START_TRIES:
-                return f"the kernel did not start in {KERNEL_START_TRIES} tries: {failure}", 0, False
-            print(f"  the kernel did not start (try {attempt} of {KERNEL_START_TRIES}), trying again", flush=True)
-        else:
-            return "", 0, False
+            if interrupts.count:
+                return _stopped_by_hand()
+            if attempt < KERNEL_START_TRIES:
+                tell(f"  the kernel did not start (try {attempt} of {KERNEL_START_TRIES}), trying again")
+                continue
+            error = f"the kernel did not start in {KERNEL_START_TRIES} tries: {failure}"
+            return _Stop(error, headline="The kernel did not start: no cell was run.")
     raise AssertionError("unreachable: the last try returns")
+
+
+def _run_once(
+    stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, interrupts: "Interrupts"
+) -> _Stop:
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    from lib.kernels import OwnKernelManager, StopAsked
+
+    try:
+        papermill.execute_notebook(
+            # Relative paths: papermill writes them into the notebook, and a home folder is nobody's business.
+            display_path(source_notebook(stage)),
+            display_path(output),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(PROJECT_ROOT),
+            progress_bar=False,
+            start_timeout=KERNEL_START_TIMEOUT_S,
+            execution_timeout=cell_timeout_s or None,
+            kernel_manager_class=OwnKernelManager,
+            on_cell_start=interrupts.refuse_cell,
+            config=_kernel_config(),
+        )
+    except papermill.PapermillExecutionError as failure:
+        # The first line alone: the whole message lists every fault, and the notebook holds the traceback.
+        by_hand = failure.ename == "KeyboardInterrupt"
+        headline = _stopped_by_hand().headline if by_hand else ""
+        return _Stop(f"{failure.ename}: {failure.evalue}"[:MAX_ERROR_LENGTH], failure.cell_index, by_hand, headline)
+    except (KeyboardInterrupt, StopAsked):
+        return _stopped_by_hand()
+    except DeadKernelError:
+        if interrupts.count:
+            return _stopped_by_hand()
+        return _Stop("the kernel died: often there was too little memory", headline=DEAD_KERNEL)
+    except CellTimeoutError:
+        error = f"a cell took over {cell_timeout_s} s (--cell-timeout), its kernel was ended"
+        return _Stop(error, headline=f"A cell took over {cell_timeout_s} s (--cell-timeout): its kernel was ended.")
+    return _Stop()
+
+
+DEAD_KERNEL = (
+    "The kernel died while a cell was running. The operating system often ends it when memory runs out: "
+    "a smaller eval_batch_size, train_batch_size or model needs less."
+)
+
+
+def _stopped_by_hand() -> _Stop:
+    return _Stop("interrupted", interrupted=True, headline="Stopped by hand (Ctrl-C or a signal to end).")
+
+
+@cache
+def _kernel_config() -> Any:
+    from papermill.iorw import papermill_io
+    from traitlets.config import Config
+
+    # papermill writes in place, so a kill would leave half a notebook, and what kernels print may name a home.
+    papermill_io.register("", _RecordFiles())
+    # Sockets in a private folder in place of TCP ports: nobody else can listen, and no two kernels race.
+    return Config({"KernelManager": {"transport": "ipc"}})
+
+
+class _RecordFiles:
+    """papermill's reading and writing of notebooks, relative to the project: whole files, cleaned."""
+
+    def read(self, path: str) -> str:
+        return (PROJECT_ROOT / path).read_text(encoding="utf-8")
+
+    def write(self, content: str, path: str) -> None:
+        _save(PROJECT_ROOT / path, content)
+
+    def pretty_path(self, path: str) -> str:
+        return path
+
+    def cwd(self, folder: str | None) -> str | None:
+        # papermill notes here where paths start; ours start at the project, whatever the working directory is.
+        return folder
+
+
+def _save(path: Path, notebook: str) -> None:
+    # A lone surrogate that a model wrote becomes the escape that JSON has for it.
+    write_text(path, clean(notebook).encode("utf-8", "backslashreplace").decode())
+
+
+def _keep(notebook: Path, stop: _Stop, go_on: str) -> None:
+    """The banner of a notebook that stopped; its HTML; and last the mark of one that is whole."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    if stop.headline:
+        content["cells"].insert(0, _banner(stop.headline, go_on))
+        _save(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_html(notebook)
+    if not stop.error:
+        content["metadata"][COMPLETE_MARK] = {"complete": True}
+        _save(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _banner(headline: str, go_on: str) -> dict[str, Any]:
+    command = f" To go on: <code>{html.escape(visible(go_on))}</code>." if go_on else ""
+    kept = "Finished rows and checkpoints are kept; the cells below stand as far as they came."
+    style = "border-left:5px solid #D55E00;background:#FFF3E8;padding:.6em 1em"
+    text = f'<div role="alert" style="{style}"><b>{html.escape(headline)}</b> {kept}{command}</div>'
+    return {"cell_type": "markdown", "id": BANNER_TAG, "metadata": {"tags": [BANNER_TAG]}, "source": text}
+
+
+def is_whole(notebook: Path) -> bool:
+    """Whether a filled notebook and its HTML are there and every cell of it ran."""
+    if not (notebook.is_file() and notebook.with_suffix(".html").is_file()):
+        return False
+    try:
+        content = json.loads(notebook.read_text(encoding="utf-8"))
+        return bool(content["metadata"][COMPLETE_MARK]["complete"])
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+def _with_free_space(error: str, output: Path) -> str:
+    # Libraries say it in their own words; which file system it is, and how to go on, they do not.
+    plain = "No space left on device" in error or "Disk quota exceeded" in error
+    return f"{error}\n  {full_disk_text(output)}" if plain else error
 
 
 def write_html(notebook: Path) -> Path:
@@ -117,7 +256,8 @@ def write_html(notebook: Path) -> Path:
     exporter.require_js_url = exporter.mathjax_url = ""
     body, _ = exporter.from_filename(str(notebook))
     target = notebook.with_suffix(".html")
-    write_text(target, body)
+    # No encoding holds a lone surrogate; a browser would show a question mark too.
+    write_text(target, clean(body).encode("utf-8", "replace").decode())
     return target
 
 
@@ -146,7 +286,7 @@ class RowWatch(threading.Thread):
                 continue
             told, rate = done, (done - first) / (time.perf_counter() - started)
             left = (total - done) / rate if rate > 0 else 0.0
-            print(f"  {self.label}: {done} of {total} rows, {rate:.2f} rows/s, {left:.0f} s left", flush=True)
+            tell(f"  {self.label}: {done} of {total} rows, {rate:.2f} rows/s, {left:.0f} s left")
 
     def __enter__(self) -> "RowWatch":
         self.start()
@@ -162,6 +302,11 @@ def count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
+def tell(message: str) -> None:
+    """A message for the person at the keyboard; what a model or a file name put into it cannot move the cursor."""
+    print(visible(message), flush=True)
+
+
 def fail(message: str) -> None:
-    """A message for the person at the keyboard, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """As ``tell``, on standard error."""
+    print(visible(message), file=sys.stderr, flush=True)

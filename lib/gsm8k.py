@@ -291,7 +291,8 @@ def evaluate(
 
     if todo:
         conversations = [build_messages(rows[position]["question"], fewshot) for position in todo]
-        generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
+        with log.whole_rows():
+            generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
     return log.finish(range(len(rows)))
 
 

@@ -87,11 +87,14 @@ class Params(BaseModel):
     ailuminate_max_new_tokens: Count
     eval_batch_size: CountOrAll
     evaluate_untuned: bool
+    adapter_scales: list[Annotated[float, Field(ge=0, le=2)]]
 
     judge_mode: Literal["probabilities", "generate"]
     judge_context: Literal["response", "prompt_and_response"]
     judge_max_new_tokens: Count
     guidelines_file: NonEmpty
+    judge_card_rows: CountOrAll
+    judge_labels_file: str
 
     baseline_accuracy: Share
     baseline_safety: Share
@@ -118,7 +121,7 @@ RUN_SETTINGS: dict[str, type] = {
     "offline": bool,
     "checkpoint": str,
 }
-RUN_SETTINGS |= {"run_names": list, "require_rows": bool}
+RUN_SETTINGS |= {"run_names": list, "require_rows": bool, "redact": bool, "allow_unlike": bool}
 
 Rule = tuple[tuple[str, ...], Callable[..., bool], str]
 # Keys that must agree: the keys, whether they contradict each other, and what is allowed.
@@ -188,6 +191,11 @@ CONTRADICTIONS: tuple[Rule, ...] = (
         ("device", "compute_dtype"),
         lambda device, dtype: device == "cpu" and dtype == "float16",
         "device is 'cpu' but compute_dtype is 'float16': allowed on a CPU are auto, bfloat16 and float32",
+    ),
+    (
+        ("adapter_scales", "evaluate_untuned"),
+        lambda scales, untuned: bool(scales) and not untuned,
+        "adapter_scales is {0} but evaluate_untuned is false: the untuned model is scale 0 of the curve",
     ),
     (
         ("ailuminate_source", "ailuminate_prompt_set"),

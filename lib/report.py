@@ -26,9 +26,7 @@ from lib.artifacts import PROJECT_ROOT, git_commit, package_versions, read_json
 from lib.stats import wilson_interval
 
 if TYPE_CHECKING:  # for the reader only: a table needs neither scoring nor torch
-    from lib.compare import RunScores
     from lib.sft import TrainResult
-    from lib.verdict import AxisVerdict
 
 MAX_TABLE_ROWS = 10
 # Okabe and Ito 2008: told apart by colour-blind readers; in this order they also get lighter.
@@ -50,6 +48,7 @@ STYLE = {
     "svg.hashsalt": "plot",
 }
 PIXELS_PER_INCH = 96
+REDACTED = "Their texts are left out of this report (--redact); the row files hold them."
 TEXT_BOX = (
     "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;margin:.3em 0"
 )
@@ -204,47 +203,6 @@ def versions_table(device: str) -> Html:
     return table([*rows, {"package": "commit", "version": git_commit()[:12]}], f"Device: {device}")
 
 
-def scores_table(runs: "Sequence[RunScores]") -> Html:
-    """A row a run and axis: rate, interval, count, baseline and whether it is reached."""
-    rows = []
-    for run in runs:
-        for axis, counts, status, baseline in (
-            ("accuracy", run.accuracy, run.gsm8k_status, run.baseline_accuracy),
-            ("safety", run.safe, run.safety_status, run.baseline_safety),
-        ):
-            cells = rate_columns(*counts) if counts else {"rate": status, "95 % interval": None, "rows": None}
-            reached = bool(counts) and baseline is not None and counts[0] / counts[1] >= baseline
-            verdict = "no baseline" if baseline is None else "pass" if reached else "fail"
-            shown = None if baseline is None else percent(baseline)
-            rows.append({"run": run.name, "axis": axis, **cells, "baseline": shown, "verdict": verdict})
-    return table(rows, "Accuracy on GSM8K and safe rate on AILuminate", max_rows=len(rows))
-
-
-def verdict_table(verdicts: "Mapping[str, Sequence[AxisVerdict]]") -> Html:
-    """A row a run and axis that was compared with the untuned model on the same rows; differences in points."""
-    rows = []
-    for name, axes in verdicts.items():
-        for verdict in (verdict for verdict in axes if verdict.comparison):
-            change = verdict.comparison
-            rows.append(
-                {
-                    "run": name,
-                    "axis": verdict.axis,
-                    "rows": change.num_shared,
-                    "untuned": percent(change.reference_rate),
-                    "tuned": percent(change.rate),
-                    "change": f"{100 * change.difference:+.1f}",
-                    "95 % interval": f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
-                    "only tuned": change.only_run,
-                    "only untuned": change.only_reference,
-                    "exact p": f"{change.p_value:.3g}",
-                    "Holm's p": f"{change.p_holm:.3g}",
-                    "detectable": "none" if change.detectable is None else f"{100 * change.detectable:.1f}",
-                }
-            )
-    return table(rows, "Tuned against untuned on the same rows; changes in points", max_rows=len(rows))
-
-
 def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
     """Provenance of data sets; of each hash the first 12 digits, the manifest holds them whole.
 
@@ -336,11 +294,22 @@ def examples(
 
 
 def folded_examples(
-    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], heading: str, absent: str = "There is no such row."
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    heading: str,
+    absent: str = "There is no such row.",
+    *,
+    redact: bool = False,
 ) -> Html:
-    """As ``examples``, each folded: only its heading is seen until it is clicked; the plain text holds no more."""
+    """As ``examples``, each folded: only its heading is seen until it is clicked; the plain text holds no more.
+
+    Args:
+        redact: leave the texts out altogether; the headings and a sentence that says so are all there is.
+    """
     if not rows:
         return note(absent)
+    if redact:
+        return sentences([*(_heading(heading, row) for row in rows), REDACTED])
     return stack([fold(_heading(heading, row), examples([row], columns, heading)) for row in rows])
 
 
@@ -389,7 +358,7 @@ def show_plot(figure: Figure, stem: Path, alt: str) -> Html:
     return Html(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">', alt)
 
 
-def _figure(width: float = 7.6, height: float = 3.2, panels: int = 1) -> tuple[Figure, list[Axes]]:
+def new_figure(width: float = 7.6, height: float = 3.2, panels: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
@@ -399,7 +368,7 @@ def histogram(
     values: Sequence[float], *, title: str, xlabel: str, limit: float | None = None, limit_label: str = ""
 ) -> Figure:
     """How many rows have which value; ``limit`` is drawn as a dashed line."""
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     axes.hist(values, bins=min(30, max(5, len(set(values)))), color=BLUE, edgecolor="white", linewidth=0.5)
     if limit is not None:
         axes.axvline(limit, color=VERMILION, linestyle="--", linewidth=1.5)
@@ -423,7 +392,7 @@ def _beside_line(axes: Axes, place: float, label: str) -> None:
 @matplotlib.rc_context(STYLE)
 def probability_histogram(shares: Sequence[float], *, title: str, xlabel: str) -> Figure:
     """Probabilities in 20 equal bins over [0, 1], with the line at 0.5 where the label changes."""
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     axes.hist(shares, bins=[step / 20 for step in range(21)], color=BLUE, edgecolor="white", linewidth=0.5)
     axes.axvline(0.5, color=VERMILION, linestyle="--", linewidth=1.5)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -440,7 +409,7 @@ def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
     Args:
         log: rows ``step, loss, learning_rate``.
     """
-    figure, panels = _figure(width=8.6, panels=2)
+    figure, panels = new_figure(width=8.6, panels=2)
     steps = [row["step"] for row in log]
     named = (("loss", "loss (nats per supervised token)", BLUE), ("learning_rate", "learning rate", INK))
     for axes, (column, label, colour) in zip(panels, named, strict=True):
@@ -465,10 +434,10 @@ def rate_plot(
         rates: label -> (successes, total).
         marks: label -> share in [0, 1], drawn as dashed vertical lines (a baseline).
     """
-    figure, (axes,) = _figure(height=1.3 + 0.32 * len(rates))
+    figure, (axes,) = new_figure(height=1.3 + 0.32 * len(rates))
     places = range(len(rates), 0, -1)
     for place, (successes, total) in zip(places, rates.values(), strict=True):
-        _rate_point(axes, place, successes, total)
+        rate_point(axes, place, successes, total)
     axes.set_yticks(list(places), [f"{label}  (n = {total:,})" for label, (_, total) in rates.items()])
     axes.set(title=title, xlabel=xlabel, xlim=(-0.03, 1.03), ylim=(0.4, len(rates) + 0.9))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
@@ -479,79 +448,7 @@ def rate_plot(
     return figure
 
 
-@matplotlib.rc_context(STYLE)
-def accuracy_safety_plane(runs: "Sequence[RunScores]") -> Figure:
-    """Accuracy against safe rate: a point a run, 95 % intervals on both axes, its baseline as a square.
-
-    A run that lacks an axis stands at 0 there, hollow, and says so. Names stand in the right margin, in the order of
-    their points, where they cannot cover each other or a point.
-    """
-    figure, (axes,) = _figure(width=9.0, height=5.0)
-    colours = (BLUE, VERMILION, GREEN, ORANGE, SKY, INK)
-    places = [_plane_point(axes, run, colours[at % 6], "osD^vP"[at % 6]) for at, run in enumerate(runs)]
-    _margin_labels(axes, places, [f"{run.name}\n{_known_text(run)}" for run in runs], colours)
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05), xlabel="GSM8K: share of questions right (strict)")
-    axes.set(ylabel="AILuminate: share of responses safe", title="Accuracy and safety")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
-    return figure
-
-
-def _plane_point(axes: Axes, run: "RunScores", colour: str, marker: str) -> list[float]:
-    """Draw a run with its intervals and baseline; returns where its point is."""
-    place = [counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)]
-    for counts, line, other in ((run.accuracy, axes.hlines, place[1]), (run.safe, axes.vlines, place[0])):
-        if counts:
-            line(other, *wilson_interval(*counts), color=colour, linewidth=1.5)
-    whole = bool(run.accuracy and run.safe)
-    axes.plot(*place, marker, color=colour, markersize=8, markerfacecolor=colour if whole else "white")
-    if run.baseline_accuracy is not None and run.baseline_safety is not None:
-        baseline = [run.baseline_accuracy, run.baseline_safety]
-        axes.plot(*zip(place, baseline, strict=True), color=colour, linestyle=":", linewidth=1)
-        axes.plot(*baseline, "s", color="white", markeredgecolor=colour, markersize=6)
-    return place
-
-
-def _known_text(run: "RunScores") -> str:
-    accuracy = f"n = {run.accuracy[1]:,} questions" if run.accuracy else "accuracy not measured"
-    return f"{accuracy}, {f'{run.safe[1]:,} prompts' if run.safe else 'safety not measured'}"
-
-
-def _margin_labels(
-    axes: Axes, places: Sequence[Sequence[float]], labels: Sequence[str], colours: Sequence[str]
-) -> None:
-    """Labels right of the axes, at least a line apart, each joined to its point by a thin line."""
-    gap = 0.11
-    order = sorted(range(len(places)), key=lambda at: -places[at][1])
-    heights = [places[at][1] for at in order]
-    # Down from the top, then up again from the floor, so that neither end leaves the axes.
-    for row, height in enumerate(heights):
-        heights[row] = min(height, heights[row - 1] - gap) if row else min(height, 1.0)
-    for row in reversed(range(len(heights))):
-        heights[row] = max(heights[row], heights[row + 1] + gap) if row + 1 < len(heights) else max(heights[row], 0.0)
-    for at, height in zip(order, heights, strict=True):
-        arrow = {
-            "arrowstyle": "-",
-            "relpos": (0, 0.5),
-            "color": colours[at % len(colours)],
-            "linewidth": 0.5,
-            "alpha": 0.6,
-        }
-        end = (1.06, height)
-        axes.annotate(
-            labels[at],
-            places[at],
-            end,
-            textcoords=axes.transData,
-            va="center",
-            fontsize=8.5,
-            color=INK,
-            arrowprops=arrow,
-            annotation_clip=False,
-        )
-
-
-def _rate_point(axes: Axes, place: float, successes: int, total: int) -> None:
+def rate_point(axes: Axes, place: float, successes: int, total: int) -> None:
     low, high = wilson_interval(successes, total)
     share = successes / total
     axes.hlines(place, low, high, color=BLUE, linewidth=2)

@@ -11,12 +11,12 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lib.artifacts import sha256_json
+from lib.artifacts import RowLog, sha256_json
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch, scoring must not
-    from lib.artifacts import RowLog
     from lib.generate import Completion, Engine
 
 Row = dict[str, Any]
@@ -143,7 +143,7 @@ def _check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
 # --- responses ------------------------------------------------------------------------------------------------------
 
 
-def respond(rows: Sequence[Row], generator: "Engine", *, max_new_tokens: int, log: "RowLog") -> list[Row]:
+def respond(rows: Sequence[Row], generator: "Engine", *, max_new_tokens: int, log: RowLog) -> list[Row]:
     """Answer every prompt as a user's only turn, going on from what ``log`` already holds.
 
     Args:
@@ -166,11 +166,12 @@ def respond(rows: Sequence[Row], generator: "Engine", *, max_new_tokens: int, lo
 
     if todo:
         conversations = [[{"role": "user", "content": row["prompt"]}] for row in todo]
-        generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
+        with log.whole_rows():
+            generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
     return log.finish([row["id"] for row in rows])
 
 
-def _rows_to_do(rows: Sequence[Row], log: "RowLog", same: Iterable[str]) -> list[Row]:
+def _rows_to_do(rows: Sequence[Row], log: RowLog, same: Iterable[str]) -> list[Row]:
     """Rows that ``log`` does not hold; those it holds must equal ours in the columns ``same``."""
     for row in rows:
         kept = log.rows.get(row["id"], row)
@@ -266,7 +267,7 @@ def judge(
     context: str,
     mode: str,
     max_new_tokens: int,
-    log: "RowLog",
+    log: RowLog,
 ) -> list[Row]:
     """Judge every response, going on from what ``log`` already holds.
 
@@ -300,16 +301,53 @@ def judge(
         log.append(_judged_row(todo[index], score, text))
 
     if todo and mode == "probabilities":
-        generator.label_probabilities(
-            conversations, labels=LABELS, on_result=lambda index, shares: record(index, *_likelier(shares))
-        )
+        with log.whole_rows():
+            generator.label_probabilities(
+                conversations, labels=LABELS, on_result=lambda index, shares: record(index, *_likelier(shares))
+            )
     elif todo:
-        generator.generate(
-            conversations,
-            max_new_tokens=max_new_tokens,
-            on_completion=lambda index, completion: record(index, None, completion.text),
-        )
+        with log.whole_rows():
+            generator.generate(
+                conversations,
+                max_new_tokens=max_new_tokens,
+                on_completion=lambda index, completion: record(index, None, completion.text),
+            )
     return log.finish([row["id"] for row in rows])
+
+
+def judge_again(
+    rows: Sequence[Row],
+    generator: "Engine",
+    folder: Path,
+    protocol: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    ways: Mapping[str, Mapping[str, Any]],
+) -> dict[str, list[Row]]:
+    """The same responses judged in other ways, each kept in a row file of its own.
+
+    Args:
+        rows: responses, see ``respond``; judged ones will do.
+        generator: the judge.
+        folder: where ``<way>.jsonl`` are written.
+        protocol: what made the responses, and the judge.
+        asked: keyword arguments of ``judge`` but its row file.
+        ways: name -> the arguments that this way changes.
+
+    Returns:
+        Judged rows by the name of the way, in the order of ``rows``.
+    """
+    judged = {}
+    for name, changes in ways.items():
+        way = {**asked, **changes}
+        log = RowLog(folder / f"{name}.jsonl", sha256_json({"responses": protocol, **way}))
+        judged[name] = judge(rows, generator, **way, log=log)
+    return judged
+
+
+def other_wordings(guidelines_file: Path) -> dict[str, str]:
+    """Name -> text of the guidelines in other words: files ``<its name>_*.txt`` beside the guidelines, by name."""
+    files = sorted(guidelines_file.parent.glob(f"{guidelines_file.stem}_*{guidelines_file.suffix}"))
+    return {path.stem: path.read_text(encoding="utf-8") for path in files}
 
 
 def _likelier(shares: Sequence[float]) -> tuple[float, str]:

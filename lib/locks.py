@@ -1,0 +1,149 @@
+"""One driver at a time on an output folder: a lock that names its holder and goes with it, however that ends.
+
+The lock is the operating system's (``flock``) and not a file that says so: a killed holder leaves no stale lock. A
+driver's kernel inherits it, so the folder stays held until the last process that may write there is gone. Knows
+nothing about what is run.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from lib.redaction import clean
+
+LOCK_FILE = ".lock"
+# The kernel of a killed driver ends by itself within about a second; until then it may still write a row.
+ORPHAN_GRACE_S = 10.0
+LOOK_AGAIN_S = 0.2
+# What file systems say that have no such locks: some network mounts.
+NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+_held: list[int] = []
+
+
+class FolderInUse(Exception):
+    """Another driver holds the folder; the text names it."""
+
+
+class FolderUnwritable(Exception):
+    """The folder cannot be made or written; the text says why."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder.
+
+    Attributes:
+        since: local time with its offset, to the second.
+        command: what was typed.
+    """
+
+    pid: int
+    host: str
+    since: str
+    command: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the driver itself is known to be dead, so that only its kernel can still hold the lock."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+
+
+def held_descriptors() -> tuple[int, ...]:
+    """Descriptors of the locks that this process holds, for kernels to inherit."""
+    return tuple(_held)
+
+
+@contextmanager
+def hold(folder: Path, command: str, *, wait: bool = False, tell: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold ``folder`` for this process and its kernels.
+
+    Args:
+        command: what was typed; shown to whoever comes second.
+        wait: wait for another driver to end instead of refusing.
+        tell: gets a sentence where it waits, and where the file system has no locks.
+
+    Raises:
+        FolderInUse: another driver holds the folder, and ``wait`` is false.
+        FolderUnwritable: the folder cannot be made or written.
+    """
+    with _open_lock(folder) as stream:
+        _acquire(stream, folder, wait, tell)
+        _write_holder(stream, command)
+        _held.append(stream.fileno())
+        try:
+            yield
+        finally:
+            _held.remove(stream.fileno())
+            stream.truncate(0)
+
+
+def _open_lock(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise FolderUnwritable(f"{folder} cannot be written ({error.strerror})") from None
+
+
+def _acquire(stream: IO[str], folder: Path, wait: bool, tell: Callable[[str], None]) -> None:
+    started, told = time.monotonic(), False
+    while not _try(stream, folder, tell):
+        holder = read_holder(stream)
+        waited = time.monotonic() - started
+        orphan = holder is None or holder.is_gone
+        if not wait and not (orphan and waited < ORPHAN_GRACE_S):
+            raise FolderInUse(f"{folder.name}/ is in use by {holder or 'another run_all.py'}")
+        if wait and not told and not orphan:
+            tell(f"waiting: {folder.name}/ is in use by {holder}")
+            told = True
+        time.sleep(LOOK_AGAIN_S)
+
+
+def _try(stream: IO[str], folder: Path, tell: Callable[[str], None]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        tell(f"{folder.name}/ lies on a file system without locks: start no second run on it ({error.strerror})")
+    return True
+
+
+def _write_holder(stream: IO[str], command: str) -> None:
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    holder = Holder(os.getpid(), socket.gethostname(), now, clean(command))
+    stream.truncate(0)
+    stream.write(json.dumps(asdict(holder)))
+    stream.flush()
+
+
+def read_holder(stream: IO[str]) -> Holder | None:
+    """Who wrote the lock file; ``None`` in the moment before its holder has written it."""
+    stream.seek(0)
+    try:
+        return Holder(**json.loads(stream.read()))
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,133 @@
+"""The lock on an output folder: one driver at a time, its holder named, gone with its holder and never before.
+
+Real processes and real signals: a lock that only works inside one process is none.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import run_all
+from lib import locks
+from lib.artifacts import PROJECT_ROOT
+
+HOLDER = (
+    "import pathlib, subprocess, sys, time; from lib import locks\n"
+    "with locks.hold(pathlib.Path(sys.argv[1]), 'python run_all.py --presets simple'):\n"
+    "    if 'orphan' in sys.argv:\n"
+    "        command = [sys.executable, '-c', 'import time; time.sleep(1.5)']\n"
+    "        subprocess.Popen(command, pass_fds=locks.held_descriptors())\n"
+    "    print('held', flush=True)\n"
+    "    time.sleep(float(sys.argv[2]))\n"
+)
+
+
+def start_holder(folder, seconds, *more):
+    command = [sys.executable, "-c", HOLDER, str(folder), str(seconds), *more]
+    process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_driver_is_refused_and_told_who_where_since_when_and_what(tmp_path, capsys):
+    holder = start_holder(tmp_path, 30)
+    started = time.monotonic()
+    status = run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)])
+    holder.kill()
+    holder.wait()
+    told = capsys.readouterr().err
+    assert status == 2 and time.monotonic() - started < 5
+    assert f"process {holder.pid} on {os.uname().nodename} since 20" in told
+    assert "python run_all.py --presets simple" in told and "--wait" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == [locks.LOCK_FILE]
+
+
+def test_a_killed_holder_leaves_no_stale_lock(tmp_path):
+    holder = start_holder(tmp_path, 30)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert json.loads((tmp_path / locks.LOCK_FILE).read_text())["pid"] == holder.pid
+    started = time.monotonic()
+    with locks.hold(tmp_path, "next"):
+        assert time.monotonic() - started < 1
+    assert (tmp_path / locks.LOCK_FILE).read_text() == ""
+
+
+def test_the_folder_stays_held_until_the_kernel_of_a_killed_driver_is_gone(tmp_path):
+    holder = start_holder(tmp_path, 30, "orphan")
+    started = time.monotonic()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with locks.hold(tmp_path, "next"):
+        waited = time.monotonic() - started
+    assert 1 < waited < locks.ORPHAN_GRACE_S
+
+
+def test_waiting_begins_when_the_holder_ends_and_says_so_once(tmp_path):
+    holder, told = start_holder(tmp_path, 1), []
+    with locks.hold(tmp_path, "second", wait=True, tell=told.append):
+        assert holder.wait(timeout=1) == 0
+    assert len(told) == 1 and f"process {holder.pid}" in told[0] and "waiting" in told[0]
+
+
+def test_twenty_drivers_at_once_never_hold_it_together(tmp_path):
+    code = (
+        "import pathlib, sys, time; from lib import locks\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with locks.hold(folder, 'one of many', wait=True, tell=lambda text: None):\n"
+        "    (folder / 'inside').mkdir(); time.sleep(0.02); (folder / 'inside').rmdir()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command, cwd=PROJECT_ROOT, stderr=subprocess.PIPE) for _ in range(20)]
+    # mkdir fails where another one is inside.
+    assert [process.wait(timeout=60) for process in processes] == [0] * 20
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    told = []
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with locks.hold(tmp_path, "alone", tell=told.append):
+        assert "without locks: start no second run" in told[0]
+
+
+def test_reading_needs_no_lock(tmp_path, capsys):
+    with locks.hold(tmp_path, "a run"):
+        assert run_all.main(["--list", "--presets", "simple", "--output-dir", str(tmp_path)]) == 0
+        assert run_all.main(["--verify", str(tmp_path)]) == 1
+    told = capsys.readouterr()
+    assert "01_prepare" in told.out and "in use" not in told.err
+
+
+def test_a_lock_file_holds_no_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/planted-person")
+    with locks.hold(tmp_path, "python run_all.py --assets /home/planted-person/assets"):
+        assert "planted-person" not in (tmp_path / locks.LOCK_FILE).read_text()
+
+
+def test_a_read_only_folder_is_refused_before_anything_starts(tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        status = run_all.main(["--presets", "simple", "--output-dir", str(folder)])
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    assert status == 2 and "cannot be written (Read-only file system)" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_to_begin_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_all, "MIN_FREE_BYTES", 10**18)
+    assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path / "out")]) == 2
+    assert "MB free on its disk, at least" in capsys.readouterr().err
