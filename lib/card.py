@@ -1,0 +1,193 @@
+"""The adapter's model card: on which base, from what data, with which parameters, what it reached, how it is loaded.
+
+Nothing in it depends on when, where or how fast it was made: the same training writes the same bytes. Knows nothing
+about models; what it tells is handed to it.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.artifacts import PROJECT_ROOT, sha256_file, write_text
+from lib.assets import ModelSource, shown_path
+
+CARD = "README.md"
+# What a reader needs to train the same again; the rest is in the run's config_resolved.json.
+SHOWN_PARAMETERS = (
+    "num_epochs",
+    "learning_rate",
+    "warmup_share",
+    "weight_decay",
+    "max_grad_norm",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "max_seq_length",
+    "quantization",
+    "seed",
+)
+_QUANTISED = """
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.{dtype},
+)
+base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{dtype}, quantization_config=nf4)
+base = base.dequantize()"""
+_PLAIN = """
+base = AutoModelForCausalLM.from_pretrained({base}, dtype=torch.{dtype})"""
+_SCRIPT = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+{load}
+model = PeftModel.from_pretrained(base, "path/to/this/folder").eval()
+tokenizer = AutoTokenizer.from_pretrained({base})
+"""
+_WHY_DEQUANTIZED = """
+Training optimised the function of the 4-bit weights, so the base must be quantised as above and not loaded plainly.
+`dequantize()` before the first forward pass keeps that function and is what the scores below were measured with, after
+merging the adapter (`model.merge_and_unload()`). Without that line the weights stay in 4 bits; on a CPU, bitsandbytes
+then computes them in a kernel of lower precision. Merging into 4-bit weights rounds them again and changes the model.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells.
+
+    Attributes:
+        trained: what was trained on how much, in a sentence; for an adapter made elsewhere, where it is from.
+        selection: how this checkpoint was chosen, in a sentence.
+        dtype: compute dtype, as ``torch`` names it (``bfloat16``).
+        data: what -> what it is; hashes of the rows among it.
+        parameters: those of the run.
+        metrics: what -> value, as far as the run knew them when the adapter was saved.
+        prompt: the system message of training and evaluation.
+        benchmark: whether the numbers mean anything outside the run.
+    """
+
+    run_name: str
+    base: ModelSource
+    revision: str
+    trained: str
+    selection: str
+    dtype: str
+    data: Mapping[str, str]
+    parameters: Mapping[str, Any]
+    metrics: Mapping[str, str]
+    prompt: str
+    benchmark: bool
+
+
+def data_table(sources: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path]) -> dict[str, str]:
+    """Data of the card: the published sources that 01 found, and the very rows that were used.
+
+    Args:
+        sources: use -> ``assets.Source.table_row()``, from 01's manifest.
+        files: what -> row file; files that are not there are left out.
+    """
+    told = {
+        use: f"{source['name']} ({source['licence']}), {source['num_rows']:,} rows, sha256 {source['sha256']}"
+        for use, source in sources.items()
+    }
+    return told | {what: f"sha256 {sha256_file(path)}" for what, path in files.items() if path.exists()}
+
+
+def write_card(folder: Path, facts: CardFacts) -> Path:
+    """Writes the card beside the adapter in ``folder``."""
+    path = folder / CARD
+    write_text(path, adapter_card(facts, sha256_file(folder / "adapter_model.safetensors")))
+    return path
+
+
+def adapter_card(facts: CardFacts, adapter_sha256: str) -> str:
+    """The card as Markdown, with the front matter that the hub reads."""
+    warning = "" if facts.benchmark else "**Not a benchmark**: a rehearsal whose numbers say nothing about a model.\n\n"
+    identity = {"base model": facts.base.name, "its identity": facts.base.identity, "adapter_model.safetensors": ""}
+    identity["adapter_model.safetensors"] = f"sha256 {adapter_sha256}"
+    parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
+    told = f"{warning}{facts.trained} {facts.selection}"
+    parts = [
+        f"{_front_matter(facts)}\n# LoRA adapter of run {facts.run_name}\n\n{told}\n",
+        _section("What it is", _table(identity)),
+        _section("Data", _table(facts.data)),
+        _section("Parameters", _table(parameters)),
+        _section("Metrics so far", _table(facts.metrics)),
+        _section("How to load it", _loading(facts)),
+        _section("How to ask it", f"With the base model's chat template and this system message:\n\n{_quote(facts)}"),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(facts: CardFacts) -> str:
+    fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "gsm8k"]}
+    if _is_published(facts.base):
+        fields["base_model"] = facts.base.name
+    # JSON is YAML, and quotes whatever a name may hold.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in sorted(fields.items())]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _is_published(base: ModelSource) -> bool:
+    return base.origin in ("hub", "assets folder") and re.fullmatch(r"[\w.-]+/[\w.-]+", base.name) is not None
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}\n"
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "| --- | --- |", *lines]) if lines else "None yet."
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _loading(facts: CardFacts) -> str:
+    quantised = facts.parameters.get("quantization") == "nf4"
+    code = (_QUANTISED if quantised else _PLAIN).lstrip("\n")
+    load = code.format(base=_base_argument(facts), dtype=facts.dtype)
+    imports = _SCRIPT if quantised else _SCRIPT.replace(", BitsAndBytesConfig", "")
+    script = imports.format(load="\n" + load, base=_base_argument(facts))
+    return f"```python\n{script}```\n{_WHY_DEQUANTIZED if quantised else ''}".rstrip()
+
+
+def _base_argument(facts: CardFacts) -> str:
+    """The first arguments of ``from_pretrained``: a hub name with its commit, or a folder as far as it may be shown."""
+    if not _is_published(facts.base):
+        folder = facts.base.folder
+        inside = folder.is_relative_to(PROJECT_ROOT)
+        # A folder above it may be named after a person.
+        return json.dumps(shown_path(folder) if inside else f"path/to/{folder.name}", ensure_ascii=False)
+    commit = facts.base.identity.rpartition("@")[2] if facts.base.origin == "hub" else facts.revision
+    return f"{json.dumps(facts.base.name)}, revision={json.dumps(commit)}"
+
+
+def _quote(facts: CardFacts) -> str:
+    return "\n".join(f"> {line}" for line in facts.prompt.splitlines())
+
+
+def metrics_table(log: Sequence[Mapping[str, Any]], scores: Sequence[tuple[str, int, int]] = ()) -> dict[str, str]:
+    """Metrics of the card: losses of the training log, and rates with their rows.
+
+    Args:
+        log: rows of ``training_log.jsonl``; none for an adapter made elsewhere.
+        scores: (what, successes, rows).
+    """
+    told = {}
+    if log:
+        told["training loss, first and last step"] = f"{log[0]['loss']:.4f}, {log[-1]['loss']:.4f}"
+    measured = [(row["step"], row["dev_loss"]) for row in log if row.get("dev_loss") is not None]
+    if measured:
+        steps = ", ".join(f"{loss:.4f} (step {step})" for step, loss in (measured[0], measured[-1]))
+        told["loss on development rows"] = steps
+    return told | {what: f"{successes} of {total}" for what, successes, total in scores}

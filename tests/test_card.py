@@ -1,0 +1,150 @@
+"""The adapter's card: the same for the same training, safe to publish, and its script loads what was trained."""
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from test_sft import conversation
+from tiny import save_tiny_model, tiny_tokenizer
+
+from lib import card, gsm8k, sft
+from lib import model as models
+from lib.assets import ModelSource
+
+FLOAT32 = models.Runtime("cpu", torch.float32, "test")
+HUB = ModelSource("owner/base", Path("/somewhere/snapshots/0123abcd"), "owner/base@0123abcd", "hub")
+FACTS = card.CardFacts(
+    run_name="simple",
+    base=HUB,
+    revision="main",
+    trained="2 steps on 8 rows.",
+    selection="Kept is checkpoint-2, selected on development rows by accuracy.",
+    dtype="float32",
+    data={"training rows": "sha256 00ff"},
+    parameters={"quantization": "nf4", "lora_r": 4, "seed": 1, "results_dir": "/home/someone/results"},
+    metrics={"loss": "1.0 | 0.5"},
+    prompt=gsm8k.SYSTEM_PROMPT,
+    benchmark=True,
+)
+
+
+def script(text):
+    (found,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    return found
+
+
+def test_the_card_tells_base_data_parameters_metrics_and_choice():
+    text = card.adapter_card(FACTS, "abc123")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "owner/base" and front["library_name"] == "peft"
+    for told in ("owner/base@0123abcd", "sha256 00ff", "| lora_r | 4 |", "sha256 abc123", "selected on development"):
+        assert told in text
+    assert "| loss | 1.0 \\| 0.5 |" in text, "a bar in a cell would end it"
+    assert gsm8k.SYSTEM_PROMPT.splitlines()[0] in text
+    assert "/home/someone" not in text and "/somewhere" not in text and "benchmark" not in text.casefold()
+    assert "Not a benchmark" in card.adapter_card(replace(FACTS, benchmark=False), "abc123")
+
+
+def test_the_script_names_the_very_base():
+    assert '"owner/base", revision="0123abcd"' in script(card.adapter_card(FACTS, ""))
+    kept = replace(FACTS, base=replace(HUB, origin="assets folder", identity="folder sha256:00"), revision="v2")
+    assert '"owner/base", revision="v2"' in script(card.adapter_card(kept, ""))
+    local = replace(FACTS, base=ModelSource("/home/someone/mine", Path("/home/someone/mine"), "folder", "local folder"))
+    text = script(card.adapter_card(local, ""))
+    assert '"path/to/mine"' in text and "someone" not in text
+    assert "base_model" not in card.adapter_card(local, "").split("---")[1]
+
+
+def test_a_plain_base_is_loaded_without_quantisation():
+    text = card.adapter_card(replace(FACTS, parameters={"quantization": "none"}), "")
+    assert "BitsAndBytes" not in text and "dequantize" not in text
+    compile(script(text), "card", "exec")
+
+
+def test_data_and_metrics_come_from_files_and_log(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    source = {"name": "GSM8K", "licence": "MIT", "num_rows": 7473, "sha256": "77"}
+    told = card.data_table({"GSM8K train": source}, {"rows": tmp_path / "train.jsonl", "dev": tmp_path / "none"})
+    assert told["GSM8K train"] == "GSM8K (MIT), 7,473 rows, sha256 77" and "dev" not in told
+    assert told["rows"] == "sha256 ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    log = [
+        {"step": 1, "loss": 2.0, "dev_loss": 1.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 0.5, "dev_loss": None},
+    ]
+    metrics = card.metrics_table(log, [("right", 3, 8)])
+    assert metrics["training loss, first and last step"] == "2.0000, 0.5000"
+    assert metrics["loss on development rows"] == "1.5000 (step 1), 1.5000 (step 1)" and metrics["right"] == "3 of 8"
+    assert card.metrics_table([]) == {}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny base, and an adapter that changes what it says, trained on its 4-bit weights."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("base") / "tiny", "llama")
+    examples = sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
+    settings = sft.TrainSettings(
+        base_model="owner/base",
+        base_identity="random",
+        num_epochs=3,
+        learning_rate=5e-3,
+        lora_r=4,
+        lora_alpha=8,
+        lora_dropout=0.0,
+        train_batch_size=4,
+        gradient_accumulation_steps=1,
+        save_steps=50,
+        seed=1,
+    )
+    output = tmp_path_factory.mktemp("run")
+    model = models.load_for_training(folder, FLOAT32, "nf4", say=lambda line: None)
+    sft.train(model, examples, settings, output, say=lambda line: None)
+    return folder, output / "adapter", torch.tensor([examples[0]["input_ids"]])
+
+
+def test_the_card_is_the_same_for_the_same_training(trained):
+    folder, adapter, _ = trained
+    facts = replace(FACTS, base=ModelSource("tiny", folder, "folder sha256:00", "local folder"))
+    first = card.write_card(adapter, facts).read_bytes()
+    assert card.write_card(adapter, facts).read_bytes() == first
+    assert b"/tmp" not in first and str(folder.parent).encode() not in first
+
+
+OUTSIDE = """
+import sys
+from safetensors.torch import load_file, save_file
+ids = load_file(sys.argv[1])["ids"]
+with torch.no_grad():
+    logits = model(ids).logits
+    merged = model.merge_and_unload()(ids).logits
+assert not [name for name in sys.modules if name.partition(".")[0] in ("lib", "run_all")], "something of ours"
+save_file({"logits": logits, "merged": merged}, sys.argv[2])
+"""
+
+
+def test_the_cards_script_computes_what_is_evaluated_and_imports_nothing_of_ours(trained, tmp_path):
+    folder, adapter, ids = trained
+    facts = replace(FACTS, base=ModelSource("tiny", folder, "folder sha256:00", "local folder"))
+    code = script(card.adapter_card(facts, ""))
+    code = re.sub(r'from_pretrained\("[^"]*tiny"', f'from_pretrained("{folder}"', code)
+    code = code.replace("path/to/this/folder", str(adapter))
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    arguments = [str(tmp_path / "ids.safetensors"), str(tmp_path / "logits.safetensors")]
+    # -I: neither this folder nor the environment's variables are on the path of the script.
+    command = [sys.executable, "-I", "-c", code + OUTSIDE, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    theirs = load_file(tmp_path / "logits.safetensors")
+    with torch.no_grad():
+        ours = models.load_dense(folder, FLOAT32, "nf4", adapter)(ids).logits
+        untuned = models.load_dense(folder, FLOAT32, "nf4")(ids).logits
+    assert (ours - untuned).abs().max() > 1, "the adapter of this test does something"
+    assert torch.equal(theirs["merged"], ours), "the same weights, merged by the same rule"
+    # W x + s B (A x) against (W + s B A) x: float32 rounds them apart, by some parts in a million of the largest logit.
+    torch.testing.assert_close(theirs["logits"], ours, rtol=0, atol=2e-5 * ours.abs().max().item())
