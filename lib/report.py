@@ -402,26 +402,51 @@ def probability_histogram(shares: Sequence[float], *, title: str, xlabel: str) -
     return figure
 
 
+# Columns of a training log that are drawn, where it has them: label of the axis, title, colour.
+TRAINING_PANELS = {
+    "loss": ("loss (nats per supervised token)", "", BLUE),
+    "learning_rate": ("learning rate", "Learning rate", INK),
+    "grad_norm": ("norm before clipping", "Gradient norm", GREEN),
+    "tokens_per_s": ("tokens/s", "Speed", VERMILION),
+}
+
+
 @matplotlib.rc_context(STYLE)
 def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Loss and learning rate over optimiser steps, side by side.
+    """Loss, learning rate, gradient norm and token rate over optimiser steps, two panels a line.
 
     Args:
-        log: rows ``step, loss, learning_rate``.
+        log: rows ``step, loss, learning_rate``, and ``grad_norm, tokens_per_s, dev_loss`` where they were measured.
     """
-    figure, panels = new_figure(width=8.6, panels=2)
-    steps = [row["step"] for row in log]
-    named = (("loss", "loss (nats per supervised token)", BLUE), ("learning_rate", "learning rate", INK))
-    for axes, (column, label, colour) in zip(panels, named, strict=True):
-        axes.plot(
-            steps, [row[column] for row in log], color=colour, marker="o" if len(steps) < 40 else "", markersize=4
-        )
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * max(row[column] for row in log)))
-    panels[0].set_title(f"{title} (n = {len(steps):,} steps)")
-    panels[1].set_title("Learning rate")
-    panels[1].yaxis.set_major_formatter("{x:g}")
+    drawn = [name for name in TRAINING_PANELS if any(row.get(name) is not None for row in log)]
+    num_lines = (len(drawn) + 1) // 2
+    figure = Figure(figsize=(8.6, 3.2 * num_lines), layout="constrained")
+    panels = list(figure.subplots(num_lines, 2, squeeze=False).flat)
+    for axes, column in zip(panels, drawn, strict=False):
+        _training_panel(axes, log, column)
+    for unused in panels[len(drawn) :]:
+        unused.remove()
+    panels[0].set_title(f"{title} (n = {len(log):,} steps)")
     return figure
+
+
+def _training_panel(axes: Axes, log: Sequence[Mapping[str, Any]], column: str) -> None:
+    label, title, colour = TRAINING_PANELS[column]
+    _curve(axes, log, column, color=colour, label="training rows", marker="o" if len(log) < 40 else "", markersize=4)
+    highest = max(row[column] for row in log if row.get(column) is not None)
+    if column == "loss" and any(row.get("dev_loss") is not None for row in log):
+        _curve(axes, log, "dev_loss", color=VERMILION, label="development rows", marker="s", linestyle="--")
+        highest = max(highest, *(row["dev_loss"] for row in log if row.get("dev_loss") is not None))
+        axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter("{x:g}")
+    # A learning rate or a norm that is 0 throughout still needs a scale.
+    axes.set(title=title, xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * highest or 1.0))
+
+
+def _curve(axes: Axes, log: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
+    known = [(row["step"], row[column]) for row in log if row.get(column) is not None]
+    axes.plot([step for step, _ in known], [value for _, value in known], **style)
 
 
 @matplotlib.rc_context(STYLE)

@@ -163,6 +163,16 @@ def test_titles_say_n_and_axes_what_they_are(figure, n):
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
 
 
+def test_training_curves_draw_what_was_measured():
+    log = [{"step": step, "loss": 3.0 / step, "learning_rate": 0.0, "grad_norm": None} for step in (1, 2, 3)]
+    log[0]["dev_loss"], log[2]["dev_loss"], log[1]["tokens_per_s"] = 4.0, 2.0, 50.0
+    figure = report.training_curves(log, title="Loss")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Loss (n = 3 steps)", "Learning rate", "Speed"]
+    training, dev = figure.axes[0].lines
+    assert (list(training.get_ydata()), list(dev.get_xdata()), list(dev.get_ydata())) == ([3, 1.5, 1], [1, 3], [4, 2])
+    assert figure.axes[0].get_ylim()[1] > 4.0, "the higher of the two is inside"
+
+
 def test_rates_are_drawn_with_their_wilson_intervals_from_the_top():
     figure = report.rate_plot({"a": (1, 2), "b": (0, 8)}, title="Rates", xlabel="share", marks={"baseline": 0.26})
     (axes,) = figure.axes
