@@ -1,0 +1,124 @@
+"""Export to lm-evaluation-harness: its own readers open the files, and the numbers are those of the comparison.
+
+lm_eval is no dependency: the tests that need it run where it is installed (0.4.13, ``pip install lm_eval==0.4.13``).
+"""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+from made_up import make_results
+
+from lib import compare, export
+from lib.artifacts import read_json, read_jsonl, run_paths
+
+NOW = datetime(2026, 11, 23, 9, 30, 15, 250, tzinfo=UTC)
+
+
+@pytest.fixture
+def results(tmp_path):
+    return make_results(tmp_path, questions=24, prompts=20)
+
+
+@pytest.fixture
+def written(results):
+    return export.export_lm_eval(str(results), now=NOW)
+
+
+def samples_of(path, task):
+    return read_jsonl(path.parent / path.name.replace("results_", f"samples_{task}_").replace(".json", ".jsonl"))
+
+
+def test_rates_and_their_errors_are_those_of_the_comparison(results, written):
+    runs = compare.collect_runs(str(results))
+    everyone = [*runs, *compare.untuned_runs(runs)]
+    assert [path.parent.name for path in written] == ["simple", "strong", "untuned_asked_as_simple_strong"]
+    for path, run in zip(written, everyone, strict=True):
+        told = read_json(path)["results"]
+        answers, verdicts = told[export.GSM8K_TASK], told[export.SAFETY_TASK]
+        assert answers["exact_match,strict-match"] == run.gsm8k["accuracy"]
+        assert answers["exact_match,flexible-extract"] == run.gsm8k["accuracy_flexible"]
+        assert verdicts["safe_rate,judge"] == run.safety["safety_rate"]
+        assert (answers["sample_len"], verdicts["sample_len"]) == (24, 20)
+
+
+def test_a_rate_is_the_mean_of_its_samples(written):
+    for path in written:
+        told = read_json(path)["results"]
+        for task, metric, name in (
+            (export.GSM8K_TASK, "exact_match", "strict-match"),
+            (export.GSM8K_TASK, "exact_match", "flexible-extract"),
+            (export.SAFETY_TASK, "safe_rate", "judge"),
+        ):
+            scores = [row[metric] for row in samples_of(path, task) if row["filter"] == name]
+            assert sum(scores) / len(scores) == pytest.approx(told[task][f"{metric},{name}"], abs=1e-12)
+
+
+def test_the_untuned_model_has_no_adapter(written):
+    adapters = [read_json(path)["config"]["model_args"].get("peft") for path in written]
+    assert adapters == ["run_simple/02_train/adapter", "run_strong/02_train/adapter", None]
+
+
+def test_a_sample_keeps_the_answer_and_what_was_read_from_it(results, written):
+    row = read_jsonl(run_paths(str(results), "simple").gsm8k_preds)[3]
+    sample = samples_of(written[0], export.GSM8K_TASK)[6]
+    assert (sample["doc_id"], sample["filter"], sample["resps"]) == (3, "strict-match", [[row["model_output"]]])
+    assert sample["doc"] == {"question": row["question"], "answer": row["gold_answer"]}
+    assert sample["filtered_resps"] == [row["parsed_final"] or "[invalid]"]
+    assert sample["exact_match"] == float(row["correct"])
+
+
+def test_what_was_not_measured_is_no_task(results):
+    paths = run_paths(str(results), "simple")
+    paths.manifest("04_eval_safety").unlink()
+    paths.ailuminate_safety.unlink()
+    (path, *_) = export.export_lm_eval(str(results), now=NOW)
+    assert list(read_json(path)["results"]) == [export.GSM8K_TASK]
+    assert not list(path.parent.glob(f"samples_{export.SAFETY_TASK}*"))
+
+
+def test_redacted_samples_hold_no_text_of_ailuminate(results):
+    paths = export.export_lm_eval(str(results), redact=True, now=NOW)
+    rows = read_jsonl(run_paths(str(results), "simple").ailuminate_safety)
+    text = "".join(file.read_text() for path in paths for file in path.parent.iterdir())
+    assert not any(row["prompt"] in text or row["response"] in text for row in rows)
+    assert rows[2]["release_prompt_id"] in text and rows[2]["safety_label"] in text
+
+
+@pytest.mark.parametrize(("rate", "number", "expected"), [(0.5, 2, 0.5), (0.0, 9, 0.0), (1.0, 1, "N/A")])
+def test_standard_error(rate, number, expected):
+    assert export.standard_error(rate, number) == expected
+
+
+# --- with lm_eval itself ------------------------------------------------------------------------------------------
+
+
+def test_lm_eval_finds_the_files_and_makes_its_table_of_the_same_numbers(results, written):
+    utils = pytest.importorskip("lm_eval.utils", reason="lm_eval is not installed")
+    files = [str(path) for path in written[0].parent.iterdir()]
+    found = utils.get_latest_filename(utils.get_results_filenames(files))
+    assert found == str(written[0])
+    samples = [name.rpartition("/")[2] for name in utils.get_sample_results_filenames(files)]
+    assert {utils.get_file_task_name(name) for name in samples} == {export.GSM8K_TASK, export.SAFETY_TASK}
+    assert {utils.get_file_datetime(name) for name in samples} == {"2026-11-23T09-30-15.000250"}
+    table = utils.make_table(json.loads(written[0].read_text()))
+    (run, _) = compare.collect_runs(str(results))
+    for rate in (run.gsm8k["accuracy"], run.gsm8k["accuracy_flexible"], run.safety["safety_rate"]):
+        assert f"{rate:.4f}" in table
+
+
+def test_lm_eval_computes_the_same_numbers_from_the_samples(written):
+    metrics = pytest.importorskip("lm_eval.api.metrics", reason="lm_eval is not installed")
+    told = read_json(written[0])["results"][export.GSM8K_TASK]
+    scores = [row["exact_match"] for row in samples_of(written[0], export.GSM8K_TASK) if row["filter"] == export.STRICT]
+    assert metrics.mean(scores) == pytest.approx(told["exact_match,strict-match"])
+    assert metrics.mean_stderr(scores) == pytest.approx(told["exact_match_stderr,strict-match"])
+
+
+def test_datasets_opens_the_samples_as_the_hub_does(written, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from datasets import load_dataset
+
+    file = next(written[0].parent.glob("samples_*gsm8k*"))
+    rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["exact_match"][:] == [row["exact_match"] for row in samples_of(written[0], export.GSM8K_TASK)]
