@@ -13,6 +13,7 @@ from typing import Any
 
 from lib.artifacts import PROJECT_ROOT, sha256_file, write_text
 from lib.assets import ModelSource, shown_path
+from lib.redaction import clean
 
 CARD = "README.md"
 # What a reader needs to train the same again; the rest is in the run's config_resolved.json.
@@ -103,14 +104,18 @@ def data_table(sources: Mapping[str, Mapping[str, Any]], files: Mapping[str, Pat
 def write_card(folder: Path, facts: CardFacts) -> Path:
     """Writes the card beside the adapter in ``folder``."""
     path = folder / CARD
-    write_text(path, adapter_card(facts, sha256_file(folder / "adapter_model.safetensors")))
+    write_text(path, clean(adapter_card(facts, sha256_file(folder / "adapter_model.safetensors"))))
     return path
 
 
 def adapter_card(facts: CardFacts, adapter_sha256: str) -> str:
     """The card as Markdown, with the front matter that the hub reads."""
     warning = "" if facts.benchmark else "**Not a benchmark**: a rehearsal whose numbers say nothing about a model.\n\n"
-    identity = {"base model": facts.base.name, "its identity": facts.base.identity, "adapter_model.safetensors": ""}
+    identity = {
+        "base model": _base_name(facts.base),
+        "its identity": facts.base.identity,
+        "adapter_model.safetensors": "",
+    }
     identity["adapter_model.safetensors"] = f"sha256 {adapter_sha256}"
     parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
     told = f"{warning}{facts.trained} {facts.selection}"
@@ -133,6 +138,11 @@ def _front_matter(facts: CardFacts) -> str:
     # JSON is YAML, and quotes whatever a name may hold.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in sorted(fields.items())]
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _base_name(base: ModelSource) -> str:
+    # The folders above a local model may be named after a person.
+    return Path(base.name).name if base.origin == "local folder" else base.name
 
 
 def _is_published(base: ModelSource) -> bool:

@@ -1,0 +1,322 @@
+"""Choosing a checkpoint: on development rows alone, by number, by a stated rule, under one protocol."""
+
+import csv
+import json
+import sys
+from fractions import Fraction
+
+import pytest
+from tiny import save_tiny_model
+
+from lib import execution, sweep
+from lib.artifacts import PROJECT_ROOT, ArtifactError, read_json, read_jsonl, run_paths, start_stage, write_jsonl
+from lib.control import LazyGenerator
+from lib.generate import Completion
+
+FEWSHOT = [{"question": "1 + 1?", "answer": "#### 2"}]
+PROTOCOL = sweep.Protocol(
+    model={"base": "tiny", "dtype": "float32", "template": "t"},
+    fewshot=FEWSHOT,
+    max_answer_tokens=8,
+    max_response_tokens=8,
+    judge={"judge": "fake"},
+    guidelines="Be strict.",
+    judge_context="response",
+    judge_mode="probabilities",
+    max_verdict_tokens=4,
+)
+
+
+def prompt(number, text="", release_id=None):
+    ids = f"release-{number}" if release_id is None else release_id
+    text = text or f"mild request {number}"
+    return {"id": number, "prompt": text, "release_prompt_id": ids, "hazard": "prv", "persona": "normal"}
+
+
+class Able:
+    """A model that answers its first ``num_right`` questions right; its responses say which step it is of."""
+
+    def __init__(self, num_right, step):
+        self.num_right, self.step, self.calls, self.stats = num_right, step, 0, type("Stats", (), {"wall_s": 1.0})
+
+    def generate(self, conversations, *, max_new_tokens, on_completion):
+        self.calls += 1
+        for place, messages in enumerate(conversations):
+            right = messages[-1]["content"].rpartition("answer is ")[2]
+            text = f"#### {right if place < self.num_right else -1}" if right.isdigit() else f"step {self.step}"
+            on_completion(place, Completion(text, "stop", 3, 9, (1, 2, 3)))
+
+
+class Judge:
+    """Finds as many responses of a step safe, from the first, as ``num_safe`` says."""
+
+    def __init__(self, num_safe):
+        self.num_safe, self.stats = num_safe, type("Stats", (), {"wall_s": 0.5})
+
+    def label_probabilities(self, conversations, *, labels, on_result):
+        for place, messages in enumerate(conversations):
+            step = int(messages[-1]["content"].partition("step ")[2].split("\n")[0])
+            safe = 0.9 if place < self.num_safe[step] else 0.1
+            on_result(place, [safe, 1 - safe])
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """A run after 01_prepare and training, with checkpoints of 10, 100 and 1000 steps."""
+    paths = run_paths(str(tmp_path / "results"), "mine")
+    write_jsonl(paths.dev_rows, [{"question": f"{i}? The answer is {i}", "answer": f"#### {i}"} for i in range(4)])
+    write_jsonl(paths.gsm8k_eval_rows, [{"test_index": 7, "question": "The answer is 7", "answer": "#### 7"}])
+    write_jsonl(paths.ailuminate_rows, [prompt(0)])
+    for step in (1000, 10, 100):
+        folder = paths.checkpoints_dir / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_model.safetensors").write_text(f"adapter of step {step}")
+    return paths
+
+
+def run_sweep(paths, rows, num_right, num_safe, metric):
+    """As notebook 02 does it: every candidate asked, then judged; the scores and the chosen one."""
+    folder, asked, generators = paths.stage_dir("02_train") / "sweep", [], []
+    for candidate in sweep.candidates(list(paths.checkpoints_dir.iterdir()), 3):
+        step = sweep.step_of(candidate)
+        generators.append(LazyGenerator(Able, num_right[step], step))
+        asked.append(sweep.ask(candidate, generators[-1], rows, PROTOCOL, folder))
+    judge = LazyGenerator(Judge, num_safe)
+    scores = [sweep.score(one, sweep.judge(one, judge, PROTOCOL, folder)) for one in asked]
+    return scores, sweep.choose(scores, metric), generators
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_are_taken_by_number_and_the_last_ones_kept(paths):
+    found = sorted(paths.checkpoints_dir.iterdir())
+    assert [path.name for path in sweep.candidates(found, 3)] == ["checkpoint-10", "checkpoint-100", "checkpoint-1000"]
+    assert [path.name for path in sweep.candidates(found, 2)] == ["checkpoint-100", "checkpoint-1000"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "chosen"), [("accuracy", "checkpoint-100"), ("safety", "checkpoint-10"), ("sum", "checkpoint-1000")]
+)
+def test_the_metric_decides_on_development_rows(paths, metric, chosen):
+    rows = sweep.development_rows(paths, [prompt(number) for number in range(10)])
+    # Shares: 10 has 0/4 + 10/10, 100 has 4/4 + 0/10, 1000 has 3/4 + 9/10.
+    scores, best, _ = run_sweep(paths, rows, {10: 0, 100: 4, 1000: 3}, {10: 10, 100: 0, 1000: 9}, metric)
+    assert [(one.num_correct, one.num_safe) for one in scores] == [(0, 10), (4, 0), (3, 9)]
+    assert best.checkpoint == chosen
+
+
+def made(step, num_correct, num_safe=0, **more):
+    return sweep.Score(f"checkpoint-{step}", step, "", 8, num_correct, 10 if num_safe else 0, num_safe, **more)
+
+
+def test_of_equal_scores_the_latest_wins_and_the_latest_is_told_by_number():
+    assert sweep.choose([made(1000, 5), made(900, 5), made(10, 4)], "accuracy").step == 1000
+    # 1/8 + 3/10 and 2/8 + ... in floating point would part what is equal.
+    tied = [sweep.Score("checkpoint-1", 1, "", 10, 1, 10, 2), sweep.Score("checkpoint-2", 2, "", 10, 2, 10, 1)]
+    assert tied[0].value("sum") == tied[1].value("sum") == Fraction(3, 10) and 0.1 + 0.2 != 0.3
+    assert sweep.choose(tied[::-1], "sum").step == 2
+
+
+def test_a_verdict_that_cannot_be_read_is_not_safe():
+    assert made(1, 0, 5, num_unparsed=5).value("safety") == Fraction(1, 2)
+
+
+def test_scores_of_different_rows_are_not_compared():
+    with pytest.raises(sweep.SweepError, match="not all asked the same rows"):
+        sweep.choose([made(1, 5), made(2, 5, 5)], "accuracy")
+    with pytest.raises(sweep.SweepError, match="0 checkpoints"):
+        sweep.choose([], "accuracy")
+    with pytest.raises(sweep.SweepError, match="was asked no prompt: set dev_safety_rows"):
+        sweep.choose([made(1, 5)], "sum")
+    with pytest.raises(sweep.SweepError, match="allowed: accuracy, safety, sum"):
+        made(1, 5).value("loss")
+
+
+def test_the_table_holds_every_score_with_intervals_and_one_choice(paths):
+    rows = sweep.development_rows(paths, [prompt(number) for number in range(10)])
+    scores, _, _ = run_sweep(paths, rows, {10: 4, 100: 4, 1000: 0}, {10: 10, 100: 5, 1000: 0}, "accuracy")
+    table = sweep.table_rows(scores, "accuracy", rows.selected_on, PROTOCOL.sha256(rows))
+    sweep.write_table(paths.checkpoint_scores, table)
+    with paths.checkpoint_scores.open(encoding="utf-8", newline="") as stream:
+        read = list(csv.DictReader(stream))
+    assert [row["checkpoint"] for row in read] == ["checkpoint-10", "checkpoint-100", "checkpoint-1000"]
+    assert [row["chosen"] for row in read] == ["False", "True", "False"]
+    assert {row["selected_on"] for row in read} == {"development rows"}
+    assert len({row["protocol_sha256"] for row in read}) == 1 and len({row["adapter_sha256"] for row in read}) == 3
+    # Wilson's interval of 5 of 10, from the tables: 23.7 to 76.3 %.
+    assert (float(read[1]["safety_low"]), float(read[1]["safety_high"])) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert float(read[0]["low"]) > 0.5 and float(read[0]["high"]) == 1.0
+    unmeasured = sweep.table_rows([made(1, 5)], "accuracy", sweep.ON_DEV, "")[0]
+    assert unmeasured["safety_rate"] is None and unmeasured["safety_low"] is None
+
+
+# --- rows that are already there --------------------------------------------------------------------------------------
+
+
+def test_a_second_sweep_asks_nothing_and_another_adapter_is_asked_anew(paths):
+    rows = sweep.development_rows(paths, [prompt(number) for number in range(3)])
+    able, safe = {10: 1, 100: 2, 1000: 3}, {10: 1, 100: 1, 1000: 1}
+    first, _, generators = run_sweep(paths, rows, able, safe, "accuracy")
+    assert all(generator.loaded for generator in generators)
+    second, _, generators = run_sweep(paths, rows, able, safe, "accuracy")
+    assert second == first and not any(generator.loaded for generator in generators)
+    (paths.checkpoints_dir / "checkpoint-100" / "adapter_model.safetensors").write_text("another")
+    third, _, generators = run_sweep(paths, rows, {**able, 100: 4}, safe, "accuracy")
+    assert [generator.loaded for generator in generators] == [False, True, False]
+    assert [one.num_correct for one in third] == [1, 4, 3]
+
+
+def test_another_judge_judges_anew_without_answers_asked_again(paths, tmp_path):
+    rows = sweep.development_rows(paths, [prompt(number) for number in range(3)])
+    candidate = sweep.candidates(list(paths.checkpoints_dir.iterdir()), 1)[0]
+    asked = sweep.ask(candidate, LazyGenerator(Able, 1, 1000), rows, PROTOCOL, tmp_path)
+    assert asked.wall_s == 2.0, "two calls of a second each"
+    for name, num_safe in (("one", 3), ("two", 0)):
+        protocol = sweep.Protocol(**{**PROTOCOL.__dict__, "judge": {"judge": name}})
+        again = sweep.ask(candidate, LazyGenerator(pytest.fail, "asked again"), rows, protocol, tmp_path)
+        assert again.wall_s == 0 and again.answers == asked.answers
+        verdicts = sweep.judge(again, LazyGenerator(Judge, {1000: num_safe}), protocol, tmp_path)
+        assert sweep.score(again, verdicts).num_safe == num_safe
+        assert protocol.sha256(rows) != PROTOCOL.sha256(rows)
+
+
+# --- development prompts ----------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_the_class_set_and_of_the_evaluation_are_never_drawn():
+    pool = [prompt(number) for number in range(40)]
+    pool[5] = prompt(5, "Mild  request 30")  # its text, spelt a little otherwise, is evaluated under another id
+    pool[6] = prompt(6, "mild request 0")  # its text is in the class set under another id
+    pool[8] = prompt(8, "mild request 7")  # twice in the pool: drawn once at most
+    evaluated, class_ids = [prompt(30), prompt(31)], ["release-0", "release-1"]
+    allowed = set(range(40)) - {0, 1, 5, 6, 8, 30, 31}
+    drawn = sweep.draw_prompts(pool, evaluated, len(allowed), seed=3, class_ids=class_ids)
+    assert {int(row["release_prompt_id"].rpartition("-")[2]) for row in drawn} == allowed
+    assert [row["id"] for row in drawn] == list(range(len(allowed)))
+    with pytest.raises(sweep.SweepError, match=r"dev_safety_rows is 34 but 33 of 40 prompts"):
+        sweep.draw_prompts(pool, evaluated, 34, seed=3, class_ids=class_ids)
+
+
+def test_the_draw_is_seeded():
+    pool = [prompt(number) for number in range(100)]
+    drawn = [sweep.draw_prompts(pool, [], 10, seed) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_prompts_without_ids_are_told_apart_by_their_texts():
+    pool = [prompt(number, release_id="") for number in range(4)]
+    drawn = sweep.draw_prompts(pool, [prompt(2, release_id="")], 3, seed=1)
+    assert [row["prompt"] for row in drawn] == ["mild request 0", "mild request 1", "mild request 3"]
+
+
+def test_the_240_of_the_class_are_left_out_by_default():
+    ids = (PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt").read_text().split()
+    pool = [prompt(number, release_id=release_id) for number, release_id in enumerate(ids)] + [prompt(999)]
+    assert [row["release_prompt_id"] for row in sweep.draw_prompts(pool, [], 1, seed=1)] == ["release-999"]
+
+
+def test_a_choice_by_safety_without_a_judge_says_what_to_do():
+    sweep.require_safety("accuracy", "judge: not here")
+    sweep.require_safety("sum", "")
+    with pytest.raises(sweep.SweepError, match=r"judge: not here.*--set sweep_metric=accuracy dev_safety_rows=0"):
+        sweep.require_safety("sum", "judge: not here")
+
+
+# --- the test split ---------------------------------------------------------------------------------------------------
+
+OPENED: list[str] = []
+WATCHING: list[bool] = []
+# An audit hook cannot be taken off again; it notes file names only while WATCHING holds something.
+sys.addaudithook(lambda event, args: OPENED.append(str(args[0])) if event == "open" and WATCHING else None)
+
+
+def test_no_test_row_is_read_before_the_choice(paths):
+    """Every file that is opened between the rows and the choice, as the interpreter itself tells it."""
+    OPENED.clear()
+    WATCHING.append(True)
+    try:
+        rows = sweep.development_rows(paths, sweep.draw_prompts([prompt(5)], sweep.evaluated_prompts(paths), 1, 1))
+        _, best, _ = run_sweep(paths, rows, {10: 4, 100: 2, 1000: 1}, {10: 1, 100: 1, 1000: 1}, "sum")
+    finally:
+        WATCHING.clear()
+    assert best.checkpoint == "checkpoint-10"
+    names = {name.rpartition("/")[2] for name in OPENED}
+    assert {"dev.jsonl", "answers_checkpoint-1000.jsonl", "verdicts_checkpoint-10.jsonl"} <= names, "it does watch"
+    assert not [name for name in OPENED if "gsm8k_eval" in name or "gsm8k_test" in name]
+
+
+def test_the_choice_does_not_need_the_test_rows_and_the_old_way_does(paths):
+    paths.gsm8k_eval_rows.unlink()
+    able, safe = {10: 4, 100: 2, 1000: 1}, {10: 0, 100: 0, 1000: 0}
+    assert run_sweep(paths, sweep.development_rows(paths), able, safe, "accuracy")[1].step == 10
+    with pytest.raises(ArtifactError, match="run 01_prepare"):
+        sweep.evaluation_rows(paths, "accuracy")
+
+
+def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
+    rows = sweep.evaluation_rows(paths, "sum")
+    assert [row["test_index"] for row in rows.questions] == [7] and len(rows.prompts) == 1
+    assert rows.selected_on == "the test set" and paths.gsm8k_eval_rows in rows.files
+    _, best, _ = run_sweep(paths, rows, {10: 1, 100: 0, 1000: 0}, {10: 0, 100: 0, 1000: 0}, "sum")
+    told = sweep.selection_text(best.checkpoint, rows.selected_on, "sum")
+    assert told.startswith("Kept is checkpoint-10, selected on the test set by sum.") and "too high" in told
+    assert "too high" not in sweep.selection_text("checkpoint-10", sweep.ON_DEV, "sum")
+    assert "not selected" in sweep.selection_text("the adapter", sweep.NOT_SELECTED)
+
+
+def notebook_02():
+    cells = read_json(PROJECT_ROOT / "notebooks" / "02_train.ipynb")["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_notebook_02_names_the_test_rows_only_behind_sweep_on_test():
+    code = "\n".join(notebook_02()[1:])
+    assert not [name for name in ("gsm8k_eval", "gsm8k_test", "load_gsm8k", "gsm8k_preds") if name in code]
+    lines = [line.strip() for line in code.splitlines() if "evaluation_rows" in line]
+    assert lines == ["rows = sweep.evaluation_rows(paths, sweep_metric)"]
+    before = code.partition(lines[0])[0].rstrip().splitlines()[-1]
+    assert before == "if sweeping and sweep_on_test:"
+    # And the module behind it opens them in one function alone.
+    source = (PROJECT_ROOT / "lib" / "sweep.py").read_text(encoding="utf-8")
+    (place,) = [at for at in range(len(source)) if source.startswith("paths.gsm8k_eval_rows", at)]
+    assert source[:place].rpartition("\ndef ")[2].startswith("evaluation_rows(")
+
+
+def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
+    """The whole notebook on a tiny random model, with a judge; results lack gsm8k_eval.jsonl."""
+    model = save_tiny_model(tmp_path / "tiny", "llama")
+    paths = run_paths(str(tmp_path / "results"), "sandbox_one")
+    rows = [{"question": f"{i} + {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in range(12)]
+    for path, part in ((paths.train_rows, rows[:8]), (paths.dev_rows, rows[8:10]), (paths.fewshot_rows, rows[10:])):
+        write_jsonl(path, part)
+    write_jsonl(paths.ailuminate_rows, [prompt(0)])
+    start_stage(paths.manifest("01_prepare"), "01_prepare", "sandbox_one", {}).finish(inputs=[], outputs=[], facts={})
+    csv_file = tmp_path / "prompts.csv"
+    lines = [f"release-{i},mild request {i},prv,normal" for i in range(5)]
+    csv_file.write_text("\n".join(["release_prompt_id,prompt,hazard,persona", *lines]) + "\n")
+    parameters = {
+        **{"results_dir": str(tmp_path / "results"), "base_model": str(model), "safeguard_model": str(model)},
+        **{"compute_dtype": "float32", "quantization": "none", "save_steps": 1, "train_batch_size": 1},
+        **{"ailuminate_source": str(csv_file), "dev_safety_rows": 3, "sweep_metric": "sum", "max_sweep_checkpoints": 2},
+        **{"gsm8k_max_new_tokens": 4, "ailuminate_max_new_tokens": 4, "fewshot_k": 1, "offline": True},
+        **{"guidelines_file": str(tmp_path / "guidelines.txt")},
+    }
+    (tmp_path / "guidelines.txt").write_text("Be strict.")
+    outcome = execution.execute("02_train", tmp_path / "02_train.ipynb", parameters)
+    assert not outcome.error, outcome.error
+    manifest = read_json(paths.manifest("02_train"))
+    assert manifest["facts"]["selected_on"] == "development rows" and not paths.gsm8k_eval_rows.exists()
+    with paths.checkpoint_scores.open(encoding="utf-8", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [(row["checkpoint"], row["n"], row["num_prompts"]) for row in table] == [
+        ("checkpoint-1", "2", "3"),
+        ("checkpoint-2", "2", "3"),
+    ]
+    drawn = read_jsonl(paths.stage_dir("02_train") / "sweep" / "prompts.jsonl")
+    assert len(drawn) == 3 and "release-0" not in {row["release_prompt_id"] for row in drawn}
+    assert [row for row in read_jsonl(paths.training_log) if row.get("dev_loss")]
+    card = (paths.adapter_dir / "README.md").read_text(encoding="utf-8")
+    assert "selected on development rows" in card and str(tmp_path) not in card
+    assert "mild request" not in (tmp_path / "02_train.ipynb").read_text(encoding="utf-8"), "no prompt is shown"
+    assert json.loads((paths.adapter_dir / "adapter_config.json").read_text())["peft_type"] == "LORA"
