@@ -328,11 +328,11 @@ class RowLog:
         self.rows: dict[Any, dict[str, Any]] = {}
         self.num_dropped, self.torn = 0, False
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            self._load()
+        if path.exists() and self._load():
             write_jsonl(path, self.rows.values())
 
-    def _load(self) -> None:
+    def _load(self) -> bool:
+        """Fill ``rows``; returns whether the file holds more than they are and has to be written anew."""
         lines = _numbered_lines(self.path)
         # Every finished row ends in a newline, so what follows the last one is a row that a kill cut short.
         self.torn = bool(lines.pop()[1])
@@ -344,6 +344,7 @@ class RowLog:
                 self.rows[row[self.key]] = row
             else:
                 self.num_dropped += 1
+        return self.torn or len(lines) != len(self.rows)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one finished row and hand it to the operating system before returning.
@@ -415,8 +416,13 @@ def file_stamp(path: Path) -> dict[str, Any]:
     return {"sha256": sha256_file(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
+ABSENT = {"sha256": None, "size": None, "mtime_ns": None}
+
+
 def same_file(path: Path, stamp: Mapping[str, Any]) -> bool:
     """Whether ``path`` still holds what ``stamp`` says; it is read only when its size or time moved."""
+    if stamp == ABSENT:
+        return not path.exists()
     if not path.is_file():
         return False
     status = path.stat()
@@ -522,8 +528,13 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
 
 def _stamps(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:
     # Paths are relative to the manifest, so that a run folder can be moved or handed in.
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    return {_stamp_name(file, base): file_stamp(file) for file in files if file.is_file()}
+    files = [file for path in paths for file in (_files_below(path) if path.is_dir() else [path])]
+    # A file that may be there and is not is an input too: when it appears, the stage has to run again.
+    return {_stamp_name(file, base): file_stamp(file) if file.is_file() else dict(ABSENT) for file in files}
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def _stamp_name(file: Path, base: Path) -> str:

@@ -135,6 +135,7 @@ def _run_once(
 
     from lib.kernels import OwnKernelManager, StopAsked
 
+    _use_record_files()
     try:
         papermill.execute_notebook(
             # Relative paths: papermill writes them into the notebook, and a home folder is nobody's business.
@@ -148,7 +149,6 @@ def _run_once(
             execution_timeout=cell_timeout_s or None,
             kernel_manager_class=OwnKernelManager,
             on_cell_start=interrupts.refuse_cell,
-            config=_kernel_config(),
         )
     except papermill.PapermillExecutionError as failure:
         # The first line alone: the whole message lists every fault, and the notebook holds the traceback.
@@ -178,14 +178,11 @@ def _stopped_by_hand() -> _Stop:
 
 
 @cache
-def _kernel_config() -> Any:
+def _use_record_files() -> None:
     from papermill.iorw import papermill_io
-    from traitlets.config import Config
 
     # papermill writes in place, so a kill would leave half a notebook, and what kernels print may name a home.
     papermill_io.register("", _RecordFiles())
-    # Sockets in a private folder in place of TCP ports: nobody else can listen, and no two kernels race.
-    return Config({"KernelManager": {"transport": "ipc"}})
 
 
 class _RecordFiles:

@@ -7,8 +7,10 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
@@ -28,6 +30,19 @@ class OwnKernelManager(AsyncKernelManager):
 
     # The process of the kernel that runs now; a driver runs one at a time.
     running_pid: ClassVar[int] = 0
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Sockets in a folder of this kernel alone: TCP ports can be listened to by anyone and raced for, and where no
+        # folder is named jupyter_client puts them into the working directory, which two drivers may share.
+        self._folder = tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True)
+        self.transport = "ipc"
+        self.connection_file = str(Path(self._folder.name) / "kernel.json")
+
+    async def _async_cleanup_resources(self, restart: bool = False) -> None:
+        await super()._async_cleanup_resources(restart=restart)
+        if not restart:
+            self._folder.cleanup()
 
     async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
         # The kernel inherits the lock on the output folder: another driver must not start while it still writes.

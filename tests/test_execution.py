@@ -1,0 +1,282 @@
+"""Notebooks that stop: killed, hung and absent kernels, Ctrl-C, a full disk; and what is kept of them.
+
+Small notebooks made here stand in for the real ones, in real kernels under real signals.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+import run_all
+from lib import execution
+from lib.artifacts import PROJECT_ROOT, DiskFull, write_text
+
+PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
+# A driver in a process of its own, with small notebooks in the place of the real ones.
+DRIVER = (
+    "import pathlib, sys, run_all; from lib import execution\n"
+    "execution.NOTEBOOKS_DIR = pathlib.Path(sys.argv[1])\n"
+    "sys.exit(run_all.main(sys.argv[2:]))\n"
+)
+ROWS_CELL = """
+import pathlib, time
+from lib.artifacts import RowLog
+log = RowLog(pathlib.Path(results_dir) / "rows.jsonl", "p")
+with log.whole_rows():
+    for number in range(200):
+        time.sleep(0.2)
+        log.append({"id": number})
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path, monkeypatch):
+    """A function that writes a notebook of these cells in the place of 01_prepare, and gives its folder."""
+    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+
+    def write(*codes):
+        content = nbformat.v4.new_notebook()
+        content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        content.cells = [nbformat.v4.new_code_cell(code) for code in (PARAMETERS_CELL, *codes)]
+        content.cells[0].metadata["tags"] = ["parameters"]
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(content, tmp_path / "notebooks" / "01_prepare.ipynb")
+        return tmp_path / "notebooks"
+
+    return write
+
+
+def execute(folder, **more):
+    parameters = {"run_name": "sandbox_one", "results_dir": str(folder)}
+    return execution.execute("01_prepare", folder / "reports" / "01_prepare.ipynb", parameters, **more)
+
+
+def start_driver(notebooks, output, *argv):
+    command = [sys.executable, "-c", DRIVER, str(notebooks), "--presets", "simple", "--stages", "01"]
+    command += ["--output-dir", str(output), *argv]
+    return subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def count(path):
+    return execution.count_lines(path)
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_notebook_is_marked_whole_last(tmp_path, notebook):
+    notebook("print('all of it')")
+    outcome = execute(tmp_path)
+    assert (outcome.error, outcome.interrupted) == ("", False)
+    assert execution.is_whole(outcome.notebook)
+    outcome.notebook.with_suffix(".html").unlink()
+    assert not execution.is_whole(outcome.notebook)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"metadata": 1}', '{"metadata": {}}', '{"metadata": {"run_all": 1}}']
+)
+def test_a_torn_or_foreign_notebook_is_not_whole(tmp_path, content):
+    (tmp_path / "x.ipynb").write_text(content)
+    (tmp_path / "x.html").write_text("")
+    assert not execution.is_whole(tmp_path / "x.ipynb")
+
+
+def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_path, notebook, capsys):
+    manifest = (
+        "from lib import artifacts\n"
+        "paths = artifacts.run_paths(results_dir, run_name)\n"
+        "parameters = {'run_name': run_name, 'results_dir': results_dir}\n"
+        "record = artifacts.start_stage(paths.manifest('01_prepare'), '01_prepare', run_name, parameters)\n"
+        "record.finish(inputs=[], outputs=[], facts={})['status']"
+    )
+    notebook(manifest, "print('the summary')")
+    argv = ["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]
+    assert run_all.main(argv) == 0 and run_all.main(argv) == 0
+    assert "unchanged, kept" in capsys.readouterr().out
+    kept = tmp_path / "out/reports/run_simple/01_prepare.ipynb"
+    content = json.loads(kept.read_text())
+    del content["metadata"][execution.COMPLETE_MARK]
+    kept.write_text(json.dumps(content))
+    assert run_all.main(argv) == 0
+    assert "running (its filled notebook is not whole)" in capsys.readouterr().out
+
+
+def test_the_report_of_a_lone_surrogate_and_of_escape_codes_can_be_saved_and_read(tmp_path, notebook):
+    notebook(r"print('\ud800 \x00 \x1b[2J end')", r"'\ud800 shown'")
+    outcome = execute(tmp_path)
+    assert outcome.error == ""
+    assert "end" in json.dumps(json.loads(outcome.notebook.read_text(encoding="utf-8")))
+    assert "\x1b" not in outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+def test_a_kernel_killed_from_outside_is_noticed_in_ten_seconds_and_the_notebook_says_so(tmp_path, notebook):
+    cell = "import os, pathlib, time\npathlib.Path(results_dir, 'pid').write_text(str(os.getpid()))\ntime.sleep(99)"
+    driver = start_driver(
+        notebook("print('before')", cell.replace("results_dir", repr(str(tmp_path)))), tmp_path / "out"
+    )
+    pid = int(wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text()))
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    _, told = driver.communicate(timeout=30)
+    assert driver.returncode == 1 and time.monotonic() - killed < 10
+    assert "the kernel died" in told and "to go on: python run_all.py --presets simple" in told
+    filled = tmp_path / "out/reports/run_simple/01_prepare.ipynb"
+    banner = json.loads(filled.read_text())["cells"][0]["source"]
+    assert "The kernel died" in banner and "python run_all.py --presets simple" in banner
+    html = filled.with_suffix(".html").read_text()
+    assert "The kernel died" in html and "before" in html
+    assert not execution.is_whole(filled)
+
+
+def test_a_hung_cell_is_ended_after_its_time(tmp_path, notebook):
+    notebook("print('before')", "import time\ntime.sleep(99)")
+    started = time.monotonic()
+    outcome = execute(tmp_path, cell_timeout_s=2, go_on="python run_all.py --presets simple")
+    assert time.monotonic() - started < 20
+    assert "took over 2 s (--cell-timeout)" in outcome.error
+    assert "took over 2 s" in outcome.notebook.with_suffix(".html").read_text()
+
+
+@pytest.mark.parametrize("command", [["false"], ["sleep", "60"]], ids=["dies at once", "never answers"])
+def test_a_kernel_that_never_starts_is_tried_twice_and_then_told(tmp_path, notebook, monkeypatch, capsys, command):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    argv = [shutil.which(command[0]), *command[1:]]
+    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "none", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setattr(execution, "KERNEL_START_TIMEOUT_S", 2)
+    notebook("print('never')")
+    outcome = execute(tmp_path)
+    assert "did not start in 2 tries" in outcome.error
+    assert "trying again" in capsys.readouterr().out
+    assert "The kernel did not start" in outcome.notebook.with_suffix(".html").read_text()
+
+
+def test_a_killed_driver_takes_its_kernel_with_it(tmp_path, notebook):
+    driver = start_driver(notebook("import time\ntime.sleep(99)"), tmp_path / "out")
+    kernel = wait_for(lambda: psutil.Process(driver.pid).children())[0]
+    # ipykernel looks for its parent once a second, and not at all while it starts; the kernel must not outlive that.
+    driver.send_signal(signal.SIGKILL)
+    driver.communicate()
+    wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, seconds=0.5)
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+
+def test_one_interrupt_finishes_the_row_saves_and_ends_with_130(tmp_path, notebook):
+    rows = tmp_path / "rows.jsonl"
+    driver = start_driver(notebook(ROWS_CELL.replace("results_dir", repr(str(tmp_path)))), tmp_path / "out")
+    wait_for(lambda: count(rows) >= 2)
+    driver.send_signal(signal.SIGINT)
+    out, told = driver.communicate(timeout=30)
+    assert driver.returncode == 130
+    assert "stopping after the row in work; Ctrl-C again stops now" in out and "to go on: " in told
+    assert rows.read_bytes().endswith(b"}\n") and count(rows) < 100
+    html = (tmp_path / "out/reports/run_simple/01_prepare.html").read_text()
+    assert "Stopped by hand" in html and "stopped after a whole row" in html
+
+
+def test_two_interrupts_end_it_now(tmp_path, notebook):
+    cell = f"import pathlib, time\npathlib.Path({str(tmp_path)!r}, 'busy').touch()\nfrom lib.artifacts import RowLog\n"
+    cell += f"with RowLog(pathlib.Path({str(tmp_path)!r}, 'rows.jsonl'), 'p').whole_rows():\n    time.sleep(99)"
+    driver = start_driver(notebook(cell), tmp_path / "out")
+    wait_for((tmp_path / "busy").exists)
+    driver.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert driver.poll() is None
+    second = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=30)
+    assert driver.returncode == 130 and time.monotonic() - second < 5
+
+
+def test_a_signal_to_end_is_like_an_interrupt_and_no_further_preset_starts(tmp_path, notebook):
+    rows = tmp_path / "rows.jsonl"
+    notebooks = notebook(ROWS_CELL.replace("results_dir", repr(str(tmp_path))))
+    driver = start_driver(notebooks, tmp_path / "out", "--presets", "simple", "medium")
+    wait_for(lambda: count(rows) >= 1)
+    driver.send_signal(signal.SIGTERM)
+    out, _ = driver.communicate(timeout=30)
+    assert driver.returncode == 130 and "medium" not in out
+
+
+# --- disks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_everything_before_is_whole_and_the_run_goes_on(small_disk, tmp_path, notebook, capsys):
+    # Rows until nothing fits; the second time there is room, and the rows that are there are not made again.
+    cell = (
+        "import pathlib; from lib.artifacts import RowLog\n"
+        f"log = RowLog(pathlib.Path({str(small_disk)!r}) / 'rows.jsonl', 'p')\n"
+        "kept = len(log.rows)\n"
+        "for number in range(kept, 100):\n"
+        "    log.append({'id': number, 'text': 'x' * 300_000})\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'kept').write_text(str(kept))"
+    )
+    notebook(cell)
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(42_000_000))
+    argv = ["--presets", "simple", "--stages", "01", "--output-dir", str(small_disk / "out")]
+    assert run_all.main(argv) == 1
+    told = capsys.readouterr().err
+    assert "the disk is full" in told and "MB free" in told and "free some space" in told
+    assert "Traceback" not in told
+    whole = [json.loads(line) for line in (small_disk / "rows.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [row["id"] for row in whole] == list(range(len(whole))) and len(whole) > 60
+    filler.unlink()
+    assert run_all.main(argv) == 0
+    assert int((tmp_path / "kept").read_text()) == len(whole)
+
+
+def test_a_disk_that_is_full_for_the_report_itself_is_told_in_a_line(tmp_path, notebook, monkeypatch, capsys):
+    notebook("print('fine')")
+
+    def full(path, *_):
+        raise DiskFull(execution.full_disk_text(path))
+
+    monkeypatch.setattr(execution, "write_text", full)
+    assert run_all.main(["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "01_prepare.ipynb cannot be written: the disk is full" in told and "to go on: " in told
+
+
+def test_a_failed_write_for_want_of_space_leaves_the_old_file(small_disk):
+    target: Path = small_disk / "metrics.json"
+    write_text(target, "old")
+    with pytest.raises(DiskFull, match=r"metrics\.json cannot be written: the disk is full"):
+        write_text(target, "x" * 80_000_000)
+    assert target.read_text() == "old" and [path.name for path in small_disk.iterdir()] == ["metrics.json"]
