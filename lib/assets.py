@@ -106,6 +106,10 @@ class _Published:
 
 QUESTION_COLUMNS = ("question", "answer")
 UNSTATED = "not stated by its source"
+WITHOUT_TRAIN_FILE = (
+    "or train without that file, on the base model's own correct answers: run_all.py --presets distilled, or "
+    "--set train_source=self_distilled train_file= train_file_url="
+)
 
 GSM8K_HUB_ID = "openai/gsm8k"
 GSM8K_HUB_CONFIG = "main"
@@ -175,7 +179,10 @@ def load_train_file(
     target = _own_path(train_file)
     fetch = partial(download, url) if url else None
     item = _Published(target.name, target, parse_question_rows, "url", fetch, sha256="", licence=UNSTATED, home=url)
-    return _load_published(item, assets_dir, offline)
+    try:
+        return _load_published(item, assets_dir, offline)
+    except AssetUnavailable as error:
+        raise AssetUnavailable(f"{error}\n{WITHOUT_TRAIN_FILE}") from None
 
 
 def parse_question_rows(data: bytes, where: str) -> list[Row]:

@@ -396,6 +396,15 @@ def test_train_file_without_an_address_has_to_be_there(tmp_path):
         assets.load_train_file(str(tmp_path / "made.jsonl"))
 
 
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_train_file_that_cannot_be_had_is_told_with_the_way_without_it(tmp_path, server, offline):
+    # The file of the preset `strong` lies on somebody's page, which may vanish.
+    with pytest.raises(AssetUnavailable) as caught:
+        assets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/absent", offline=offline)
+    assert "--presets distilled" in str(caught.value)
+    assert "--set train_source=self_distilled train_file= train_file_url=" in str(caught.value)
+
+
 # --- AILuminate -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,164 @@
+"""Self-distilled data: one unbroken run against one that is killed at random moments, compared byte by byte.
+
+    python benchmarks/bench_distil.py --data DATA
+    python benchmarks/bench_distil.py --data DATA --questions 200 --samples 4 --k 5 --max-new-tokens 256 --json
+
+Both runs are processes of their own that do what notebook 01 does: sample, choose, write the training rows. The second
+gets SIGKILL, its whole group, at seeded moments after each start, is started again, and at last finishes.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT_ROOT))
+
+from lib import artifacts, assets, distil, gsm8k  # noqa: E402
+
+SAMPLES, TRAIN, SUMMARY = "samples.jsonl", "train.jsonl", "summary.json"
+POOL_SIZE, SEED = 8, 42
+
+
+# --- one run, in a process of its own -----------------------------------------------------------------------------
+
+
+def work(args: argparse.Namespace, folder: Path) -> None:
+    """Sample and choose into ``folder``, going on from what is there."""
+    from lib.control import LazyGenerator
+    from lib.generate import Sampling, load_engine
+    from lib.model import load_tokenizer, resolve_runtime
+
+    train = artifacts.read_jsonl(Path(args.data) / "gsm8k_train.jsonl")
+    split = gsm8k.split_train(train, train, pool_size=POOL_SIZE, dev_rows=0, max_train_rows=args.questions, seed=SEED)
+    fewshot = gsm8k.fewshot_examples(split.fewshot, args.k)
+    base, runtime = assets.resolve_model(args.model), resolve_runtime("auto", args.dtype)
+    tokenizer = load_tokenizer(base.folder)
+    asking = distil.Asking(Sampling(args.temperature, SEED), args.samples, args.max_new_tokens, runtime.device)
+    weights = f"{args.quantization}, {runtime.dtype}"
+    protocol = distil.protocol(base.identity, weights, split.train, fewshot, tokenizer.chat_template, asking)
+    engine = LazyGenerator(load_engine, base.folder, runtime, args.quantization, None, asking.rows_at_once)
+    log = artifacts.RowLog(folder / SAMPLES, artifacts.sha256_json(protocol))
+    sampled = distil.sample_answers(split.train, fewshot, engine, asking, log)
+    distilled = distil.choose_training_rows(sampled, keep=1, choice="shortest", fallback="drop", seed=SEED)
+    artifacts.write_jsonl(folder / TRAIN, distilled.rows)
+    golds = [tokenizer(row["gold_answer"], add_special_tokens=False)["input_ids"] for row in distilled.chosen]
+    summary = {
+        **distil.summarize(sampled, distilled),
+        "coverage_by_samples": {number: count for number, (count, _) in distil.coverage(sampled).items()},
+        "lengths": distil.length_rows(sampled, distilled, list(map(len, golds))),
+        "runtime": runtime.reason,
+        "new_rows": sampled.num_new,
+        "new_tokens": sampled.num_new_tokens,
+        "model_s": round(sampled.wall_s, 1),
+        "protocol": protocol,
+    }
+    # Written last: it says that the run is complete.
+    artifacts.write_json(folder / SUMMARY, summary)
+
+
+# --- the two runs -------------------------------------------------------------------------------------------------
+
+
+def start(folder: Path) -> subprocess.Popen:
+    """The same command line as a worker, in a process group of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder)]
+    return subprocess.Popen(command, cwd=PROJECT_ROOT, start_new_session=True)
+
+
+def run_unbroken(folder: Path) -> float:
+    """Wall seconds from start to end."""
+    started = time.perf_counter()
+    if start(folder).wait():
+        raise SystemExit("the unbroken run failed")
+    return time.perf_counter() - started
+
+
+def run_killed(folder: Path, unbroken_s: float, num_kills: int, seed: int) -> tuple[float, list[dict[str, Any]]]:
+    """Wall seconds of all starts together, and a row a kill."""
+    moments, kills, started = random.Random(seed), [], time.perf_counter()
+    for _ in range(num_kills):
+        after_s = moments.uniform(0.05, 0.35) * unbroken_s
+        process = start(folder)
+        try:
+            process.wait(timeout=after_s)
+            raise SystemExit(f"a run ended with {process.returncode} before it was killed after {after_s:.1f} s")
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        data = (folder / SAMPLES).read_bytes() if (folder / SAMPLES).exists() else b""
+        torn = bool(data) and not data.endswith(b"\n")
+        kills.append({"after_s": round(after_s, 1), "whole_rows": data.count(b"\n"), "torn_last_row": torn})
+    if start(folder).wait():
+        raise SystemExit("the run failed after the kills")
+    return time.perf_counter() - started, kills
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """The whole benchmark as one object."""
+    with tempfile.TemporaryDirectory() as temporary:
+        whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
+        unbroken_s = run_unbroken(whole)
+        killed_s, kills = run_killed(killed, unbroken_s, args.kills, args.seed)
+        same = {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in (SAMPLES, TRAIN)}
+        return {
+            "identical": same,
+            "sha256": {name: artifacts.sha256_file(whole / name) for name in same},
+            "unbroken_s": round(unbroken_s, 1),
+            "killed_s": round(killed_s, 1),
+            "kills": kills,
+            "cores": os.cpu_count(),
+            "versions": artifacts.package_versions(),
+            **artifacts.read_json(whole / SUMMARY),
+        }
+
+
+def show(result: dict[str, Any]) -> None:
+    """A few lines for a reader."""
+    covered = ", ".join(f"{count} after {number}" for number, count in result["coverage_by_samples"].items())
+    print(f"identical bytes: {result['identical']}")
+    print(
+        f"unbroken {result['unbroken_s']} s (model {result['model_s']} s), killed and finished {result['killed_s']} s"
+    )
+    for kill in result["kills"]:
+        print(f"  SIGKILL after {kill['after_s']} s: {kill['whole_rows']} whole rows, torn: {kill['torn_last_row']}")
+    print(f"questions with a correct answer, of {result['num_questions']}: {covered}")
+    print(f"answers: {result['fates']}")
+    for row in result["lengths"]:
+        print(f"  {row}")
+
+
+def main() -> None:
+    """Print a few lines, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder with gsm8k_train.jsonl")
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--quantization", default="nf4", choices=("nf4", "none"))
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=20, help="of the moments of the kills")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args, args.worker)
+        return
+    result = measure(args)
+    print(json.dumps(result, indent=2)) if args.json else show(result)
+
+
+if __name__ == "__main__":
+    main()

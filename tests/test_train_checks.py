@@ -1,0 +1,172 @@
+"""lib.train_checks: what must not be trained on is found, named by its row, and refused, dropped or kept."""
+
+import pytest
+
+from lib import gsm8k, train_checks
+from lib.artifacts import PROJECT_ROOT, read_json, read_jsonl, run_paths, write_jsonl
+from lib.train_checks import TrainFileError, check_rows, count_faults, find_too_long, first_offenders
+
+
+def row(question, number):
+    return {"question": question, "answer": f"So it is {number}.\n#### {number}"}
+
+
+TRAIN = [row(f"Train question {n}?", n) for n in range(20)]
+TEST = [row(f"Test question {n}?", 100 + n) for n in range(5)]
+FEWSHOT, DEV = TRAIN[:2], TRAIN[2:4]
+
+
+def check(rows, action="drop"):
+    return check_rows(
+        rows, gsm8k_train=TRAIN, gsm8k_test=TEST, fewshot=FEWSHOT, dev=DEV, action=action, name="mine.jsonl"
+    )
+
+
+def faults_of(rows):
+    return [(fault.row, fault.kind) for fault in check(rows).faults]
+
+
+PLANTED = [TRAIN[5], row("  TEST\n question 3?", 103), TRAIN[1], row("Train question 7?", 8), TRAIN[9], TRAIN[3]]
+
+
+def test_planted_rows_are_each_found_and_named():
+    assert faults_of(PLANTED) == [
+        (2, "test question"),
+        (3, "few-shot question"),
+        (4, "wrong number"),
+        (6, "development question"),
+    ]
+    reasons = [fault.reason for fault in check(PLANTED).faults]
+    assert reasons[0] == "its question is number 4 there"
+    assert reasons[2] == "it ends in 8, GSM8K's answer is 7"
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("#### 7", None),
+        ("first #### 3\nthen\n#### $7.00", None),
+        ("#### 8", "wrong number"),
+        ("It is 7.", "no number"),
+        ("#### seven", "no number"),
+    ],
+)
+def test_numbers_are_compared_as_numbers(answer, kind):
+    found = faults_of([{"question": "Train question 7?", "answer": answer}])
+    assert found == ([(1, kind)] if kind else [])
+
+
+def test_a_question_that_gsm8k_does_not_know_is_counted_and_no_fault():
+    checked = check([row("Something else?", 1), TRAIN[5]])
+    assert (checked.faults, checked.num_unknown, len(checked.rows)) == ([], 1, 2)
+
+
+def test_a_row_can_have_several_faults():
+    assert faults_of([row("Test question 0?", 5)]) == [(1, "test question"), (1, "wrong number")]
+
+
+def test_a_question_that_gsm8k_holds_twice_may_have_either_number():
+    twice = [*TRAIN, row("Train question 7?", 70)]
+    found = check_rows(
+        [row("Train question 7?", 70)], gsm8k_train=twice, gsm8k_test=TEST, fewshot=[], dev=[], action="drop", name=""
+    )
+    assert found.faults == []
+
+
+def test_refuse_names_counts_rows_and_the_remedy():
+    with pytest.raises(TrainFileError) as caught:
+        check([*PLANTED, *[row("Test question 1?", 101)] * 6], action="refuse")
+    told = str(caught.value)
+    assert told.startswith("mine.jsonl: 8 of 12 rows must not be trained on (7 x test question, 1 x wrong number)")
+    assert "row 2: test question" in told and "row 4: wrong number, it ends in 8" in told and "and 3 more" in told
+    assert "train_file_faults to drop" in told
+
+
+def test_questions_of_pool_and_development_rows_are_never_refused():
+    # A rewritten GSM8K holds them of necessity, and split_train takes them out.
+    checked = check(TRAIN, action="refuse")
+    assert (
+        count_faults(checked.faults)["few-shot question"] == count_faults(checked.faults)["development question"] == 2
+    )
+    assert len(checked.rows) == 20
+
+
+def test_drop_leaves_the_decided_rows_out_and_keep_none():
+    assert check(PLANTED).rows == [TRAIN[5], TRAIN[1], TRAIN[9], TRAIN[3]]
+    assert check(PLANTED, action="keep").rows == PLANTED
+    table = train_checks.fault_table(check(PLANTED).faults, "keep")
+    assert table[0] == {
+        "a row that": "asks what the test split asks",
+        "rows": 1,
+        "what becomes of them": "TRAINED ON (train_file_faults: keep)",
+    }
+    assert table[3]["what becomes of them"] == "left out" and table[-1]["what becomes of them"] == "none"
+
+
+def test_rows_that_are_too_long_are_named_by_their_number_in_the_file():
+    faults = find_too_long([TRAIN[4], TRAIN[6]], [50, 70], 60, TRAIN)
+    assert [(fault.row, fault.kind, fault.reason) for fault in faults] == [
+        (7, "too long", "70 tokens, max_seq_length is 60")
+    ]
+
+
+def test_the_first_offenders_of_each_kind_stand_first():
+    many = [row("Test question 1?", 101)] * 5 + [row("Train question 7?", 8)]
+    shown = first_offenders(check(many).faults)
+    assert [(entry["row"], entry["what"]) for entry in shown] == [
+        ("1", "test question"),
+        ("2", "test question"),
+        ("6", "wrong number"),
+    ]
+
+
+# --- in the notebook ---------------------------------------------------------------------------------------------
+
+
+def read_sandbox(split):
+    return read_jsonl(PROJECT_ROOT / "data" / "sandbox" / f"gsm8k_{split}.jsonl")
+
+
+def plant(path):
+    """A training file of sandbox rows: row 3 is a test question, row 5 a few-shot one, row 7 has a wrong number."""
+    train, test = read_sandbox("train"), read_sandbox("test")
+    split = gsm8k.split_train(train, train, pool_size=8, dev_rows=8, max_train_rows=0, seed=42)
+    rows = split.train[:8]
+    rows[2], rows[4] = test[11], split.fewshot[1]
+    rows[6] = {**rows[6], "answer": rows[6]["answer"].rpartition("####")[0] + "#### 123456"}
+    write_jsonl(path, rows)
+    return rows
+
+
+def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
+    from lib import execution
+    from tests.tiny import save_tiny_model
+
+    rows, tiny = plant(tmp_path / "planted.jsonl"), save_tiny_model(tmp_path / "tiny")
+    parameters = {"results_dir": str(tmp_path / "results"), "base_model": str(tiny), "train_source": "file"}
+    parameters |= {"train_file": str(tmp_path / "planted.jsonl"), "train_file_faults": "drop", "fewshot_k": 1}
+    outcome = execution.execute("01_prepare", tmp_path / "01_prepare.ipynb", {**parameters, "max_seq_length": 900})
+    assert not outcome.error, outcome.error
+    paths = run_paths(str(tmp_path / "results"), "sandbox_one")
+    assert read_jsonl(paths.train_rows) == [rows[at] for at in (0, 1, 3, 5, 7)]
+    named = {(fault["row"], fault["kind"]) for fault in read_json(paths.train_rows.with_name("train_faults.json"))}
+    assert {(3, "test question"), (5, "few-shot question"), (7, "wrong number")} <= named
+    faults = read_json(paths.manifest("01_prepare"))["facts"]["train_faults"]
+    assert (faults["test question"], faults["few-shot question"], faults["wrong number"]) == (1, 1, 1)
+    html = outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
+    assert "it ends in 123456" in html and "its question is number 12 there" in html
+
+
+def test_the_same_file_is_refused_by_default(tmp_path):
+    rows, train, test = plant(tmp_path / "planted.jsonl"), read_sandbox("train"), read_sandbox("test")
+    with pytest.raises(TrainFileError, match=r"2 of 8 rows must not be trained on") as caught:
+        check_rows(rows, gsm8k_train=train, gsm8k_test=test, fewshot=[], dev=[], action="refuse", name="planted.jsonl")
+    assert "row 3: test question" in str(caught.value) and "row 7: wrong number" in str(caught.value)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_bundled_rows_are_without_fault(split):
+    train, test = read_sandbox("train"), read_sandbox("test")
+    known = {"gsm8k_train": train, "gsm8k_test": test, "fewshot": [], "dev": []}
+    faults = check_rows(read_sandbox(split), **known, action="keep", name=split).faults
+    assert {fault.kind for fault in faults} == ({"test question"} if split == "test" else set())
