@@ -123,18 +123,19 @@ def sample_answers(
     _check_kept(questions, asking.num_samples, log)
     kept, wall_s = set(log.rows), 0.0
     asked = [(place, sample) for place in range(len(questions)) for sample in range(asking.num_samples)]
-    for chunk in _chunks(asked, asking.questions_per_call * asking.num_samples):
-        ids = [place * asking.num_samples + sample for place, sample in chunk]
-        if not kept.issuperset(ids):
-            generator.generate(
-                [gsm8k.build_messages(questions[place]["question"], fewshot) for place, _ in chunk],
-                max_new_tokens=asking.max_new_tokens,
-                on_completion=_recorder(ids, chunk, questions, log),
-                sampling=asking.sampling,
-                # By its text and not by its place: a question draws the same whatever else a run asks.
-                keys=[f"{sample}:{questions[place]['question']}" for place, sample in chunk],
-            )
-            wall_s += generator.wall_s
+    with log.whole_rows():
+        for chunk in _chunks(asked, asking.questions_per_call * asking.num_samples):
+            ids = [place * asking.num_samples + sample for place, sample in chunk]
+            if not kept.issuperset(ids):
+                generator.generate(
+                    [gsm8k.build_messages(questions[place]["question"], fewshot) for place, _ in chunk],
+                    max_new_tokens=asking.max_new_tokens,
+                    on_completion=_recorder(ids, chunk, questions, log),
+                    sampling=asking.sampling,
+                    # By its text and not by its place: a question draws the same whatever else a run asks.
+                    keys=[f"{sample}:{questions[place]['question']}" for place, sample in chunk],
+                )
+                wall_s += generator.wall_s
     rows = log.finish(range(len(asked)))
     new = [row["num_output_tokens"] for row in rows if row["id"] not in kept]
     return Sampled(rows, asking.num_samples, len(new), sum(new), wall_s)
