@@ -66,6 +66,9 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--cell-timeout", type=int, default=0, metavar="SECONDS", help="end a cell that takes longer")
     what.add_argument("--list", action="store_true", help="show the presets and the state of their stages, then end")
     what.add_argument("--verify", metavar="DIR", help="recompute every metric in DIR from its row files, then end")
+    what.add_argument("--report-only", action="store_true", help="write reports/index.html from the rows, then end")
+    what.add_argument("--export", choices=["lm-eval"], help="write all runs in another tool's format, then end")
+    what.add_argument("--quiet", action="store_true", help="say only what failed, and the results")
 
 
 def _add_changes(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +112,7 @@ class Plan:
     stages: list[str]
     cell_timeout_s: int = 0
     go_on: str = ""
+    quiet: bool = False
     wall_s: float = 0.0
     failure: str = ""
     interrupted: bool = False
@@ -195,7 +199,7 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
     _check_checkpoint(preset, params, settings)
     run = RunPaths(preset, results / f"run_{preset}")
     folder = reports / f"run_{preset}"
-    return Plan(preset, params, settings, run, folder, chosen_stages(args), args.cell_timeout, args.typed)
+    return Plan(preset, params, settings, run, folder, chosen_stages(args), args.cell_timeout, args.typed, args.quiet)
 
 
 def _check_checkpoint(preset: str, params: "Params", settings: dict[str, Any]) -> None:
@@ -301,26 +305,36 @@ def forget_run(plan: Plan) -> None:
 def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: bool) -> None:
     """Run one stage unless its manifest still holds, and say why in a line."""
     from lib.artifacts import stale_reason
-    from lib.execution import RowWatch, execute, is_whole, tell
+    from lib.execution import execute, is_whole
+    from lib.progress import Display, StageWatch
 
     parameters = stage_parameters(stage, plan)
     reason = "asked for by --rerun-all" if rerun else stale_reason(manifest, stage, parameters)
     reason = reason or ("" if is_whole(notebook) else "its filled notebook is not whole")
     label = f"{plan.preset} {stage}"
     if not reason:
-        tell(f"{label}: unchanged, kept")
+        _tell_stage(plan, f"{label}: unchanged, kept")
         return
-    tell(f"{label}: running ({reason})")
-    with RowWatch(label, lambda: rows_done(plan.paths, stage)):
+    _tell_stage(plan, f"{label}: running ({reason})")
+    watch = StageWatch(f"{plan.preset} {stage[:2]}", plan.paths, stage, parameters)
+    with Display(watch, quiet=plan.quiet):
         outcome = execute(stage, notebook, parameters, cell_timeout_s=plan.cell_timeout_s, go_on=plan.go_on)
     plan.interrupted = outcome.interrupted
     plan.wall_s += outcome.wall_s
     plan.ran.append(stage)
     if outcome.error:
         plan.failure = _failure_text(stage, outcome)
-        tell(f"{label}: {'interrupted' if outcome.interrupted else 'failed'} after {outcome.wall_s:.0f} s")
+        word = "interrupted" if outcome.interrupted else "failed"
+        _tell_stage(plan, f"{label}: {word} after {outcome.wall_s:.0f} s")
     else:
-        tell(f"{label}: done in {outcome.wall_s:.0f} s")
+        _tell_stage(plan, ": ".join(filter(None, [f"{label}: done in {outcome.wall_s:.0f} s", watch.final_words()])))
+
+
+def _tell_stage(plan: Plan, line: str) -> None:
+    from lib.execution import tell
+
+    if not plan.quiet:
+        tell(line)
 
 
 def _failure_text(stage: str, outcome: Any) -> str:
@@ -328,18 +342,6 @@ def _failure_text(stage: str, outcome: Any) -> str:
 
     cell = f" in cell {outcome.cell}" if outcome.cell else ""
     return f"{stage}{cell}: {outcome.error}\n  notebook: {display_path(outcome.notebook)}"
-
-
-def rows_done(paths: "RunPaths", stage: str) -> tuple[int, int]:
-    """(rows written, rows expected) of a stage that is running."""
-    from lib.execution import count_lines
-
-    if stage == "03_eval_gsm8k":
-        return count_lines(paths.gsm8k_preds), count_lines(paths.gsm8k_eval_rows)
-    if stage == "04_eval_safety":
-        done = count_lines(paths.ailuminate_preds) + count_lines(paths.ailuminate_safety)
-        return done, 2 * count_lines(paths.ailuminate_rows)
-    return 0, 0
 
 
 def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
@@ -421,6 +423,46 @@ def tell_results(args: argparse.Namespace, plans: list[Plan]) -> None:
     if any(not plan.params.benchmark for plan in plans):
         tell("sandbox runs use a 135M model and small data: a rehearsal of the pipeline, not a benchmark.")
     tell(f"\nartefacts: {display_path(results)}/\nreports:   {display_path(reports)}/ (.ipynb and .html)")
+    if (reports / "index.html").exists():
+        tell(f"begin at:  {display_path(reports)}/index.html")
+
+
+def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
+    """Write ``index.html`` over every run of the folder; False, and said, where that failed.
+
+    Args:
+        required: a folder without any scored run is a failure too.
+    """
+    from lib.artifacts import ArtifactError, display_path, find_runs
+    from lib.execution import fail, tell
+    from lib.site import write_site
+
+    results, reports = output_folders(args)
+    if not required and not find_runs(display_path(results)):
+        return True
+    try:
+        path = write_site(display_path(results), reports, redact=args.redact)
+    except (ArtifactError, OSError, ValueError) as error:
+        fail(f"reports/index.html was not written: {error}")
+        return False
+    if required:
+        tell(f"written: {display_path(path)}")
+    return True
+
+
+def export_runs(args: argparse.Namespace) -> int:
+    """Write every run of the folder in the format of ``--export``; 1 when there is none."""
+    from lib.artifacts import ArtifactError, display_path
+    from lib.execution import fail, tell
+    from lib.export import export_lm_eval
+
+    try:
+        paths = export_lm_eval(display_path(output_folders(args)[0]), redact=args.redact)
+    except ArtifactError as error:
+        fail(f"--export {args.export}: {error}")
+        return 1
+    tell("\n".join(f"written: {display_path(path)}" for path in paths))
+    return 0
 
 
 def tell_failures(plans: list[Plan], typed: str) -> None:
@@ -516,6 +558,10 @@ def run_command(args: argparse.Namespace) -> int:
         return verify(args.verify)
     if args.list:
         return show_list(args)
+    if args.export:
+        return export_runs(args)
+    if args.report_only:
+        return 0 if write_report_site(args, required=True) else 1
     plans = make_plans(args)
     results, reports = output_folders(args)
     with locked(results, args.typed, args.wait):
@@ -536,11 +582,14 @@ def run_all(args: argparse.Namespace, plans: list[Plan]) -> int:
     comparison = None if interrupted else run_comparison(plans, args.rerun_all)
     every = [*plans, *([comparison] if comparison else [])]
     interrupted = any(plan.interrupted for plan in every)
+    site_failed = not interrupted and not write_report_site(args)
     if not interrupted:
         tell_results(args, plans)
     if interrupted or any(plan.failure for plan in every):
         tell_failures(every, args.typed)
         return 130 if interrupted else 1
+    if site_failed:
+        return 1
     return 3 if args.require_baselines and baselines_missed(args, plans) else 0
 
 

@@ -8,9 +8,8 @@ import ast
 import html
 import json
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -256,42 +255,6 @@ def write_html(notebook: Path) -> Path:
     # No encoding holds a lone surrogate; a browser would show a question mark too.
     write_text(target, clean(body).encode("utf-8", "replace").decode())
     return target
-
-
-class RowWatch(threading.Thread):
-    """Says on the terminal how far a long cell is, by counting the rows that it has written so far.
-
-    papermill counts cells, so a stage of one long cell would look dead; the row files are the truth, and reading
-    them needs no word from the kernel.
-
-    Args:
-        label: what stands before each line.
-        rows_done: gives (rows written, rows expected); (0, 0) while nothing is known.
-        every_s: seconds between two looks.
-    """
-
-    def __init__(self, label: str, rows_done: Callable[[], tuple[int, int]], every_s: float = 15.0) -> None:
-        super().__init__(daemon=True)
-        self.label, self.rows_done, self.every_s = label, rows_done, every_s
-        self._stop_asked = threading.Event()
-
-    def run(self) -> None:
-        first, started, told = self.rows_done()[0], time.perf_counter(), -1
-        while not self._stop_asked.wait(self.every_s):
-            done, total = self.rows_done()
-            if done in (told, first) or not total:
-                continue
-            told, rate = done, (done - first) / (time.perf_counter() - started)
-            left = (total - done) / rate if rate > 0 else 0.0
-            tell(f"  {self.label}: {done} of {total} rows, {rate:.2f} rows/s, {left:.0f} s left")
-
-    def __enter__(self) -> "RowWatch":
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop_asked.set()
-        self.join()
 
 
 def count_lines(path: Path) -> int:

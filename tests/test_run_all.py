@@ -209,14 +209,6 @@ def test_an_interrupt_stops_everything_with_130(tmp_path, fake_notebooks, capsys
     assert "medium" not in told.out and "to go on" in told.err
 
 
-def test_the_watch_tells_how_far_a_stage_is(capsys):
-    counts = iter([(2, 10), (4, 10), (4, 10), *[(6, 10)] * 100])
-    with execution.RowWatch("simple 03", lambda: next(counts), every_s=0.05):
-        time.sleep(0.4)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and "simple 03: 4 of 10 rows" in lines[0] and "6 of 10 rows" in lines[1]
-
-
 # --- verify and baselines -----------------------------------------------------------------------------------------
 
 
