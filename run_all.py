@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to run")
     what.add_argument("--presets", nargs="+", metavar="P", help="presets of params/ to run, in this order")
+    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="each preset once a seed, as <preset>_seed<N>")
     what.add_argument("--stages", nargs="+", choices=STAGE_NUMBERS, help="only these stages (default: all five)")
     what.add_argument("--skip-gsm8k", action="store_true", help="do not run 03; rows that are there are still scored")
     what.add_argument("--skip-ailuminate", action="store_true", help="do not run 04; rows that are there still count")
@@ -102,7 +103,10 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Plan:
-    """One preset, resolved: its parameters, its settings, the stages asked for, and what became of them."""
+    """One run, resolved: its parameters, its settings, the stages asked for, and what became of them.
+
+    ``preset`` is the run's name: its preset's, with ``_seed<N>`` after it under ``--seeds``.
+    """
 
     preset: str
     params: "Params"
@@ -117,6 +121,7 @@ class Plan:
     failure: str = ""
     interrupted: bool = False
     ran: list[str] = field(default_factory=list)
+    of_preset: str = ""
 
 
 def make_plans(args: argparse.Namespace) -> list[Plan]:
@@ -131,13 +136,14 @@ def make_plans(args: argparse.Namespace) -> list[Plan]:
     _check_usage(args, presets)
     checkpoints = _parse_checkpoints(args.checkpoint, presets)
     plans, faults = [], []
-    for preset in presets:
+    for preset, seed in ((preset, seed) for preset in presets for seed in args.seeds or [None]):
         try:
-            plans.append(_make_plan(args, preset, checkpoints))
+            plans.append(_make_plan(args, preset, checkpoints, seed))
         except ParamsError as error:
             faults.append(str(error))
     if faults:
-        raise UsageError("\n".join(faults))
+        # A fault of the preset itself is found once a seed.
+        raise UsageError("\n".join(dict.fromkeys(faults)))
     return plans
 
 
@@ -146,6 +152,7 @@ def _check_usage(args: argparse.Namespace, presets: Sequence[str]) -> None:
         raise UsageError("name at least one preset: python run_all.py --presets sandbox_one (see --list)")
     if len(set(presets)) < len(presets):
         raise UsageError(f"--presets {' '.join(presets)}: a preset is named twice")
+    _check_seeds(args)
     if args.resume and args.rerun_all:
         raise UsageError("--resume and --rerun-all contradict each other: keep one")
     if args.submission and (args.checkpoint or args.smoke_test):
@@ -156,6 +163,16 @@ def _check_usage(args: argparse.Namespace, presets: Sequence[str]) -> None:
         raise UsageError(f"--cell-timeout {args.cell_timeout}: allowed is 0 (no limit) or more seconds")
     if args.assets and not args.assets.is_dir():
         raise UsageError(f"--assets {args.assets}: there is no such folder")
+
+
+def _check_seeds(args: argparse.Namespace) -> None:
+    seeds = args.seeds or []
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {' '.join(map(str, seeds))}: a seed is named twice")
+    if seeds and args.submission:
+        raise UsageError("--submission evaluates the published adapters, trained with seeds of their own: no --seeds")
+    if seeds and any(text.startswith("seed=") for group in args.set for text in group):
+        raise UsageError("--seeds and --set seed=... contradict each other: keep one")
 
 
 def _parse_checkpoints(texts: Sequence[str], presets: Sequence[str]) -> dict[str, str]:
@@ -178,17 +195,18 @@ def _local_or_hub(place: str) -> str:
     return display_path(Path(place).resolve()) if Path(place).exists() else place
 
 
-def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str]) -> Plan:
+def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str], seed: int | None) -> Plan:
     from lib.artifacts import RunPaths, display_path
     from lib.params import load_params, preset_path
 
     path = preset_path(preset, args.params_dir)
-    overrides = _overrides(args, load_params(path))
+    overrides = _overrides(args, load_params(path)) | ({} if seed is None else {"seed": (seed, "--seeds")})
+    name = preset if seed is None else f"{preset}_seed{seed}"
     values = {key: value for key, (value, _) in overrides.items()}
     params = load_params(path, values, {key: origin for key, (_, origin) in overrides.items()})
     results, reports = output_folders(args)
     settings = {
-        "run_name": preset,
+        "run_name": name,
         "results_dir": display_path(results),
         "assets_dir": display_path(args.assets.resolve()) if args.assets else "",
         "offline": args.offline,
@@ -197,9 +215,11 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
         "redact": args.redact,
     }
     _check_checkpoint(preset, params, settings)
-    run = RunPaths(preset, results / f"run_{preset}")
-    folder = reports / f"run_{preset}"
-    return Plan(preset, params, settings, run, folder, chosen_stages(args), args.cell_timeout, args.typed, args.quiet)
+    run = RunPaths(name, results / f"run_{name}")
+    folder = reports / f"run_{name}"
+    stages = chosen_stages(args)
+    plan = Plan(name, params, settings, run, folder, stages, args.cell_timeout, args.typed, args.quiet)
+    return replace(plan, of_preset=preset)
 
 
 def _check_checkpoint(preset: str, params: "Params", settings: dict[str, Any]) -> None:
@@ -282,7 +302,7 @@ def run_preset(plan: Plan, rerun: bool) -> None:
 def resolved_config(plan: Plan) -> dict[str, Any]:
     """Every parameter after overrides, and where each came from."""
     values, origin = plan.params.model_dump(), plan.params.origin
-    return {"preset": plan.preset, "parameters": values, "origin": origin, "settings": plan.settings}
+    return {"preset": plan.of_preset, "parameters": values, "origin": origin, "settings": plan.settings}
 
 
 def forget_run(plan: Plan) -> None:
@@ -485,14 +505,15 @@ def show_list(args: argparse.Namespace) -> int:
     for preset in chosen:
         args.presets = [preset]
         try:
-            plan = make_plans(args)[0]
+            plans = make_plans(args)
         except (UsageError, ParamsError) as error:
             tell(f"{preset}: {error}")
             continue
-        tell(f"{preset}: {plan.params.description}")
-        for stage in (stage for stage in STAGES if stage != COMPARE):
-            reason = stale_reason(plan.paths.manifest(stage), stage, stage_parameters(stage, plan))
-            tell(f"  {stage:<15} {reason or 'complete'}")
+        for plan in plans:
+            tell(f"{plan.preset}: {plan.params.description}")
+            for stage in (stage for stage in STAGES if stage != COMPARE):
+                reason = stale_reason(plan.paths.manifest(stage), stage, stage_parameters(stage, plan))
+                tell(f"  {stage:<15} {reason or 'complete'}")
     return 0
 
 

@@ -80,6 +80,10 @@ def test_help_comes_in_under_a_second_without_torch():
         (["--presets", "simple", "--checkpoint", "medium=x/y"], "'medium' is not among --presets simple"),
         (["--presets", "simple", "--checkpoint", "simple="], "a folder or a hub name was expected"),
         (["--submission", "--smoke-test"], "--submission evaluates the published adapters whole"),
+        (["--submission", "--seeds", "1"], "trained with seeds of their own"),
+        (["--presets", "simple", "--seeds", "1", "2", "1"], "a seed is named twice"),
+        (["--presets", "simple", "--seeds", "-1"], "seed: -1 (int) is refused"),
+        (["--presets", "simple", "--seeds", "1", "--set", "lora_r=8", "seed=3"], "contradict each other"),
     ],
 )
 def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
@@ -175,6 +179,32 @@ def test_a_notebook_gets_exactly_the_parameters_that_it_declares():
         assert run_all.stage_parameters(stage, simple).keys() == execution.declared_parameters(stage).keys()
 
 
+def test_seeds_are_runs_of_their_own_that_share_everything_else():
+    runs = plan("--presets", "simple", "medium", "--seeds", "1", "2")
+    assert list(runs) == ["simple_seed1", "simple_seed2", "medium_seed1", "medium_seed2"]
+    one, base = runs["simple_seed1"], plan("--presets", "simple")["simple"]
+    assert one.params.model_dump() == base.params.model_dump() | {"seed": 1}
+    assert one.params.origin["seed"] == "--seeds" and one.settings == base.settings | {"run_name": "simple_seed1"}
+    assert one.paths.gsm8k_preds.name == "gsm8k_preds_simple_seed1.jsonl" and one.paths.run_dir != base.paths.run_dir
+    assert run_all.resolved_config(one)["preset"] == "simple" and one.reports_dir.name == "run_simple_seed1"
+    # Baselines of a run come from what it was resolved to, for there is no preset of its name.
+    assert run_all.resolved_config(one)["parameters"]["baseline_accuracy"] == 0.26
+
+
+def test_a_faulty_preset_is_told_once_for_all_its_seeds(tmp_path, capsys):
+    values = yaml.safe_load(preset_path("simple").read_text()) | {"lora_r": 0}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(values))
+    assert run_all.main(["--presets", "one", "--seeds", "1", "2", "3", "--params-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("lora_r") == 1
+
+
+def test_list_shows_each_seed_with_the_state_of_its_stages(tmp_path, capsys):
+    argv = ["--presets", "simple", "--output-dir", str(tmp_path / "out"), "--seeds"]
+    assert run_all.main([*argv, "1", "2", "--list"]) == 0
+    told = capsys.readouterr().out
+    assert "simple_seed1: " in told and "simple_seed2: " in told and told.count("not run yet") == 8
+
+
 # --- running ------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +237,19 @@ def test_an_interrupt_stops_everything_with_130(tmp_path, fake_notebooks, capsys
     told = capsys.readouterr()
     assert status == 130
     assert "medium" not in told.out and "to go on" in told.err
+
+
+def test_every_seed_is_run_and_leaves_its_own_record(tmp_path, fake_notebooks, capsys):
+    fake_notebooks("print(run_name)")
+    argv = ["--presets", "simple", "--seeds", "1", "2", "--stages", "01", "--output-dir", str(tmp_path / "out")]
+    assert run_all.main(argv) == 0
+    told = capsys.readouterr().out
+    assert "simple_seed1" in told and "simple_seed2" in told
+    for seed in (1, 2):
+        resolved = json.loads((tmp_path / f"out/run_simple_seed{seed}/config_resolved.json").read_text())
+        assert (resolved["parameters"]["seed"], resolved["preset"]) == (seed, "simple")
+        filled = (tmp_path / f"out/reports/run_simple_seed{seed}/01_prepare.ipynb").read_text()
+        assert f"simple_seed{seed}" in filled
 
 
 # --- verify and baselines -----------------------------------------------------------------------------------------
