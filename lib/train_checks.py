@@ -29,6 +29,11 @@ MEANINGS: dict[FaultKind, str] = {
     "development question": "asks what a development row of this run asks",
     "too long": "has more tokens than max_seq_length",
 }
+SOURCES: dict[str, str] = {
+    "test question": "test",
+    "few-shot question": "few-shot",
+    "development question": "development",
+}
 NUM_NAMED = 5
 
 
@@ -91,7 +96,7 @@ def check_rows(
     faults = []
     for number, (question, row) in enumerate(zip(questions, rows, strict=True), start=1):
         faults += [
-            Fault(number, kind, f"its question is number {known[question]} there")
+            Fault(number, kind, f"it asks what {SOURCES[kind]} row {known[question]} asks")
             for kind, known in places.items()
             if question in known
         ]
@@ -165,13 +170,14 @@ def count_faults(faults: Sequence[Fault]) -> dict[FaultKind, int]:
 
 
 def fault_table(faults: Sequence[Fault], action: Action) -> list[dict[str, Any]]:
-    """Rows of a table: each kind, how many rows, what becomes of them."""
+    """Rows of a table: each kind that ``check_rows`` finds, how many rows, what becomes of them."""
     decided = {"refuse": "refused", "drop": "left out", "keep": "TRAINED ON (train_file_faults: keep)"}[action]
-    table = []
-    for kind, count in count_faults(faults).items():
-        becomes = (decided if kind in DECIDED else "left out") if count else "none"
-        table.append({"a row that": MEANINGS[kind], "rows": count, "what becomes of them": becomes})
-    return table
+    becomes = {**dict.fromkeys(DECIDED, decided), **dict.fromkeys(HELD_OUT, "left out")}
+    counts = count_faults(faults)
+    return [
+        {"a row that": MEANINGS[kind], "rows": counts[kind], "what becomes of them": what if counts[kind] else "none"}
+        for kind, what in becomes.items()
+    ]
 
 
 def first_offenders(faults: Sequence[Fault], per_kind: int = 2) -> list[dict[str, Any]]:

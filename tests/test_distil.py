@@ -340,4 +340,4 @@ def test_notebook_01_asks_the_model_and_trains_on_what_it_says(tmp_path, tiny):
     samples = list((tmp_path / "results" / "untuned").glob("distil_samples_*.jsonl"))
     assert len(samples) == 1 and len(read_jsonl(samples[0])) == 12
     html = (tmp_path / "01_prepare.html").read_text(encoding="utf-8")
-    assert "6 rows are GSM8K" in html and "What became of each answer" in html
+    assert "6 rows are GSM8K" in html and "What became of 12 answers" in html

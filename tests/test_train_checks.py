@@ -37,7 +37,7 @@ def test_planted_rows_are_each_found_and_named():
         (6, "development question"),
     ]
     reasons = [fault.reason for fault in check(PLANTED).faults]
-    assert reasons[0] == "its question is number 4 there"
+    assert reasons[0] == "it asks what test row 4 asks"
     assert reasons[2] == "it ends in 8, GSM8K's answer is 7"
 
 
@@ -100,7 +100,7 @@ def test_drop_leaves_the_decided_rows_out_and_keep_none():
         "rows": 1,
         "what becomes of them": "TRAINED ON (train_file_faults: keep)",
     }
-    assert table[3]["what becomes of them"] == "left out" and table[-1]["what becomes of them"] == "none"
+    assert table[3]["what becomes of them"] == "left out" and table[2]["what becomes of them"] == "none"
 
 
 def test_rows_that_are_too_long_are_named_by_their_number_in_the_file():
@@ -154,7 +154,7 @@ def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
     faults = read_json(paths.manifest("01_prepare"))["facts"]["train_faults"]
     assert (faults["test question"], faults["few-shot question"], faults["wrong number"]) == (1, 1, 1)
     html = outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
-    assert "it ends in 123456" in html and "its question is number 12 there" in html
+    assert "it ends in 123456" in html and "it asks what test row 12 asks" in html
 
 
 def test_the_same_file_is_refused_by_default(tmp_path):
