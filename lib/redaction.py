@@ -96,9 +96,13 @@ def _rules(secrets: tuple[str, ...], homes: tuple[str, ...], users: tuple[str, .
     found += [lambda text: TOKEN_FORMS.sub(HIDDEN, text), lambda text: ADDRESS_CREDENTIALS.sub(rf"\1{HIDDEN}@", text)]
     # Relative paths climb to the root and come down again: `../../home/name/x` is `~/x` too.
     found += [_replacing(rf"(?:\.\.)?(?:/\.\.)*{re.escape(home)}(?![\w-])", "~") for home in homes]
-    # Only where it is part of a path or an address: a person of an exercise may have the same name.
-    found += [_replacing(rf"(?<=[/\\~]){re.escape(user)}(?![\w-])|{re.escape(user)}(?=@)", "user") for user in users]
+    found += [_replacing(_user_pattern(re.escape(user)), "user") for user in users]
     return tuple(found)
+
+
+def _user_pattern(user: str) -> str:
+    # Only as part of a path or an address, or as a whole value: a person of an exercise may have the same name.
+    return rf"(?<=[/\\~_=]){user}(?![\w-])|(?<=['\"]){user}(?=['\"\\])|{user}(?=@)"
 
 
 def _replacing(pattern: str, replacement: str) -> Rule:

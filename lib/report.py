@@ -20,9 +20,11 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lib.artifacts import PROJECT_ROOT, git_commit, package_versions, read_json
+from lib.redaction import clean
 from lib.stats import wilson_interval
 
 if TYPE_CHECKING:  # for the reader only: a table needs neither scoring nor torch
@@ -348,6 +350,9 @@ def masked_row(input_ids: Sequence[int], labels: Sequence[int], decode: Callable
 def show_plot(figure: Figure, stem: Path, alt: str) -> Html:
     """Save a plot as ``<stem>.png`` and ``<stem>.svg`` and show it, with ``alt`` for those who cannot see it."""
     stem.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        # A model's name can be a folder of somebody's home; in a picture nothing cleans it later.
+        text.set_text(clean(text.get_text()))
     png = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(png, format="png", dpi=2 * PIXELS_PER_INCH)
