@@ -4,9 +4,10 @@ Training on answers that the model itself would write, of which only the correct
 person's solutions do (rejection sampling: Yuan et al. 2023, arXiv 2308.01825; self-distillation: Yang et al. 2024,
 arXiv 2402.13669). Knows nothing about models: the generator is an argument, so that a fake tests everything here.
 
-**An interrupted run ends in the same bytes as an unbroken one.** A batch's shape decides how its sums are rounded, and
-a near tie can turn on that; so questions are asked in chunks whose rows never depend on what is already answered, and a
-chunk that a kill cut is asked again whole, of which only the missing rows are appended.
+**An interrupted run ends in the same bytes as an unbroken one** on the same machine. A batch's shape decides how its
+sums are rounded, and a near tie can turn on that; so questions are asked in chunks whose rows never depend on what is
+already answered, and a chunk that a kill cut is asked again whole, of which only the missing rows are appended. Another
+number of threads, or a batch that was halved for want of memory (the engine warns), may round otherwise.
 """
 
 import hashlib
