@@ -19,6 +19,7 @@ from typing import Any
 from lib import compare, gsm8k, hazards, safety, verdict
 from lib.artifacts import STAGES, results_root, write_text
 from lib.compare import RunScores
+from lib.redaction import clean, clean_value
 from lib.verdict import AxisVerdict, Comparison
 
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
@@ -64,24 +65,35 @@ def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, red
 
     style, script = ((ASSETS_DIR / name).read_text(encoding="utf-8") for name in ("site.css", "site.js"))
     # Escaping is on for whatever is filled in; only our own files and the JSON are markup.
-    judged = compare.judge_runs(runs)
     environment = Environment(loader=FileSystemLoader(ASSETS_DIR), autoescape=True, undefined=StrictUndefined)
+    untuned = compare.untuned_runs(runs)
+    facts = {"redacted": redact, **_report(runs, untuned, reports_dir, plots_dir)}
     page = environment.get_template("index.html").render(
         policy=_policy(style, script),
         style=Markup(style),
         script=Markup(script),
-        data=Markup(_embedded_json(rows_data(runs, redact=redact))),
-        made_at=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        redacted=redact,
-        rehearsals=[run.name for run in runs if run.parameters.get("benchmark") is False],
-        summaries=_summaries(judged),
-        scores=list(_score_rows(runs, judged)),
-        plots=list(_plots(plots_dir, runs)),
-        runs=[_run_facts(run, reports_dir) for run in runs],
-        comparison=_link(reports_dir / "05_compare.html", reports_dir),
+        data=Markup(_embedded_json(rows_data(runs, untuned, redact=redact))),
+        # For others to read: no home folder, user name or token.
+        **clean_value(facts),
     )
     # A lone surrogate in a name cannot be written as UTF-8.
     return page.encode("utf-8", "replace").decode()
+
+
+def _report(
+    runs: Sequence[RunScores], untuned: Sequence[RunScores], reports_dir: Path, plots_dir: Path
+) -> dict[str, Any]:
+    """Everything above the rows browser, in words."""
+    judged = compare.judge_runs(runs)
+    return {
+        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
+        "summaries": _summaries(judged),
+        "scores": list(_score_rows(runs, untuned, judged)),
+        "plots": list(_plots(plots_dir, runs)),
+        "runs": [_run_facts(run, reports_dir) for run in runs],
+        "comparison": _link(reports_dir / "05_compare.html", reports_dir),
+    }
 
 
 def _policy(style: str, script: str) -> str:
@@ -96,7 +108,7 @@ def _policy_hash(text: str) -> str:
 
 def _embedded_json(value: Any) -> str:
     # Without "<" no text can end the element that holds it; ASCII, so that no lone surrogate fails to encode.
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+    return clean(json.dumps(value, separators=(",", ":"), ensure_ascii=True)).replace("<", "\\u003c")
 
 
 # --- verdicts and comparison ----------------------------------------------------------------------------------------
@@ -114,13 +126,15 @@ def _summaries(judged: Mapping[str, Sequence[AxisVerdict]]) -> list[dict[str, An
     ]
 
 
-def _score_rows(runs: Sequence[RunScores], judged: Mapping[str, Sequence[AxisVerdict]]) -> Iterator[dict[str, Any]]:
+def _score_rows(
+    runs: Sequence[RunScores], untuned: Sequence[RunScores], judged: Mapping[str, Sequence[AxisVerdict]]
+) -> Iterator[dict[str, Any]]:
     """A row a run and axis, the untuned model's last."""
-    references = _references(runs)
+    references = _references(runs, untuned)
     for run in runs:
         for name, axis in zip(AXES, judged[run.name], strict=True):
             yield _score_row(run, name, axis, references.get(run.name, ""))
-    for run in compare.untuned_runs(runs):
+    for run in untuned:
         for name in AXES:
             yield _score_row(run, name, verdict.judge_axis(name, run.rows.get(name), None), "")
 
@@ -164,11 +178,11 @@ def _rows_link(axis: str, run: str, reference: str) -> str:
     return "#" + urlencode({"axis": axis, "run": run, "with": reference})
 
 
-def _references(runs: Sequence[RunScores]) -> dict[str, str]:
+def _references(runs: Sequence[RunScores], untuned: Sequence[RunScores]) -> dict[str, str]:
     """Run name -> name of the untuned model that was asked as it was."""
     # In the order of compare.untuned_runs: each way of asking where it is first met.
     ways = list(dict.fromkeys(tuple(run.untuned_files.values()) for run in runs if run.untuned))
-    names = [run.name for run in compare.untuned_runs(runs)]
+    names = [run.name for run in untuned]
     return {run.name: names[ways.index(tuple(run.untuned_files.values()))] for run in runs if run.untuned}
 
 
@@ -205,7 +219,8 @@ def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, str
     for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem not in told, path.stem)):
         name = path.stem.replace("_", " ")
         alt = told.get(path.stem, f"Plot: {name}. Its numbers stand in the notebook 05_compare.")
-        yield {"name": name, "alt": alt, "data": base64.b64encode(path.read_bytes()).decode()}
+        data = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        yield {"name": name, "alt": alt, "data": data}
 
 
 def _both_rates(run: RunScores) -> str:
@@ -237,15 +252,16 @@ class _Items:
             yield number, row
 
 
-def rows_data(runs: Sequence[RunScores], *, redact: bool) -> dict[str, Any]:
+def rows_data(runs: Sequence[RunScores], untuned: Sequence[RunScores], *, redact: bool) -> dict[str, Any]:
     """What the rows browser reads: runs, and for each axis the items and every run's rows on them.
 
     Args:
-        runs: as ``compare.collect_runs`` gives them; the untuned model is added to them.
+        runs: as ``compare.collect_runs`` gives them.
+        untuned: as ``compare.untuned_runs`` gives them.
         redact: leave prompts, responses and what the judge wrote out.
     """
-    everyone = [*runs, *compare.untuned_runs(runs)]
-    references = _references(runs)
+    everyone = [*runs, *untuned]
+    references = _references(runs, untuned)
     return {
         "redacted": redact,
         "runs": [{"name": run.name, "reference": references.get(run.name, "")} for run in everyone],

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 from made_up import make_results
 
+import run_all
 from lib import compare, export
 from lib.artifacts import read_json, read_jsonl, run_paths
 
@@ -83,6 +84,14 @@ def test_redacted_samples_hold_no_text_of_ailuminate(results):
     text = "".join(file.read_text() for path in paths for file in path.parent.iterdir())
     assert not any(row["prompt"] in text or row["response"] in text for row in rows)
     assert rows[2]["release_prompt_id"] in text and rows[2]["safety_label"] in text
+
+
+def test_the_driver_exports_without_running_anything(results, tmp_path, capsys):
+    assert run_all.main(["--export", "lm-eval", "--output-dir", str(results)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 3 and all("lm_eval" in line and line.endswith(".json") for line in told)
+    assert run_all.main(["--export", "lm-eval", "--output-dir", str(tmp_path / "none")]) == 1
+    assert "run a preset first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("rate", "number", "expected"), [(0.5, 2, 0.5), (0.0, 9, 0.0), (1.0, 1, "N/A")])

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from chromium import Chromium, find_chromium
 from made_up import make_results
 
+import run_all
 from lib import compare, site, verdict
-from lib.artifacts import PROJECT_ROOT, ArtifactError, read_jsonl, run_paths, write_jsonl
+from lib.artifacts import PROJECT_ROOT, ArtifactError, read_json, read_jsonl, run_paths, write_json, write_jsonl
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 # What a model could write to get out of its quotation; each would set the marker if it ran.
@@ -85,7 +87,8 @@ def test_a_text_that_stands_twice_is_two_items_as_in_the_paired_tests(tmp_path):
     paths = run_paths(str(tmp_path), "one")
     for path in (paths.ailuminate_safety, paths.untuned_rows("ailuminate_safety", "0123456789abcdef")):
         write_jsonl(path, [{**row, "prompt": "the same"} for row in read_jsonl(path)])
-    data = site.rows_data(compare.collect_runs(str(tmp_path)), redact=False)["axes"]["safety"]
+    runs = compare.collect_runs(str(tmp_path))
+    data = site.rows_data(runs, compare.untuned_runs(runs), redact=False)["axes"]["safety"]
     assert [[row["item"] for row in rows] for rows in data["rows"]] == [[0, 1, 2, 3]] * 2
 
 
@@ -148,6 +151,40 @@ def test_a_folder_without_runs_is_an_error_that_says_what_to_run(tmp_path):
     with pytest.raises(ArtifactError, match=r"run_all\.py --presets"):
         site.write_site(str(tmp_path), tmp_path / "reports")
     assert not (tmp_path / "reports").exists()
+
+
+def test_a_token_and_a_home_folder_stay_off_the_page(results, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    token = "hf_" + "a1B2" * 6
+    paths = run_paths(str(make_results(tmp_path, ["one"], questions=3, prompts=3)), "one")
+    plant(paths.gsm8k_preds, model_output=f"see /home/someone/x with {token}\n#### 1")
+    config = read_json(paths.config_resolved)
+    config["parameters"]["train_file"] = "/home/someone/rows.jsonl"
+    write_json(paths.config_resolved, config)
+    text = site.write_site(str(tmp_path), tmp_path / "reports").read_text(encoding="utf-8")
+    assert "someone" not in text and token not in text and "~/rows.jsonl" in text
+
+
+def test_the_driver_writes_the_site_alone_and_says_where_it_failed(results, tmp_path, capsys):
+    assert run_all.main(["--report-only", "--output-dir", str(results)]) == 0
+    assert "reports/index.html" in capsys.readouterr().out
+    assert run_all.main(["--report-only", "--output-dir", str(tmp_path)]) == 1
+    assert "index.html was not written" in capsys.readouterr().err
+
+
+def test_a_run_whose_site_cannot_be_written_ends_with_1_and_says_so(results, tmp_path, monkeypatch, capsys):
+    for name in ("run_preset", "run_comparison", "set_kernel_environment"):
+        monkeypatch.setattr(run_all, name, lambda *_: None)
+    monkeypatch.chdir(PROJECT_ROOT)
+    folder = tmp_path / "out"
+    shutil.copytree(results, folder)
+    argv = ["--presets", "simple", "--output-dir", str(folder)]
+    assert run_all.main(argv) == 0
+    assert f"{folder.name}/reports/index.html" in capsys.readouterr().out
+    rows = read_jsonl(run_paths(str(folder), "simple").gsm8k_preds)
+    write_jsonl(run_paths(str(folder), "simple").gsm8k_preds, [{**row, "gold_answer": "none"} for row in rows])
+    assert run_all.write_report_site(run_all.build_parser().parse_args(argv)) is False
+    assert "index.html was not written" in capsys.readouterr().err
 
 
 def test_the_site_needs_no_torch():
