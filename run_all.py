@@ -347,7 +347,7 @@ def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: boo
         word = "interrupted" if outcome.interrupted else "failed"
         _tell_stage(plan, f"{label}: {word} after {outcome.wall_s:.0f} s")
     else:
-        _tell_stage(plan, ": ".join(filter(None, [f"{label}: done in {outcome.wall_s:.0f} s", watch.final_words()])))
+        _tell_stage(plan, "\n  ".join([f"{label}: done in {outcome.wall_s:.0f} s", *watch.final_lines()]))
 
 
 def _tell_stage(plan: Plan, line: str) -> None:

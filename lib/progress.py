@@ -260,10 +260,9 @@ class StageWatch:
             return 0
         return round(row["step"] / row["epoch"]) * self.parameters["num_epochs"]
 
-    def final_words(self) -> str:
-        """What the stage wrote, for its last line: "24 answers, 4.2 % right (0.7–20.2)"; "" for nothing."""
-        told = [f"{file.done} {file.kind}{', ' if file.score else ''}{file.score}" for file in self._logs()]
-        return "; ".join(told)
+    def final_lines(self) -> list[str]:
+        """What the stage wrote, a line a row file: "24 answers, 4.2 % right (0.7–20.2)"."""
+        return [f"{file.done} {file.kind}{', ' if file.score else ''}{file.score}" for file in self._logs()]
 
 
 def _could_read_on(file: RowFile) -> bool:

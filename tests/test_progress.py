@@ -111,15 +111,16 @@ def test_a_stage_is_followed_from_tuned_to_untuned_answers(paths):
     untuned.append(answer(0))
     look = looked.look(4.0)
     assert (look.kind, look.done, look.total, look.speed) == ("untuned answers", 1, 8, "")
-    words = looked.final_words()
-    assert words.startswith("5 answers, 60.0 % right") and "; 1 untuned answers, 100.0 % right" in words
+    answers, untuned_answers = looked.final_lines()
+    assert answers.startswith("5 answers, 60.0 % right (")
+    assert untuned_answers.startswith("1 untuned answers, 100.0 % right (")
 
 
 def test_rows_of_an_earlier_run_are_not_this_stages_until_it_adds_to_them(paths):
     log = RowLog(paths.gsm8k_preds, "hash")
     log.append(answer(0))
     looked = watch(paths)
-    assert looked.look(0.0).kind == "" and looked.final_words() == ""
+    assert looked.look(0.0).kind == "" and looked.final_lines() == []
     RowLog(paths.gsm8k_preds, "hash").append(answer(1))
     assert looked.look(1.0).done == 2
 
