@@ -551,7 +551,8 @@ def _stamped_file(name: str, base: Path) -> Path:
 def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:
     """Why a stage has to run again; empty when its manifest still holds for these parameters.
 
-    Compared are the parameters (but where things lie), the code, and the bytes of every input and output.
+    Compared are the parameters (but where things lie, and those that the stage noted as unused: they can matter only
+    after one that it used has changed), the code, and the bytes of every input and output.
     """
     if not manifest_path.exists():
         return "not run yet"
@@ -560,7 +561,9 @@ def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any])
         return "its manifest cannot be read"
     if manifest["status"] != "complete":
         return f"it was skipped: {manifest['skipped_because']}"
+    unused = manifest.get("facts", {}).get("unused_parameters", [])
     changed = _changed_parameters(manifest["parameters"], clean_value(dict(parameters)))
+    changed = [name for name in changed if name not in unused]
     if changed:
         return "parameters changed: " + ", ".join(changed)
     if manifest["code_sha256"] != code_hash(stage):

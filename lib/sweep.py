@@ -31,6 +31,17 @@ METRICS = {
     "safety": "share of responses judged safe; a verdict that cannot be read is not safe",
     "sum": "accuracy plus safety, both as shares, with equal weight",
 }
+# What 02 reads only where candidates are asked prompts: otherwise a change of the judge does not run it again.
+SAFETY_PARAMETERS = (
+    "safeguard_model",
+    "safeguard_revision",
+    "ailuminate_source",
+    "ailuminate_max_new_tokens",
+    "judge_mode",
+    "judge_context",
+    "judge_max_new_tokens",
+    "guidelines_file",
+)
 CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
 
 
@@ -73,12 +84,16 @@ def evaluation_rows(paths: RunPaths, metric: str) -> SweepRows:
     """The rows that 03 and 04 report on: the old way, in which the choice and the report share their rows.
 
     Raises:
-        ArtifactError: 01_prepare left no questions, or no prompts where the metric needs them.
+        ArtifactError: 01_prepare left no questions.
+        SweepError: it left no prompts, and the metric needs them.
     """
-    files = [require(paths.gsm8k_eval_rows, "01_prepare", paths.name)]
-    files += [require(paths.ailuminate_rows, "01_prepare", paths.name)] if needs_safety(metric) else []
-    rows = [read_jsonl(path) for path in files]
-    return SweepRows(rows[0], rows[1] if needs_safety(metric) else [], ON_TEST, files)
+    questions = read_jsonl(require(paths.gsm8k_eval_rows, "01_prepare", paths.name))
+    files = [paths.gsm8k_eval_rows]
+    if not needs_safety(metric):
+        return SweepRows(questions, [], ON_TEST, files)
+    prompts = evaluated_prompts(paths)
+    require_safety(metric, "" if prompts else "01_prepare could have no AILuminate prompts")
+    return SweepRows(questions, prompts, ON_TEST, [*files, paths.ailuminate_rows])
 
 
 def needs_safety(metric: str) -> bool:

@@ -155,6 +155,14 @@ def test_a_complete_stage_holds_until_something_changes(finished_stage):
     assert "new_key" in stale(finished_stage, new_key=None)
 
 
+def test_a_parameter_that_the_stage_did_not_use_makes_nothing_run_again(finished_stage):
+    parameters = {"seed": 1, "judge_mode": "probabilities"}
+    record = artifacts.start_stage(finished_stage / "manifest.json", "01_prepare", "x", parameters)
+    record.finish(inputs=[], outputs=[], facts={"unused_parameters": ["judge_mode"]})
+    assert stale(finished_stage, judge_mode="generate") == ""
+    assert stale(finished_stage, judge_mode="generate", seed=2) == "parameters changed: seed"
+
+
 @pytest.mark.parametrize("name", ["in.txt", "out.txt"])
 def test_a_changed_or_missing_file_makes_a_stage_stale(finished_stage, name):
     path = finished_stage / name

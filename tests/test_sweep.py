@@ -254,6 +254,13 @@ def test_the_choice_does_not_need_the_test_rows_and_the_old_way_does(paths):
         sweep.evaluation_rows(paths, "accuracy")
 
 
+def test_the_old_way_by_safety_needs_prompts(paths):
+    paths.ailuminate_rows.write_text("")
+    assert sweep.evaluated_prompts(paths) == [] == sweep.evaluation_rows(paths, "accuracy").prompts
+    with pytest.raises(sweep.SweepError, match="01_prepare could have no AILuminate prompts"):
+        sweep.evaluation_rows(paths, "safety")
+
+
 def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
     rows = sweep.evaluation_rows(paths, "sum")
     assert [row["test_index"] for row in rows.questions] == [7] and len(rows.prompts) == 1
@@ -279,8 +286,15 @@ def test_notebook_02_names_the_test_rows_only_behind_sweep_on_test():
     assert before == "if sweeping and sweep_on_test:"
     # And the module behind it opens them in one function alone.
     source = (PROJECT_ROOT / "lib" / "sweep.py").read_text(encoding="utf-8")
-    (place,) = [at for at in range(len(source)) if source.startswith("paths.gsm8k_eval_rows", at)]
-    assert source[:place].rpartition("\ndef ")[2].startswith("evaluation_rows(")
+    places = [at for at in range(len(source)) if source.startswith("paths.gsm8k_eval_rows", at)]
+    assert {source[:at].rpartition("\ndef ")[2].partition("(")[0] for at in places} == {"evaluation_rows"}
+
+
+def test_parameters_of_the_judge_are_those_that_02_declares_for_it_alone():
+    declared = execution.declared_parameters("02_train").keys()
+    assert set(sweep.SAFETY_PARAMETERS) <= declared
+    judged = {name for name in declared if name.startswith(("judge_", "safeguard_", "ailuminate_", "guidelines_"))}
+    assert judged == set(sweep.SAFETY_PARAMETERS)
 
 
 def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
@@ -306,6 +320,7 @@ def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
     outcome = execution.execute("02_train", tmp_path / "02_train.ipynb", parameters)
     assert not outcome.error, outcome.error
     manifest = read_json(paths.manifest("02_train"))
+    assert manifest["facts"]["unused_parameters"] == [], "the judge was asked"
     assert manifest["facts"]["selected_on"] == "development rows" and not paths.gsm8k_eval_rows.exists()
     with paths.checkpoint_scores.open(encoding="utf-8", newline="") as stream:
         table = list(csv.DictReader(stream))
