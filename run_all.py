@@ -521,9 +521,11 @@ def verify(folder: str) -> int:
     """Recompute every metric below ``folder`` from its row files; 1 when anything differs."""
     from lib.artifacts import ArtifactError
     from lib.execution import fail, tell
+    from lib.forms import check_folder
     from lib.verify import verify_folder
 
     try:
+        check_folder(Path(folder).resolve())
         lines, mismatches = verify_folder(Path(folder).resolve())
     except ArtifactError as error:
         fail(f"--verify {folder}: {error}")

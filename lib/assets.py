@@ -105,6 +105,8 @@ class _Published:
 
 
 QUESTION_COLUMNS = ("question", "answer")
+# JSON can spell it and no encoding can: a tokenizer would fail on it hours later.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNSTATED = "not stated by its source"
 WITHOUT_TRAIN_FILE = (
     "or train without that file, on the base model's own correct answers: run_all.py --presets distilled, or "
@@ -210,6 +212,8 @@ def _question_row(line: str, where: str) -> Row:
             raise AssetError(f"{where}: column {column!r} is missing; the row has {sorted(row)}")
         if not isinstance(row[column], str) or not row[column].strip():
             raise AssetError(f"{where}: column {column!r} must be text that is not empty")
+        if LONE_SURROGATE.search(row[column]):
+            raise AssetError(f"{where}: column {column!r} holds half a character (a lone surrogate); mend that line")
     return {column: row[column].replace("\r\n", "\n") for column in QUESTION_COLUMNS}
 
 

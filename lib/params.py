@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, Val
 from lib.artifacts import PROJECT_ROOT
 
 PARAMS_DIR = PROJECT_ROOT / "params"
+# Characters of a wrong value that a message repeats.
+MAX_SHOWN = 200
 
 Count = Annotated[int, Field(ge=1)]
 CountOrAll = Annotated[int, Field(ge=0)]
@@ -206,7 +208,19 @@ CONTRADICTIONS: tuple[Rule, ...] = (
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice: the plain loader keeps the last one in silence."""
+    """Safe YAML that refuses a key given twice: the plain loader keeps the last one in silence.
+
+    Aliases and tags are refused too: a flat preset needs none, and a few lines of aliases unfold to gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        found = f"alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"tag {getattr(event, 'tag', None)}"
+        if found != "tag None":
+            raise ParamsError(
+                f"line {event.start_mark.line + 1}: not YAML of a preset: no {found}; write a plain value"
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -248,7 +262,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise ParamsError(f"{path.name}: there is no such file in {path.parent.name}/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path.name}: cannot be read ({type(error).__name__})") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    # The constructors of dates and of very long numbers raise plain ValueErrors.
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
         raise ParamsError(f"{path.name}{where}: not YAML ({getattr(error, 'problem', error)})") from None
@@ -263,7 +278,7 @@ def find_faults(values: Mapping[Any, Any]) -> list[str]:
     """Every fault of a preset's values, in words; empty when there is none."""
     faults, good = [], {}
     for key in sorted(values.keys() - Params.model_fields.keys(), key=str):
-        faults.append(f"{key}: unknown key{_suggest(key, Params.model_fields)}")
+        faults.append(f"{str(key)[:MAX_SHOWN]}: unknown key{_suggest(key, Params.model_fields)}")
     for key in Params.model_fields:
         if key not in values:
             faults.append(f"{key}: missing; {_allowed(key)}")
@@ -296,13 +311,17 @@ def _field_fault(key: str, value: Any) -> str:
         _field_adapter(key).validate_python(value)
     except ValidationError as error:
         hint = " (YAML 1.1 reads 1e-4 as text: write 1.0e-4)" if _is_number_text(value) else ""
-        return (
-            f"{key}: {value!r} ({type(value).__name__}) is refused: {error.errors()[0]['msg']}; {_allowed(key)}{hint}"
-        )
+        why = error.errors()[0]["msg"]
+        return f"{key}: {_shown(value)} ({type(value).__name__}) is refused: {why}; {_allowed(key)}{hint}"
     # pydantic's ge/le let NaN and infinity through where no bound is set on that side.
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return f"{key}: {value!r} is refused: a finite number is needed"
     return "" if value == value else f"{key}: {value!r} is refused: a finite number is needed"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _is_number_text(value: Any) -> bool:
@@ -349,8 +368,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if "string" in str(_field_adapter(key).json_schema().get("type")):
         return key, value
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+        return key, yaml.load(value, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError, ValueError, ParamsError):
+        # The schema tells what is wrong with it as a text.
         return key, value
 
 

@@ -85,6 +85,8 @@ def parse_prompts_csv(text: str) -> list[Row]:
 def _match_columns(found: Sequence[str]) -> dict[str, str]:
     """Our names -> the file's, for the columns that the file has."""
     spelt = {name.strip().casefold(): name for name in found}
+    if len(spelt) < len(found):
+        raise ValueError(f"a column stands twice in the header: {', '.join(name[:24] for name in found)}; keep one")
     wanted = {"prompt": PROMPT_COLUMNS, **_OTHER_COLUMNS}
     columns = {ours: next((spelt[name] for name in names if name in spelt), "") for ours, names in wanted.items()}
     if not columns["prompt"]:
