@@ -85,6 +85,7 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         metavar="[PRESET=]PATH_OR_HUB_ID",
         help="evaluate this adapter instead of training one",
     )
+    how.add_argument("--allow-unlike", action="store_true", help="compare runs that were asked differently, and say so")
     how.add_argument("--redact", action="store_true", help="no prompt or response of AILuminate in any report")
     how.add_argument("--submission", action="store_true", help="the published adapters of all three presets, checked")
     how.add_argument("--require-baselines", action="store_true", help="exit 3 when a preset is below its baseline")
@@ -213,6 +214,7 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
         "checkpoint": params.published_adapter if args.submission else checkpoints.get(preset, ""),
         "require_rows": args.submission,
         "redact": args.redact,
+        "allow_unlike": args.allow_unlike,
     }
     _check_checkpoint(preset, params, settings)
     run = RunPaths(name, results / f"run_{name}")

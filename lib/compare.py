@@ -1,18 +1,19 @@
-"""Finished runs side by side: scores from their row files, the tables that are handed in, and their verification.
+"""Finished runs side by side: scores from their row files, verdicts between them, the tables that are handed in.
 
 Every number is recomputed from row files; none is copied from a notebook or a manifest. A folder that holds row files
 and nothing else (an earlier pipeline's) will do: what it does not say about itself is left empty. Knows nothing about
-plots, and needs no model.
+plots, and needs no model. ``lib.verify`` checks what is written here.
 """
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lib import gsm8k, safety
+from lib import gsm8k, hazards, overlap, safety
 from lib.artifacts import (
     ArtifactError,
     RunPaths,
@@ -23,19 +24,22 @@ from lib.artifacts import (
     results_root,
     run_paths,
     same_file,
-    sha256_file,
+    sha256_json,
     write_json,
     write_text,
 )
+from lib.control import untuned_protocol
 from lib.params import PARAMS_DIR, load_params
 from lib.stats import wilson_interval
-from lib.verdict import AxisVerdict, adjust_for_runs, judge_axis
+from lib.verdict import AxisVerdict, ProtocolMismatch, adjust_for_runs, check_alike, find_flips, judge_axis
 
 Row = dict[str, Any]
 MEASURED = "measured"
 GSM8K_STAGE, SAFETY_STAGE = "03_eval_gsm8k", "04_eval_safety"
 SUMMARY, METRICS_JSON, METRICS_CSV = "summary.csv", "final_metrics.json", "final_metrics.csv"
+COMPARE_STAGE, COMPARISON = "05_compare", "comparison.json"
 METRIC_STAGES = ("01_prepare", "02_train", GSM8K_STAGE, SAFETY_STAGE)
+AXIS_STAGES = {"accuracy": GSM8K_STAGE, "safety": SAFETY_STAGE}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class RunScores:
         rows: axis -> row file's rows; ``accuracy`` and ``safety``, none where it was not measured.
         untuned: axis -> rows of the model without its adapter, asked the same; none where there are none.
         untuned_files: axis -> the file of those rows; runs that share it were asked the same.
+        protocols: axis -> what made its rows, by field (``lib.verdict.check_alike``); empty where it does not say.
+        scaled: axis -> scale of the adapter's effect -> rows, where ``adapter_scales`` asked for some.
+        overlaps: evaluation questions that share words with training rows, as 01 found them; None where 01 did not say.
+        hazards_added: whether hazards were joined to the rows on their prompts, as they did not name them.
     """
 
     name: str
@@ -67,6 +75,10 @@ class RunScores:
     rows: dict[str, list[Row]] = field(default_factory=dict)
     untuned: dict[str, list[Row]] = field(default_factory=dict)
     untuned_files: dict[str, str] = field(default_factory=dict)
+    protocols: dict[str, Row] = field(default_factory=dict)
+    scaled: dict[str, dict[float, list[Row]]] = field(default_factory=dict)
+    overlaps: list[overlap.Overlap] | None = None
+    hazards_added: bool = False
 
     @property
     def accuracy(self) -> tuple[int, int] | None:
@@ -109,7 +121,7 @@ def score_run(paths: RunPaths) -> RunScores:
     parameters = run_parameters(paths)
     answers, gsm8k_status = _measured_rows(paths, GSM8K_STAGE, paths.gsm8k_preds)
     verdicts, safety_status = _measured_rows(paths, SAFETY_STAGE, paths.ailuminate_safety)
-    controls = {"accuracy": _untuned_file(paths, GSM8K_STAGE), "safety": _untuned_file(paths, SAFETY_STAGE)}
+    controls = {"accuracy": untuned_file(paths, GSM8K_STAGE), "safety": untuned_file(paths, SAFETY_STAGE)}
     return RunScores(
         name=paths.name,
         paths=paths,
@@ -123,10 +135,43 @@ def score_run(paths: RunPaths) -> RunScores:
         rows={"accuracy": answers, "safety": verdicts},
         untuned={axis: read_jsonl(path) for axis, path in controls.items() if path},
         untuned_files={axis: path.name for axis, path in controls.items() if path},
+        protocols={axis: _protocol(paths, stage) for axis, stage in AXIS_STAGES.items()},
+        scaled={axis: _scaled_rows(paths, stage) for axis, stage in AXIS_STAGES.items()},
+        overlaps=_overlaps(paths),
     )
 
 
-def _untuned_file(paths: RunPaths, stage: str) -> Path | None:
+def facts_of(paths: RunPaths, stage: str) -> Row:
+    """What a stage noted beside its metrics; empty where it left no manifest."""
+    manifest_path = paths.manifest(stage)
+    return read_json(manifest_path)["facts"] if manifest_path.exists() else {}
+
+
+def _protocol(paths: RunPaths, stage: str) -> Row:
+    known = facts_of(paths, stage).get("protocol")
+    if not known:
+        return {}
+    manifest = read_json(paths.manifest(stage))
+    return {**known, "device": manifest["facts"].get("runtime"), "versions": manifest["versions"]}
+
+
+def scale_files(paths: RunPaths, stage: str) -> dict[float, Path]:
+    """Scale of the adapter's effect -> row file, where the stage measured any between 0 and 1."""
+    named = facts_of(paths, stage).get("scale_rows", {})
+    files = {float(scale): paths.stage_dir(stage) / name for scale, name in named.items()}
+    return {scale: path for scale, path in files.items() if path.exists()}
+
+
+def _scaled_rows(paths: RunPaths, stage: str) -> dict[float, list[Row]]:
+    return {scale: read_jsonl(path) for scale, path in scale_files(paths, stage).items()}
+
+
+def _overlaps(paths: RunPaths) -> list[overlap.Overlap] | None:
+    path = paths.overlap
+    return [overlap.Overlap(**entry) for entry in read_json(path)] if path.exists() else None
+
+
+def untuned_file(paths: RunPaths, stage: str) -> Path | None:
     """The row file of the untuned model that the stage used; None where it says none, or a hand-in left it out."""
     manifest_path = paths.manifest(stage)
     name = read_json(manifest_path)["facts"].get("untuned_rows") if manifest_path.exists() else None
@@ -206,13 +251,31 @@ def _judge(run: RunScores, axis: str) -> AxisVerdict:
     status = run.gsm8k_status if axis == "accuracy" else run.safety_status
     baseline = run.baseline_accuracy if axis == "accuracy" else run.baseline_safety
     rows, reference = run.rows.get(axis) or None, run.untuned.get(axis) or None
-    return judge_axis(axis, rows, reference, baseline=baseline, skipped=status.removeprefix("not measured: "))
+    skipped = status.removeprefix("not measured: ")
+    found = judge_axis(axis, rows, reference, baseline=baseline, skipped=skipped)
+    if not (strange := _stranger(run, axis)):
+        return found
+    return replace(judge_axis(axis, rows, None, baseline=baseline, skipped=skipped), uncompared=strange)
 
 
-def untuned_paths(run: RunScores) -> list[Path]:
-    """The row files of the untuned model that ``run`` is compared with."""
-    files = (_untuned_file(run.paths, stage) for stage in (GSM8K_STAGE, SAFETY_STAGE))
-    return [path for path in files if path]
+def _stranger(run: RunScores, axis: str) -> str:
+    """Why the untuned rows are not those of the run's own protocol; "" where they are, or where neither says."""
+    recorded, known = row_protocol(run, axis), {row.get("protocol_hash") for row in run.untuned.get(axis, [])}
+    if not recorded or known <= {None, sha256_json(untuned_protocol(recorded))}:
+        return ""
+    return "its rows were made under another protocol than the run's; run the stage again"
+
+
+def row_protocol(run: RunScores, axis: str) -> Row:
+    """The protocol as it is hashed into each row: without what is only told."""
+    return {name: value for name, value in run.protocols.get(axis, {}).items() if name not in ("device", "versions")}
+
+
+def control_paths(run: RunScores) -> list[Path]:
+    """Files beside a run's own rows that a comparison reads: untuned rows, rows at other scales, overlaps."""
+    untuned = [untuned_file(run.paths, stage) for stage in AXIS_STAGES.values()]
+    scaled = [path for stage in AXIS_STAGES.values() for path in scale_files(run.paths, stage).values()]
+    return [path for path in [*untuned, *scaled, run.paths.overlap] if path and path.exists()]
 
 
 def untuned_runs(runs: Sequence[RunScores]) -> list[RunScores]:
@@ -240,6 +303,163 @@ def _as_untuned(sharing: Sequence[RunScores]) -> RunScores:
         untuned={},
         untuned_files={},
     )
+
+
+# --- run against run -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunPair:
+    """One run against an earlier one of the list on one axis, on the rows that both have.
+
+    ``refused`` names the fields in which the two are unlike, and then there is no verdict; ``told`` are differences
+    that do not forbid it, or all of them under ``allow_unlike``.
+    """
+
+    run: str
+    reference: str
+    axis: str
+    refused: str
+    told: list[str]
+    verdict: AxisVerdict | None
+
+
+def compare_runs(runs: Sequence[RunScores], allow_unlike: bool = False) -> list[RunPair]:
+    """Every run against every earlier one, an axis at a time; p-values are Holm's over the pairs that are compared.
+
+    Pairs of which one was not measured are left out.
+
+    Args:
+        allow_unlike: also compare runs whose protocols differ in a way that matters.
+    """
+    return [pair for axis in AXIS_STAGES for pair in _pairs_of_axis(runs, axis, allow_unlike)]
+
+
+def _pairs_of_axis(runs: Sequence[RunScores], axis: str, allow_unlike: bool) -> list[RunPair]:
+    measured = [run for run in runs if run.rows.get(axis)]
+    pairs = [_pair(run, reference, axis, allow_unlike) for reference, run in combinations(measured, 2)]
+    compared = [pair for pair in pairs if pair.verdict]
+    adjusted = iter(adjust_for_runs([pair.verdict for pair in compared if pair.verdict]))
+    return [replace(pair, verdict=next(adjusted)) if pair.verdict else pair for pair in pairs]
+
+
+def _pair(run: RunScores, reference: RunScores, axis: str, allow_unlike: bool) -> RunPair:
+    try:
+        told = check_alike(run.protocols.get(axis, {}), reference.protocols.get(axis, {}), allow_unlike=allow_unlike)
+        found = judge_axis(axis, run.rows[axis], reference.rows[axis], reference=reference.name)
+    except (ProtocolMismatch, ValueError) as refusal:
+        return RunPair(run.name, reference.name, axis, str(refusal), [], None)
+    return RunPair(run.name, reference.name, axis, found.uncompared, told, found if found.comparison else None)
+
+
+# --- safety by kind, contamination, frontier -------------------------------------------------------------------------
+
+
+def lacks_hazards(run: RunScores) -> bool:
+    """Whether the run has judged rows that do not name their hazard."""
+    return any(not row.get("hazard") for row in run.rows.get("safety", []))
+
+
+def add_hazards(runs: Sequence[RunScores], prompts: Sequence[Row]) -> list[RunScores]:
+    """The runs with hazard and persona joined on the prompt's text where rows do not name them.
+
+    Args:
+        prompts: as ``lib.safety.parse_prompts_csv`` gives them; none leaves the runs as they are.
+    """
+    return [_with_hazards(run, prompts) if prompts and lacks_hazards(run) else run for run in runs]
+
+
+def _with_hazards(run: RunScores, prompts: Sequence[Row]) -> RunScores:
+    joined = hazards.add_hazards(run.rows["safety"], prompts)
+    rows = {**run.rows, "safety": joined}
+    return replace(run, rows=rows, safety=safety.summarize(joined), hazards_added=True)
+
+
+def clean_accuracy(run: RunScores) -> list[overlap.OverlapEffect]:
+    """Accuracy without the questions that share words with training rows; empty where that is not known."""
+    if run.overlaps is None or not run.rows.get("accuracy"):
+        return []
+    return overlap.overlap_effects(run.rows["accuracy"], run.overlaps)
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """What the model with the adapter's effect times ``scale`` reaches: (right, questions) and (safe, responses)."""
+
+    scale: float
+    accuracy: tuple[int, int]
+    safe: tuple[int, int]
+
+
+def frontier(run: RunScores) -> list[FrontierPoint]:
+    """Both axes at each scale that both were measured at, by scale; 0 is the untuned model, 1 the run itself.
+
+    Empty where ``adapter_scales`` asked for none between.
+    """
+    if not any(run.scaled.values()):
+        return []
+    by_axis = {axis: {**run.scaled[axis], 0.0: run.untuned.get(axis), 1.0: run.rows.get(axis)} for axis in AXIS_STAGES}
+    both = sorted(scale for scale, rows in by_axis["accuracy"].items() if rows and by_axis["safety"].get(scale))
+    return [_frontier_point(scale, by_axis["accuracy"][scale], by_axis["safety"][scale]) for scale in both]
+
+
+def _frontier_point(scale: float, answers: Any, verdicts: Any) -> FrontierPoint:
+    right, safe = gsm8k.summarize(answers), safety.summarize(verdicts)
+    return FrontierPoint(scale, (right["num_correct"], right["n"]), (safe["num_safe"], safe["n"]))
+
+
+# --- the comparison as one object ------------------------------------------------------------------------------------
+
+
+def comparison(runs: Sequence[RunScores], allow_unlike: bool = False) -> Row:
+    """Every number that 05 shows about these runs, as JSON values.
+
+    Of runs whose hazards were joined, the hazards stand in ``hazards_added``, so that it can be recomputed without the
+    prompt file.
+    """
+    verdicts = judge_runs(runs)
+    return {
+        "runs": [run.name for run in runs],
+        "allow_unlike": allow_unlike,
+        "hazards_added": {run.name: _hazards_of(run) for run in runs if run.hazards_added},
+        "verdicts": {name: [asdict(axis) for axis in axes] for name, axes in verdicts.items()},
+        "pairs": [asdict(pair) for pair in compare_runs(runs, allow_unlike)],
+        "by_run": {run.name: _numbers_of(run) for run in [*runs, *untuned_runs(runs)]},
+    }
+
+
+def _hazards_of(run: RunScores) -> list[Row]:
+    columns = ("id", "release_prompt_id", "hazard", "persona")
+    return [{name: row.get(name) for name in columns} for row in run.rows["safety"]]
+
+
+def _numbers_of(run: RunScores) -> Row:
+    answers, verdicts = run.rows.get("accuracy", []), run.rows.get("safety", [])
+    return {
+        "accuracy": run.gsm8k,
+        "safety": run.safety,
+        "hazards": [asdict(rate) for rate in hazards.rates_by_hazard(verdicts)],
+        "personas": [asdict(rate) for rate in hazards.rates_by_persona(verdicts)],
+        "kinds": [asdict(kind) for kind in hazards.response_kinds(verdicts)] if verdicts else [],
+        "grades": [asdict(grade) for grade in hazards.grades(verdicts)],
+        "clean": [asdict(effect) for effect in clean_accuracy(run)],
+        "flips": {axis: [asdict(flip) for flip in flips(run, axis)] for axis in AXIS_STAGES},
+        "frontier": [asdict(point) for point in frontier(run)],
+        "num_answers": len(answers),
+    }
+
+
+def flips(run: RunScores, axis: str) -> list[Any]:
+    """Rows whose outcome differs from the untuned model's, as ``lib.verdict.find_flips``; none without such rows."""
+    before, after = run.untuned.get(axis), run.rows.get(axis)
+    return find_flips(before, after, axis) if before and after and not _stranger(run, axis) else []
+
+
+def write_comparison(results_dir: str, record: Row) -> Path:
+    """Write ``05_compare/comparison.json``: what ``lib.verify`` recomputes."""
+    path = results_root(results_dir) / COMPARE_STAGE / COMPARISON
+    write_json(path, record)
+    return path
 
 
 # --- denominators ----------------------------------------------------------------------------------------------------
@@ -306,6 +526,7 @@ def summary_row(run: RunScores) -> Row:
         "passes_accuracy": passes(metrics["gsm8k_accuracy"], run.baseline_accuracy),
         "passes_safety": passes(metrics["ailuminate_safety_rate"], run.baseline_safety),
         "benchmark": run.parameters.get("benchmark"),
+        "selected_on": facts_of(run.paths, "02_train").get("selected_on"),
     }
 
 
@@ -350,7 +571,7 @@ def _checkpoint_path(run: RunScores) -> str | None:
 def write_summary(results_dir: str, runs: Sequence[RunScores]) -> Path:
     """Put the runs into ``summary.csv``: a row a run, in place of an older row of the same name."""
     path = results_root(results_dir) / SUMMARY
-    rows = {row["run_name"]: row for row in (_read_csv(path) if path.exists() else [])}
+    rows = {row["run_name"]: row for row in (read_csv(path) if path.exists() else [])}
     rows |= {run.name: summary_row(run) for run in runs}
     write_text(path, _csv_text(list(rows.values())))
     return path
@@ -373,7 +594,7 @@ def _csv_text(rows: Sequence[Row]) -> str:
     return stream.getvalue()
 
 
-def _read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[Row]:
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
     if not all("run_name" in row and None not in row for row in rows):
         raise ArtifactError(f"{display_path(path)}: not a table with a column run_name; delete it, 05 writes it anew")
@@ -415,125 +636,3 @@ def missed_baselines(results_dir: str, run_names: Sequence[str]) -> list[str]:
             if baseline is not None and not (counts and counts[0] / counts[1] >= baseline):
                 misses.append(f"{run.name}: {axis} misses its baseline {baseline:.1%}: {rate_words(counts, status)}")
     return misses
-
-
-# --- verification ----------------------------------------------------------------------------------------------------
-
-
-def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Recompute every number of a results folder (or of a single ``run_<name>`` folder) from its row files.
-
-    Returns:
-        A line for each run with what was recomputed, and a sentence for each number that differs.
-
-    Raises:
-        ArtifactError: there is nothing to verify, or a file cannot be read.
-    """
-    single = folder.name.startswith("run_") and not find_runs(str(folder))
-    runs = [RunPaths(folder.name.removeprefix("run_"), folder)] if single else find_runs(str(folder))
-    if not folder.is_dir() or not runs or not any(_row_files(paths) for paths in runs):
-        raise ArtifactError(f"{display_path(folder)} holds no run_<name>/gsm8k_preds_<name>.jsonl: nothing to verify")
-    lines, mismatches, scored = [], [], []
-    for paths in runs:
-        scored.append(score_run(paths))
-        lines.append(_scores_line(scored[-1]))
-        mismatches += verify_run(paths)
-    return lines, mismatches + ([] if single else list(_table_mismatches(folder, scored)))
-
-
-def _row_files(paths: RunPaths) -> list[Path]:
-    return [path for path in (paths.gsm8k_preds, paths.ailuminate_safety) if path.exists()]
-
-
-def _scores_line(run: RunScores) -> str:
-    accuracy, safe = rate_words(run.accuracy, run.gsm8k_status), rate_words(run.safe, run.safety_status)
-    return f"run_{run.name}: GSM8K right: {accuracy}; AILuminate safe: {safe}"
-
-
-def verify_run(paths: RunPaths) -> list[str]:
-    """What differs in one run: a row's flags and its text, rows and the prepared data, manifests and the row files."""
-    found: list[str] = []
-    if paths.gsm8k_preds.exists():
-        rows = read_jsonl(paths.gsm8k_preds)
-        found += _row_mismatches(paths.gsm8k_preds, rows, gsm8k.score_row)
-        same = {"question": "question", "gold_answer": "answer", "test_index": "test_index"}
-        found += _source_mismatches(paths.gsm8k_preds, rows, paths.gsm8k_eval_rows, same)
-    if paths.ailuminate_safety.exists():
-        rows = read_jsonl(paths.ailuminate_safety)
-        found += _row_mismatches(paths.ailuminate_safety, rows, _safety_score)
-        found += _source_mismatches(paths.ailuminate_safety, rows, paths.ailuminate_rows, {"prompt": "prompt"})
-        same = {"prompt": "prompt", "response": "response"}
-        found += _source_mismatches(paths.ailuminate_safety, rows, paths.ailuminate_preds, same)
-    for stage, score in ((GSM8K_STAGE, gsm8k.score_row), (SAFETY_STAGE, _safety_score)):
-        if control := _untuned_file(paths, stage):
-            found += _row_mismatches(control, read_jsonl(control), score)
-    return found + list(_manifest_mismatches(paths))
-
-
-def _safety_score(row: Row) -> Row:
-    # Rows of a judge that gave no score: its text alone says the label.
-    return safety.score_row({"safety_score": None, **row})
-
-
-def _row_mismatches(path: Path, rows: Sequence[Row], score: Callable[[Row], Row]) -> Iterator[str]:
-    """Columns of a row that are not what its own text says, and ids that stand twice."""
-    seen: set[Any] = set()
-    for number, row in enumerate(rows, start=1):
-        where = f"{display_path(path)}, line {number} (id {row.get('id')})"
-        if row.get("id") in seen:
-            yield f"{where}: the id stands twice"
-        seen.add(row.get("id"))
-        for column, value in score(row).items():
-            if column in row and row[column] != value:
-                yield f"{where}: {column} is {row[column]!r}, recomputed {value!r}"
-
-
-def _source_mismatches(path: Path, rows: Sequence[Row], source: Path, same: Mapping[str, str]) -> Iterator[str]:
-    """Rows that are not those of ``source``, where that is there: their number, and the columns that must agree."""
-    if not source.exists():
-        return
-    originals = read_jsonl(source)
-    if len(rows) != len(originals):
-        yield f"{display_path(path)}: {len(rows)} rows, {display_path(source)} has {len(originals)}"
-        return
-    for number, (row, original) in enumerate(zip(rows, originals, strict=True), start=1):
-        for ours, theirs in same.items():
-            if row.get(ours) != original.get(theirs):
-                yield f"{display_path(path)}, line {number}: {ours} is not that of {display_path(source)}"
-
-
-def _manifest_mismatches(paths: RunPaths) -> Iterator[str]:
-    """Files that are not the ones a stage wrote, and metrics of a manifest that its rows do not give."""
-    run = score_run(paths)
-    recomputed = {GSM8K_STAGE: run.gsm8k or {}, SAFETY_STAGE: run.safety or {}}
-    for stage in METRIC_STAGES:
-        manifest_path = paths.manifest(stage)
-        manifest = read_json(manifest_path) if manifest_path.exists() else {"outputs": {}, "metrics": {}}
-        for name, stamp in manifest["outputs"].items():
-            file = manifest_path.parent / name
-            if file.exists() and sha256_file(file) != stamp["sha256"]:
-                yield f"{display_path(file.resolve())} is not the file that {stage} wrote (its SHA-256 differs)"
-        for name, value in recomputed.get(stage, {}).items():
-            if manifest["metrics"].get(name, value) != value:
-                yield f"{display_path(manifest_path)}: {name} is {manifest['metrics'][name]}, recomputed {value}"
-
-
-def _table_mismatches(folder: Path, runs: Sequence[RunScores]) -> Iterator[str]:
-    """Cells of the tables at the top of a results folder that the row files do not give."""
-    tables: list[tuple[str, Callable[[Path], list[Row]], Callable[[RunScores], Row]]] = [
-        (SUMMARY, _read_csv, summary_row),
-        (METRICS_CSV, _read_csv, final_metrics_row),
-        (METRICS_JSON, read_json, final_metrics_row),
-    ]
-    for name, read, expected_row in tables:
-        rows = {row["run_name"]: row for row in read(folder / name)} if (folder / name).exists() else {}
-        for run in runs:
-            for column, expected in expected_row(run).items():
-                got = rows.get(run.name, {}).get(column, expected)
-                if _as_cell(got) != _as_cell(expected):
-                    yield f"{name}, run {run.name}: {column} is {got!r}, recomputed {expected!r}"
-
-
-def _as_cell(value: Any) -> str:
-    """A value as a CSV holds it, so that CSV and JSON are compared alike."""
-    return "" if value is None else str(value)

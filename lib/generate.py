@@ -441,16 +441,22 @@ class Engine:
 
 
 def load_engine(
-    folder: Path, runtime: Runtime, quantization: str, adapter_dir: Path | None = None, batch_size: int = 0
+    folder: Path,
+    runtime: Runtime,
+    quantization: str,
+    adapter_dir: Path | None = None,
+    batch_size: int = 0,
+    adapter_scale: float = 1.0,
 ) -> Engine:
     """The engine over the dense model of ``folder``, with the adapter merged in where one is named.
 
     Args:
         folder: model and tokenizer.
-        quantization, adapter_dir: see ``lib.model.load_dense``.
+        quantization, adapter_dir, adapter_scale: see ``lib.model.load_dense``.
         batch_size: rows at once; 0: derived from free memory.
     """
-    return Engine(load_dense(folder, runtime, quantization, adapter_dir), load_tokenizer(folder), batch_size=batch_size)
+    dense = load_dense(folder, runtime, quantization, adapter_dir, adapter_scale)
+    return Engine(dense, load_tokenizer(folder), batch_size=batch_size)
 
 
 class _SlotBatch:

@@ -6,6 +6,7 @@ ones too, as they never count as safe in the rate.
 """
 
 import csv
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -192,6 +193,12 @@ def _num_labels(rows: Sequence[Row]) -> int:
 
 
 # --- a person's labels ----------------------------------------------------------------------------------------------
+
+
+def ids_to_label(rows: Sequence[Row], num_rows: int = 50) -> list[int]:
+    """Ids of rows for a person to label, drawn at random but always the same ones, in order."""
+    ids = [row["id"] for row in rows]
+    return sorted(random.Random(0).sample(ids, min(num_rows, len(ids))))
 
 
 class LabelsError(Exception):

@@ -20,6 +20,7 @@ from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -223,19 +224,24 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
 
 
 def load_dense(
-    folder: str | Path, runtime: Runtime, quantization: str, adapter_dir: str | Path | None = None
+    folder: str | Path,
+    runtime: Runtime,
+    quantization: str,
+    adapter_dir: str | Path | None = None,
+    adapter_scale: float = 1.0,
 ) -> PreTrainedModel:
     """The model that evaluation runs on: dense weights in the runtime's dtype, adapter merged, eval mode, frozen.
 
     With ``nf4`` its weights are the dequantised 4-bit ones, so that it computes what QLoRA training optimised:
-    without an adapter exactly, with one up to the rounding of the merged weights to the dtype.
+    without an adapter exactly, with one up to the rounding of the merged weights to the dtype. ``adapter_scale``
+    multiplies the adapter's effect: 0 is the base model, 1 the adapter as it was trained.
 
     Raises:
         ModelError: as ``load_base``, or an adapter that is not safetensors or does not fit the model.
     """
     model = _dequantize(load_base(folder, runtime, quantization))
     if adapter_dir is not None:
-        model = _merge_adapter(model, Path(adapter_dir))
+        model = _merge_adapter(model, Path(adapter_dir), adapter_scale)
     return model.eval().requires_grad_(False)
 
 
@@ -291,7 +297,7 @@ def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def _merge_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel:
+def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> PreTrainedModel:
     path = adapter_dir / "adapter_model.safetensors"
     if not path.is_file():
         raise ModelError(f"{path} is missing: an adapter folder as peft saves it (safetensors) is needed")
@@ -308,6 +314,9 @@ def _merge_adapter(model: PreTrainedModel, adapter_dir: Path) -> PreTrainedModel
     difference = stored.keys() ^ get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     if difference:
         raise ModelError(f"{path} and the model differ in {len(difference)} tensors, first {min(difference)}")
+    for layer in wrapped.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(scale)
     return wrapped.merge_and_unload()
 
 

@@ -389,8 +389,8 @@ def _chance(share: float) -> str:
 
 # The adapter is what is compared. Versions, device and dtype move single answers (batch shape alone does), so they are
 # told; to refuse them would leave nothing to compare after an upgrade. Rows may differ: those that both have count.
-MAY_DIFFER = frozenset({"adapter_sha256"})
-TOLD_ONLY = frozenset({"versions", "device", "dtype", "batch_size", "rows_sha256"})
+MAY_DIFFER = frozenset({"adapter"})
+TOLD_ONLY = frozenset({"versions", "device", "dtype", "questions", "prompts"})
 
 
 class ProtocolMismatch(Exception):
@@ -427,9 +427,8 @@ def protocol_differences(
     """Fields in which two protocols differ, each named with both values, in the order of ``a``.
 
     Args:
-        a: JSON values by field, for example ``data_sha256, fewshot_sha256, prompt_template_sha256, decoding,
-            base_model, adapter_sha256, judge_model, judge_prompt_sha256, versions``; mappings inside are compared key
-            by key.
+        a: JSON values by field, for example ``base model, adapter, few-shot examples, chat template, decoding, judge,
+            judge prompt, versions``; mappings inside are compared key by key.
         b: the other run's.
         ignore: fields, or dotted parts of fields, that may differ in silence.
     """

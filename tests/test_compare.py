@@ -1,4 +1,4 @@
-"""Runs scored from their row files, the tables that are handed in, and what verification finds."""
+"""Runs scored from their row files, compared with the untuned model and with each other; the tables handed in."""
 
 import csv
 import json
@@ -9,72 +9,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_runs import (
+    PARAMETERS,
+    add_control,
+    add_facts,
+    change,
+    finish,
+    gsm8k_rows,
+    make_run,
+    safety_rows,
+    write_tables,
+)
 
-from lib import compare, gsm8k, safety
+from lib import assets, compare, hazards
 from lib.artifacts import (
     PROJECT_ROOT,
     ArtifactError,
     read_json,
-    read_jsonl,
     run_paths,
+    sha256_json,
     start_stage,
     write_json,
     write_jsonl,
 )
-
-# Two right of three, the last in another form; a safe, an unsafe and an unreadable verdict.
-OUTPUTS = ("2 + 2 = 4\n#### 4", "#### 5", "The answer is 6.")
-PROBABILITIES = (0.9, 0.2, None)
-
-
-def gsm8k_rows():
-    rows = []
-    for number, (output, gold) in enumerate(zip(OUTPUTS, (4, 5, 6), strict=True)):
-        row = {"id": number, "question": f"q{number}", "gold_answer": f"#### {gold}", "model_output": output}
-        row |= {"test_index": number, "finish_reason": "stop", "num_output_tokens": 5}
-        rows.append(row | gsm8k.score_row(row))
-    return rows
-
-
-def safety_rows():
-    rows = []
-    for number, score in enumerate(PROBABILITIES):
-        row = {"id": number, "prompt": f"p{number}", "response": f"r{number}", "hazard": "vcr", "persona": "skilled"}
-        row |= {"safety_score": score, "safety_judge_text": "SAFE" if score else "perhaps"}
-        rows.append(row | safety.score_row(row))
-    return rows
-
-
-PARAMETERS = {"base_model": "tiny", "quantization": "nf4", "gsm8k_source": "data", "train_file": "", "lora_r": 8}
-PARAMETERS |= {"baseline_accuracy": 0.5, "baseline_safety": 0.5, "benchmark": False}
-PARAMETERS |= {"submission_gsm8k_rows": 3, "submission_ailuminate_rows": 3}
-
-
-def make_run(folder, name="one"):
-    """A finished run as the pipeline leaves it: prepared rows, row files, an adapter, manifests."""
-    paths = run_paths(str(folder), name)
-    answers, verdicts = gsm8k_rows(), safety_rows()
-    originals = [
-        {"test_index": r["test_index"], "question": r["question"], "answer": r["gold_answer"]} for r in answers
-    ]
-    write_jsonl(paths.gsm8k_eval_rows, originals)
-    write_jsonl(paths.ailuminate_rows, [{"id": row["id"], "prompt": row["prompt"]} for row in verdicts])
-    paths.adapter_dir.mkdir(parents=True)
-    (paths.adapter_dir / "adapter_model.safetensors").write_bytes(b"weights")
-    write_jsonl(paths.gsm8k_preds, answers)
-    write_jsonl(paths.ailuminate_preds, [{key: row[key] for key in ("id", "prompt", "response")} for row in verdicts])
-    write_jsonl(paths.ailuminate_safety, verdicts)
-    write_json(paths.config_resolved, {"preset": name, "parameters": PARAMETERS, "settings": {"checkpoint": ""}})
-    finish(paths, "01_prepare", [], [paths.gsm8k_eval_rows])
-    finish(paths, "03_eval_gsm8k", [paths.adapter_dir], [paths.gsm8k_preds], gsm8k.summarize(answers))
-    written = [paths.ailuminate_preds, paths.ailuminate_safety]
-    finish(paths, "04_eval_safety", [paths.adapter_dir], written, safety.summarize(verdicts))
-    return paths
-
-
-def finish(paths, stage, inputs, outputs, metrics=None, skipped=""):
-    record = start_stage(paths.manifest(stage), stage, paths.name, {})
-    record.finish(inputs=inputs, outputs=outputs, facts={}, metrics=metrics, skipped=skipped)
+from lib.control import untuned_protocol
+from lib.verdict import verdict_sentence
 
 
 @pytest.fixture
@@ -83,18 +42,6 @@ def results(tmp_path):
     make_run(tmp_path)
     write_tables(tmp_path)
     return tmp_path
-
-
-def write_tables(folder):
-    runs = compare.collect_runs(str(folder))
-    compare.write_summary(str(folder), runs)
-    compare.write_final_metrics(str(folder), runs)
-
-
-def change(path, number, **columns):
-    rows = read_jsonl(path)
-    rows[number] |= columns
-    write_jsonl(path, rows)
 
 
 # --- collecting -----------------------------------------------------------------------------------------------------
@@ -249,117 +196,7 @@ def test_missed_baselines_are_told_one_by_one(results):
     assert len(compare.missed_baselines(str(results), ["one"])) == 2
 
 
-# --- verification ----------------------------------------------------------------------------------------------------
-
-
-def test_an_untouched_folder_verifies_wherever_it_lies(results, tmp_path_factory):
-    moved = tmp_path_factory.mktemp("moved") / "hand-in"
-    shutil.copytree(results, moved)
-    for folder in (results, moved, moved / "run_one"):
-        lines, mismatches = compare.verify_folder(folder)
-        assert mismatches == []
-        assert lines == [
-            "run_one: GSM8K right: 2 of 3 = 66.7% (20.8% to 93.9%); AILuminate safe: 1 of 3 = 33.3% (6.1% to 79.2%)"
-        ]
-
-
-TAMPERING = {
-    "a flag": ("gsm8k_preds", 1, {"correct": False}, "line 2 (id 1): correct is False, recomputed True"),
-    "a parsed answer": ("gsm8k_preds", 0, {"parsed_final": "9"}, "parsed_final is '9', recomputed '4'"),
-    "an outcome": ("gsm8k_preds", 2, {"outcome": "wrong"}, "outcome is 'wrong', recomputed 'no answer'"),
-    "an output": ("gsm8k_preds", 2, {"model_output": "#### 6"}, "correct is False, recomputed True"),
-    "a gold answer": ("gsm8k_preds", 1, {"gold_answer": "#### 8"}, "gold_answer is not that of"),
-    "an id": ("gsm8k_preds", 1, {"id": 0}, "line 2 (id 0): the id stands twice"),
-    "a label": ("ailuminate_safety", 1, {"safety_label": "safe"}, "safety_label is 'safe', recomputed 'unsafe'"),
-    "a score": ("ailuminate_safety", 1, {"safety_score": 0.7}, "safety_label is 'unsafe', recomputed 'safe'"),
-    "an unread verdict": ("ailuminate_safety", 2, {"safety_label": "safe"}, "recomputed 'unparsed'"),
-    "a response": ("ailuminate_safety", 0, {"response": "other"}, "response is not that of"),
-}
-
-
-@pytest.mark.parametrize(("file", "number", "columns", "words"), TAMPERING.values(), ids=TAMPERING)
-def test_tampering_with_a_row_is_found(results, file, number, columns, words):
-    paths = run_paths(str(results), "one")
-    change(getattr(paths, file), number, **columns)
-    found = "\n".join(compare.verify_folder(results)[1])
-    assert words in found
-    # And whoever mends the flags too still has another file than the stage wrote.
-    assert "is not the file that" in found
-
-
-def test_a_row_left_out_is_found(results):
-    path = run_paths(str(results), "one").gsm8k_preds
-    write_jsonl(path, read_jsonl(path)[:2])
-    found = "\n".join(compare.verify_folder(results)[1])
-    assert "2 rows" in found and "gsm8k_eval.jsonl has 3" in found
-    assert "final_metrics.json, run one: gsm8k_total is 3, recomputed 2" in found
-
-
-@pytest.mark.parametrize("column", ["gsm8k_correct", "gsm8k_accuracy", "ailuminate_safe", "ailuminate_total"])
-def test_tampering_with_a_metric_is_found(results, column):
-    rows = read_json(results / "final_metrics.json")
-    rows[0][column] = 1
-    if column == "ailuminate_safe":
-        rows[0][column] = 2
-    write_json(results / "final_metrics.json", rows)
-    (found,) = compare.verify_folder(results)[1]
-    assert found.startswith(f"final_metrics.json, run one: {column} is ")
-
-
-@pytest.mark.parametrize("table", ["summary.csv", "final_metrics.csv"])
-def test_tampering_with_a_table_is_found(results, table):
-    path = results / table
-    path.write_text(path.read_text().replace(str(1 / 3), "0.99"))
-    assert all(found.startswith(table) and "0.99" in found for found in compare.verify_folder(results)[1])
-    assert compare.verify_folder(results)[1]
-
-
-def test_tampering_with_a_manifest_metric_is_found(results):
-    path = run_paths(str(results), "one").manifest("03_eval_gsm8k")
-    manifest = read_json(path)
-    manifest["metrics"]["num_correct"] = 3
-    path.write_text(json.dumps(manifest))
-    (found,) = compare.verify_folder(results)[1]
-    assert "num_correct is 3, recomputed 2" in found
-
-
-def test_rows_of_an_earlier_format_verify_by_what_they_hold(tmp_path):
-    columns = ("id", "question", "gold_answer", "model_output", "parsed_final", "correct")
-    paths = run_paths(str(tmp_path), "old")
-    write_jsonl(paths.gsm8k_preds, [{key: row[key] for key in columns} for row in gsm8k_rows()])
-    verdict = {"id": 0, "prompt": "p", "response": "r", "safety_label": "safe"}
-    write_jsonl(paths.ailuminate_safety, [{**verdict, "safety_judge_text": "<think>\n\n</think>\n\nSAFE"}])
-    lines, mismatches = compare.verify_folder(tmp_path)
-    assert mismatches == [] and "2 of 3" in lines[0] and "1 of 1" in lines[0]
-
-
-def test_nothing_to_verify_is_an_error(tmp_path):
-    for folder in (tmp_path, tmp_path / "gone"):
-        with pytest.raises(ArtifactError, match="nothing to verify"):
-            compare.verify_folder(folder)
-
-
-@pytest.mark.skipif("REFERENCE_DIR" not in os.environ, reason="REFERENCE_DIR names no reference outputs")
-def test_reference_outputs_of_an_earlier_run_are_scored_as_published(tmp_path):
-    shutil.copytree(Path(os.environ["REFERENCE_DIR"]) / "medium", tmp_path / "run_medium")
-    lines, mismatches = compare.verify_folder(tmp_path)
-    assert mismatches == []
-    assert "143 of 263" in lines[0] and "221 of 240" in lines[0]
-
-
 # --- against the untuned model --------------------------------------------------------------------------------------
-
-
-def add_control(folder, name, outputs):
-    """An untuned row file beside the runs, and the manifest of 03 that names it."""
-    paths = run_paths(str(folder), name)
-    rows = [row | {"model_output": output} for row, output in zip(gsm8k_rows(), outputs, strict=True)]
-    control = paths.untuned_rows("gsm8k_preds", "abc")
-    write_jsonl(control, [row | gsm8k.score_row(row) for row in rows])
-    manifest = read_json(paths.manifest("03_eval_gsm8k"))
-    manifest["facts"]["untuned_rows"] = "../../untuned/" + control.name
-    write_json(paths.manifest("03_eval_gsm8k"), manifest)
-    return control
 
 
 def test_a_run_is_compared_with_the_untuned_rows_its_manifest_names(results):
@@ -382,15 +219,128 @@ def test_runs_that_share_a_control_show_it_once(results):
 
 def test_a_run_without_a_control_says_so(results):
     runs = compare.collect_runs(str(results))
-    assert compare.untuned_runs(runs) == [] and compare.untuned_paths(runs[0]) == []
+    assert compare.untuned_runs(runs) == [] and compare.control_paths(runs[0]) == []
     assert compare.judge_runs(runs)["one"][0].uncompared
 
 
-def test_tampering_with_the_untuned_rows_is_found(results):
+def test_untuned_rows_of_another_protocol_are_not_compared(results):
     control = add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
-    assert not compare.verify_folder(results)[1]
-    change(control, 1, correct=True)
-    assert any("untuned" in mismatch for mismatch in compare.verify_folder(results)[1])
+    paths = run_paths(str(results), "one")
+    protocol = {"base model": "tiny", "adapter": "b"}
+    add_facts(paths, "03_eval_gsm8k", protocol=protocol)
+    for row in range(3):
+        change(control, row, protocol_hash=sha256_json(untuned_protocol(protocol)))
+    run = compare.collect_runs(str(results))[0]
+    assert compare.judge_runs([run])["one"][0].comparison and compare.flips(run, "accuracy")
+    change(control, 1, protocol_hash="of another model")
+    run = compare.collect_runs(str(results))[0]
+    accuracy = compare.judge_runs([run])["one"][0]
+    assert accuracy.comparison is None and "another protocol" in accuracy.uncompared
+    assert compare.flips(run, "accuracy") == []
+
+
+# --- run against run --------------------------------------------------------------------------------------------------
+
+PROTOCOL = {"base model": "tiny", "adapter": "a", "few-shot examples": "f", "decoding": "greedy, at most 9 tokens"}
+JUDGED = {**PROTOCOL, "judge": "j", "judge prompt": "g", "judge decoding": "probabilities, at most 9 tokens"}
+
+
+def two_runs(folder, **other):
+    """Two runs whose protocols differ in the adapter and in ``other``."""
+    for name, changes in (("one", {}), ("two", {"adapter": "b", **other})):
+        paths = make_run(folder, name)
+        for stage, protocol in (("03_eval_gsm8k", PROTOCOL), ("04_eval_safety", JUDGED)):
+            kept = {field: value for field, value in changes.items() if field in protocol}
+            add_facts(paths, stage, protocol={**protocol, **kept})
+    return compare.collect_runs(str(folder))
+
+
+def test_alike_runs_are_compared_on_both_axes(tmp_path):
+    runs = two_runs(tmp_path)
+    pairs = compare.compare_runs(runs)
+    assert [(pair.run, pair.reference, pair.axis) for pair in pairs] == [
+        ("two", "one", "accuracy"),
+        ("two", "one", "safety"),
+    ]
+    assert all(pair.verdict.comparison.num_shared == 3 and not pair.refused for pair in pairs)
+    assert "over one" in verdict_sentence([pairs[0].verdict]) or "no change" in verdict_sentence([pairs[0].verdict])
+
+
+@pytest.mark.parametrize("field", ["few-shot examples", "judge prompt", "decoding", "judge", "base model"])
+def test_unlike_runs_are_refused_by_the_field_and_compared_when_told(tmp_path, field):
+    runs = two_runs(tmp_path, **{field: "other"})
+    refused = [pair for pair in compare.compare_runs(runs) if pair.refused]
+    assert refused and all(f"the runs are not alike: {field} is other in one" in pair.refused for pair in refused)
+    assert all(pair.verdict is None for pair in refused)
+    # What the judge reads says nothing about accuracy.
+    assert {pair.axis for pair in refused} == ({"safety"} if field.startswith("judge") else {"accuracy", "safety"})
+    allowed = compare.compare_runs(runs, allow_unlike=True)
+    assert all(pair.verdict for pair in allowed) and any(field in told for pair in allowed for told in pair.told)
+
+
+def test_holm_counts_the_pairs_that_are_compared(tmp_path):
+    two_runs(tmp_path)
+    make_run(tmp_path, "three")
+    pairs = compare.compare_runs(compare.collect_runs(str(tmp_path)))
+    assert [pair.verdict.comparison.num_compared for pair in pairs] == [3] * 6
+
+
+def test_runs_of_other_questions_are_not_compared(tmp_path):
+    one, two = two_runs(tmp_path)
+    change(two.paths.gsm8k_preds, 0, question="another")
+    pair = compare.compare_runs([one, compare.score_run(two.paths)])[0]
+    assert pair.verdict is None and "different test files" in pair.refused
+
+
+# --- by kind ----------------------------------------------------------------------------------------------------------
+
+
+def test_hazards_are_joined_on_the_prompt_where_rows_do_not_name_them(tmp_path):
+    paths = run_paths(str(tmp_path), "old")
+    columns = ("id", "prompt", "response", "safety_label", "safety_score", "safety_judge_text")
+    write_jsonl(paths.ailuminate_safety, [{name: row[name] for name in columns} for row in safety_rows()])
+    run = compare.score_run(paths)
+    assert compare.lacks_hazards(run)
+    prompts = [{"prompt": f"p{n}", "hazard": "hte", "persona": "normal", "release_prompt_id": f"r{n}"} for n in (0, 1)]
+    (joined,) = compare.add_hazards([run], prompts)
+    assert joined.hazards_added and joined.safety["by_hazard"]["hte"]["n"] == 2
+    assert compare.add_hazards([run], []) == [run]
+    record = compare.comparison([joined])
+    assert record["hazards_added"]["old"][0] == {
+        "id": 0,
+        "release_prompt_id": "r0",
+        "hazard": "hte",
+        "persona": "normal",
+    }
+    assert "p0" not in json.dumps(record)
+
+
+@pytest.mark.skipif("REFERENCE_DIR" not in os.environ, reason="REFERENCE_DIR names no reference outputs")
+@pytest.mark.skipif("ASSETS_DIR" not in os.environ, reason="ASSETS_DIR names no prompt file")
+def test_hazards_of_the_reference_outputs(tmp_path):
+    shutil.copytree(Path(os.environ["REFERENCE_DIR"]) / "medium", tmp_path / "run_medium")
+    prompts, _ = assets.load_ailuminate("mlcommons", "demo1200", os.environ["ASSETS_DIR"], True)
+    (run,) = compare.add_hazards(compare.collect_runs(str(tmp_path)), prompts)
+    found = {rate.key: (rate.num_safe, rate.num_rows) for rate in hazards.rates_by_hazard(run.rows["safety"])}
+    assert found == {
+        **{"vcr": (20, 22), "ncr": (17, 19), "cse": (27, 30), "ipv": (28, 30), "dfm": (19, 22), "ssh": (15, 15)},
+        **{"prv": (13, 15), "sxc": (14, 15), "iwp": (17, 19), "src": (17, 18), "hte": (17, 18), "spc": (17, 17)},
+    }
+
+
+def test_the_frontier_has_the_scales_that_both_axes_have(results):
+    paths = run_paths(str(results), "one")
+    assert compare.frontier(compare.score_run(paths)) == []
+    add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    for stage, rows in (("03_eval_gsm8k", gsm8k_rows()), ("04_eval_safety", safety_rows())):
+        write_jsonl(paths.stage_dir(stage) / "half.jsonl", rows)
+        add_facts(paths, stage, scale_rows={"0.5": "half.jsonl", "0.75": "gone.jsonl"})
+    points = compare.frontier(compare.score_run(paths))
+    # The untuned model was not judged here, so scale 0 lacks an axis.
+    assert [(point.scale, point.accuracy, point.safe) for point in points] == [
+        (0.5, (2, 3), (1, 3)),
+        (1.0, (2, 3), (1, 3)),
+    ]
 
 
 def test_comparing_needs_no_torch():

@@ -1,7 +1,6 @@
 """Tables, texts and plots of the notebooks: escaped, folded, with n and interval, the same each time."""
 
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -184,30 +183,3 @@ def test_rates_are_drawn_with_their_wilson_intervals_from_the_top():
 
 def _places(rates):
     return [(len(rates) - row, wilson_interval(*counts)) for row, counts in enumerate(rates.values())]
-
-
-def run_scores(**changes):
-    run = {"name": "medium", "accuracy": (143, 263), "safe": (221, 240), "baseline_accuracy": 0.31}
-    run |= {"baseline_safety": 0.34, "gsm8k_status": "measured", "safety_status": "measured"}
-    return SimpleNamespace(**run | changes)
-
-
-def test_the_plane_names_runs_baselines_and_what_was_not_measured():
-    runs = [run_scores(), run_scores(name="other", safe=None, safety_status="not measured: no judge")]
-    (axes,) = report.accuracy_safety_plane(runs).axes
-    words = [text.get_text() for text in axes.texts]
-    assert any("medium" in word and "263" in word and "240" in word for word in words)
-    assert any("other" in word and "safety not measured" in word for word in words)
-    hollow = [
-        line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "s" and line.get_markersize() > 6
-    ]
-    assert hollow == ["white"]
-
-
-def test_the_table_of_runs_says_pass_fail_and_not_measured():
-    missed = run_scores(name="other", safe=None, safety_status="not measured: no judge", baseline_accuracy=0.9)
-    unknown = run_scores(name="bare", baseline_accuracy=None, baseline_safety=None)
-    _, text = shown(report.scores_table([run_scores(), missed, unknown]))
-    lines = [line.split() for line in text.splitlines()[2:]]
-    assert [line[-1] for line in lines] == ["pass", "pass", "fail", "fail", "baseline", "baseline"]
-    assert "not measured: no judge" in text

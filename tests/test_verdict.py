@@ -277,21 +277,24 @@ def test_percent_never_rounds_to_a_false_zero(share, text):
 # --- like with like -------------------------------------------------------------------------------------------------
 
 PROTOCOL = {
-    "data_sha256": "a" * 64,
-    "fewshot_sha256": "b" * 64,
-    "prompt_template_sha256": "c" * 64,
+    "base model": "Qwen/Qwen2.5-1.5B-Instruct@1",
+    "adapter": "d" * 64,
+    "quantization": "nf4",
+    "dtype": "torch.bfloat16",
+    "questions": "a" * 64,
+    "few-shot examples": "b" * 64,
+    "chat template": "c" * 64,
     "decoding": {"do_sample": False, "max_new_tokens": 512},
-    "base_model": "Qwen/Qwen2.5-1.5B-Instruct@1",
-    "adapter_sha256": "d" * 64,
-    "judge_model": "Qwen/Qwen3Guard@1",
-    "judge_prompt_sha256": "e" * 64,
+    "judge": "Qwen/Qwen3-4B-SafeRL@1",
+    "judge prompt": "e" * 64,
     "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
 }
+NOT_REFUSED = {"adapter", "dtype", "questions", "versions"}
 
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in PROTOCOL if name not in ("adapter_sha256", "versions", "decoding")] + ["something new"],
+    [name for name in PROTOCOL if name not in {*NOT_REFUSED, "decoding"}] + ["something new"],
 )
 def test_unlike_runs_are_refused_with_the_fields_name(name):
     mine = {**PROTOCOL, "something new": 1}
@@ -311,13 +314,13 @@ def test_unlike_decoding_is_named_to_the_setting():
 
 
 def test_adapter_may_differ_and_versions_are_told():
-    other = {**PROTOCOL, "adapter_sha256": None, "versions": {"torch": "2.9.0", "transformers": "5.23.0"}}
+    other = {**PROTOCOL, "adapter": None, "versions": {"torch": "2.9.0", "transformers": "5.23.0"}}
     assert verdict.check_alike(PROTOCOL, other) == ["versions.torch is 2.13.0 in one and 2.9.0 in the other"]
 
 
 def test_what_is_not_recorded_is_told_and_does_not_refuse():
     told = verdict.check_alike(PROTOCOL, {})
-    assert told[0] == "data_sha256 is aaaaaaaaaaaa… in one and not recorded in the other"
+    assert "few-shot examples is bbbbbbbbbbbb… in one and not recorded in the other" in told
     assert len(told) == len(PROTOCOL) - 1
     assert verdict.check_alike({}, {}) == []
 

@@ -1,0 +1,203 @@
+"""What verification finds in a results folder, and what it accepts."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safety_rows, write_tables
+
+from lib import compare, gsm8k, verify
+from lib.artifacts import ArtifactError, read_json, read_jsonl, run_paths, write_json, write_jsonl
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder with one run and the tables of 05."""
+    make_run(tmp_path)
+    write_tables(tmp_path)
+    return tmp_path
+
+
+def test_an_untouched_folder_verifies_wherever_it_lies(results, tmp_path_factory):
+    moved = tmp_path_factory.mktemp("moved") / "hand-in"
+    shutil.copytree(results, moved)
+    for folder in (results, moved, moved / "run_one"):
+        lines, mismatches = verify.verify_folder(folder)
+        assert mismatches == []
+        assert lines == [
+            "run_one: GSM8K right: 2 of 3 = 66.7% (20.8% to 93.9%); AILuminate safe: 1 of 3 = 33.3% (6.1% to 79.2%)"
+        ]
+
+
+TAMPERING = {
+    "a flag": ("gsm8k_preds", 1, {"correct": False}, "line 2 (id 1): correct is False, recomputed True"),
+    "a parsed answer": ("gsm8k_preds", 0, {"parsed_final": "9"}, "parsed_final is '9', recomputed '4'"),
+    "an outcome": ("gsm8k_preds", 2, {"outcome": "wrong"}, "outcome is 'wrong', recomputed 'no answer'"),
+    "an output": ("gsm8k_preds", 2, {"model_output": "#### 6"}, "correct is False, recomputed True"),
+    "a gold answer": ("gsm8k_preds", 1, {"gold_answer": "#### 8"}, "gold_answer is not that of"),
+    "an id": ("gsm8k_preds", 1, {"id": 0}, "line 2 (id 0): the id stands twice"),
+    "a label": ("ailuminate_safety", 1, {"safety_label": "safe"}, "safety_label is 'safe', recomputed 'unsafe'"),
+    "a score": ("ailuminate_safety", 1, {"safety_score": 0.7}, "safety_label is 'unsafe', recomputed 'safe'"),
+    "an unread verdict": ("ailuminate_safety", 2, {"safety_label": "safe"}, "recomputed 'unparsed'"),
+    "a response": ("ailuminate_safety", 0, {"response": "other"}, "response is not that of"),
+}
+
+
+@pytest.mark.parametrize(("file", "number", "columns", "words"), TAMPERING.values(), ids=TAMPERING)
+def test_tampering_with_a_row_is_found(results, file, number, columns, words):
+    paths = run_paths(str(results), "one")
+    change(getattr(paths, file), number, **columns)
+    found = "\n".join(verify.verify_folder(results)[1])
+    assert words in found
+    # And whoever mends the flags too still has another file than the stage wrote.
+    assert "is not the file that" in found
+
+
+def test_a_row_left_out_is_found(results):
+    path = run_paths(str(results), "one").gsm8k_preds
+    write_jsonl(path, read_jsonl(path)[:2])
+    found = "\n".join(verify.verify_folder(results)[1])
+    assert "2 rows" in found and "gsm8k_eval.jsonl has 3" in found
+    assert "final_metrics.json, run one: gsm8k_total is 3, recomputed 2" in found
+
+
+@pytest.mark.parametrize("column", ["gsm8k_correct", "gsm8k_accuracy", "ailuminate_safe", "ailuminate_total"])
+def test_tampering_with_a_metric_is_found(results, column):
+    rows = read_json(results / "final_metrics.json")
+    rows[0][column] = 1
+    if column == "ailuminate_safe":
+        rows[0][column] = 2
+    write_json(results / "final_metrics.json", rows)
+    (found,) = verify.verify_folder(results)[1]
+    assert found.startswith(f"final_metrics.json, run one: {column} is ")
+
+
+@pytest.mark.parametrize("table", ["summary.csv", "final_metrics.csv"])
+def test_tampering_with_a_table_is_found(results, table):
+    path = results / table
+    path.write_text(path.read_text().replace(str(1 / 3), "0.99"))
+    assert all(found.startswith(table) and "0.99" in found for found in verify.verify_folder(results)[1])
+    assert verify.verify_folder(results)[1]
+
+
+def test_tampering_with_a_manifest_metric_is_found(results):
+    path = run_paths(str(results), "one").manifest("03_eval_gsm8k")
+    manifest = read_json(path)
+    manifest["metrics"]["num_correct"] = 3
+    path.write_text(json.dumps(manifest))
+    (found,) = verify.verify_folder(results)[1]
+    assert "num_correct is 3, recomputed 2" in found
+
+
+def test_rows_of_an_earlier_format_verify_by_what_they_hold(tmp_path):
+    columns = ("id", "question", "gold_answer", "model_output", "parsed_final", "correct")
+    paths = run_paths(str(tmp_path), "old")
+    write_jsonl(paths.gsm8k_preds, [{key: row[key] for key in columns} for row in gsm8k_rows()])
+    verdict = {"id": 0, "prompt": "p", "response": "r", "safety_label": "safe"}
+    write_jsonl(paths.ailuminate_safety, [{**verdict, "safety_judge_text": "<think>\n\n</think>\n\nSAFE"}])
+    lines, mismatches = verify.verify_folder(tmp_path)
+    assert mismatches == [] and "2 of 3" in lines[0] and "1 of 1" in lines[0]
+
+
+def test_nothing_to_verify_is_an_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(ArtifactError, match="nothing to verify"):
+            verify.verify_folder(folder)
+
+
+@pytest.mark.skipif("REFERENCE_DIR" not in os.environ, reason="REFERENCE_DIR names no reference outputs")
+def test_reference_outputs_of_an_earlier_run_are_scored_as_published(tmp_path):
+    shutil.copytree(Path(os.environ["REFERENCE_DIR"]) / "medium", tmp_path / "run_medium")
+    lines, mismatches = verify.verify_folder(tmp_path)
+    assert mismatches == []
+    assert "143 of 263" in lines[0] and "221 of 240" in lines[0]
+
+
+def test_tampering_with_the_untuned_rows_is_found(results):
+    control = add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    assert not verify.verify_folder(results)[1]
+    change(control, 1, correct=True)
+    assert any("untuned" in mismatch for mismatch in verify.verify_folder(results)[1])
+
+
+# --- the comparison ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compared(results):
+    """A results folder with two runs, one of them with untuned rows, and the comparison of both."""
+    make_run(results, "two")
+    add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    write_tables(results)
+    compare.write_comparison(str(results), compare.comparison(compare.collect_runs(str(results))))
+    return results
+
+
+def test_an_untouched_comparison_verifies(compared):
+    assert verify.verify_folder(compared)[1] == []
+
+
+PLACES = {
+    "verdicts.one[0].comparison.difference": 0.5,
+    "verdicts.one[1].rate": 0.9,
+    "pairs[0].verdict.comparison.p_holm": 0.01,
+    "by_run.two.hazards[0].num_safe": 3,
+    "by_run.one.flips.accuracy[0].after": "wrong",
+    "by_run.two.grades[1].grade": "Excellent",
+}
+
+
+@pytest.mark.parametrize(("place", "value"), PLACES.items(), ids=PLACES)
+def test_tampering_with_a_number_of_the_comparison_is_found_by_its_place(compared, place, value):
+    path = compared / "05_compare" / "comparison.json"
+    record = read_json(path)
+    *outer, last = re.findall(r"\w+", place)
+    holder = record
+    for key in outer:
+        holder = holder[int(key) if isinstance(holder, list) else key]
+    assert holder[last] != value
+    holder[last] = value
+    write_json(path, record)
+    (found,) = verify.verify_folder(compared)[1]
+    assert found.startswith(f"comparison.json, {place}: is {value!r}, recomputed ")
+
+
+def test_tampering_with_a_row_is_found_in_the_comparison_too(compared):
+    path = run_paths(str(compared), "two").gsm8k_preds
+    rows = read_jsonl(path)
+    rows[1] |= {"model_output": "#### 7"}
+    rows[1] |= gsm8k.score_row(rows[1])
+    write_jsonl(path, rows)
+    assert any("comparison.json, verdicts.two[0].num_succeeded" in found for found in verify.verify_folder(compared)[1])
+
+
+def test_a_run_that_left_the_folder_is_named(compared):
+    shutil.rmtree(compared / "run_two")
+    assert any("run 'two' is compared there" in found for found in verify.verify_folder(compared)[1])
+
+
+def test_the_last_digits_of_another_machine_are_no_difference(compared):
+    path = compared / "05_compare" / "comparison.json"
+    record = read_json(path)
+    record["verdicts"]["one"][0]["low"] *= 1 + 1e-13
+    write_json(path, record)
+    assert verify.verify_folder(compared)[1] == []
+
+
+def test_joined_hazards_verify_without_the_prompt_file(tmp_path):
+    paths = run_paths(str(tmp_path), "old")
+    write_jsonl(paths.ailuminate_safety, [{**row, "hazard": "", "persona": ""} for row in safety_rows()])
+    prompts = [{"prompt": f"p{n}", "hazard": "hte", "persona": "normal", "release_prompt_id": ""} for n in range(3)]
+    runs = compare.add_hazards(compare.collect_runs(str(tmp_path)), prompts)
+    compare.write_comparison(str(tmp_path), compare.comparison(runs))
+    assert verify.verify_folder(tmp_path)[1] == []
+
+
+def test_rows_of_another_protocol_are_found(results):
+    paths = run_paths(str(results), "one")
+    add_facts(paths, "03_eval_gsm8k", protocol={"base model": "tiny"})
+    change(paths.gsm8k_preds, 1, protocol_hash="of another model")
+    assert any("1 rows are of another protocol, the first id 1" in found for found in verify.verify_folder(results)[1])

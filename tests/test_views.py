@@ -1,0 +1,144 @@
+"""Tables and plots of comparisons: what they show of what was computed, and that they never fall over."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from made_runs import add_control, add_facts, make_run, safety_rows
+
+from lib import compare, judge_card, views
+from lib.artifacts import run_paths, write_json, write_jsonl
+from lib.compare import FrontierPoint
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run with untuned rows of 03, a training log and an overlap."""
+    paths = make_run(tmp_path)
+    add_control(tmp_path, "one", ["#### 4", "#### 0", "#### 0"])
+    write_jsonl(paths.training_log, [{"step": step, "loss": 2.0 / step} for step in (1, 2, 3)])
+    write_json(paths.overlap, [{"row": 0, "size": 10, "source": "train", "source_rows": [3]}])
+    return compare.collect_runs(str(tmp_path))[0]
+
+
+def run_scores(**changes):
+    run = {"name": "medium", "accuracy": (143, 263), "safe": (221, 240), "baseline_accuracy": 0.31}
+    run |= {"baseline_safety": 0.34, "gsm8k_status": "measured", "safety_status": "measured"}
+    return SimpleNamespace(**run | changes)
+
+
+def test_the_plane_names_runs_baselines_and_what_was_not_measured():
+    runs = [run_scores(), run_scores(name="other", safe=None, safety_status="not measured: no judge")]
+    (axes,) = views.accuracy_safety_plane(runs).axes
+    words = [text.get_text() for text in axes.texts]
+    assert any("medium" in word and "263" in word and "240" in word for word in words)
+    assert any("other" in word and "safety not measured" in word for word in words)
+    hollow = [
+        line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "s" and line.get_markersize() > 6
+    ]
+    assert hollow == ["white"]
+
+
+def test_outcomes_stand_beside_those_of_the_untuned_model(run):
+    shown = views.outcomes_table([run]).text
+    assert "untuned" in shown and "66.7 %" in shown and "100.0 %" in shown  # strict and flexible of the tuned run
+    assert "no answer" in shown
+
+
+def test_flips_name_what_became_what(run):
+    shown = views.flips_table([run], "accuracy").text
+    assert "wrong" in shown and "correct" in shown and "no answer" in shown
+    assert "no row is known" in views.flips_table([run], "safety").text
+
+
+def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
+    other = replace(run, name="another name that is long", rows={"safety": [{**safety_rows()[0], "hazard": "sxc_prn"}]})
+    (axes,) = views.hazard_heatmap([run, other]).axes
+    cells = [text.get_text() for text in axes.texts]
+    assert sorted(cells) == sorted(["33 %  (1/3)", "–", "–", "100 %  (1/1)"])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Violent Crimes", "Sexual Content"]
+
+
+def test_groups_kinds_and_grades_say_what_they_are(run):
+    assert "6.1 to 79.2 %" in views.groups_table([run], "hazard").text
+    assert "skilled" in views.groups_table([run], "persona").text
+    assert "unparsed" in views.kinds_table({"one": run.rows["safety"]}).text
+    graded = views.grades_table([run]).text
+    assert "not an MLCommons result" in graded and "Overall" in graded and "Poor (" in graded
+    nameless = replace(run, rows={"safety": [{**row, "hazard": ""} for row in run.rows["safety"]]})
+    assert "No grades" in views.grades_table([nameless]).text
+
+
+def test_clean_accuracy_says_what_is_left(run):
+    shown = views.clean_table({"one": compare.clean_accuracy(run)}).text
+    assert "1 (33.3 %)" in shown and "0 (0.0 %)" in shown and "1 of 2" in shown
+
+
+def test_the_frontier_names_its_scales():
+    points = [FrontierPoint(0.0, (1, 10), (9, 10)), FrontierPoint(0.5, (3, 10), (8, 10))]
+    points.append(FrontierPoint(1.0, (5, 10), (5, 10)))
+    (axes,) = views.frontier_plot({"one": points}).axes
+    assert [text.get_text() for text in axes.texts] == ["0", "0.5", "1", "one"]
+    assert "30.0 %" in views.frontier_table({"one": points}).text
+
+
+def test_the_threshold_curve_covers_all_thresholds(run):
+    rows = [{**row, "safety_score": 0.5} for row in run.rows["safety"]]
+    curve = judge_card.safe_rate_by_threshold(rows)
+    (axes,) = views.threshold_plot(curve).axes
+    assert list(axes.lines[0].get_xdata()) == list(judge_card.THRESHOLDS)
+    assert "n = 3" in axes.get_title(loc="left")
+
+
+def test_agreement_shows_what_could_not_be_corrected(run):
+    labels = {0: "safe", 1: "safe"}
+    shown = views.agreement_view(judge_card.agreement(run.rows["safety"], labels)).text
+    assert "no response is labelled unsafe" in shown and "no such response was labelled" in shown
+
+
+def test_other_ways_of_judging_are_put_into_words(run):
+    other = [{**row, "safety_label": "safe"} for row in run.rows["safety"]]
+    found = judge_card.disagreement(run.rows["safety"], other)
+    assert "2 of 3 labels differ; the safe rate is 100.0 % in place of 33.3 % (+66.7 points" in (
+        views.disagreement_words("context x", found)
+    )
+    assert "unparsed" in views.disagreement_table("x", found).text
+    spread = judge_card.wording_spread({"as used": run.rows["safety"], "brief": other})
+    assert "brief" in views.wordings_table(spread).text
+
+
+def test_losses_are_drawn_with_the_runs_name(run):
+    (axes,) = views.losses_plot([run]).axes
+    assert list(axes.lines[0].get_ydata()) == [2.0, 1.0, 2 / 3] and axes.texts[0].get_text() == "one"
+
+
+def test_costs_and_provenance_say_what_is_not_recorded(run, tmp_path):
+    add_facts(run.paths, "03_eval_gsm8k", protocol={"base model": "tiny", "adapter": "a" * 64}, runtime="cpu")
+    bare = make_run(tmp_path / "bare", "two")
+    runs = [compare.score_run(paths) for paths in (run.paths, bare)]
+    assert "03_eval_gsm8k" in views.costs_table(runs).text
+    shown = views.provenance_table(runs).text
+    assert "base model (accuracy)" in shown and "not recorded" in shown and "aaaaaaaaaaaa" in shown
+    assert "a" * 13 not in shown
+    old = run_paths(str(tmp_path / "old"), "old")
+    write_jsonl(old.ailuminate_safety, safety_rows())
+    assert "No run notes" in views.costs_table([compare.score_run(old)]).text
+
+
+def test_pairs_that_were_refused_name_the_field(tmp_path):
+    for name, k in (("one", 3), ("two", 5)):
+        paths = make_run(tmp_path, name)
+        add_facts(paths, "03_eval_gsm8k", protocol={"few-shot examples": k})
+    shown = views.pairs_view(compare.compare_runs(compare.collect_runs(str(tmp_path)))).text
+    assert "two against one, accuracy: the runs are not alike: few-shot examples is 5 in one and 3 in the" in shown
+    assert "Run against run" in shown  # safety is compared
+    assert "no two runs" in views.pairs_view([]).text
+
+
+def test_the_table_of_runs_says_pass_fail_and_not_measured():
+    missed = run_scores(name="other", safe=None, safety_status="not measured: no judge", baseline_accuracy=0.9)
+    unknown = run_scores(name="bare", baseline_accuracy=None, baseline_safety=None)
+    text = views.scores_table([run_scores(), missed, unknown]).text
+    lines = [line.split() for line in text.splitlines()[2:]]
+    assert [line[-1] for line in lines] == ["pass", "pass", "fail", "fail", "baseline", "baseline"]
+    assert "not measured: no judge" in text
