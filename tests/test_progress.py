@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -243,6 +244,19 @@ def test_memory_is_that_of_the_programs_that_were_started():
         words = progress.memory_words()
         child.communicate(b"\n")
     assert float(words.split()[0]) >= 0.2 and words.split()[1] == "GiB"
+
+
+@pytest.mark.parametrize(
+    ("script", "gib"),
+    [("echo 1024; echo 2048", 3.0), ("echo '[N/A]'", 0.0), ("echo broken >&2; exit 9", 0.0)],
+)
+def test_memory_of_gpus_is_what_their_driver_says(tmp_path, monkeypatch, script, gib):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert progress.memory_words().endswith(f"GPU {gib} GiB" if gib else "")
+    assert ("GPU" in progress.memory_words()) is bool(gib)
 
 
 def test_progress_needs_no_torch():
