@@ -239,8 +239,9 @@ def test_no_character_of_a_row_reaches_the_terminal(paths, monkeypatch):
 
 
 def test_memory_is_that_of_the_programs_that_were_started():
-    with subprocess.Popen([sys.executable, "-c", "data = bytearray(2**28); input()"], stdin=subprocess.PIPE) as child:
-        time.sleep(0.5)
+    code = "data = bytearray(b'x') * 2**28; print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
         words = progress.memory_words()
         child.communicate(b"\n")
     assert float(words.split()[0]) >= 0.2 and words.split()[1] == "GiB"
