@@ -197,7 +197,7 @@ def _local_or_hub(place: str) -> str:
 
 
 def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str], seed: int | None) -> Plan:
-    from lib.artifacts import RunPaths, display_path
+    from lib.artifacts import ArtifactError, display_path, run_paths
     from lib.params import load_params, preset_path
 
     path = preset_path(preset, args.params_dir)
@@ -217,7 +217,10 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
         "allow_unlike": args.allow_unlike,
     }
     _check_checkpoint(preset, params, settings)
-    run = RunPaths(name, results / f"run_{name}")
+    try:
+        run = run_paths(str(results), name)
+    except ArtifactError as error:
+        raise UsageError(f"preset {preset!r}: {error}") from None
     folder = reports / f"run_{name}"
     stages = chosen_stages(args)
     plan = Plan(name, params, settings, run, folder, stages, args.cell_timeout, args.typed, args.quiet)

@@ -33,7 +33,7 @@ import yaml
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib.artifacts import STAGES, ArtifactError, read_json, read_jsonl  # noqa: E402
+from lib.artifacts import STAGES, ArtifactError, read_json, read_jsonl, write_json  # noqa: E402
 
 PRESET = "chaos"
 KINDS = ("driver", "kernel", "both")
@@ -60,6 +60,7 @@ SIZES = {
     "gsm8k_max_new_tokens": 24,
     "ailuminate_max_new_tokens": 24,
     "eval_batch_size": 2,
+    "judge_card_rows": 2,
 }
 ORPHAN_S = 3.0
 DRIVER_S = 900.0
@@ -111,8 +112,11 @@ def save_models(project: Path) -> None:
     """Two tiny random models with a tokenizer that needs no download."""
     from tests.tiny import save_tiny_model
 
-    save_tiny_model(project / "models" / "base", "qwen2", seed=0)
-    save_tiny_model(project / "models" / "judge", "qwen3", seed=1)
+    for seed, (name, family) in enumerate((("base", "qwen2"), ("judge", "qwen3"))):
+        folder = save_tiny_model(project / "models" / name, family, seed=seed)
+        # Every byte is a token, so the guidelines alone take two thousand; positions cost nothing (rotary).
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**config, "max_position_embeddings": 8192})
 
 
 # --- a driver that is killed -----------------------------------------------------------------------------------------
@@ -175,12 +179,12 @@ def kill_in(driver: Driver, wanted: str, kind: str, after_s: float) -> tuple[Kil
     driver.start()
     while driver.process.poll() is None:
         driver.look()
-        kernels = driver.kernels()
         due = driver.stage >= wanted and time.monotonic() - driver.began >= after_s
+        kernels = driver.kernels() if due else []
         if due and (kernels or kind == "driver"):
             kill = Kill(driver.stage, kind, round(time.monotonic() - driver.began, 2))
             return kill, _strike(driver, kernels, kind)
-        time.sleep(0.005)
+        time.sleep(0.02)
     return None, "" if driver.finish() == 0 else f"ended by itself: {driver.output_text()[-500:]}"
 
 

@@ -64,7 +64,9 @@ class Html:
     text: str
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        return {"text/html": self.html, "text/plain": self.text}
+        # No encoding holds half a character, and the kernel would fail on it.
+        shown = {"text/html": self.html, "text/plain": self.text}
+        return {kind: content.encode("utf-8", "replace").decode() for kind, content in shown.items()}
 
 
 # --- numbers in words ------------------------------------------------------------------------------------------------
