@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import bitsandbytes
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -31,6 +32,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lib import dense_cache
 from lib.memory import free_memory_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -239,7 +241,7 @@ def load_dense(
     Raises:
         ModelError: as ``load_base``, or an adapter that is not safetensors or does not fit the model.
     """
-    model = _dequantize(load_base(folder, runtime, quantization))
+    model = _load_dequantized(Path(folder), runtime, quantization)
     if adapter_dir is not None:
         model = _merge_adapter(model, Path(adapter_dir), adapter_scale)
     return model.eval().requires_grad_(False)
@@ -265,8 +267,9 @@ def load_for_training(
     _require_one_of("weights", weights, ("auto", "dense", "packed"))
     choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)
     say(f"weights: {reason}")
-    model = load_base(folder, runtime, quantization)
-    return (_dequantize(model) if choice == "dense" else model).train()
+    dense = choice == "dense"
+    load = _load_dequantized if dense else load_base
+    return load(Path(folder), runtime, quantization).train()
 
 
 def peak_memory_gib(device: str) -> float:
@@ -295,6 +298,26 @@ def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
     # transformers forgets this one; peft, accelerate and saving would still take the model for a packed one.
     model.is_loaded_in_4bit = False
     return model.requires_grad_(False)
+
+
+def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
+    """Dense weights: the dequantised 4-bit ones, or the folder's own without quantisation.
+
+    On a CPU they are kept on disk; a GPU packs faster than a disk reads.
+    """
+    if quantization != "nf4" or runtime.device != "cpu":
+        return _dequantize(load_base(folder, runtime, quantization))
+    files, versions = _weight_files(folder), {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
+    made_from = dense_cache.identity(
+        [*files, folder / "config.json"], nf4=_nf4_config(runtime.dtype).to_dict(), dtype=str(runtime.dtype), **versions
+    )
+    with quiet_loading():
+        return dense_cache.load_or_make(
+            json.loads(json.dumps(made_from, default=str)),
+            _num_weights(folder) * runtime.dtype.itemsize,
+            load=lambda kept: load_base(kept, runtime, "none"),
+            make=lambda: _dequantize(load_base(folder, runtime, quantization)),
+        )
 
 
 def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> PreTrainedModel:

@@ -156,7 +156,7 @@ def hazard_heatmap(runs: Sequence[RunScores]) -> Figure:
     """
     rates = {run.name: {rate.name: rate for rate in hazards.rates_by_hazard(run.rows["safety"])} for run in runs}
     names = list(dict.fromkeys(name for found in rates.values() for name in found))
-    figure, (axes,) = new_figure(width=2.9 + 1.35 * len(runs), height=1.2 + 0.34 * len(names))
+    figure, (axes,) = new_figure(width=max(5.6, 2.9 + 1.35 * len(runs)), height=1.2 + 0.34 * len(names))
     shares = [[rates[run][name].rate if name in rates[run] else float("nan") for run in rates] for name in names]
     axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for row, name in enumerate(names):
