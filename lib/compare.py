@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lib import gsm8k, hazards, overlap, safety
+from lib import gsm8k, hazards, overlap, repeats, safety
 from lib.artifacts import (
     ArtifactError,
     RunPaths,
@@ -424,6 +424,7 @@ def comparison(runs: Sequence[RunScores], allow_unlike: bool = False) -> Row:
         "hazards_added": {run.name: _hazards_of(run) for run in runs if run.hazards_added},
         "verdicts": {name: [asdict(axis) for axis in axes] for name, axes in verdicts.items()},
         "pairs": [asdict(pair) for pair in compare_runs(runs, allow_unlike)],
+        "seeds": [asdict(spread) for spread in repeats.seed_spreads(runs)],
         "by_run": {run.name: _numbers_of(run) for run in [*runs, *untuned_runs(runs)]},
     }
 

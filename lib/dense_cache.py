@@ -1,6 +1,6 @@
 """Dequantised weights kept on disk, so that a CPU packs and unpacks a model once and not for every load.
 
-Packing to NF4 takes a CPU some ten seconds for 135M weights, and a run loads its models a dozen times; what comes out
+Packing to NF4 takes a CPU seconds a hundred million weights, and a run loads its models a dozen times; what comes out
 is the same each time. Kept are plain folders in ``data/models/dense/``, which may be deleted at any time. Knows nothing
 about quantisation: the caller names what the weights depend on and makes them.
 """

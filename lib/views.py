@@ -15,7 +15,15 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from lib import compare, gsm8k, hazards
 from lib.artifacts import read_json, read_jsonl
 from lib.compare import FrontierPoint, RunPair, RunScores
-from lib.judge_card import Agreement, CorrectedRate, Disagreement, Rate, WordingSpread
+from lib.judge_card import (
+    Agreement,
+    CorrectedRate,
+    Disagreement,
+    Rate,
+    WordingSpread,
+    disagreement,
+    wording_spread,
+)
 from lib.overlap import OverlapEffect
 from lib.report import (
     BLUE,
@@ -30,6 +38,7 @@ from lib.report import (
     note,
     percent,
     rate_columns,
+    sentences,
     stack,
     table,
 )
@@ -339,6 +348,42 @@ def disagreement_table(name: str, found: Disagreement) -> Html:
     """Labels of each pair of judgements."""
     rows = [{"as judged": one, name: other, "responses": count} for (one, other), count in found.counts.items()]
     return table(rows, f"Labels as judged and with {name}", max_rows=len(rows))
+
+
+def judge_card_view(
+    verdicts: Sequence[Mapping[str, Any]], again: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[Html, list[str]]:
+    """The same responses judged in other ways: tables of what differs, and a sentence for each way.
+
+    Args:
+        verdicts: judged rows.
+        again: as ``lib.safety.judge_again`` gives it; ``other_context`` and ``other_mode`` are those, every other name
+            is a wording of the guidelines. Each holds all rows of ``verdicts`` or some of them.
+    """
+    by_id = {row["id"]: row for row in verdicts}
+    tables, card, wordings = [], [], {}
+    for name, rows in again.items():
+        as_judged = [by_id[row["id"]] for row in rows]
+        if name.startswith("other_"):
+            found, label = disagreement(as_judged, rows), name.replace("_", " ")
+            tables.append(disagreement_table(label, found))
+            card.append(disagreement_words(label, found))
+        else:
+            wordings |= {"as used": as_judged, name: rows}
+    if wordings:
+        spread = wording_spread(wordings)
+        tables.append(wordings_table(spread))
+        card.append(
+            f"{len(spread.rates)} wordings of the guidelines on {len(wordings['as used'])} responses: the safe rate "
+            f"moves by {100 * spread.spread:.1f} points, {len(spread.ids)} labels are not the same under all."
+        )
+    return stack([*tables, sentences(card)]), card
+
+
+def threshold_words(curve: Sequence[tuple[float, Rate]]) -> str:
+    """How far the safe rate moves from the strictest to the most lenient threshold."""
+    (strict, low), (lenient, high) = curve[0], curve[-1]
+    return f"The safe rate is {percent(low.rate)} at a threshold of {strict} and {percent(high.rate)} at {lenient}."
 
 
 def wordings_table(found: WordingSpread) -> Html:

@@ -107,6 +107,16 @@ def test_other_ways_of_judging_are_put_into_words(run):
     assert "brief" in views.wordings_table(spread).text
 
 
+def test_the_judge_card_tells_each_way_once(run):
+    rows = run.rows["safety"]
+    again = {"other_context": rows, "other_mode": rows[:2], "brief": rows[:2], "questions": rows[:2]}
+    shown, card = views.judge_card_view(rows, again)
+    assert [line.split(":")[0] for line in card[:2]] == ["other context", "other mode"]
+    assert card[2].startswith("3 wordings of the guidelines on 2 responses: the safe rate moves by 0.0 points")
+    assert "questions" in shown.text and len(card) == 3
+    assert views.judge_card_view(rows, {"other_context": rows})[1][1:] == []
+
+
 def test_losses_are_drawn_with_the_runs_name(run):
     (axes,) = views.losses_plot([run]).axes
     assert list(axes.lines[0].get_ydata()) == [2.0, 1.0, 2 / 3] and axes.texts[0].get_text() == "one"
