@@ -225,6 +225,9 @@ class StageWatch:
 
     def _told(self, current: RowFile, now: float) -> Look:
         total, rate, tokens_rate = self._total(current), self._rows.per_s, self._tokens.per_s
+        if total and current.done >= total:
+            # What comes next is being loaded: a rate that sinks meanwhile would be of nothing.
+            rate = tokens_rate = 0.0
         unit = "steps" if current.is_training else "rows"
         left = (total - current.done) / rate if total and rate else 0.0
         return Look(
@@ -402,6 +405,7 @@ def _live_line(look: Look, width: int) -> Any:
     line = Table.grid(padding=(0, 1, 0, 0))
     cells: Sequence[Any] = [Text(look.line(room), no_wrap=True, overflow="ellipsis")]
     if with_bar:
-        cells = [ProgressBar(total=look.total, completed=look.done, width=BAR_WIDTH), *cells]
+        # At the end: where it comes and goes with the length of the line, nothing else moves.
+        cells = [*cells, ProgressBar(total=look.total, completed=look.done, width=BAR_WIDTH)]
     line.add_row(*cells)
     return line

@@ -108,12 +108,16 @@ def test_a_stage_is_followed_from_tuned_to_untuned_answers(paths):
     look = looked.look(3.0)
     assert (look.done, look.total, look.speed, look.left) == (5, 8, "2.00 rows/s", "2 s left")
     assert look.score.startswith("60.0 % right (") and look.tokens == "20 tokens/s"
+    for number in range(5, 8):
+        log.append(answer(number, correct=False))
+    look = looked.look(3.5)
+    assert (look.done, look.speed, look.left, look.tokens) == (8, "", "", "")
     untuned = RowLog(paths.untuned_rows("gsm8k_preds", "0123456789abcdef"), "hash")
     untuned.append(answer(0))
     look = looked.look(4.0)
     assert (look.kind, look.done, look.total, look.speed) == ("untuned answers", 1, 8, "")
     answers, untuned_answers = looked.final_lines()
-    assert answers.startswith("5 answers, 60.0 % right (")
+    assert answers.startswith("8 answers, 37.5 % right (")
     assert untuned_answers.startswith("1 untuned answers, 100.0 % right (")
 
 
