@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import os
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -146,12 +147,18 @@ def _score_row(run: RunScores, name: str, axis: AxisVerdict, reference: str) -> 
         "run": run.name,
         "axis": AXES[name].title,
         "rate": f"{verdict.percent(axis.rate)} %" if measured else status,
-        "interval": f"{verdict.percent(axis.low)} to {verdict.percent(axis.high)} %" if measured else "",
+        "interval": _interval(axis) if measured else "",
         "rows": f"{axis.num_succeeded:,} of {axis.num_rows:,} {AXES[name].right}" if measured else "",
         "baseline": _baseline_words(axis),
         **_change_cells(axis.comparison),
         "link": _rows_link(name, run.name, reference) if measured else "",
     }
+
+
+def _interval(axis: AxisVerdict) -> str:
+    # Rounded: at 0 of n a bound is 0 but for the last bits of a float, and would be shown as 1e-15.
+    low, high = (verdict.percent(round(bound, 9)) for bound in (axis.low, axis.high))
+    return f"{low} to {high} %"
 
 
 def _baseline_words(axis: AxisVerdict) -> str:
@@ -212,15 +219,18 @@ def _link(path: Path, reports_dir: Path) -> str:
     return quote(Path(os.path.relpath(path, reports_dir)).as_posix()) if path.exists() else ""
 
 
-def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, str]]:
+def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any]]:
     """05's pictures as data, the plane of accuracy and safety first."""
     words = "; ".join(f"{run.name}: {_both_rates(run)}" for run in runs)
     told = {"accuracy_safety": f"Accuracy against safe rate, a point a run. {words}."}
     for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem not in told, path.stem)):
         name = path.stem.replace("_", " ")
         alt = told.get(path.stem, f"Plot: {name}. Its numbers stand in the notebook 05_compare.")
-        data = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        yield {"name": name, "alt": alt, "data": data}
+        content = path.read_bytes()
+        data = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+        # Width and height stand in a PNG's header; lib.report draws with two pixels for one of the page.
+        width, height = (size // 2 or 1 for size in struct.unpack(">II", content[16:24]))
+        yield {"name": name, "alt": alt, "data": data, "width": width, "height": height}
 
 
 def _both_rates(run: RunScores) -> str:
