@@ -7,9 +7,11 @@ Real guidelines and judge prompts. Without --responses the texts to judge are GS
 with it they are a run's, of which nothing is printed. The plain way writes a verdict with generate(), one by one, in
 --plain-dtype; then the engine scores both labels in each of --dtype.
 
-Labels are compared in two ways, as a small model often writes no verdict at all: with the label whose probability is
-higher when the whole prompt is read anew for each label in the plain dtype, and with what the plain way wrote where
-that is a verdict.
+The rows of the plain way are spread evenly over all of them, so that both sides judge texts of like length.
+
+Labels are compared with the label whose probability is higher when the whole prompt is read anew for each label, in the
+engine's own dtype and in the plain one, and with what the plain way wrote where that is a verdict: a small model often
+writes none.
 """
 
 import argparse
@@ -67,12 +69,13 @@ class Bench:
         self.model = model.load_dense(source.folder, self.runtime, arguments.quantization)
         self.tokenizer = model.load_tokenizer(source.folder)
         self.conversations = judge_conversations(arguments)
+        self.stride = max(1, len(self.conversations) // arguments.plain_rows)
 
     def write_verdicts(self) -> tuple[Measured, list[str]]:
         """The plain way: what ``parse_verdict`` reads in up to 16 tokens, row after row."""
         engine = Engine(self.model, self.tokenizer, batch_size=1)
         engine.refusal = "timed as the plain way"
-        rows = self.conversations[: self.arguments.plain_rows]
+        rows = self.conversations[:: self.stride][: self.arguments.plain_rows]
         engine.generate(rows[:1], max_new_tokens=2)
         name = f"generate(), {self.arguments.max_new_tokens} tokens, one by one"
         work = lambda: engine.generate(rows, max_new_tokens=self.arguments.max_new_tokens)  # noqa: E731
@@ -102,15 +105,20 @@ def likelier(probabilities: Sequence[float]) -> str:
     return ("safe", "unsafe")[max(range(2), key=lambda label: probabilities[label])]
 
 
-def agreement(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]], verdicts: Sequence[str]) -> dict:
-    """Shares of equal labels with their n, and the largest difference of P(safe)."""
+def agreement(
+    found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]], verdicts: Sequence[str], stride: int
+) -> dict:
+    """Shares of equal labels with their n, the largest difference of P(safe), and P(safe) where labels differ."""
     pairs = list(zip(found, expected, strict=True))
-    written = [(likelier(one), verdict) for one, verdict in zip(found, verdicts, strict=False)]
+    written = [(likelier(one), verdict) for one, verdict in zip(found[::stride], verdicts, strict=False)]
     read = [pair for pair in written if pair[1] != "unparsed"]
     return {
         "same_label_share": sum(likelier(one) == likelier(other) for one, other in pairs) / len(pairs),
         "num_rows": len(pairs),
         "largest_difference": max(abs(one[0] - other[0]) for one, other in pairs),
+        "p_safe_where_different": [
+            (round(one[0], 3), round(other[0], 3)) for one, other in pairs if likelier(one) != likelier(other)
+        ],
         "same_as_written_share": sum(one == other for one, other in read) / len(read) if read else None,
         "num_written": len(read),
     }
@@ -120,16 +128,22 @@ def run(arguments: argparse.Namespace) -> tuple[list[Measured], list[dict[str, A
     """The plain way, then the engine in each dtype; one model in memory at a time."""
     bench = Bench(arguments, arguments.plain_dtype)
     plain, verdicts = bench.write_verdicts()
-    expected = bench.score_plainly()
-    ways, agreements = [plain], []
+    expected = {bench.runtime.dtype: bench.score_plainly()}
+    ways, agreements, first = [plain], [], bench.runtime.dtype
     for name in arguments.dtype:
         if resolve_runtime(arguments.device, name).dtype != bench.runtime.dtype:
             del bench
             gc.collect()
             bench = Bench(arguments, name)
         measured, found = bench.score()
-        agreements.append({"dtype": measured.dtype, **agreement(found, expected, verdicts)})
-        measured.same_share, measured.num_compared = agreements[-1]["same_label_share"], len(found)
+        own = bench.runtime.dtype
+        if own not in expected:
+            expected[own] = bench.score_plainly()
+        for dtype in dict.fromkeys([own, first]):
+            against = agreement(found, expected[dtype], verdicts, bench.stride)
+            agreements.append({"dtype": measured.dtype, "against": str(dtype).removeprefix("torch."), **against})
+            if dtype == own:
+                measured.same_share, measured.num_compared = against["same_label_share"], len(found)
         ways.append(measured)
     return ways, agreements
 
@@ -142,7 +156,11 @@ def main() -> None:
     if arguments.json:
         return
     for row in agreements:
-        print(f"{row['dtype']}: largest difference of P(safe) {row['largest_difference']:.4f}", end="; ")
+        print(
+            f"{row['dtype']} against plain {row['against']}: {100 * row['same_label_share']:.1f} % same label", end="; "
+        )
+        print(f"largest difference of P(safe) {row['largest_difference']:.4f}", end="; ")
+        print(f"where labels differ: {row['p_safe_where_different']}", end="; ")
         share = "none" if row["same_as_written_share"] is None else f"{100 * row['same_as_written_share']:.1f} %"
         print(f"same as what generate() wrote: {share} of {row['num_written']} verdicts")
 

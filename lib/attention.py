@@ -109,7 +109,11 @@ def head_size(config: PretrainedConfig) -> int:
 
 
 def pack_step(
-    cache: SlotCache, decoding: Sequence[tuple[int, int]], entering: Sequence[Sequence[int]], offset: int
+    cache: SlotCache,
+    decoding: Sequence[tuple[int, int]],
+    entering: Sequence[Sequence[int]],
+    offset: int,
+    num_parked: int = 0,
 ) -> PackedStep:
     """Lays out one forward pass.
 
@@ -117,6 +121,7 @@ def pack_step(
         decoding: (token, number of own tokens already in the slot) of the rows in slots 0, 1, ...
         entering: own tokens of the rows that go into the slots after those.
         offset: number of prefix tokens before each row's own.
+        num_parked: slots at the front whose rows wait and are fed nothing; then no row may decode.
     """
     device = cache.device
     lengths = [len(tokens) for tokens in entering]
@@ -124,7 +129,7 @@ def pack_step(
     tokens = [token for token, _ in decoding] + [token for row in entering for token in row]
     positions = [cached for _, cached in decoding] + [position for length in lengths for position in range(length)]
     slots = list(range(len(decoding)))
-    slots += [len(decoding) + row for row, length in enumerate(lengths) for _ in range(length)]
+    slots += [num_parked + len(decoding) + row for row, length in enumerate(lengths) for _ in range(length)]
     position = torch.tensor(positions, device=device)
     ends = torch.tensor([1] * len(decoding) + lengths, device=device).cumsum(0) - 1
     pad_index, unpad_index = _padding(lengths, device)

@@ -46,7 +46,9 @@ SUPPORTED_MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 MIN_PREFIX_TOKENS = 16
 # Entering rows are prefilled in portions of about this many tokens: enough to keep the matrix units busy, and few
 # enough that activations stay in the caches of a CPU.
-PREFILL_TOKENS = 1024
+PREFILL_TOKENS = 768
+# Rows whose labels are scored in one go: the steps for a label's further tokens are then shared by so many.
+SCORED_ROWS = 16
 MAX_ROWS = 256
 # What is free now is not all ours: the allocator fragments, and other processes move.
 MEMORY_SHARE = 0.7
@@ -333,8 +335,17 @@ class Engine:
             self.stats.num_halvings += 1
             num_rows //= 2
 
-    def _in_slots(self, waiting: deque[_Row], run: Callable[["_SlotBatch"], None], num_new_tokens: int) -> None:
-        """Runs all waiting rows. Those under way when memory runs out wait again, with the tokens they have."""
+    def _in_slots(
+        self,
+        waiting: deque[_Row],
+        run: Callable[["_SlotBatch"], None],
+        num_new_tokens: int,
+        most_rows: int = MAX_ROWS,
+    ) -> None:
+        """Runs all waiting rows, up to ``most_rows`` at a time.
+
+        Those under way when memory runs out wait again, with the tokens they have.
+        """
         capacity = max(len(row.prompt) for row in waiting) + num_new_tokens
 
         def attempt(num_slots: int) -> None:
@@ -346,7 +357,7 @@ class Engine:
                     row.cached = 0
                     waiting.appendleft(row)
 
-        self._with_halving(self._num_slots(len(waiting), capacity), attempt)
+        self._with_halving(self._num_slots(min(len(waiting), most_rows), capacity), attempt)
 
     def _num_slots(self, num_rows: int, capacity: int) -> int:
         if self.batch_size:
@@ -390,13 +401,12 @@ class Engine:
 
         def run(batch: "_SlotBatch") -> None:
             while waiting:
-                batch.admit(waiting)
-                scores = _score_labels(batch, labels)
+                scores = _score_labels(batch, waiting, labels)
                 rows, batch.active = batch.active, []
                 for row, score in zip(rows, scores, strict=True):
                     emit(row.index, score)
 
-        self._in_slots(waiting, run, max(map(len, labels)))
+        self._in_slots(waiting, run, max(map(len, labels)), SCORED_ROWS)
 
     # --- plain way ---
 
@@ -483,21 +493,25 @@ class _SlotBatch:
             self.active.append(waiting.popleft())
             free -= 1
 
-    def forward(self) -> Tensor:
+    def forward(self, num_parked: int = 0) -> Tensor:
         """Feeds each row the tokens that are not in its slot yet: one to a row under way, all to one that enters.
 
         Changes nothing but the slots when it fails, so the rows can start again.
 
+        Args:
+            num_parked: the first so many rows are fed nothing; all others must then be rows that enter.
+
         Returns:
-            Logits after the last token of each row, (rows, vocabulary).
+            Logits after the last token of each row that was fed, (rows, vocabulary).
         """
         start = time.perf_counter()
-        decoding = [(row.tokens[row.cached], row.cached) for row in self.active if row.cached]
-        entering = [row.tokens for row in self.active if not row.cached]
+        fed = self.active[num_parked:]
+        decoding = [(row.tokens[row.cached], row.cached) for row in fed if row.cached]
+        entering = [row.tokens for row in fed if not row.cached]
         offset = len(self.prefix.tokens) if self.prefix is not None else 0
-        step = pack_step(self.cache, decoding, entering, offset)
+        step = pack_step(self.cache, decoding, entering, offset, num_parked)
         logits = forward_step(self.model, self.cache, step, self.prefix)
-        for row in self.active:
+        for row in fed:
             row.cached = len(row.tokens)
         self._count(bool(entering), time.perf_counter() - start)
         return logits
@@ -562,9 +576,24 @@ def _require_numbers(picked: list[int]) -> list[int]:
     return picked
 
 
-def _score_labels(batch: _SlotBatch, labels: list[list[int]]) -> Tensor:
-    """Log-probability of each label after each row that just entered, (rows, labels) in float32 on the CPU."""
-    first = torch.log_softmax(batch.forward().float(), dim=-1)
+def _score_labels(batch: _SlotBatch, waiting: deque[_Row], labels: list[list[int]]) -> Tensor:
+    """Log-probability of each label after as many waiting rows as there are slots for; those are active then.
+
+    Prompts are read in portions, the labels' further tokens for all rows at once: such a step costs as much for one row
+    as for many.
+
+    Returns:
+        (rows, labels) in float32 on the CPU.
+    """
+    portions = []
+    while waiting and len(batch.active) < batch.cache.num_slots:
+        num_parked = len(batch.active)
+        batch.admit(waiting)
+        for row in batch.active[num_parked:]:
+            # What memory running out has left of an earlier attempt.
+            row.output = []
+        portions.append(torch.log_softmax(batch.forward(num_parked).float(), dim=-1))
+    first = torch.cat(portions)
     scores = []
     for label in labels:
         score = first[:, label[0]]
