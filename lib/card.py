@@ -55,7 +55,8 @@ _WHY_DEQUANTIZED = """
 Training optimised the function of the 4-bit weights, so the base must be quantised as above and not loaded plainly.
 `dequantize()` before the first forward pass keeps that function and is what the scores below were measured with, after
 merging the adapter (`model.merge_and_unload()`). Without that line the weights stay in 4 bits; on a CPU, bitsandbytes
-then computes them in a kernel of lower precision. Merging into 4-bit weights rounds them again and changes the model.
+then computes them in a kernel of lower precision. Never merge into packed 4-bit weights: rounding them again can lose
+what was trained.
 """
 
 
