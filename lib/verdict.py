@@ -338,7 +338,8 @@ def _axis_words(verdict: AxisVerdict) -> str:
 
 def percent(share: float) -> str:
     """A share or a difference of shares, times 100: one decimal, more where it would else be a false 0."""
-    value = 100 * share
+    # What rounding leaves of a 0 is a 0.
+    value = 100 * share if abs(share) > 1e-9 else 0.0
     shown = f"{value:.1f}"
     return f"{value:.1g}" if value and not float(shown) else shown
 
