@@ -637,6 +637,8 @@ def set_kernel_environment(offline: bool) -> None:
     """What the kernels inherit: no bars that flood a notebook, no telemetry, no network where it is forbidden."""
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    # The order of a set is the same in every kernel: a run that went on is the run that was never broken.
+    os.environ["PYTHONHASHSEED"] = "0"
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 

@@ -64,7 +64,7 @@ SIZES = {
 }
 ORPHAN_S = 3.0
 DRIVER_S = 900.0
-TIMINGS = frozenset({"wall_s", "tokens_per_s", "peak_memory_gib", "grad_norm_s"})
+TIMINGS = frozenset({"wall_s", "dev_wall_s", "tokens_per_s", "peak_memory_gib"})
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,14 @@ def compared_files(output: Path) -> dict[str, Path]:
     """Name -> file, of all that must be equal: everything but reports, locks, and files with times in them."""
     found = {path.relative_to(output).as_posix(): path for path in sorted(output.rglob("*")) if path.is_file()}
     left_out = ("reports/", ".lock")
+    # Its second panel is the speed of each step.
+    timed = "training_curves.svg"
     kinds = (".jsonl", ".csv", ".json", ".safetensors", ".svg")
-    return {name: path for name, path in found.items() if not name.startswith(left_out) and name.endswith(kinds)}
+    return {
+        name: path
+        for name, path in found.items()
+        if not name.startswith(left_out) and name.endswith(kinds) and not name.endswith(timed)
+    }
 
 
 def stage_of(name: str) -> str:

@@ -447,6 +447,9 @@ def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftMo
         wrapped = get_peft_model(model, config)
     # peft notes the folder that the model was loaded from, which means nothing elsewhere.
     wrapped.peft_config["default"].base_model_name_or_path = settings.base_model
+    # peft keeps them as a set, whose order differs from process to process: so would the adapter's hash, and with it
+    # the protocol of every row that is answered.
+    wrapped.peft_config["default"].target_modules = list(LORA_TARGETS)
     try:
         with attention(model, ATTENTION_NAME):
             yield wrapped.train()
