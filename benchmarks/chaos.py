@@ -3,10 +3,10 @@
     python benchmarks/chaos.py --kills 100 --seed 0
     python benchmarks/chaos.py --kills 20 --json
 
-A tiny random model goes through all five stages of a copy of the project. In each round every stage is killed once
-(`kill -9` of the driver, of its kernel, or of both at once), the same command is given again each time, and at the end
-row files, metrics and tables must be those of a run that nobody disturbed, byte for byte; only what holds a time, a
-path or a version is left out. Rows lost, duplicated and differing are counted, and what was found broken on the way:
+A tiny random model goes through all five stages of a copy of the project. In each round every stage is killed three
+times (`kill -9` of the driver, of its kernel, or of both at once), the same command is given again each time, and at
+the end row files, metrics and tables must be those of a run that nobody disturbed, byte for byte; only what holds a
+time, a path or a version is left out. Rows lost, duplicated and differing are counted, and what was found broken on the way:
 files that cannot be read, temporary files that stayed, kernels that outlived their driver.
 """
 
@@ -153,8 +153,7 @@ class Driver:
     def kernels(self) -> list[psutil.Process]:
         """Its kernels that live: its children that are no ``git``."""
         try:
-            children = psutil.Process(self.process.pid).children()
-            return [child for child in children if "ipykernel_launcher" in " ".join(child.cmdline())]
+            return [child for child in psutil.Process(self.process.pid).children() if _is_kernel(child)]
         except psutil.NoSuchProcess:
             return []
 
@@ -169,6 +168,14 @@ class Driver:
         with (self.project / "driver.log").open(encoding="utf-8") as stream:
             stream.seek(self.told)
             return stream.read()
+
+
+def _is_kernel(process: psutil.Process) -> bool:
+    try:
+        return "ipykernel_launcher" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        # Ended, or ended and not yet waited for.
+        return False
 
 
 def kill_in(driver: Driver, wanted: str, kind: str, after_s: float) -> tuple[Kill | None, str]:
@@ -316,7 +323,7 @@ def run_unbroken(project: Path, output: Path, stages: Sequence[str]) -> dict[str
 def run_round(
     project: Path, unbroken: Path, seconds: dict[str, float], wanted: Sequence[str], seed: int
 ) -> tuple[list[Kill], Losses]:
-    """One run that is killed once in each of ``wanted`` (in their order), brought to its end, and compared."""
+    """One run that is killed in each of ``wanted`` (in their order), brought to its end, and compared."""
     draw, kills, broken = random.Random(seed), [], []
     output = unbroken.parent / f"round-{seed}"
     driver = Driver(project, output, list(seconds))
@@ -348,14 +355,19 @@ def _verified(project: Path, output: Path) -> list[str]:
 
 
 def wreak(
-    project: Path, num_kills: int, seed: int, stages: Sequence[str] = STAGES, tell: Callable[[str], None] = print
+    project: Path,
+    num_kills: int,
+    seed: int,
+    stages: Sequence[str] = STAGES,
+    kills_a_stage: int = 3,
+    tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Rounds of one kill a stage until there were ``num_kills``; the result as one object."""
+    """Rounds of ``kills_a_stage`` kills in each stage until there were ``num_kills``; the result as one object."""
     unbroken = project.parent / "unbroken"
     started, seconds = time.monotonic(), run_unbroken(project, unbroken, stages)
     kills, total, rounds = [], Losses(), 0
     while len(kills) < num_kills:
-        wanted = list(stages)[: num_kills - len(kills)]
+        wanted = sorted([*stages] * kills_a_stage)[: num_kills - len(kills)]
         made, losses = run_round(project, unbroken, seconds, wanted, seed + rounds)
         kills, rounds = kills + made, rounds + 1
         for name in ("lost", "duplicated", "differing"):

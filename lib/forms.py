@@ -22,6 +22,8 @@ MANIFEST: Kinds = {
     "inputs": dict,
     "outputs": dict,
 }
+# A file that was looked for and is not there has a stamp too, of nulls.
+STAMP: Kinds = {"sha256": (str, NONE), "size": (int, NONE), "mtime_ns": (int, NONE)}
 COMPARISON: Kinds = {"runs": list, "hazards_added": dict, "allow_unlike": bool}
 # Columns where they are there: an earlier pipeline's rows have fewer, and what has to be there is told when it is read.
 ROWS: Kinds = {
@@ -76,7 +78,7 @@ def _stamp_faults(manifest: Path) -> Iterator[str]:
     for group in ("inputs", "outputs"):
         for name, stamp in content[group].items():
             where = f"{display_path(manifest)}, {group}, {name}"
-            yield from _wrong_kinds(where, stamp, {"sha256": str, "size": int, "mtime_ns": int}, required=True)
+            yield from _wrong_kinds(where, stamp, STAMP, required=True)
 
 
 def _row_faults(path: Path) -> Iterator[str]:
