@@ -4,7 +4,7 @@
     python benchmarks/bench_distil.py --data DATA --questions 200 --samples 4 --k 5 --max-new-tokens 256 --json
 
 Both runs are processes of their own that do what notebook 01 does: sample, choose, write the training rows. The second
-gets SIGKILL, its whole group, at seeded moments after each start, is started again, and at last finishes.
+gets SIGKILL, its whole group, at seeded moments of its work, is started again each time, and at last finishes.
 """
 
 import argparse
@@ -59,6 +59,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
         "new_rows": sampled.num_new,
         "new_tokens": sampled.num_new_tokens,
         "model_s": round(sampled.wall_s, 1),
+        "cpu_s": round(time.process_time(), 1),
         "protocol": protocol,
     }
     # Written last: it says that the run is complete.
@@ -75,39 +76,50 @@ def start(folder: Path) -> subprocess.Popen:
 
 
 def run_unbroken(folder: Path) -> float:
-    """Wall seconds from start to end."""
-    started = time.perf_counter()
-    if start(folder).wait():
-        raise SystemExit("the unbroken run failed")
-    return time.perf_counter() - started
+    """Wall seconds from start to end; those of an earlier benchmark where ``folder`` holds its run."""
+    timed = folder / "unbroken.json"
+    if not timed.exists():
+        started = time.perf_counter()
+        if start(folder).wait():
+            raise SystemExit("the unbroken run failed")
+        artifacts.write_json(timed, {"unbroken_s": time.perf_counter() - started})
+    return artifacts.read_json(timed)["unbroken_s"]
 
 
-def run_killed(folder: Path, unbroken_s: float, num_kills: int, seed: int) -> tuple[float, list[dict[str, Any]]]:
-    """Wall seconds of all starts together, and a row a kill."""
+def run_killed(folder: Path, num_rows: int, num_kills: int, seed: int) -> tuple[float, list[dict[str, Any]]]:
+    """Wall seconds of all starts together, and a row a kill.
+
+    The moments are drawn in new rows and not in seconds: other work on the machine would otherwise shift them.
+    """
     moments, kills, started = random.Random(seed), [], time.perf_counter()
     for _ in range(num_kills):
-        after_s = moments.uniform(0.05, 0.35) * unbroken_s
+        before, new, pause_s = whole_rows(folder), moments.randint(1, num_rows // (num_kills + 1)), moments.random()
         process = start(folder)
-        try:
-            process.wait(timeout=after_s)
-            raise SystemExit(f"a run ended with {process.returncode} before it was killed after {after_s:.1f} s")
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        while whole_rows(folder) < before + new:
+            if process.poll() is not None:
+                raise SystemExit(f"a run ended with {process.returncode} before it was killed after {new} new rows")
+            time.sleep(0.02)
+        time.sleep(pause_s)
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        data = (folder / SAMPLES).read_bytes() if (folder / SAMPLES).exists() else b""
-        torn = bool(data) and not data.endswith(b"\n")
-        kills.append({"after_s": round(after_s, 1), "whole_rows": data.count(b"\n"), "torn_last_row": torn})
+        torn = not (folder / SAMPLES).read_bytes().endswith(b"\n")
+        kills.append({"new_rows": whole_rows(folder) - before, "all_rows": whole_rows(folder), "torn_last_row": torn})
     if start(folder).wait():
         raise SystemExit("the run failed after the kills")
     return time.perf_counter() - started, kills
 
 
+def whole_rows(folder: Path) -> int:
+    """Rows in the file of answers so far."""
+    return (folder / SAMPLES).read_bytes().count(b"\n") if (folder / SAMPLES).exists() else 0
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The whole benchmark as one object."""
     with tempfile.TemporaryDirectory() as temporary:
-        whole, killed = Path(temporary) / "whole", Path(temporary) / "killed"
+        whole, killed = (args.folder or Path(temporary)) / "whole", Path(temporary) / "killed"
         unbroken_s = run_unbroken(whole)
-        killed_s, kills = run_killed(killed, unbroken_s, args.kills, args.seed)
+        killed_s, kills = run_killed(killed, args.questions * args.samples, args.kills, args.seed)
         same = {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in (SAMPLES, TRAIN)}
         return {
             "identical": same,
@@ -125,11 +137,10 @@ def show(result: dict[str, Any]) -> None:
     """A few lines for a reader."""
     covered = ", ".join(f"{count} after {number}" for number, count in result["coverage_by_samples"].items())
     print(f"identical bytes: {result['identical']}")
-    print(
-        f"unbroken {result['unbroken_s']} s (model {result['model_s']} s), killed and finished {result['killed_s']} s"
-    )
+    print(f"unbroken {result['unbroken_s']} s: model {result['model_s']} s, CPU {result['cpu_s']} s")
+    print(f"killed and finished {result['killed_s']} s")
     for kill in result["kills"]:
-        print(f"  SIGKILL after {kill['after_s']} s: {kill['whole_rows']} whole rows, torn: {kill['torn_last_row']}")
+        print(f"  SIGKILL after {kill['new_rows']} new rows, {kill['all_rows']} in all; torn: {kill['torn_last_row']}")
     print(f"questions with a correct answer, of {result['num_questions']}: {covered}")
     print(f"answers: {result['fates']}")
     for row in result["lengths"]:
@@ -150,6 +161,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=20, help="of the moments of the kills")
+    parser.add_argument("--folder", type=Path, help="keep the unbroken run here, for kills at other moments")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
