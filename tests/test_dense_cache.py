@@ -1,4 +1,4 @@
-"""Dequantised weights kept on disk: the same weights, made once, and made again when anything they depend on changes."""
+"""Dequantised weights kept on disk: the same weights, made once, made again when what they depend on changes."""
 
 import pytest
 import torch

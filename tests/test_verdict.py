@@ -268,7 +268,8 @@ def _clustered(table, cluster_size):
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(0.042, "4.2"), (0.0, "0.0"), (0.00004, "0.004"), (-0.0002, "-0.02"), (-0.1, "-10.0"), (1e-17, "0.0")]
+    ("share", "text"),
+    [(0.042, "4.2"), (0.0, "0.0"), (0.00004, "0.004"), (-0.0002, "-0.02"), (-0.1, "-10.0"), (1e-17, "0.0")],
 )
 def test_percent_never_rounds_to_a_false_zero(share, text):
     assert verdict.percent(share) == text
