@@ -599,9 +599,13 @@ def run_command(args: argparse.Namespace) -> int:
 
 def run_all(args: argparse.Namespace, plans: list[Plan]) -> int:
     """Every preset, then the comparison; the return value is the exit status."""
+    from lib.artifacts import remove_temporary
+
     set_kernel_environment(args.offline)
     # Every path was resolved above; from here on the project is the working directory, as in the kernels.
     os.chdir(PROJECT_ROOT)
+    for folder in output_folders(args):
+        remove_temporary(folder, below=False)
     for plan in plans:
         run_preset(plan, args.rerun_all)
         if plan.interrupted:

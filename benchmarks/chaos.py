@@ -6,8 +6,8 @@
 A tiny random model goes through all five stages of a copy of the project. In each round every stage is killed three
 times (`kill -9` of the driver, of its kernel, or of both at once), the same command is given again each time, and at
 the end row files, metrics and tables must be those of a run that nobody disturbed, byte for byte; only what holds a
-time, a path or a version is left out. Rows lost, duplicated and differing are counted, and what was found broken on the way:
-files that cannot be read, temporary files that stayed, kernels that outlived their driver.
+time, a path or a version is left out. Rows lost, duplicated and differing are counted, and what was found broken on
+the way: files that cannot be read, temporary files that stayed, kernels that outlived their driver.
 """
 
 import argparse
@@ -63,6 +63,8 @@ SIZES = {
     "judge_card_rows": 2,
 }
 ORPHAN_S = 3.0
+# What the driver says when it starts a kernel once more.
+RETRY = "trying again"
 DRIVER_S = 900.0
 TIMINGS = frozenset({"wall_s", "dev_wall_s", "tokens_per_s", "peak_memory_gib"})
 
@@ -131,6 +133,7 @@ class Driver:
     stages: Sequence[str] = STAGES
     stage: str = ""
     began: float = 0.0
+    process: subprocess.Popen | None = None
 
     def start(self) -> None:
         command = [sys.executable, "run_all.py", "--presets", PRESET, "--output-dir", str(self.output), "--offline"]
@@ -140,6 +143,9 @@ class Driver:
         self.told = self.log.tell()
         self.process = subprocess.Popen(command, cwd=self.project, stdout=self.log, stderr=subprocess.STDOUT)
         self.stage = ""
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def look(self) -> None:
         """Read which stage runs."""
@@ -181,12 +187,13 @@ def _is_kernel(process: psutil.Process) -> bool:
 def kill_in(driver: Driver, wanted: str, kind: str, after_s: float) -> tuple[Kill | None, str]:
     """Start the driver, kill it ``after_s`` into the stage ``wanted``; the kill, and what was broken.
 
-    A stage that ends sooner is killed in what follows; ``None`` where the whole run ended first.
+    Where the stage ended sooner, the next one is killed as it begins; ``None`` where the whole run ended first.
     """
-    driver.start()
-    while driver.process.poll() is None:
+    if not driver.is_running():
+        driver.start()
+    while driver.is_running():
         driver.look()
-        due = driver.stage >= wanted and time.monotonic() - driver.began >= after_s
+        due = driver.stage > wanted or (driver.stage == wanted and time.monotonic() - driver.began >= after_s)
         kernels = driver.kernels() if due else []
         if due and (kernels or kind == "driver"):
             kill = Kill(driver.stage, kind, round(time.monotonic() - driver.began, 2))
@@ -196,12 +203,18 @@ def kill_in(driver: Driver, wanted: str, kind: str, after_s: float) -> tuple[Kil
 
 
 def _strike(driver: Driver, kernels: Sequence[psutil.Process], kind: str) -> str:
+    retries = driver.output_text().count(RETRY)
     targets = [*(kernels if kind != "driver" else []), *([driver.process] if kind != "kernel" else [])]
     for target in targets:
         try:
             target.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
+    # A kernel that was killed while it started is started once more, and the driver goes on.
+    while kind == "kernel" and driver.is_running():
+        if driver.output_text().count(RETRY) > retries:
+            return ""
+        time.sleep(0.05)
     status = driver.finish()
     if kind == "kernel" and "Traceback" in driver.output_text():
         return f"a traceback after a killed kernel: {driver.output_text()[-500:]}"
@@ -328,12 +341,16 @@ def run_round(
     output = unbroken.parent / f"round-{seed}"
     driver = Driver(project, output, list(seconds))
     for stage in sorted(wanted):
-        # A little past the stage's end, so that the steps between two stages are hit too.
+        # Up to its end and a little past it, so that what happens between two stages is hit too.
         kill, fault = kill_in(driver, stage, draw.choice(KINDS), draw.uniform(0, seconds[stage] + 1.0))
-        kills += [kill] if kill else []
         broken += [f"{kill}: {fault}"] if fault else []
+        if not kill:
+            # The run came to its end first: there is nothing left to kill.
+            break
+        kills.append(kill)
         broken += broken_files(output)
-    driver.start()
+    if not driver.is_running():
+        driver.start()
     if driver.finish() != 0:
         broken.append(f"did not end well: {driver.output_text()[-1000:]}")
     losses = compare(unbroken, output)

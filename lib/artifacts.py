@@ -214,9 +214,13 @@ def full_disk_text(path: Path) -> str:
     )
 
 
-def remove_temporary(folder: Path) -> int:
-    """Remove what killed writers left behind below ``folder``, and say how many files; only for its lock's holder."""
-    left = [path for path in folder.rglob(TEMPORARY_FILES) if path.is_file()]
+def remove_temporary(folder: Path, *, below: bool = True) -> int:
+    """Remove what killed writers left behind in ``folder``, and say how many files; only for its lock's holder.
+
+    Args:
+        below: also in the folders below it; not where one of them may be another driver's.
+    """
+    left = [path for path in (folder.rglob if below else folder.glob)(TEMPORARY_FILES) if path.is_file()]
     for path in left:
         path.unlink(missing_ok=True)
     return len(left)

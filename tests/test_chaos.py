@@ -1,7 +1,7 @@
 """A few seeded kills of light notebooks, each gone on with: nothing lost, doubled or different.
 
 The real stages under at least a hundred kills are ``benchmarks/chaos.py``; here the notebooks that need torch are
-replaced by ones that write rows as slowly, so that five kills take seconds. 05 is the real one.
+replaced by ones that write rows as slowly, and 05 by one that counts them, so that five kills take seconds.
 """
 
 import json
@@ -30,19 +30,38 @@ with log.whole_rows():
                         "num_output_tokens": 3})
 log.finish(range(25))
 """
+# Counts what the stage before it wrote, as the real comparison does, and writes its manifest.
+COMPARE = """
+import time
+from lib import artifacts
+root = artifacts.results_root(results_dir)
+parameters = {"results_dir": results_dir, "run_names": run_names}
+record = artifacts.start_stage(root / "05_compare" / "manifest.json", "05_compare", "all runs", parameters)
+rows = [row for name in run_names for row in artifacts.read_jsonl(artifacts.run_paths(results_dir, name).gsm8k_preds)]
+time.sleep(0.5)
+artifacts.write_json(root / "counts.json", {"rows": len(rows), "right": sum(row["correct"] for row in rows)})
+time.sleep(0.5)
+record.finish(inputs=[], outputs=[root / "counts.json"], facts={})["status"]
+"""
 FINISH = "record.finish(inputs=[], outputs=[paths.gsm8k_preds], facts={})['status']"
+
+
+def write_notebook(path, *codes):
+    content = nbformat.v4.new_notebook()
+    content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    content.cells = [nbformat.v4.new_code_cell(code) for code in codes]
+    content.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(content, path)
 
 
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project whose stage 03 writes 25 rows in about a second."""
     project = chaos.copy_project(tmp_path)
-    content = nbformat.v4.new_notebook()
-    content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    codes = [PARAMETERS, f"STAGE = '03_eval_gsm8k'\n{ROWS}", FINISH, "print('summary')"]
-    content.cells = [nbformat.v4.new_code_cell(code) for code in codes]
-    content.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(content, project / "notebooks" / "03_eval_gsm8k.ipynb")
+    rows = f"STAGE = '03_eval_gsm8k'\n{ROWS}"
+    write_notebook(project / "notebooks" / "03_eval_gsm8k.ipynb", PARAMETERS, rows, FINISH, "print('summary')")
+    names = 'results_dir: str = ""  # folder\nrun_names: list = []  # runs'
+    write_notebook(project / "notebooks" / "05_compare.ipynb", names, COMPARE)
     return project
 
 
