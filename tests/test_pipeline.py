@@ -88,7 +88,7 @@ def test_every_stage_runs_and_leaves_its_artefacts(drive, finished):
     for name in ("summary.csv", "final_metrics.csv", "final_metrics.json"):
         assert (drive.output / name).stat().st_size > 0
     reports = {path.stem for path in (drive.output / "reports").rglob("*.html")}
-    assert reports == set(STAGES)
+    assert reports == {*STAGES, "index"}
     assert "not a benchmark" in finished.stdout and "run_sandbox_one" not in finished.stderr
 
 
