@@ -464,7 +464,7 @@ def download(url: str) -> bytes:
     if len(body) > MAX_DOWNLOAD_BYTES:
         raise AssetError(f"{url} is over {MAX_DOWNLOAD_BYTES} bytes: not the file that was expected")
     # read(n) returns a short body without a word when the connection closes early.
-    if promised is not None and len(body) != int(promised):
+    if promised is not None and str(len(body)) != promised.strip():
         raise AssetUnavailable(f"{url} ended after {len(body)} of {promised} bytes: run it again")
     return body
 

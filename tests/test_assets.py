@@ -307,8 +307,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Location", self.path.partition("?")[2])
             self.end_headers()
             return
-        self.send_response(200 if self.path in ("/file", "/short") else 404)
-        self.send_header("Content-Length", str(len(self.server.body) + (10 if self.path == "/short" else 0)))
+        self.send_response(200 if self.path in ("/file", "/short", "/odd", "/chunks") else 404)
+        if self.path == "/chunks":
+            # Promises a chunk of 255 bytes and ends before it is whole.
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"ff\r\n" + self.server.body[:9])
+            return
+        length = str(len(self.server.body) + (10 if self.path == "/short" else 0))
+        self.send_header("Content-Length", "many" if self.path == "/odd" else length)
         self.end_headers()
         self.wfile.write(self.server.body)
 
@@ -358,6 +365,8 @@ def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, serv
         ("/file", b"PK\x03\x04\xff", "is not UTF-8"),
         ("/file", b'{"input": "q", "output": "a"}', "column 'question' is missing"),
         ("/short", _jsonl(ROWS).encode(), r"ended after \d+ of \d+ bytes"),
+        ("/chunks", _jsonl(ROWS).encode(), "cannot be had .*IncompleteRead"),
+        ("/odd", _jsonl(ROWS).encode(), r"ended after \d+ of many bytes"),
         ("/gone", b"", "cannot be had .*404"),
         ("/redirect?ftp://127.0.0.1/x", b"", "scheme 'ftp': allowed is http"),
         ("/redirect?https://127.0.0.1/x", b"", "scheme 'https': allowed is http"),
