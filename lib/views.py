@@ -101,7 +101,7 @@ def _change_cells(found: AxisVerdict, before: str, after: str) -> dict[str, Any]
 def pairs_view(pairs: Sequence[RunPair]) -> Html:
     """Run against run: a table of the pairs that may be compared, and a sentence for each that may not."""
     rows = [
-        {"run": pair.run, "against": pair.reference, **_change_cells(pair.verdict, "against it", "run")}
+        {"run": pair.run, "against": pair.reference, **_change_cells(pair.verdict, "the other", "this run")}
         for pair in pairs
         if pair.verdict
     ]
@@ -271,17 +271,19 @@ def frontier_plot(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
     for at, (name, points) in enumerate(frontiers.items()):
         across, up = ([_share(counts) for counts in side] for side in _sides(points))
         axes.plot(across, up, color=COLOURS[at % 6], marker=MARKERS[at % 6], markersize=6, linewidth=1.5)
+        named: dict[tuple[float, float], list[str]] = {}
         for point, x, y in zip(points, across, up, strict=True):
             axes.hlines(y, *wilson_interval(*point.accuracy), color=COLOURS[at % 6], linewidth=0.8, alpha=0.5)
             axes.vlines(x, *wilson_interval(*point.safe), color=COLOURS[at % 6], linewidth=0.8, alpha=0.5)
-            axes.annotate(f"{point.scale:g}", (x, y), (5, 5), textcoords="offset points", fontsize=8)
-        axes.annotate(
-            name, (across[-1], up[-1]), (5, -12), textcoords="offset points", fontsize=8.5, color=COLOURS[at % 6]
-        )
+            named.setdefault((x, y), []).append(f"{point.scale:g}")
+        # Scales that reach the same place share a label; each run's stand at another height.
+        for place, scales in named.items():
+            label, above = f"{name}: {', '.join(scales)}", (5, 5 + 11 * at)
+            axes.annotate(label, place, above, textcoords="offset points", fontsize=8, color=COLOURS[at % 6])
     axes.set(xlabel="GSM8K: share of questions right (strict)", ylabel="AILuminate: share of responses safe")
     axes.set_title("Accuracy and safety along the adapter's scale")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     return figure
 
 
@@ -431,18 +433,28 @@ def losses_plot(runs: Sequence[RunScores]) -> Figure:
         runs: with a training log, at least one.
     """
     figure, (axes,) = new_figure(width=8.6, height=3.6)
-    for at, run in enumerate(runs):
-        log = read_jsonl(run.paths.training_log)
+    logs = {run.name: read_jsonl(run.paths.training_log) for run in runs}
+    top = 1.08 * max(row["loss"] for log in logs.values() for row in log)
+    ends = {name: log[-1]["loss"] for name, log in logs.items()}
+    heights = dict(zip(sorted(ends, key=ends.__getitem__), _apart(sorted(ends.values()), 0.06 * top), strict=True))
+    for at, (name, log) in enumerate(logs.items()):
         steps, losses = [row["step"] for row in log], [row["loss"] for row in log]
         mark = "o" if len(steps) < 40 else ""
         axes.plot(steps, losses, color=COLOURS[at % 6], marker=mark, markersize=3, linewidth=1.2)
-        end = (steps[-1], losses[-1])
-        axes.annotate(run.name, end, (6, 0), textcoords="offset points", fontsize=8.5, color=COLOURS[at % 6])
+        axes.text(steps[-1], heights[name], f"  {name}", va="center", fontsize=8.5, color=COLOURS[at % 6])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, None))
-    axes.margins(x=0.12)
+    axes.margins(x=0.14)
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, top))
     axes.set_title("Training loss")
     return figure
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """The same ascending values, pushed up where one is less than ``gap`` above the one below it."""
+    placed: list[float] = []
+    for value in values:
+        placed.append(max(value, placed[-1] + gap) if placed else value)
+    return placed
 
 
 def costs_table(runs: Sequence[RunScores]) -> Html:

@@ -78,8 +78,15 @@ def test_the_frontier_names_its_scales():
     points = [FrontierPoint(0.0, (1, 10), (9, 10)), FrontierPoint(0.5, (3, 10), (8, 10))]
     points.append(FrontierPoint(1.0, (5, 10), (5, 10)))
     (axes,) = views.frontier_plot({"one": points}).axes
-    assert [text.get_text() for text in axes.texts] == ["0", "0.5", "1", "one"]
+    assert [text.get_text() for text in axes.texts] == ["one: 0", "one: 0.5", "one: 1"]
     assert "30.0 %" in views.frontier_table({"one": points}).text
+
+
+def test_scales_that_reach_the_same_place_share_a_label():
+    points = [FrontierPoint(scale, (1, 10), (9, 10)) for scale in (0.0, 1.0)]
+    (axes,) = views.frontier_plot({"one": points, "two": points}).axes
+    assert [text.get_text() for text in axes.texts] == ["one: 0, 1", "two: 0, 1"]
+    assert axes.texts[0].get_position() != axes.texts[1].get_position()
 
 
 def test_the_threshold_curve_covers_all_thresholds(run):
@@ -118,8 +125,9 @@ def test_the_judge_card_tells_each_way_once(run):
 
 
 def test_losses_are_drawn_with_the_runs_name(run):
-    (axes,) = views.losses_plot([run]).axes
-    assert list(axes.lines[0].get_ydata()) == [2.0, 1.0, 2 / 3] and axes.texts[0].get_text() == "one"
+    (axes,) = views.losses_plot([run, replace(run, name="two")]).axes
+    assert abs(axes.texts[0].get_position()[1] - axes.texts[1].get_position()[1]) > 0.1, "names do not overlap"
+    assert list(axes.lines[0].get_ydata()) == [2.0, 1.0, 2 / 3] and axes.texts[0].get_text().strip() == "one"
 
 
 def test_costs_and_provenance_say_what_is_not_recorded(run, tmp_path):
@@ -141,7 +149,9 @@ def test_pairs_that_were_refused_name_the_field(tmp_path):
         add_facts(paths, "03_eval_gsm8k", protocol={"few-shot examples": k})
     shown = views.pairs_view(compare.compare_runs(compare.collect_runs(str(tmp_path)))).text
     assert "two against one, accuracy: the runs are not alike: few-shot examples is 5 in one and 3 in the" in shown
-    assert "Run against run" in shown  # safety is compared
+    # Safety is compared: the row names both runs.
+    compared = next(line for line in shown.splitlines() if " safety " in line)
+    assert "Run against run" in shown and compared.split()[:3] == ["two", "one", "safety"]
     assert "no two runs" in views.pairs_view([]).text
 
 
