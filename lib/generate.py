@@ -161,6 +161,8 @@ class Engine:
         self.stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self.refusal = why_not_shared(model)
         self.stats = EngineStats()
+        # Seconds of all calls so far; ``stats`` is of the last one.
+        self.work_s = 0.0
         self._prefix: SharedPrefix | None = None
 
     def describe(self) -> dict[str, object]:
@@ -273,6 +275,7 @@ class Engine:
             if not self.refusal:
                 self.model.set_attn_implementation(attention)
         self.stats.wall_s = time.perf_counter() - start
+        self.work_s += self.stats.wall_s
         self.stats.tokens_per_s = self.stats.num_output_tokens / self.stats.wall_s
 
     def _check_positions(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> None:
