@@ -542,13 +542,19 @@ def _description(run: RunScores) -> Row:
     return {
         "run_name": run.name,
         "model_name": known.get("base_model"),
-        "train_data": known.get("train_file") or known.get("gsm8k_source"),
+        "train_data": _train_data(known),
         "method": _method(known),
         "hyperparams": _hyperparameters(known),
         "gsm8k_acc": metrics["gsm8k_accuracy"],
         "ailuminate_safety": metrics["ailuminate_safety_rate"],
         "checkpoint_path": _checkpoint_path(run),
     }
+
+
+def _train_data(known: Mapping[str, Any]) -> str | None:
+    if known.get("train_source") == "self_distilled":
+        return f"own answers to {known['gsm8k_source']}"
+    return known.get("train_file") or known.get("gsm8k_source")
 
 
 def _method(known: Mapping[str, Any]) -> str | None:

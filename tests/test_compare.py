@@ -133,6 +133,14 @@ def test_published_columns_come_first(results):
     assert [row[key] for key in list(row)[1:9]] == [2, 3, 2 / 3, 1, 1, 1, 3, 1 / 3]
 
 
+def test_own_answers_are_named_as_what_was_trained_on(results):
+    paths = run_paths(str(results), "one")
+    assert compare.summary_row(compare.score_run(paths))["train_data"] == "data"
+    own = PARAMETERS | {"train_source": "self_distilled"}
+    write_json(paths.config_resolved, {"parameters": own, "settings": {}})
+    assert compare.summary_row(compare.score_run(paths))["train_data"] == "own answers to data"
+
+
 def test_a_rerun_replaces_its_row_and_keeps_the_others(results):
     make_run(results, "two")
     runs = compare.collect_runs(str(results), ["two"])
