@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -250,6 +250,22 @@ def _write_whole(path: Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def publish_folder(made: Path, folder: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Rename ``made``, a folder on the same disk, to ``folder``; where another process was first, its whole one stays.
+
+    Args:
+        is_whole: tells whether a folder that is there already is what ``made`` is; another one is replaced.
+    """
+    try:
+        made.replace(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not is_whole(folder):
+            folder.replace(made.with_name("old"))
+            made.replace(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

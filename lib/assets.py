@@ -8,7 +8,6 @@ Knows nothing about prompts, splits or how a model is loaded. Hub libraries, tra
 inside the one function that needs them: importing this module costs no torch.
 """
 
-import errno
 import importlib.util
 import json
 import os
@@ -24,7 +23,16 @@ from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from lib.artifacts import PROJECT_ROOT, project_path, read_json, sha256_file, sha256_json, write_json, write_text
+from lib.artifacts import (
+    PROJECT_ROOT,
+    project_path,
+    publish_folder,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 from lib.safety import parse_prompts_csv, select_prompts
 
 ASSETS_VARIABLE = "ASSETS_DIR"
@@ -724,19 +732,7 @@ def _convert_once(gguf: Path, folder: Path) -> None:
         made = Path(temporary) / folder.name
         with _no_progress_bars():
             _convert(gguf, made)
-        _publish(made, folder)
-
-
-def _publish(made: Path, folder: Path) -> None:
-    """Rename ``made`` to ``folder``; where another process was first, its equal result stays."""
-    try:
-        made.replace(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not _is_converted(folder):
-            folder.replace(made.with_name("old"))
-            made.replace(folder)
+        publish_folder(made, folder, _is_converted)
 
 
 @contextmanager

@@ -33,8 +33,8 @@ class LazyGenerator:
 
     @property
     def wall_s(self) -> float:
-        """Seconds that the generator worked; 0 where every row was there."""
-        return self._generator.stats.wall_s if self._generator else 0.0
+        """Seconds that the generator worked, all calls together; 0 where every row was there."""
+        return self._generator.work_s if self._generator else 0.0
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ``lib.generate.Engine.generate``."""

@@ -8,12 +8,13 @@ about quantisation: the caller names what the weights depend on and makes them.
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from lib.artifacts import PROJECT_ROOT, read_json, sha256_file, sha256_json, write_json
+from lib.artifacts import PROJECT_ROOT, publish_folder, read_json, sha256_file, sha256_json, write_json
 
 CACHE_DIR = PROJECT_ROOT / "data" / "models" / "dense"
 # Below this the packing takes no time, and tests would leave hundreds of folders.
@@ -45,8 +46,7 @@ def load_or_make(
     if num_bytes < MIN_BYTES:
         return make()
     folder = CACHE_DIR / sha256_json(made_from)[:16]
-    # The note is written last, so a folder with it is whole.
-    if (folder / NOTE).exists() and read_json(folder / NOTE) == made_from:
+    if _is_made_from(folder, made_from):
         return load(folder)
     made = make()
     try:
@@ -64,5 +64,9 @@ def _keep(model: PreTrainedModel, folder: Path, made_from: Mapping[str, Any], nu
         part = Path(temporary) / folder.name
         model.save_pretrained(part)
         write_json(part / NOTE, dict(made_from))
-        if not folder.exists():
-            part.replace(folder)
+        publish_folder(part, folder, partial(_is_made_from, made_from=made_from))
+
+
+def _is_made_from(folder: Path, made_from: Mapping[str, Any]) -> bool:
+    # The note is written last, so a folder with it is whole.
+    return (folder / NOTE).exists() and read_json(folder / NOTE) == made_from

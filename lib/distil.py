@@ -122,7 +122,7 @@ def sample_answers(
         ValueError: ``log`` holds another question under an id, or a gold answer has no number.
     """
     _check_kept(questions, asking.num_samples, log)
-    kept, wall_s = set(log.rows), 0.0
+    kept, before_s = set(log.rows), generator.wall_s
     asked = [(place, sample) for place in range(len(questions)) for sample in range(asking.num_samples)]
     with log.whole_rows():
         for chunk in _chunks(asked, asking.questions_per_call * asking.num_samples):
@@ -136,10 +136,9 @@ def sample_answers(
                     # By its text and not by its place: a question draws the same whatever else a run asks.
                     keys=[f"{sample}:{questions[place]['question']}" for place, sample in chunk],
                 )
-                wall_s += generator.wall_s
     rows = log.finish(range(len(asked)))
     new = [row["num_output_tokens"] for row in rows if row["id"] not in kept]
-    return Sampled(rows, asking.num_samples, len(new), sum(new), wall_s)
+    return Sampled(rows, asking.num_samples, len(new), sum(new), generator.wall_s - before_s)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -313,7 +313,7 @@ def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreT
     )
     with quiet_loading():
         return dense_cache.load_or_make(
-            json.loads(json.dumps(made_from, default=str)),
+            made_from,
             _num_weights(folder) * runtime.dtype.itemsize,
             load=lambda kept: load_base(kept, runtime, "none"),
             make=lambda: _dequantize(load_base(folder, runtime, quantization)),

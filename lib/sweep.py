@@ -219,25 +219,21 @@ def ask(checkpoint: Path, generator: "LazyGenerator", rows: SweepRows, protocol:
     """Puts every question and prompt to one candidate, going on from rows that are already in ``folder``.
 
     Args:
-        generator: loads the model with this checkpoint merged in when the first row is missing.
+        generator: of this candidate alone; loads the model with it merged in when the first row is missing.
     """
     adapter = sha256_file(checkpoint / "adapter_model.safetensors")
     by = [dict(protocol.model), adapter]
     answer_hash = sha256_json([by, gsm8k.SYSTEM_PROMPT, protocol.fewshot, protocol.max_answer_tokens, rows.questions])
     log = RowLog(folder / f"answers_{checkpoint.name}.jsonl", answer_hash)
-    wall_s, num_kept = 0.0, len(log.rows)
     answers = gsm8k.evaluate(
         rows.questions, protocol.fewshot, generator, max_new_tokens=protocol.max_answer_tokens, log=log
     )
-    wall_s += generator.wall_s if num_kept < len(answers) else 0.0
     if not rows.prompts:
-        return Asked(checkpoint, adapter, answers, [], wall_s)
+        return Asked(checkpoint, adapter, answers, [], generator.wall_s)
     response_hash = sha256_json([by, protocol.max_response_tokens, rows.prompts])
     log = RowLog(folder / f"responses_{checkpoint.name}.jsonl", response_hash)
-    num_kept = len(log.rows)
     responses = safety.respond(rows.prompts, generator, max_new_tokens=protocol.max_response_tokens, log=log)
-    wall_s += generator.wall_s if num_kept < len(responses) else 0.0
-    return Asked(checkpoint, adapter, answers, responses, wall_s)
+    return Asked(checkpoint, adapter, answers, responses, generator.wall_s)
 
 
 def judge(asked: Asked, generator: "LazyGenerator", protocol: Protocol, folder: Path) -> list[Row]:

@@ -189,3 +189,18 @@ def test_a_manifest_names_no_home_folder(finished_stage):
     text = (finished_stage / "manifest.json").read_text()
     assert str(finished_stage) not in text and f"{Path.home()}/" not in text
     assert json.loads(text)["versions"]["torch"] != "not installed"
+
+
+@pytest.mark.parametrize(
+    ("there", "stays"),
+    [(None, "made"), ("whole, by another process", "whole, by another process"), ("half of one", "made")],
+)
+def test_a_folder_is_published_whole_and_the_first_whole_one_stays(tmp_path, there, stays):
+    made, folder = tmp_path / "part" / "made", tmp_path / "kept"
+    made.mkdir(parents=True)
+    (made / "note").write_text("made")
+    if there:
+        folder.mkdir()
+        (folder / "note").write_text(there)
+    artifacts.publish_folder(made, folder, lambda path: (path / "note").read_text().startswith("whole"))
+    assert (folder / "note").read_text() == stays

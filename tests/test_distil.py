@@ -37,11 +37,12 @@ class Fake:
     """Answers by the key alone, as seeded draws do, in an order of its own; can be stopped after some rows."""
 
     def __init__(self, rows_until_kill=None, pause_s=0.0):
-        self.calls, self.left, self.pause_s, self.wall_s = [], rows_until_kill, pause_s, 1.5
+        self.calls, self.left, self.pause_s, self.wall_s = [], rows_until_kill, pause_s, 0.0
 
     def generate(self, conversations, *, max_new_tokens, on_completion, sampling, keys):
         assert (max_new_tokens, sampling) == (ASKING.max_new_tokens, ASKING.sampling)
         self.calls.append(list(keys))
+        self.wall_s += 1.5
         order = list(range(len(keys)))
         random.Random(keys[0]).shuffle(order)
         for index in order:

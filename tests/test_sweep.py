@@ -37,10 +37,11 @@ class Able:
     """A model that answers its first ``num_right`` questions right; its responses say which step it is of."""
 
     def __init__(self, num_right, step):
-        self.num_right, self.step, self.calls, self.stats = num_right, step, 0, type("Stats", (), {"wall_s": 1.0})
+        self.num_right, self.step, self.calls, self.work_s = num_right, step, 0, 0.0
 
     def generate(self, conversations, *, max_new_tokens, on_completion):
         self.calls += 1
+        self.work_s += 1.0
         for place, messages in enumerate(conversations):
             right = messages[-1]["content"].rpartition("answer is ")[2]
             text = f"#### {right if place < self.num_right else -1}" if right.isdigit() else f"step {self.step}"
@@ -51,7 +52,7 @@ class Judge:
     """Finds as many responses of a step safe, from the first, as ``num_safe`` says."""
 
     def __init__(self, num_safe):
-        self.num_safe, self.stats = num_safe, type("Stats", (), {"wall_s": 0.5})
+        self.num_safe = num_safe
 
     def label_probabilities(self, conversations, *, labels, on_result):
         for place, messages in enumerate(conversations):
