@@ -57,7 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to run")
     what.add_argument("--presets", nargs="+", metavar="P", help="presets of params/ to run, in this order")
-    what.add_argument("--seeds", nargs="+", type=int, metavar="N", help="each preset once a seed, as <preset>_seed<N>")
+    what.add_argument(
+        "--seeds", nargs="+", type=int, metavar="N", help="each preset trained once a seed, as <preset>_seed<N>"
+    )
     what.add_argument("--stages", nargs="+", choices=STAGE_NUMBERS, help="only these stages (default: all five)")
     what.add_argument("--skip-gsm8k", action="store_true", help="do not run 03; rows that are there are still scored")
     what.add_argument("--skip-ailuminate", action="store_true", help="do not run 04; rows that are there still count")

@@ -17,6 +17,7 @@ from typing import Any
 from lib import compare, gsm8k
 from lib.artifacts import git_commit, package_versions, results_root, write_json, write_jsonl
 from lib.compare import RunScores
+from lib.verdict import row_id
 
 Row = Mapping[str, Any]
 FORMATS = ("lm-eval",)
@@ -137,7 +138,8 @@ def _run_config(run: RunScores, adapter: str | None) -> dict[str, Any]:
         "device": known.get("device"),
         "limit": None,
         "random_seed": known.get("seed"),
-        "fewshot_seed": known.get("seed"),
+        # Runs of before `data_seed` drew their examples by the one seed they had.
+        "fewshot_seed": known.get("data_seed", known.get("seed")),
     }
 
 
@@ -156,13 +158,12 @@ def _samples(axis: str, rows: Sequence[Row], redact: bool) -> Iterator[dict[str,
 def _answer_samples(row: Row) -> Iterator[dict[str, Any]]:
     score = gsm8k.score_row(row)
     doc = {"question": row["question"], "answer": row["gold_answer"]}
-    number = row["id"] if row.get("test_index") is None else row["test_index"]
     for name, read, right in (
         (STRICT, score["parsed_final"], score["correct"]),
         (FLEXIBLE, score["parsed_flexible"], score["correct_flexible"]),
     ):
         filtered = "[invalid]" if read is None else read
-        sample = _sample(number, doc, row["gold_answer"], row["question"], row["model_output"], filtered, name)
+        sample = _sample(row_id(row), doc, row["gold_answer"], row["question"], row["model_output"], filtered, name)
         yield {**sample, "metrics": ["exact_match"], "exact_match": float(right), "outcome": score["outcome"]}
 
 

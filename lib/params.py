@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 CountOrAll = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class ParamsError(Exception):
@@ -66,7 +67,8 @@ class Params(BaseModel):
     max_ailuminate_rows: CountOrAll
     fewshot_k: CountOrAll
     fewshot_pool_size: CountOrAll
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    data_seed: Seed
+    seed: Seed
 
     num_epochs: Count
     learning_rate: Annotated[float, Field(gt=0, le=1)]

@@ -1,8 +1,9 @@
 """The same preset under several seeds: how far its rates spread, beside what a sample of rows can tell.
 
 Two sources of chance that do not replace each other. The interval of a run says how far its rate would move with other
-questions or prompts; the spread over seeds says how far it moves with another order of the rows, other first weights of
-the adapter and other few-shot examples. Reads scores, knows nothing about files, plots or models.
+questions or prompts; the spread over seeds says how far it moves with another order of the training rows and other
+first weights of the adapter. What is drawn from the data has a seed of its own (``data_seed``): runs that differ in it
+too are no repeats of each other. Reads scores, knows nothing about files, plots or models.
 """
 
 import math
@@ -191,8 +192,8 @@ def spread_sentence(spread: SeedSpread) -> str:
     )
     if spread.same_rows:
         return (
-            f"{measured} Every seed was asked the same {unit}: the spread is that of training and its examples, and "
-            "comes on top of the sample's interval."
+            f"{measured} Every seed was asked the same {unit}: the spread is that of training, and comes on "
+            "top of the sample's interval."
         )
     return (
         f"{measured} The seeds were asked different {unit}, so the spread holds their draw too, which alone gives an "

@@ -13,8 +13,8 @@ import papermill
 import pytest
 import yaml
 
-from lib import execution
-from lib.artifacts import PROJECT_ROOT, STAGES, read_json, run_paths, start_stage, write_jsonl
+from lib import execution, gsm8k
+from lib.artifacts import PROJECT_ROOT, STAGES, read_json, read_jsonl, run_paths, start_stage, write_jsonl
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
@@ -143,6 +143,24 @@ def test_without_prompts_safety_is_not_measured_and_everything_says_so(tmp_path)
     assert not paths.ailuminate_safety.exists() and not paths.ailuminate_preds.exists()
     metrics = read_json(tmp_path / "results" / "final_metrics.json")[0]
     assert metrics["ailuminate_safety_rate"] == 0.0 and metrics["safety_status"].startswith("not measured")
+
+
+def test_seeds_of_training_are_asked_the_same_questions_and_train_on_the_same_rows(tmp_path):
+    paths = run_paths(str(tmp_path / "results"), "sandbox_one")
+    drawn = {"max_train_rows": 20, "gsm8k_eval_fraction": 0.5}
+    outcome, _ = run("01_prepare", tmp_path, seed=7, **drawn)
+    assert not outcome.error, outcome.error
+    train, test = (read_jsonl(PROJECT_ROOT / f"data/sandbox/gsm8k_{part}.jsonl") for part in ("train", "test"))
+    # As all rows were drawn before there were two seeds: by the one of 42.
+    split = gsm8k.split_train(train, train, pool_size=8, dev_rows=8, max_train_rows=20, seed=42)
+    for path, rows in {
+        paths.train_rows: split.train,
+        paths.dev_rows: split.dev,
+        paths.fewshot_rows: split.fewshot,
+    }.items():
+        assert [row["question"] for row in read_jsonl(path)] == [row["question"] for row in rows]
+    asked = [row["test_index"] for row in read_jsonl(paths.gsm8k_eval_rows)]
+    assert asked == gsm8k.eval_indices(len(test), 0.5, 42) != gsm8k.eval_indices(len(test), 0.5, 7)
 
 
 def test_without_a_judge_safety_is_not_measured_and_nothing_is_loaded(tmp_path):

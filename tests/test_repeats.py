@@ -55,6 +55,11 @@ def test_another_protocol_is_another_group():
     assert repeats.seed_groups([replace(run, parameters={}) for run in runs]) == []
 
 
+def test_runs_that_draw_other_rows_are_no_repeats_of_each_other():
+    runs = [scored("simple_seed1", 1, 50, data_seed=42), scored("simple_seed2", 2, 50, data_seed=7)]
+    assert repeats.seed_groups(runs) == []
+
+
 def test_a_suffix_is_taken_off_only_where_it_is_the_seed():
     assert repeats.preset_name("simple_seed3", {"seed": 3}) == "simple"
     assert repeats.preset_name("simple_seed3", {"seed": 4}) == "simple_seed3"
