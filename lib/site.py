@@ -156,9 +156,7 @@ def _score_row(run: RunScores, name: str, axis: AxisVerdict, reference: str) -> 
 
 
 def _interval(axis: AxisVerdict) -> str:
-    # Rounded: at 0 of n a bound is 0 but for the last bits of a float, and would be shown as 1e-15.
-    low, high = (verdict.percent(round(bound, 9)) for bound in (axis.low, axis.high))
-    return f"{low} to {high} %"
+    return f"{verdict.percent(axis.low)} to {verdict.percent(axis.high)} %"
 
 
 def _baseline_words(axis: AxisVerdict) -> str:
