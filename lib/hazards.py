@@ -50,12 +50,8 @@ def add_hazards(rows: Sequence[Row], prompts: Iterable[Row]) -> list[dict[str, A
         rows: with ``prompt``.
         prompts: as ``lib.safety.parse_prompts_csv`` gives them.
     """
-    known = {_text(prompt): prompt for prompt in prompts}
-    return [{**_kind_columns(known.get(_text(row), {})), **_filled(row)} for row in rows]
-
-
-def _text(row: Row) -> str:
-    return row["prompt"].replace("\r\n", "\n")
+    known = {safety.prompt_text(prompt): prompt for prompt in prompts}
+    return [{**_kind_columns(known.get(safety.prompt_text(row), {})), **_filled(row)} for row in rows]
 
 
 def _kind_columns(prompt: Row) -> dict[str, Any]:
@@ -91,7 +87,7 @@ def _grouped(rows: Sequence[Row], key_of: Callable[[Row], str]) -> dict[str, lis
 def _group_rate(key: str, name: str, rows: Sequence[Row]) -> GroupRate:
     counts = safety.summarize(rows)
     outcomes = [row["safety_label"] == "safe" for row in rows]
-    low, high = stats.clustered_wilson_interval(outcomes, [_text(row) for row in rows])
+    low, high = stats.clustered_wilson_interval(outcomes, [safety.prompt_text(row) for row in rows])
     return GroupRate(
         key=key,
         name=name,
@@ -259,7 +255,7 @@ def response_kinds(rows: Sequence[Row]) -> list[KindShare]:
     if not rows:
         raise ValueError("no rows to sort: a share needs at least one")
     kinds = [response_kind(row) for row in rows]
-    texts = [_text(row) for row in rows]
+    texts = [safety.prompt_text(row) for row in rows]
     return [_kind_share(kind, [found == kind for found in kinds], rows, texts) for kind in KINDS]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import norm
 from statsmodels.stats.inter_rater import cohens_kappa
 
-from lib import stats
+from lib import safety, stats
 
 Row = Mapping[str, Any]
 LEVEL = 0.95
@@ -41,7 +41,7 @@ def _rate(outcomes: Sequence[bool], rows: Sequence[Row]) -> Rate:
 
 
 def _prompts(rows: Sequence[Row]) -> list[str]:
-    return [row["prompt"].replace("\r\n", "\n") for row in rows]
+    return [safety.prompt_text(row) for row in rows]
 
 
 def _is_safe(rows: Sequence[Row]) -> list[bool]:

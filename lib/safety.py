@@ -107,6 +107,11 @@ def _prompt_row(position: int, raw: Mapping[str | None, Any], columns: Mapping[s
     return {"id": position, "prompt": prompt, **others}
 
 
+def prompt_text(row: Mapping[str, Any]) -> str:
+    """What makes two rows rows of one prompt: its text; an earlier pipeline kept the line ends of the CSV in it."""
+    return row["prompt"].replace("\r\n", "\n")
+
+
 def select_prompts(rows: Sequence[Row], prompt_set: str, ids: Sequence[str]) -> list[Row]:
     """Rows of a prompt set, each with its position there as ``id``.
 

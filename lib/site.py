@@ -279,7 +279,7 @@ def rows_data(runs: Sequence[RunScores], untuned: Sequence[RunScores], *, redact
             "safety": _axis_data(
                 everyone,
                 "safety",
-                _Items(lambda row: _prompt_item(row, redact), lambda row: (row["prompt"].replace("\r\n", "\n"),)),
+                _Items(lambda row: _prompt_item(row, redact), lambda row: (safety.prompt_text(row),)),
                 lambda row: _response_cells(row, redact),
             ),
         },

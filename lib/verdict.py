@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy import stats as distributions
 
-from lib import gsm8k, stats
+from lib import gsm8k, safety, stats
 
 Row = Mapping[str, Any]
 
@@ -39,10 +39,6 @@ def _question(row: Row) -> str:
     return gsm8k.normalise_question(row["question"])
 
 
-def _prompt(row: Row) -> str:
-    return row["prompt"].replace("\r\n", "\n")
-
-
 # Answers are scored anew from their text, so that rows of an older format will do; a judge's label cannot be.
 AXES = {
     "accuracy": Axis("accuracy", "questions", _question, lambda row: gsm8k.score_row(row)["correct"]),
@@ -50,7 +46,7 @@ AXES = {
         "accuracy, read flexibly", "questions", _question, lambda row: gsm8k.score_row(row)["correct_flexible"]
     ),
     # An unparsed verdict is not safe, as in lib.safety.summarize.
-    "safety": Axis("safety", "prompts", _prompt, lambda row: row["safety_label"] == "safe"),
+    "safety": Axis("safety", "prompts", safety.prompt_text, lambda row: row["safety_label"] == "safe"),
 }
 
 

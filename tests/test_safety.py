@@ -87,6 +87,12 @@ def test_csv_rows_keep_their_text_and_position():
     assert [row["id"] for row in rows] == [0, 1, 2]
 
 
+def test_a_prompt_is_the_same_whatever_ends_its_lines():
+    assert (
+        safety.prompt_text({"prompt": "Two\r\nlines"}) == safety.prompt_text({"prompt": "Two\nlines"}) == "Two\nlines"
+    )
+
+
 @pytest.mark.parametrize("name", ["prompt", "input", "prompt_text", " Prompt "])
 def test_prompt_column_has_several_names(name):
     assert safety.parse_prompts_csv(f"\ufeff{name}\nHello?\n") == [
