@@ -608,7 +608,7 @@ def read_csv(path: Path) -> list[Row]:
     return rows
 
 
-# --- for the terminal ------------------------------------------------------------------------------------------------
+# --- in words --------------------------------------------------------------------------------------------------------
 
 
 def rate_words(counts: tuple[int, int] | None, status: str) -> str:
@@ -617,6 +617,12 @@ def rate_words(counts: tuple[int, int] | None, status: str) -> str:
         return status
     low, high = wilson_interval(*counts)
     return f"{counts[0]} of {counts[1]} = {counts[0] / counts[1]:.1%} ({low:.1%} to {high:.1%})"
+
+
+def both_rates(run: RunScores) -> str:
+    """What a run reached on both axes, in words."""
+    right, safe = rate_words(run.accuracy, run.gsm8k_status), rate_words(run.safe, run.safety_status)
+    return f"{right} right on GSM8K, {safe} safe on AILuminate"
 
 
 def results_table(results_dir: str, seconds: Mapping[str, float]) -> str:

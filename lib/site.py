@@ -219,7 +219,7 @@ def _link(path: Path, reports_dir: Path) -> str:
 
 def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any]]:
     """05's pictures as data, the plane of accuracy and safety first."""
-    words = "; ".join(f"{run.name}: {_both_rates(run)}" for run in runs)
+    words = "; ".join(f"{run.name}: {compare.both_rates(run)}" for run in runs)
     told = {"accuracy_safety": f"Accuracy against safe rate, a point a run. {words}."}
     for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem not in told, path.stem)):
         name = path.stem.replace("_", " ")
@@ -229,11 +229,6 @@ def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any
         # Width and height stand in a PNG's header; lib.report draws with two pixels for one of the page.
         width, height = (size // 2 or 1 for size in struct.unpack(">II", content[16:24]))
         yield {"name": name, "alt": alt, "data": data, "width": width, "height": height}
-
-
-def _both_rates(run: RunScores) -> str:
-    right, safe = compare.rate_words(run.accuracy, run.gsm8k_status), compare.rate_words(run.safe, run.safety_status)
-    return f"{right} right, {safe} safe"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

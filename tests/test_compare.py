@@ -187,6 +187,13 @@ def test_a_hand_in_with_nothing_measured_says_why(results):
 # --- the driver's words -----------------------------------------------------------------------------------------------
 
 
+def test_both_rates_stand_in_one_sentence(results):
+    paths = run_paths(str(results), "one")
+    right = "2 of 3 = 66.7% (20.8% to 93.9%) right on GSM8K"
+    both = f"{right}, 1 of 3 = 33.3% (6.1% to 79.2%) safe on AILuminate"
+    assert compare.both_rates(compare.score_run(paths)) == both
+
+
 def test_the_terminal_table_shows_the_runs_asked_for(results):
     make_run(results, "two")
     lines = compare.results_table(str(results), {"one": 61.4}).splitlines()
