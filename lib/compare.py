@@ -56,7 +56,8 @@ class RunScores:
         baseline_safety: likewise.
         rows: axis -> row file's rows; ``accuracy`` and ``safety``, none where it was not measured.
         untuned: axis -> rows of the model without its adapter, asked the same; none where there are none.
-        untuned_files: axis -> the file of those rows; runs that share it were asked the same.
+        untuned_files: axis -> the file of those rows; runs that share it were asked the same, and the untuned model as
+            a run of its own (``untuned_runs``) has that of its rows.
         protocols: axis -> what made its rows, by field (``lib.verdict.check_alike``); empty where it does not say.
         scaled: axis -> scale of the adapter's effect -> rows, where ``adapter_scales`` asked for some.
         overlaps: evaluation questions that share words with training rows, as 01 found them; None where 01 did not say.
@@ -282,7 +283,7 @@ def untuned_runs(runs: Sequence[RunScores]) -> list[RunScores]:
     """The untuned model as rows of the same tables: once for each way in which it was asked."""
     found: dict[tuple[str, ...], list[RunScores]] = {}
     for run in runs:
-        if run.untuned:
+        if run.untuned_files:
             found.setdefault(tuple(run.untuned_files.values()), []).append(run)
     return [_as_untuned(sharing) for sharing in found.values()]
 
@@ -301,7 +302,6 @@ def _as_untuned(sharing: Sequence[RunScores]) -> RunScores:
         baseline_safety=None,
         rows=first.untuned,
         untuned={},
-        untuned_files={},
     )
 
 

@@ -185,10 +185,7 @@ def _rows_link(axis: str, run: str, reference: str) -> str:
 
 def _references(runs: Sequence[RunScores], untuned: Sequence[RunScores]) -> dict[str, str]:
     """Run name -> name of the untuned model that was asked as it was."""
-    # In the order of compare.untuned_runs: each way of asking where it is first met.
-    ways = list(dict.fromkeys(tuple(run.untuned_files.values()) for run in runs if run.untuned))
-    names = [run.name for run in untuned]
-    return {run.name: names[ways.index(tuple(run.untuned_files.values()))] for run in runs if run.untuned}
+    return {run.name: other.name for run in runs for other in untuned if run.untuned_files == other.untuned_files}
 
 
 # --- runs and pictures ----------------------------------------------------------------------------------------------

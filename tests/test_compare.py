@@ -230,6 +230,7 @@ def test_runs_that_share_a_control_show_it_once(results):
     (untuned,) = compare.untuned_runs(compare.collect_runs(str(results)))
     assert untuned.name == "untuned, asked as one, two"
     assert (untuned.accuracy, untuned.safe, untuned.baseline_accuracy) == ((1, 3), None, None)
+    assert untuned.untuned_files == {"accuracy": "gsm8k_preds_untuned_abc.jsonl"} and untuned.untuned == {}
 
 
 def test_a_run_without_a_control_says_so(results):
