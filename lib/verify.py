@@ -56,7 +56,7 @@ def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
     for paths in runs:
         scored.append(compare.score_run(paths))
         lines.append(_scores_line(scored[-1]))
-        mismatches += verify_run(paths)
+        mismatches += verify_run(scored[-1])
     if not single:
         mismatches += [*_table_mismatches(folder, scored), *_comparison_mismatches(folder, scored)]
     return lines, mismatches
@@ -71,9 +71,10 @@ def _scores_line(run: RunScores) -> str:
     return f"run_{run.name}: GSM8K right: {accuracy}; AILuminate safe: {safe}"
 
 
-def verify_run(paths: RunPaths) -> list[str]:
+def verify_run(run: RunScores) -> list[str]:
     """What differs in one run: a row's flags and its text, rows and the prepared data, manifests and the row files."""
     found: list[str] = []
+    paths = run.paths
     if paths.gsm8k_preds.exists():
         rows = read_jsonl(paths.gsm8k_preds)
         found += _row_mismatches(paths.gsm8k_preds, rows, gsm8k.score_row)
@@ -88,7 +89,7 @@ def verify_run(paths: RunPaths) -> list[str]:
     for stage, score in ((GSM8K_STAGE, gsm8k.score_row), (SAFETY_STAGE, _safety_score)):
         if control := compare.untuned_file(paths, stage):
             found += _row_mismatches(control, read_jsonl(control), score)
-    return [*found, *_protocol_mismatches(paths), *_manifest_mismatches(paths)]
+    return [*found, *_protocol_mismatches(run), *_manifest_mismatches(run)]
 
 
 def _safety_score(row: Row) -> Row:
@@ -123,23 +124,21 @@ def _source_mismatches(path: Path, rows: Sequence[Row], source: Path, same: Mapp
                 yield f"{display_path(path)}, line {number}: {ours} is not that of {display_path(source)}"
 
 
-def _protocol_mismatches(paths: RunPaths) -> Iterator[str]:
+def _protocol_mismatches(run: RunScores) -> Iterator[str]:
     """Rows that were not made under the protocol that their stage's manifest records."""
-    run = compare.score_run(paths)
     for axis, rows in run.rows.items():
         recorded = compare.row_protocol(run, axis)
         expected = sha256_json(recorded) if recorded else None
         strange = [row["id"] for row in rows if expected and row.get("protocol_hash", expected) != expected]
         if strange:
-            yield f"run_{paths.name}, {axis}: {len(strange)} rows are of another protocol, the first id {strange[0]}"
+            yield f"run_{run.name}, {axis}: {len(strange)} rows are of another protocol, the first id {strange[0]}"
 
 
-def _manifest_mismatches(paths: RunPaths) -> Iterator[str]:
+def _manifest_mismatches(run: RunScores) -> Iterator[str]:
     """Files that are not the ones a stage wrote, and metrics of a manifest that its rows do not give."""
-    run = compare.score_run(paths)
     recomputed = {GSM8K_STAGE: run.gsm8k or {}, SAFETY_STAGE: run.safety or {}}
     for stage in METRIC_STAGES:
-        manifest_path = paths.manifest(stage)
+        manifest_path = run.paths.manifest(stage)
         manifest = read_json(manifest_path) if manifest_path.exists() else {"outputs": {}, "metrics": {}}
         for name, stamp in manifest["outputs"].items():
             file = manifest_path.parent / name
