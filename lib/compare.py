@@ -251,12 +251,10 @@ def judge_runs(runs: Sequence[RunScores]) -> dict[str, list[AxisVerdict]]:
 def _judge(run: RunScores, axis: str) -> AxisVerdict:
     status = run.gsm8k_status if axis == "accuracy" else run.safety_status
     baseline = run.baseline_accuracy if axis == "accuracy" else run.baseline_safety
-    rows, reference = run.rows.get(axis) or None, run.untuned.get(axis) or None
-    skipped = status.removeprefix("not measured: ")
-    found = judge_axis(axis, rows, reference, baseline=baseline, skipped=skipped)
-    if not (strange := _stranger(run, axis)):
-        return found
-    return replace(judge_axis(axis, rows, None, baseline=baseline, skipped=skipped), uncompared=strange)
+    strange, skipped = _stranger(run, axis), status.removeprefix("not measured: ")
+    reference = None if strange else run.untuned.get(axis)
+    found = judge_axis(axis, run.rows.get(axis), reference, baseline=baseline, skipped=skipped)
+    return replace(found, uncompared=strange) if strange else found
 
 
 def _stranger(run: RunScores, axis: str) -> str:
