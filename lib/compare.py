@@ -433,7 +433,7 @@ def _hazards_of(run: RunScores) -> list[Row]:
 
 
 def _numbers_of(run: RunScores) -> Row:
-    answers, verdicts = run.rows.get("accuracy", []), run.rows.get("safety", [])
+    verdicts = run.rows.get("safety", [])
     return {
         "accuracy": run.gsm8k,
         "safety": run.safety,
@@ -444,7 +444,6 @@ def _numbers_of(run: RunScores) -> Row:
         "clean": [asdict(effect) for effect in clean_accuracy(run)],
         "flips": {axis: [asdict(flip) for flip in flips(run, axis)] for axis in AXIS_STAGES},
         "frontier": [asdict(point) for point in frontier(run)],
-        "num_answers": len(answers),
     }
 
 

@@ -165,6 +165,18 @@ def test_tampering_with_a_number_of_the_comparison_is_found_by_its_place(compare
     assert found.startswith(f"comparison.json, {place}: is {value!r}, recomputed ")
 
 
+def test_a_comparison_of_before_a_field_was_dropped_verifies(compared):
+    path = compared / "05_compare" / "comparison.json"
+    record = read_json(path)
+    record["by_run"]["one"]["num_answers"] = 3
+    write_json(path, record)
+    assert verify.verify_folder(compared)[1] == []
+    record["by_run"]["one"]["num_questions"] = 3
+    write_json(path, record)
+    (found,) = verify.verify_folder(compared)[1]
+    assert found == "comparison.json, by_run.one.num_questions: is 3, recomputed None"
+
+
 def test_tampering_with_a_row_is_found_in_the_comparison_too(compared):
     path = run_paths(str(compared), "two").gsm8k_preds
     rows = read_jsonl(path)
