@@ -13,8 +13,10 @@ import pytest
 
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
 # What a kernel must not inherit: the notebooks' own defaults are what is tested.
-DROPPED_IN_KERNELS = ("ASSETS_DIR", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+DROPPED_IN_KERNELS = ("ASSETS_DIR", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "PRESET")
 SET_IN_KERNELS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Nobody looks at a notebook that is tested: no bar is shown in it.
+SET_IN_KERNELS |= {"RUN_BY_DRIVER": "1"}
 
 
 def pytest_configure(config: pytest.Config) -> None:

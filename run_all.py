@@ -641,6 +641,9 @@ def baselines_missed(args: argparse.Namespace, plans: list[Plan]) -> bool:
 
 def set_kernel_environment(offline: bool) -> None:
     """What the kernels inherit: no bars that flood a notebook, no telemetry, no network where it is forbidden."""
+    from lib.artifacts import DRIVER_VARIABLE
+
+    os.environ[DRIVER_VARIABLE] = "1"
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     # The order of a set is the same in every kernel: a run that went on is the run that was never broken.

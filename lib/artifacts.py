@@ -30,6 +30,10 @@ from lib.redaction import clean_value
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
+# Set in kernels that nobody looks at while they run: the driver's, and those of tests.
+DRIVER_VARIABLE = "RUN_BY_DRIVER"
+# Names a preset in a notebook's first code cell, or in the environment of JupyterLab; the driver injects values.
+PRESET_VARIABLE = "PRESET"
 # Written into every manifest: the packages whose version can change a number.
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
 # Where a stage's files lie says nothing about what it computes: these never make a stage run again.

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.artifacts import PROJECT_ROOT, display_path, full_disk_text, write_text
+from lib.artifacts import PRESET_VARIABLE, PROJECT_ROOT, display_path, full_disk_text, write_text
 from lib.redaction import clean, visible
 
 if TYPE_CHECKING:  # for the reader only: it imports jupyter_client
@@ -60,7 +60,7 @@ def source_notebook(stage: str) -> Path:
 
 
 def declared_parameters(stage: str) -> dict[str, Any]:
-    """Names and default values of the stage's ``parameters`` cell, in its order.
+    """Names and default values of the stage's ``parameters`` cell, in its order; without ``PRESET``, which sets them.
 
     Raises:
         ValueError: the notebook has no such cell, or a line of it is not ``name: type = literal``.
@@ -75,7 +75,8 @@ def declared_parameters(stage: str) -> dict[str, Any]:
             raise ValueError(
                 f"notebooks/{stage}.ipynb: parameters cell, line {statement.lineno}: not `name: type = literal`"
             )
-    return {statement.target.id: ast.literal_eval(statement.value) for statement in statements}
+    values = {statement.target.id: ast.literal_eval(statement.value) for statement in statements}
+    return {name: value for name, value in values.items() if name != PRESET_VARIABLE}
 
 
 def execute(

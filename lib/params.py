@@ -4,14 +4,15 @@ Knows what each parameter may be and which contradict each other; knows nothing 
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
-from lib.artifacts import PROJECT_ROOT
+from lib.artifacts import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT
 
 PARAMS_DIR = PROJECT_ROOT / "params"
 # Characters of a wrong value that a message repeats.
@@ -376,15 +377,19 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
+def from_notebook(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters that a notebook declares, checked by the same schema that checks the presets.
+
+    Where its ``PRESET``, or else the environment variable of that name, names a preset, that preset's values and run
+    first take the place of those declared, in ``namespace`` too.
 
     Args:
         namespace: ``globals()`` of the notebook, right after its parameters cell.
 
     Raises:
-        ParamsError: a value is of the wrong type or out of range; every fault is listed.
+        ParamsError: there is no such preset; or a value is of the wrong type or out of range, every fault is listed.
     """
+    _apply_preset(namespace)
     declared = {key: namespace[key] for key in (*RUN_SETTINGS, *Params.model_fields) if key in namespace}
     faults = [fault for key in declared if key not in RUN_SETTINGS and (fault := _field_fault(key, declared[key]))]
     for key in declared.keys() & RUN_SETTINGS.keys():
@@ -394,6 +399,22 @@ def from_notebook(namespace: Mapping[str, Any]) -> dict[str, Any]:
     if faults:
         raise ParamsError(f"parameters cell: {len(faults)} fault(s)\n" + "\n".join(f"  - {fault}" for fault in faults))
     return declared
+
+
+def _apply_preset(namespace: MutableMapping[str, Any]) -> None:
+    # The driver has injected every value: a PRESET that somebody exported in their shell must not replace them.
+    if PRESET_VARIABLE not in namespace or os.environ.get(DRIVER_VARIABLE):
+        return
+    preset, place = namespace[PRESET_VARIABLE], "parameters cell"
+    if not preset:
+        preset, place = os.environ.get(PRESET_VARIABLE, ""), "environment variable"
+    if not preset:
+        return
+    try:
+        values = load_params(preset_path(str(preset), PARAMS_DIR)).model_dump() | {"run_name": preset}
+    except ParamsError as error:
+        raise ParamsError(f"{PRESET_VARIABLE} ({place}): {error}") from None
+    namespace.update({key: value for key, value in values.items() if key in namespace})
 
 
 def find_presets(params_dir: Path = PARAMS_DIR) -> list[str]:

@@ -5,16 +5,29 @@ That they run with their own defaults is tested by nbval (``pytest --nbval-lax``
 
 import ast
 import json
+import os
 import re
 import statistics
 
+import nbclient
 import nbformat
 import papermill
 import pytest
 import yaml
 
 from lib import execution, gsm8k
-from lib.artifacts import PROJECT_ROOT, STAGES, read_json, read_jsonl, run_paths, start_stage, write_jsonl
+from lib.artifacts import (
+    DRIVER_VARIABLE,
+    PRESET_VARIABLE,
+    PROJECT_ROOT,
+    RESULTS_VARIABLE,
+    STAGES,
+    read_json,
+    read_jsonl,
+    run_paths,
+    start_stage,
+    write_jsonl,
+)
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
@@ -113,9 +126,54 @@ def test_parameters_are_those_of_the_sandbox_preset(stage):
 def test_papermill_sees_every_parameter_with_its_help(stage, recwarn):
     # It does not see a line that holds a second "=", in a comment even, nor an annotation like `int | None`.
     seen = papermill.inspect_notebook(str(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb"))
+    # A person's, never injected: 05 compares every run and knows no preset.
+    preset = seen.pop("PRESET", None)
+    assert (preset is None) == (stage == "05_compare") and (preset is None or preset["help"])
     assert seen.keys() == execution.declared_parameters(stage).keys()
     for name, found in seen.items():
         assert found["help"] and found["inferred_type_name"] == type((SANDBOX | SETTINGS)[name]).__name__
+
+
+# --- a preset by its name -------------------------------------------------------------------------------------------
+
+
+def open_in_lab(stage, folder, preset="", **environment):
+    """A notebook as a person runs it who writes ``PRESET``, over a preset of ours; its cells, and the error's words."""
+    presets = folder / "params"
+    presets.mkdir(exist_ok=True)
+    mine = SANDBOX | {"description": "my own", "max_train_rows": 9, "fewshot_k": 1}
+    (presets / "mine.yaml").write_text(yaml.safe_dump(mine), encoding="utf-8")
+    notebook = read(stage)
+    assert notebook.cells[1].source.startswith('PRESET: str = ""  # ')
+    notebook.cells[1].source = notebook.cells[1].source.replace('PRESET: str = ""', f"PRESET: str = {preset!r}")
+    patch = f"from pathlib import Path\nfrom lib import params\nparams.PARAMS_DIR = Path({str(presets)!r})"
+    notebook.cells.insert(2, nbformat.v4.new_code_cell(patch))
+    kept = {name: value for name, value in os.environ.items() if name not in (DRIVER_VARIABLE, PRESET_VARIABLE)}
+    client = nbclient.NotebookClient(notebook, timeout=120)
+    try:
+        client.execute(env=kept | {RESULTS_VARIABLE: str(folder / "results")} | environment)
+    except nbclient.exceptions.CellExecutionError as error:
+        return notebook.cells, error.evalue
+    return notebook.cells, ""
+
+
+def test_a_preset_named_in_the_first_cell_gives_its_values_and_its_run(tmp_path):
+    cells, error = open_in_lab("01_prepare", tmp_path, "mine", PRESET="what the cell wins over")
+    assert not error, error
+    paths = run_paths(str(tmp_path / "results"), "mine")
+    assert len(read_jsonl(paths.train_rows)) == 9
+    # What the report and the manifest say is what was used.
+    noted = read_json(paths.manifest("01_prepare"))["parameters"]
+    assert (noted["run_name"], noted["max_train_rows"], noted["fewshot_k"]) == ("mine", 9, 1)
+    assert noted.keys() == execution.declared_parameters("01_prepare").keys()
+    setup = next(cell for cell in cells if "params.from_notebook" in cell.source)
+    assert "Run mine: my own." in json.dumps(setup.outputs)
+
+
+@pytest.mark.parametrize("stage", ["02_train", "03_eval_gsm8k", "04_eval_safety"])
+def test_a_missing_earlier_stage_is_named_with_the_preset_of_the_environment(tmp_path, stage):
+    _, error = open_in_lab(stage, tmp_path, PRESET="mine")
+    assert "is missing: run 01_prepare for preset 'mine' first" in error and "--presets mine --stages 01" in error
 
 
 # --- paths that the defaults do not take ----------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Presets: what stands in them, and that every fault is told at once, with key, value and what is allowed."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import yaml
 
+import run_all
 from lib import params
 from lib.artifacts import PROJECT_ROOT
 from lib.params import Params, ParamsError, find_presets, load_params, parse_assignment, preset_path
@@ -211,6 +213,40 @@ def test_a_notebooks_parameters_cell_is_checked_by_the_same_schema():
     with pytest.raises(ParamsError, match="2 fault") as caught:
         params.from_notebook({"seed": "1", "offline": "no"})
     assert "seed" in str(caught.value) and "offline" in str(caught.value)
+
+
+def cell(**changes):
+    """Names as a parameters cell leaves them."""
+    return {"PRESET": "", "run_name": "sandbox_one", "offline": True, "lora_r": 8, "unrelated": 1, **changes}
+
+
+def test_a_preset_replaces_what_the_cell_declares_and_nothing_else(monkeypatch):
+    monkeypatch.delenv(params.DRIVER_VARIABLE, raising=False)
+    monkeypatch.setenv("PRESET", "medium")
+    namespace = cell(PRESET="strong")
+    assert params.from_notebook(namespace) == {"run_name": "strong", "offline": True, "lora_r": 32}
+    assert namespace == cell(PRESET="strong", run_name="strong", lora_r=32)
+    assert params.from_notebook(cell())["run_name"] == "medium"
+    # 05 compares every run: it declares no PRESET, and none is looked for.
+    assert params.from_notebook({"offline": True}) == {"offline": True}
+
+
+def test_what_the_driver_injected_is_never_replaced(monkeypatch):
+    # A copy: what the driver sets for its kernels is not for the tests that follow.
+    monkeypatch.setattr(os, "environ", {**os.environ, "PRESET": "medium"})
+    run_all.set_kernel_environment(offline=False)
+    for name in ("", "strong", "no such preset"):
+        assert params.from_notebook(cell(PRESET=name)) == {"run_name": "sandbox_one", "offline": True, "lora_r": 8}
+
+
+@pytest.mark.parametrize("wrong", ["stronk", 3, True, ["strong"]])
+def test_a_preset_that_is_none_names_those_there_are(monkeypatch, wrong):
+    monkeypatch.delenv(params.DRIVER_VARIABLE, raising=False)
+    with pytest.raises(ParamsError, match=r"PRESET \(parameters cell\): .*sandbox_one, simple, medium, strong"):
+        params.from_notebook(cell(PRESET=wrong))
+    monkeypatch.setenv("PRESET", "stronk")
+    with pytest.raises(ParamsError, match=r"PRESET \(environment variable\): .*'stronk'.*sandbox_one, simple"):
+        params.from_notebook(cell())
 
 
 TORCH_FREE = ("params", "artifacts", "assets", "gsm8k", "safety", "stats", "compare", "execution")
