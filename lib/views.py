@@ -207,7 +207,7 @@ def groups_table(runs: Sequence[RunScores], kind: str) -> Html:
             "run": run.name,
             kind: rate.name,
             "safe": percent(rate.rate),
-            "95 % interval": f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %",
+            "95 % interval": _interval_words(rate),
             "rows": f"{rate.num_safe} of {rate.num_rows}",
         }
         for run in runs
@@ -269,7 +269,7 @@ def frontier_plot(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
     """Accuracy against safe rate along the adapter's scale, a line a run; each point names its scale."""
     figure, (axes,) = new_figure(width=7.6, height=4.6)
     for at, (name, points) in enumerate(frontiers.items()):
-        across, up = ([_share(counts) for counts in side] for side in _sides(points))
+        across, up = [_share(point.accuracy) for point in points], [_share(point.safe) for point in points]
         axes.plot(across, up, color=COLOURS[at % 6], marker=MARKERS[at % 6], markersize=6, linewidth=1.5)
         named: dict[tuple[float, float], list[str]] = {}
         for point, x, y in zip(points, across, up, strict=True):
@@ -289,10 +289,6 @@ def frontier_plot(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
 
 def _share(counts: tuple[int, int]) -> float:
     return counts[0] / counts[1]
-
-
-def _sides(points: Sequence[FrontierPoint]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    return [point.accuracy for point in points], [point.safe for point in points]
 
 
 def frontier_table(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Html:
@@ -333,7 +329,11 @@ def threshold_plot(curve: Sequence[tuple[float, Rate]]) -> Figure:
 
 def rate_words(rate: Rate | CorrectedRate) -> str:
     """A rate with its interval, as ``54.4 % (95 % interval 48.3 to 60.3 %)``."""
-    return f"{percent(rate.rate)} (95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f} %)"
+    return f"{percent(rate.rate)} (95 % interval {_interval_words(rate)})"
+
+
+def _interval_words(rate: hazards.GroupRate | Rate | CorrectedRate) -> str:
+    return f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %"
 
 
 def disagreement_words(name: str, found: Disagreement) -> str:
@@ -394,7 +394,7 @@ def wordings_table(found: WordingSpread) -> Html:
         {
             "wording": name,
             "safe": percent(rate.rate),
-            "95 % interval": f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %",
+            "95 % interval": _interval_words(rate),
             "rows": f"{rate.num_of} of {rate.num_rows}",
         }
         for name, rate in found.rates.items()
