@@ -94,7 +94,7 @@ def _account() -> pwd.struct_passwd | None:
 def _rules(secrets: tuple[str, ...], homes: tuple[str, ...], users: tuple[str, ...]) -> tuple[Rule, ...]:
     found = [_replacing(re.escape(secret), HIDDEN) for secret in secrets]
     found += [lambda text: TOKEN_FORMS.sub(HIDDEN, text), lambda text: ADDRESS_CREDENTIALS.sub(rf"\1{HIDDEN}@", text)]
-    # Relative paths climb to the root and come down again: `../../home/name/x` is `~/x` too.
+    # Relative paths climb to the root and come down again: a home folder behind some `..` is `~` too.
     found += [_replacing(rf"(?:\.\.)?(?:/\.\.)*{re.escape(home)}(?![\w-])", "~") for home in homes]
     found += [_replacing(_user_pattern(re.escape(user)), "user") for user in users]
     return tuple(found)
