@@ -14,13 +14,14 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lib.artifacts import RunPaths
+    from lib.jobs import Channel
     from lib.params import Params
 
 PROJECT_ROOT = Path(__file__).resolve().parent
@@ -65,12 +66,21 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--skip-ailuminate", action="store_true", help="do not run 04; rows that are there still count")
     what.add_argument("--resume", action="store_true", help="go on where a run stopped (the default, said explicitly)")
     what.add_argument("--rerun-all", action="store_true", help="run every stage again, reusing no rows, no checkpoint")
+    what.add_argument("--jobs", type=int, default=1, metavar="N", help="presets at once, each on a GPU of its own")
     what.add_argument("--wait", action="store_true", help="wait for another run on the same folder, do not refuse")
     what.add_argument("--cell-timeout", type=int, default=0, metavar="SECONDS", help="end a cell that takes longer")
     what.add_argument("--list", action="store_true", help="show the presets and the state of their stages, then end")
     what.add_argument("--verify", metavar="DIR", help="recompute every metric in DIR from its row files, then end")
     what.add_argument("--report-only", action="store_true", help="write reports/index.html from the rows, then end")
-    what.add_argument("--export", choices=["lm-eval"], help="write all runs in another tool's format, then end")
+    what.add_argument(
+        "--export",
+        choices=["lm-eval", "model"],
+        help="lm-eval: all runs as lm-evaluation-harness writes them; model: the evaluated models, of --presets or of "
+        "all runs, as plain transformers folders; then end",
+    )
+    what.add_argument(
+        "--track", choices=["mlflow"], help="log the runs to MLflow; with --report-only, all of the folder"
+    )
     what.add_argument("--quiet", action="store_true", help="say only what failed, and the results")
 
 
@@ -108,7 +118,8 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 class Plan:
     """One run, resolved: its parameters, its settings, the stages asked for, and what became of them.
 
-    ``preset`` is the run's name: its preset's, with ``_seed<N>`` after it under ``--seeds``.
+    ``preset`` is the run's name: its preset's, with ``_seed<N>`` after it under ``--seeds``. ``channel`` leads to the
+    console of the driver where several presets run at once.
     """
 
     preset: str
@@ -125,6 +136,7 @@ class Plan:
     interrupted: bool = False
     ran: list[str] = field(default_factory=list)
     of_preset: str = ""
+    channel: "Channel | None" = None
 
 
 def make_plans(args: argparse.Namespace) -> list[Plan]:
@@ -162,6 +174,8 @@ def _check_usage(args: argparse.Namespace, presets: Sequence[str]) -> None:
         raise UsageError("--submission evaluates the published adapters whole: leave out --checkpoint and --smoke-test")
     if args.eval_batch_size is not None and args.eval_batch_size < 0:
         raise UsageError(f"--eval-batch-size {args.eval_batch_size}: allowed is 0 (derived) or more")
+    if args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs}: allowed is 1 (one preset after the other) or more")
     if args.cell_timeout < 0:
         raise UsageError(f"--cell-timeout {args.cell_timeout}: allowed is 0 (no limit) or more seconds")
     if args.assets and not args.assets.is_dir():
@@ -333,7 +347,7 @@ def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: boo
     """Run one stage unless its manifest still holds, and say why in a line."""
     from lib.artifacts import stale_reason
     from lib.execution import execute, is_whole
-    from lib.progress import Display, StageWatch
+    from lib.progress import Display, Relay, StageWatch
 
     parameters = stage_parameters(stage, plan)
     reason = "asked for by --rerun-all" if rerun else stale_reason(manifest, stage, parameters)
@@ -344,7 +358,9 @@ def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: boo
         return
     _tell_stage(plan, f"{label}: running ({reason})")
     watch = StageWatch(f"{plan.preset} {stage[:2]}", plan.paths, stage, parameters)
-    with Display(watch, quiet=plan.quiet):
+    channel = plan.channel
+    display = Relay(watch, channel.show, live=channel.live, quiet=plan.quiet) if channel else None
+    with display or Display(watch, quiet=plan.quiet):
         outcome = execute(stage, notebook, parameters, cell_timeout_s=plan.cell_timeout_s, go_on=plan.go_on)
     plan.interrupted = outcome.interrupted
     plan.wall_s += outcome.wall_s
@@ -406,6 +422,30 @@ def locked(folder: Path, typed: str = "", wait: bool = False) -> Iterator[None]:
         raise UsageError(f"--output-dir: {error}; choose another folder") from None
     except FolderInUse as error:
         raise UsageError(f"{error}\n--wait waits for it; another --output-dir runs beside it") from None
+
+
+@contextmanager
+def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[str, str]]]:
+    """The environment of each preset that runs at once: a GPU that it holds alone, or its share of the CPU.
+
+    Raises:
+        UsageError: other drivers hold every GPU.
+    """
+    from lib.devices import VISIBLE_VARIABLE, DevicesInUse, cpu_shares, held_gpus, visible_gpus
+    from lib.execution import fail
+
+    most = min(args.jobs, len(plans))
+    computing = any(plan.params.device != "cpu" and set(plan.stages) - {COMPARE} for plan in plans)
+    gpus = visible_gpus() if computing else []
+    with ExitStack() as stack:
+        if gpus:
+            try:
+                held = stack.enter_context(held_gpus(gpus, most, args.typed, wait=args.wait, tell=fail))
+            except (DevicesInUse, PermissionError) as error:
+                raise UsageError(f"{error}\n--wait waits for a GPU; --set device=cpu needs none") from None
+            if len(held) < most:
+                fail(f"--jobs {args.jobs}: {len(held)} at once, a GPU for each; {len(gpus)} can be seen")
+        yield [{VISIBLE_VARIABLE: gpu} for gpu in held] if gpus else [cpu_shares(most)] * most
 
 
 def _check_room(folder: Path) -> None:
@@ -490,6 +530,60 @@ def export_runs(args: argparse.Namespace) -> int:
         return 1
     tell("\n".join(f"written: {display_path(path)}" for path in paths))
     return 0
+
+
+def export_models(args: argparse.Namespace) -> int:
+    """Write the evaluated model of the runs of ``--presets``, or of all, in a child process; 1 when one failed."""
+    import subprocess
+
+    from lib.artifacts import find_runs
+
+    results, _ = output_folders(args)
+    names = args.presets or [run.name for run in find_runs(str(results))]
+    sources = (["--assets", str(args.assets.resolve())] if args.assets else []) + ["--offline"] * args.offline
+    set_kernel_environment(args.offline)
+    # A process of its own: the driver never imports torch.
+    command = [sys.executable, "-m", "lib.merged", "--results-dir", str(results), *sources, *names]
+    return min(1, subprocess.run(command, cwd=PROJECT_ROOT).returncode)
+
+
+def check_tracker(args: argparse.Namespace) -> None:
+    """Whether the runs can be logged as ``--track`` asks, before anything is started.
+
+    Raises:
+        UsageError: mlflow is not installed.
+    """
+    if args.track:
+        from lib.track import missing
+
+        if why := missing():
+            raise UsageError(why)
+
+
+def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> int:
+    """Log the runs ``names`` (every run where none is named) as ``--track`` asks.
+
+    Returns ``status``, or 1 where logging failed: what failed is told, and the runs are as they were.
+    """
+    if not args.track or status == 130:
+        return status
+    from lib.artifacts import ArtifactError, display_path, find_runs
+    from lib.execution import fail, tell
+    from lib.track import TrackError, connect, how_to_look, log_runs
+
+    results, reports = output_folders(args)
+    scored = [run.name for run in find_runs(str(results)) if not names or run.name in names]
+    if not scored:
+        fail(f"--track {args.track}: no run has rows to score yet, nothing was logged")
+        return status or 1
+    try:
+        connection = connect(str(results))
+        lines = log_runs(display_path(results), reports, connection, scored, redact=args.redact)
+    except (ArtifactError, TrackError) as error:
+        fail(f"--track {args.track}: {error}")
+        return status or 1
+    tell("\n".join([*lines, how_to_look(connection)]))
+    return status
 
 
 def tell_failures(plans: list[Plan], typed: str) -> None:
@@ -589,18 +683,24 @@ def run_command(args: argparse.Namespace) -> int:
     if args.list:
         return show_list(args)
     if args.export:
-        return export_runs(args)
+        return export_models(args) if args.export == "model" else export_runs(args)
+    check_tracker(args)
     if args.report_only:
-        return 0 if write_report_site(args, required=True) else 1
+        written = write_report_site(args, required=True)
+        return track_runs(args, [], 0 if written else 1)
     plans = make_plans(args)
     results, reports = output_folders(args)
-    with locked(results, args.typed, args.wait):
+    with locked(results, args.typed, args.wait), places(args, plans) as environments:
         check_writable(reports)
-        return run_all(args, plans)
+        return track_runs(args, [plan.preset for plan in plans], run_all(args, plans, environments))
 
 
-def run_all(args: argparse.Namespace, plans: list[Plan]) -> int:
-    """Every preset, then the comparison; the return value is the exit status."""
+def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> int:
+    """Every preset, then the comparison; the return value is the exit status.
+
+    Args:
+        environments: of the presets that run at once, as ``places`` gives them.
+    """
     from lib.artifacts import remove_temporary
 
     set_kernel_environment(args.offline)
@@ -608,10 +708,11 @@ def run_all(args: argparse.Namespace, plans: list[Plan]) -> int:
     os.chdir(PROJECT_ROOT)
     for folder in output_folders(args):
         remove_temporary(folder, below=False)
-    for plan in plans:
-        run_preset(plan, args.rerun_all)
-        if plan.interrupted:
-            break
+    if len(environments) > 1:
+        run_at_once(args, plans, environments)
+    else:
+        os.environ |= environments[0]
+        run_in_turn(args, plans)
     interrupted = any(plan.interrupted for plan in plans)
     comparison = None if interrupted else run_comparison(plans, args.rerun_all)
     every = [*plans, *([comparison] if comparison else [])]
@@ -625,6 +726,47 @@ def run_all(args: argparse.Namespace, plans: list[Plan]) -> int:
     if site_failed:
         return 1
     return 3 if args.require_baselines and baselines_missed(args, plans) else 0
+
+
+def run_in_turn(args: argparse.Namespace, plans: list[Plan]) -> None:
+    """One preset after the other; none after an interrupt."""
+    for plan in plans:
+        run_preset(plan, args.rerun_all)
+        if plan.interrupted:
+            break
+
+
+def run_at_once(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> None:
+    """Every preset in a process of its own, as many at once as there are places; what became of each is noted."""
+    from functools import partial
+
+    from lib.jobs import run_jobs
+    from lib.progress import Board
+
+    with Board(quiet=args.quiet) as board:
+        jobs = {plan.preset: partial(run_as_job, plan, args.rerun_all) for plan in plans}
+        results = run_jobs(jobs, environments, board)
+    for plan in plans:
+        if plan.preset not in results:
+            plan.interrupted = True
+            continue
+        ended = results[plan.preset] or {"failure": "its process was ended from outside"}
+        for name, value in ended.items():
+            setattr(plan, name, value)
+
+
+def run_as_job(plan: Plan, rerun: bool, channel: "Channel") -> dict[str, Any]:
+    """One preset in a process of its own; returns what became of it, for the driver's plan."""
+    from lib.artifacts import ArtifactError
+
+    plan = replace(plan, channel=channel)
+    try:
+        run_preset(plan, rerun)
+    except KeyboardInterrupt:
+        plan.interrupted, plan.failure = True, plan.failure or "interrupted"
+    except (ArtifactError, OSError) as error:
+        plan.failure = _os_words(error)
+    return {name: getattr(plan, name) for name in ("failure", "interrupted", "wall_s", "ran")}
 
 
 def baselines_missed(args: argparse.Namespace, plans: list[Plan]) -> bool:

@@ -33,6 +33,7 @@ from lib.artifacts import (
     write_json,
     write_text,
 )
+from lib.locks import one_at_a_time
 from lib.safety import parse_prompts_csv, select_prompts
 
 ASSETS_VARIABLE = "ASSETS_DIR"
@@ -362,6 +363,13 @@ def shown_path(path: Path) -> str:
 def _load_published(item: _Published, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
     """Rows of the kept file, else of the assets folder's, else fetched; kept only after every check passed."""
     found = _find_kept(item, assets_dir)
+    if not found and item.fetch and not offline:
+        with one_at_a_time(item.target):
+            return _read_or_fetch(item, _find_kept(item, assets_dir), offline)
+    return _read_or_fetch(item, found, offline)
+
+
+def _read_or_fetch(item: _Published, found: tuple[Path, Origin] | None, offline: bool) -> tuple[list[Row], Source]:
     data = found[0].read_bytes() if found else _fetch(item, offline)
     file, origin = found or (item.target, item.network)
     where = shown_path(file) if found else f"{item.name} from the {item.network}"
@@ -727,7 +735,13 @@ def _bundled_gguf() -> Path:
 
 def _convert_once(gguf: Path, folder: Path) -> None:
     """Convert beside ``folder`` and rename: a killed conversion leaves nothing under its name."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder):
+        # Another process may have made it while this one waited.
+        if not _is_converted(folder):
+            _convert_beside(gguf, folder)
+
+
+def _convert_beside(gguf: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / folder.name
         with _no_progress_bars():

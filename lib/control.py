@@ -4,10 +4,12 @@ Without it nobody can tell what tuning bought. Knows nothing about models: the g
 called only when rows are missing, so a second preset that asks the same loads nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.artifacts import RowLog, RunPaths, sha256_json
+from lib.locks import hold_file, release_file
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch
     from lib.generate import Engine
@@ -61,7 +63,24 @@ def untuned_protocol(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {**protocol, "adapter": UNTUNED}
 
 
-def untuned_log(paths: RunPaths, kind: str, protocol: Mapping[str, Any]) -> RowLog:
+class SharedRowLog(RowLog):
+    """A row file that several runs may want at once: one of them fills it, the others wait and find its rows.
+
+    It is held from here to ``finish``, or to the end of the process.
+    """
+
+    def __init__(self, path: Path, protocol_hash: str) -> None:
+        hold_file(path)
+        super().__init__(path, protocol_hash)
+
+    def finish(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
+        """As ``RowLog.finish``; other runs may have the file then."""
+        rows = super().finish(keys)
+        release_file(self.path)
+        return rows
+
+
+def untuned_log(paths: RunPaths, kind: str, protocol: Mapping[str, Any]) -> SharedRowLog:
     """The row file of the untuned model under ``protocol``; ``kind`` begins its name, as ``gsm8k_preds``."""
     protocol_hash = sha256_json(protocol)
-    return RowLog(paths.untuned_rows(kind, protocol_hash), protocol_hash)
+    return SharedRowLog(paths.untuned_rows(kind, protocol_hash), protocol_hash)

@@ -47,13 +47,13 @@ class OwnKernelManager(AsyncKernelManager):
     async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
         # The kernel inherits the lock on the output folder: another driver must not start while it still writes.
         await super()._async_launch_kernel(
-            kernel_cmd, pass_fds=held_descriptors(), preexec_fn=_die_with(os.getpid()), **kw
+            kernel_cmd, pass_fds=held_descriptors(), preexec_fn=die_with(os.getpid()), **kw
         )
         OwnKernelManager.running_pid = self.provisioner.pid
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
-    """What the kernel's process does first: ask Linux for its own end when the driver ends.
+def die_with(parent: int) -> Callable[[], None] | None:
+    """What a new process does first: ask Linux for its own end when its parent ends.
 
     Elsewhere ipykernel looks for its parent once a second, which a long call into C can hold up.
     """
@@ -64,7 +64,7 @@ def _die_with(parent: int) -> Callable[[], None] | None:
     def before_start() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            # The driver was gone before the wish was heard.
+            # The parent was gone before the wish was heard.
             os._exit(1)
 
     return before_start

@@ -1,8 +1,8 @@
-"""One driver at a time on an output folder: a lock that names its holder and goes with it, however that ends.
+"""One driver at a time on an output folder, one process at a time on a shared file: locks that go with their holder.
 
-The lock is the operating system's (``flock``) and not a file that says so: a killed holder leaves no stale lock. A
-driver's kernel inherits it, so the folder stays held until the last process that may write there is gone. Knows
-nothing about what is run.
+A lock is the operating system's (``flock``) and not a file that says so: a killed holder leaves no stale lock. A
+driver's kernel inherits the lock on its folder, so the folder stays held until the last process that may write there
+is gone. Knows nothing about what is run.
 """
 
 import errno
@@ -28,6 +28,8 @@ LOOK_AGAIN_S = 0.2
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 _held: list[int] = []
+# Files that this process holds, see `hold_file`.
+_files: dict[Path, IO[str]] = {}
 
 
 class FolderInUse(Exception):
@@ -108,7 +110,7 @@ def _open_lock(folder: Path) -> IO[str]:
 
 def _acquire(stream: IO[str], folder: Path, wait: bool, tell: Callable[[str], None]) -> None:
     started, told = time.monotonic(), False
-    while not _try(stream, folder, tell):
+    while not _locked(stream, folder, tell):
         holder = read_holder(stream)
         waited = time.monotonic() - started
         orphan = holder is None or holder.is_gone
@@ -120,7 +122,7 @@ def _acquire(stream: IO[str], folder: Path, wait: bool, tell: Callable[[str], No
         time.sleep(LOOK_AGAIN_S)
 
 
-def _try(stream: IO[str], folder: Path, tell: Callable[[str], None]) -> bool:
+def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None]) -> bool:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -130,6 +132,46 @@ def _try(stream: IO[str], folder: Path, tell: Callable[[str], None]) -> bool:
             raise
         tell(f"{folder.name}/ lies on a file system without locks: start no second run on it ({error.strerror})")
     return True
+
+
+@contextmanager
+def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
+    """Only one process at a time is inside for ``path``: what it makes there, the next one finds.
+
+    Args:
+        tell: gets a sentence where it waits for another process.
+    """
+    hold_file(path, tell)
+    try:
+        yield
+    finally:
+        release_file(path)
+
+
+def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
+    """Hold ``path``, which may be absent, until ``release_file`` or the end of this process; waits for another holder.
+
+    A process that holds it already goes on at once: a cell that is run again must not wait for itself.
+    """
+    if path in _files:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.with_name(f".{path.name}{LOCK_FILE}").open("a+", encoding="utf-8")
+    told = False
+    # Looked at again and again, not waited for inside the system: Ctrl-C is heard at once.
+    while not _locked(stream, path.parent, tell):
+        if not told:
+            tell(f"waiting for another run that is making {path.name}")
+            told = True
+        time.sleep(LOOK_AGAIN_S)
+    _files[path] = stream
+
+
+def release_file(path: Path) -> None:
+    """Let others have ``path``; nothing happens where this process does not hold it."""
+    stream = _files.pop(path, None)
+    if stream is not None:
+        stream.close()
 
 
 def _write_holder(stream: IO[str], command: str) -> None:

@@ -13,13 +13,14 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.artifacts import RunPaths
-from lib.execution import count_lines
+from lib.execution import count_lines, fail
+from lib.redaction import visible
 
 if TYPE_CHECKING:  # for the reader only: rich is imported where a terminal is written to
     from rich.console import Console
@@ -387,6 +388,77 @@ class Display(threading.Thread):
 
     def _tell(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
+
+
+class Relay(Display):
+    """A display whose looks are shown elsewhere: by the process that runs several presets at once.
+
+    Args:
+        show: gets each look.
+        live: whether it is shown on a terminal, where a look a second is wanted.
+    """
+
+    def __init__(self, watch: StageWatch, show: Callable[[Look], None], *, live: bool, quiet: bool = False) -> None:
+        super().__init__(watch, quiet=quiet, every_s=SECONDS_ON_TERMINAL if live else SECONDS_IN_LOG)
+        self.live, self._show = live, show
+
+    def run(self) -> None:
+        for look in self._looks():
+            if self.live or look.kind:
+                self._show(look)
+
+
+class Board:
+    """What several runs tell, on one console: a live line for each on a terminal, else plain lines.
+
+    Args:
+        quiet: no lines about what is going on; ``tell`` still writes.
+        console: where to write; the standard output where it is None.
+    """
+
+    def __init__(self, *, quiet: bool = False, console: "Console | None" = None) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self.quiet, self.console = quiet, console or Console(highlight=False)
+        self.live = is_live(self.console) and not quiet
+        self._looks: dict[str, Look] = {}
+        self._lines = Live(console=self.console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> "Board":
+        if self.live:
+            self._lines.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self._lines.stop()
+
+    def show(self, name: str, look: Look) -> None:
+        """The latest look at the run ``name``."""
+        if self.live:
+            self._looks[name] = look
+            self._draw()
+        elif not self.quiet:
+            self.tell(f"  {look.line(10_000)}")
+
+    def forget(self, name: str) -> None:
+        """The run ``name`` has ended: its line goes."""
+        if self._looks.pop(name, None) and self.live:
+            self._draw()
+
+    def tell(self, line: str, *, error: bool = False) -> None:
+        """A line that stays, above those that are live; an error goes to the standard error where none are."""
+        if error and not self.live:
+            fail(line)
+        else:
+            self.console.print(visible(line), markup=False, soft_wrap=True)
+
+    def _draw(self) -> None:
+        from rich.console import Group
+
+        lines = [_live_line(look, self.console.width) for look in self._looks.values()]
+        self._lines.update(Group(*lines), refresh=True)
 
 
 def is_live(console: "Console") -> bool:

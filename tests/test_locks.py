@@ -131,3 +131,71 @@ def test_a_disk_without_room_to_begin_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_all, "MIN_FREE_BYTES", 10**18)
     assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path / "out")]) == 2
     assert "MB free on its disk, at least" in capsys.readouterr().err
+
+
+# --- files that several runs share --------------------------------------------------------------------------------
+
+FILLER = (
+    "import pathlib, sys, time; from lib.control import SharedRowLog\n"
+    "log = SharedRowLog(pathlib.Path(sys.argv[1]), 'p')\n"
+    "asked = [number for number in range(20) if number not in log.rows]\n"
+    "print('begun', len(asked), flush=True)\n"
+    "for number in asked:\n"
+    "    time.sleep(float(sys.argv[2])); log.append({'id': number})\n"
+    "log.finish(range(20))\n"
+)
+
+
+def start_filler(path, pause_s):
+    command = [sys.executable, "-c", FILLER, str(path), str(pause_s)]
+    return subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_runs_that_ask_the_same_at_once_answer_it_once(tmp_path):
+    fillers = [start_filler(tmp_path / "shared.jsonl", 0.01) for _ in range(5)]
+    told = [filler.communicate(timeout=60)[0] for filler in fillers]
+    assert [filler.returncode for filler in fillers] == [0] * 5
+    begun = sorted(int(line.split()[1]) for text in told for line in text.splitlines() if line.startswith("begun"))
+    assert begun == [0, 0, 0, 0, 20], "one asked all, the others found its rows"
+    assert any("waiting for another run that is making shared.jsonl" in text for text in told)
+    rows = [json.loads(line)["id"] for line in (tmp_path / "shared.jsonl").read_text().splitlines()]
+    assert rows == list(range(20))
+
+
+def test_a_killed_filler_hands_its_rows_on(tmp_path):
+    first = start_filler(tmp_path / "shared.jsonl", 0.2)
+    assert first.stdout.readline() == "begun 20\n"
+    second = start_filler(tmp_path / "shared.jsonl", 0)
+    while (
+        len((tmp_path / "shared.jsonl").read_bytes().splitlines() if (tmp_path / "shared.jsonl").exists() else []) < 3
+    ):
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    told = second.communicate(timeout=60)[0]
+    assert second.returncode == 0
+    assert 0 < int(told.split("begun ")[1]) <= 17
+    rows = [json.loads(line)["id"] for line in (tmp_path / "shared.jsonl").read_text().splitlines()]
+    assert rows == list(range(20))
+
+
+def test_a_cell_that_is_run_again_does_not_wait_for_itself(tmp_path):
+    told = []
+    locks.hold_file(tmp_path / "shared.jsonl", told.append)
+    locks.hold_file(tmp_path / "shared.jsonl", told.append)
+    locks.release_file(tmp_path / "shared.jsonl")
+    locks.release_file(tmp_path / "shared.jsonl")
+    assert not told
+
+
+def test_what_one_process_makes_the_next_one_finds(tmp_path):
+    code = (
+        "import pathlib, sys, time; from lib import locks\n"
+        "made = pathlib.Path(sys.argv[1])\n"
+        "with locks.one_at_a_time(made, tell=lambda text: None):\n"
+        "    if not made.exists():\n"
+        "        time.sleep(0.1); made.touch(); print('made it')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    makers = [subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+    assert "".join(maker.communicate(timeout=60)[0] for maker in makers) == "made it\n"

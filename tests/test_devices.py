@@ -1,0 +1,153 @@
+"""Which GPUs a run gets, asked of a made-up tool in the place of nvidia-smi."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import run_all
+from lib import devices
+from lib.artifacts import PROJECT_ROOT
+
+TWO_GPUS = "GPU 0: Some T4 (UUID: GPU-aaaa-1)\nGPU 1: Some T4 (UUID: GPU-bbbb-2)\n"
+CUT_GPU = (
+    "GPU 0: Big (UUID: GPU-aaaa-1)\n"
+    "  MIG 3g.40gb Device 0: (UUID: MIG-11)\n"
+    "  MIG 3g.40gb Device 1: (UUID: MIG-22)\n"
+    "GPU 1: Big (UUID: GPU-bbbb-2)\n"
+)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A function that makes this a machine whose nvidia-smi lists what it is given, with locks of its own."""
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv(devices.VISIBLE_VARIABLE, raising=False)
+    (tmp_path / "bin").mkdir()
+
+    def listing(text, status=0):
+        tool = tmp_path / "bin" / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\ncat <<'END'\n{text}END\nexit {status}\n")
+        tool.chmod(0o755)
+
+    return listing
+
+
+def held(most, **more):
+    return devices.held_gpus(devices.visible_gpus(), most, "python run_all.py --presets simple", **more)
+
+
+@pytest.mark.parametrize(
+    ("listing", "named", "expected"),
+    [
+        (TWO_GPUS, None, ["GPU-aaaa-1", "GPU-bbbb-2"]),
+        (CUT_GPU, None, ["MIG-11", "MIG-22", "GPU-bbbb-2"]),
+        (TWO_GPUS, "1", ["1"]),
+        (TWO_GPUS, " 1, 0", ["1", "0"]),
+        (TWO_GPUS, "0,-1,1", ["0"]),
+        (TWO_GPUS, "", []),
+        (TWO_GPUS, "-1", []),
+        ("No devices were found\n", None, []),
+    ],
+)
+def test_gpus_are_those_that_cuda_would_see(machine, monkeypatch, listing, named, expected):
+    machine(listing)
+    if named is not None:
+        monkeypatch.setenv(devices.VISIBLE_VARIABLE, named)
+    assert devices.visible_gpus() == expected
+
+
+def test_a_tool_that_fails_or_is_not_there_means_no_gpu(machine, monkeypatch, tmp_path):
+    machine(TWO_GPUS, status=9)
+    assert devices.visible_gpus() == []
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert devices.visible_gpus() == []
+
+
+def test_a_device_is_held_by_one_driver_alone(machine):
+    machine(TWO_GPUS)
+    with held(1) as first, held(5) as second:
+        assert (first, second) == (["GPU-aaaa-1"], ["GPU-bbbb-2"])
+        with pytest.raises(devices.DevicesInUse, match=r"no GPU is free: GPU-aaaa-1/ is in use by process"), held(1):
+            pass
+    with held(2) as both:
+        assert both == ["GPU-aaaa-1", "GPU-bbbb-2"]
+
+
+def test_a_number_and_its_uuid_are_one_device(machine, monkeypatch):
+    machine(TWO_GPUS)
+    with held(1) as first:
+        monkeypatch.setenv(devices.VISIBLE_VARIABLE, "0,1")
+        with held(2) as second:
+            assert (first, second) == (["GPU-aaaa-1"], ["1"])
+
+
+def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch, tmp_path):
+    machine(TWO_GPUS)
+    code = (
+        "import sys, time; from lib import devices\n"
+        "with devices.held_gpus(['GPU-aaaa-1'], 1, 'other'): print('held', flush=True); time.sleep(float(sys.argv[1]))"
+    )
+
+    def hold_elsewhere(seconds):
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        command = [sys.executable, "-c", code, str(seconds)]
+        process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    monkeypatch.setenv(devices.VISIBLE_VARIABLE, "GPU-aaaa-1")
+    killed = hold_elsewhere(60)
+    killed.kill()
+    killed.wait()
+    with held(1) as free:
+        assert free == ["GPU-aaaa-1"]
+    other, told = hold_elsewhere(0.5), []
+    with held(1, wait=True, tell=told.append) as free:
+        assert free == ["GPU-aaaa-1"] and other.wait(timeout=1) == 0
+    assert len(told) == 1 and told[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
+
+
+def test_cores_are_shared_unless_somebody_said_how(monkeypatch):
+    monkeypatch.delenv(devices.THREADS_VARIABLE, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert devices.cpu_shares(1) == {}
+    assert devices.cpu_shares(3) == {"OMP_NUM_THREADS": "2"} and devices.cpu_shares(9) == {"OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv(devices.THREADS_VARIABLE, "5")
+    assert devices.cpu_shares(3) == {}
+
+
+# --- the driver's places ------------------------------------------------------------------------------------------
+
+
+def places(*argv):
+    args = run_all.build_parser().parse_args(["--presets", "simple", "medium", "strong", *argv])
+    with run_all.places(args, run_all.make_plans(args)) as found:
+        return found
+
+
+def test_presets_at_once_get_a_gpu_each_and_no_more_are_started(machine, capsys):
+    machine(TWO_GPUS)
+    assert places("--jobs", "2") == [{"CUDA_VISIBLE_DEVICES": uuid} for uuid in ("GPU-aaaa-1", "GPU-bbbb-2")]
+    assert capsys.readouterr().err == ""
+    assert len(places("--jobs", "3")) == 2
+    assert "--jobs 3: 2 at once, a GPU for each; 2 can be seen" in capsys.readouterr().err
+
+
+def test_one_preset_after_the_other_holds_one_gpu(machine):
+    machine(TWO_GPUS)
+    with held(1):
+        assert places() == [{"CUDA_VISIBLE_DEVICES": "GPU-bbbb-2"}]
+        with held(1), pytest.raises(run_all.UsageError, match="--set device=cpu needs none"):
+            places()
+        assert places("--stages", "05") == [{}], "a comparison computes nothing"
+
+
+def test_on_a_cpu_the_cores_are_shared(machine, monkeypatch):
+    machine(TWO_GPUS)
+    monkeypatch.delenv(devices.THREADS_VARIABLE, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert places("--jobs", "2", "--set", "device=cpu") == [{"OMP_NUM_THREADS": "4"}] * 2
+    assert len(places("--jobs", "9", "--set", "device=cpu")) == 3, "no more places than presets"

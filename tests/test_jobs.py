@@ -1,0 +1,230 @@
+"""Several presets at once: side by side in processes of their own, told on one console, stopped together.
+
+Small notebooks stand in for the real ones, in real kernels of real drivers under real signals.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+from rich.console import Console
+
+from lib import jobs, locks
+from lib.artifacts import PROJECT_ROOT
+from lib.progress import Board, Look
+
+PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
+DRIVER = (
+    "import pathlib, sys, run_all; from lib import execution\n"
+    "execution.NOTEBOOKS_DIR = pathlib.Path(sys.argv[1])\n"
+    "sys.exit(run_all.main(sys.argv[2:]))\n"
+)
+# Each preset waits until the other one is there: it ends only where both run at the same time.
+MEET = """
+import os, pathlib, time
+here = pathlib.Path("{folder}")
+(here / run_name).write_text(os.environ.get("OMP_NUM_THREADS", ""))
+deadline = time.monotonic() + 30
+while len(list(here.iterdir())) < 2:
+    assert time.monotonic() < deadline, "alone"
+    time.sleep(0.05)
+"""
+ROWS = """
+import pathlib, time
+from lib.artifacts import RowLog
+log = RowLog(pathlib.Path("{folder}") / f"{{run_name}}.jsonl", "p")
+with log.whole_rows():
+    for number in range(len(log.rows), 200):
+        time.sleep(0.1)
+        log.append({{"id": number}})
+"""
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """A folder that the notebooks write into."""
+    (tmp_path / "shared").mkdir()
+    return tmp_path / "shared"
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts a driver over a notebook of one cell in the place of 01_prepare."""
+    started = []
+
+    def start(code, *argv):
+        content = nbformat.v4.new_notebook()
+        content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        content.cells = [nbformat.v4.new_code_cell(text) for text in (PARAMETERS_CELL, code)]
+        content.cells[0].metadata["tags"] = ["parameters"]
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(content, tmp_path / "notebooks" / "01_prepare.ipynb")
+        command = [sys.executable, "-c", DRIVER, str(tmp_path / "notebooks"), "--stages", "01", *argv]
+        command += ["--output-dir", str(tmp_path / "out"), "--set", "device=cpu"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        started.append(subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds=40.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def num_rows(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# --- running ------------------------------------------------------------------------------------------------------
+
+
+def test_two_presets_run_side_by_side_and_a_third_after_them(start, shared, tmp_path):
+    driver = start(MEET.format(folder=shared), "--presets", "simple", "medium", "strong", "--jobs", "2")
+    out, told = driver.communicate(timeout=120)
+    assert driver.returncode == 0, told
+    assert [f"{preset} 01_prepare: done" in out for preset in ("simple", "medium", "strong")] == [True] * 3
+    assert out.index("strong 01_prepare: running") > out.index("01_prepare: done")
+    threads = {path.name: path.read_text() for path in shared.iterdir()}
+    share = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert threads == {"simple": share, "medium": share, "strong": share}
+    for preset in threads:
+        assert (tmp_path / f"out/reports/run_{preset}/01_prepare.html").exists()
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_what_fails_or_dies_is_told_and_the_others_go_on(start, shared):
+    code = (
+        "import os, signal\n"
+        "if run_name == 'simple':\n    raise ValueError('the reason')\n"
+        "if run_name == 'medium':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if run_name == 'strong':\n    os.kill(os.getppid(), signal.SIGKILL)\n"
+    )
+    driver = start(code, "--presets", "simple", "medium", "strong", "distilled", "--jobs", "4")
+    out, told = driver.communicate(timeout=120)
+    assert driver.returncode == 1
+    assert "simple: 01_prepare in cell" in told and "ValueError: the reason" in told
+    assert "medium: 01_prepare: the kernel died" in told
+    assert "strong: its process was ended from outside" in told
+    assert "distilled 01_prepare: done" in out and "Traceback" not in told
+    assert "to go on: python run_all.py --stages 01 --presets simple medium strong distilled --jobs 4" in told
+
+
+# --- stopping -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_lets_every_preset_finish_its_row_and_starts_no_other(start, shared, number):
+    driver = start(ROWS.format(folder=shared), "--presets", "simple", "medium", "strong", "--jobs", "2")
+    files = [shared / "simple.jsonl", shared / "medium.jsonl"]
+    wait_for(lambda: all(num_rows(path) >= 2 for path in files))
+    driver.send_signal(number)
+    out, told = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert out.count("stopping after the row in work") == 2 and "to go on: " in told and "strong" not in out
+    assert all(path.read_bytes().endswith(b"}\n") and num_rows(path) < 150 for path in files)
+
+
+def test_two_signals_end_it_now(start, shared):
+    code = f"import pathlib, time\npathlib.Path('{shared}', run_name).touch()\nfrom lib.artifacts import RowLog\n"
+    code += f"with RowLog(pathlib.Path('{shared}', run_name + '.jsonl'), 'p').whole_rows():\n    time.sleep(99)"
+    driver = start(code, "--presets", "simple", "medium", "--jobs", "2")
+    wait_for(lambda: len(list(shared.iterdir())) == 2)
+    driver.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert driver.poll() is None
+    second = time.monotonic()
+    driver.send_signal(signal.SIGINT)
+    driver.communicate(timeout=60)
+    assert driver.returncode == 130 and time.monotonic() - second < 8
+
+
+def test_a_killed_driver_takes_everything_with_it_and_the_next_one_goes_on(start, shared, tmp_path):
+    argv = ("--presets", "simple", "medium", "--jobs", "2")
+    driver = start(ROWS.format(folder=shared).replace("0.1", "0.03"), *argv)
+    files = [shared / "simple.jsonl", shared / "medium.jsonl"]
+    wait_for(lambda: all(num_rows(path) >= 2 for path in files))
+    below = psutil.Process(driver.pid).children(recursive=True)
+    assert len(below) >= 4, "two jobs and their kernels"
+    driver.kill()
+    driver.communicate()
+    psutil.wait_procs(below, timeout=5)
+    assert not [one for one in below if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    with locks.hold(tmp_path / "out", "next"):
+        pass
+    again = start(ROWS.format(folder=shared).replace("0.1", "0"), *argv)
+    again.communicate(timeout=60)
+    assert again.returncode == 0
+    for path in files:
+        assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == list(range(200))
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def board(terminal, monkeypatch, **more):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=20, highlight=False)
+    return Board(console=console, **more), console.file
+
+
+def test_a_terminal_has_a_live_line_a_run_and_told_lines_above(monkeypatch):
+    screen, file = board(True, monkeypatch)
+    with screen:
+        screen.show("simple", Look("simple 03", "answers", 3, 24))
+        screen.show("medium", Look("medium 03", "answers", 5, 24))
+        screen.tell("strong 01_prepare: done\x1b[2J in 9 s")
+        drawn = file.getvalue()
+        screen.forget("simple")
+        after = file.getvalue()[len(drawn) :]
+    assert "simple 03  3/24 answers" in drawn and "medium 03  5/24 answers" in drawn
+    assert "strong 01_prepare: done" in drawn and "\x1b[2J" not in drawn
+    assert "medium 03" in after and "simple 03" not in after
+
+
+def test_elsewhere_there_are_plain_lines_and_quiet_says_only_what_is_told(monkeypatch, capsys):
+    for quiet, expected in ((False, "  simple 03  3/24 answers\ntold\n"), (True, "told\n")):
+        screen, file = board(False, monkeypatch, quiet=quiet)
+        with screen:
+            screen.show("simple", Look("simple 03", "answers", 3, 24))
+            screen.tell("told")
+            screen.tell("wrong", error=True)
+            screen.forget("simple")
+        assert file.getvalue() == expected and capsys.readouterr().err == "wrong\n"
+
+
+def test_results_and_lines_of_jobs_reach_the_driver(monkeypatch, capsys):
+    screen, file = board(False, monkeypatch)
+
+    def work(channel):
+        print("a line", "and", "\n", "another", end="")
+        print(".", flush=True)
+        print("an error", file=sys.stderr)
+        channel.show(Look("one", "rows", 1, 2))
+        return {"place": os.environ["PLACE"]}
+
+    def die(_):
+        raise RuntimeError("planted")
+
+    environments = [{"PLACE": "first"}]
+    results = jobs.run_jobs({"one": work, "two": die, "three": work}, environments, screen)
+    assert results == {"one": {"place": "first"}, "two": None, "three": {"place": "first"}}
+    assert file.getvalue() == 2 * "a line and \n another.\n  one  1/2 rows\n"
+    told = capsys.readouterr().err
+    assert told.count("an error\n") == 2 and "RuntimeError: planted" in told
