@@ -10,12 +10,11 @@ discreteness does not explain.
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import binom
@@ -24,7 +23,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
 from lib import stats  # noqa: E402
-from lib.artifacts import write_text  # noqa: E402
+from lib.artifacts import write_csv, write_text  # noqa: E402
 
 SIZES = (50, 240, 263, 1319)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
@@ -152,15 +151,11 @@ def cells(num_draws: int, seed: int) -> Iterator[Cell]:
             yield difference_cell(rows, rate, 0.5, rng, num_draws)
 
 
-def csv_text(table: list[Cell]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(asdict(table[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
+def csv_rows(table: list[Cell]) -> list[dict[str, Any]]:
+    return [
         {**asdict(cell), "difference": f"{cell.difference:.4f}", "expected_rare": f"{cell.expected_rare:.1f}"}
         for cell in table
-    )
-    return buffer.getvalue()
+    ]
 
 
 def markdown_text(table: list[Cell], num_draws: int, seed: int) -> str:
@@ -224,7 +219,7 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=PROJECT_ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     table = list(cells(args.draws, args.seed))
-    write_text(args.output_dir / "interval_coverage.csv", csv_text(table))
+    write_csv(args.output_dir / "interval_coverage.csv", csv_rows(table))
     text = markdown_text(table, args.draws, args.seed)
     write_text(args.output_dir / "interval_coverage.md", text)
     print(text)

@@ -15,9 +15,7 @@ others it needs no weights, and its texts mean nothing.
 """
 
 import argparse
-import csv
 import gc
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ from make_random_model import SHAPE
 from measure import Measured, timed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from lib import assets, model
+from lib import artifacts, assets, model
 from lib.generate import Completion, Engine, greedy_config
 from lib.model import Runtime, resolve_runtime
 
@@ -245,14 +243,6 @@ def plot_sweep(cells: Sequence[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def as_csv(cells: Sequence[dict[str, Any]]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, cells[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(cells)
-    return stream.getvalue()
-
-
 def print_differences(differences: Sequence[dict[str, Any]]) -> None:
     print(f"\n{len(differences)} rows leave the plain model's most likely tokens")
     for row in differences:
@@ -264,7 +254,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.sweep:
         cells = run_sweep(arguments)
-        print(json.dumps(cells) if arguments.json else as_csv(cells), end="")
+        print(json.dumps(cells) if arguments.json else artifacts.csv_text(cells), end="")
         if arguments.plot:
             plot_sweep(cells, arguments.plot)
         return

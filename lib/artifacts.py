@@ -5,8 +5,10 @@ the stage is complete, and it names every input and output with its SHA-256, so 
 still true and a reader can check it.
 """
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -285,6 +287,21 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _json_line(row: Mapping[str, Any]) -> str:
     # ASCII only: a lone surrogate or a U+2028 in model text can then neither fail to encode nor split a line.
     return json.dumps(row, ensure_ascii=True) + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``csv_text`` of the rows, atomically."""
+    write_text(path, csv_text(rows))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a header: every key of any row is a column, in the order met; None or no value is empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
 
 
 def read_json(path: Path) -> Any:

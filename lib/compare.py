@@ -25,8 +25,8 @@ from lib.artifacts import (
     run_paths,
     same_file,
     sha256_json,
+    write_csv,
     write_json,
-    write_text,
 )
 from lib.control import untuned_protocol
 from lib.params import PARAMS_DIR, load_params
@@ -577,7 +577,7 @@ def write_summary(results_dir: str, runs: Sequence[RunScores]) -> Path:
     path = results_root(results_dir) / SUMMARY
     rows = {row["run_name"]: row for row in (read_csv(path) if path.exists() else [])}
     rows |= {run.name: summary_row(run) for run in runs}
-    write_text(path, _csv_text(list(rows.values())))
+    write_csv(path, list(rows.values()))
     return path
 
 
@@ -585,17 +585,8 @@ def write_final_metrics(results_dir: str, runs: Sequence[RunScores]) -> tuple[Pa
     """Write ``final_metrics.json`` (a list) and ``final_metrics.csv``: counts and rates of these runs."""
     root, rows = results_root(results_dir), [final_metrics_row(run) for run in runs]
     write_json(root / METRICS_JSON, rows)
-    write_text(root / METRICS_CSV, _csv_text(rows))
+    write_csv(root / METRICS_CSV, rows)
     return root / METRICS_JSON, root / METRICS_CSV
-
-
-def _csv_text(rows: Sequence[Row]) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -5,8 +5,6 @@ are not evaluated. Evaluation rows are read by ``evaluation_rows`` alone, for ``
 them scores too well on them, and every report says so. Knows nothing about models: generators are arguments.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib import gsm8k, safety
-from lib.artifacts import PROJECT_ROOT, RowLog, RunPaths, read_jsonl, require, sha256_file, sha256_json, write_text
+from lib.artifacts import PROJECT_ROOT, RowLog, RunPaths, read_jsonl, require, sha256_file, sha256_json
 from lib.stats import wilson_interval
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch
@@ -341,15 +339,6 @@ def table_rows(scores: Sequence[Score], metric: str, selected_on: str, protocol_
 def _rate_columns(counts: tuple[int, int] | None, name: str, prefix: str) -> Row:
     low, high = wilson_interval(*counts) if counts else (None, None)
     return {name: counts[0] / counts[1] if counts else None, f"{prefix}low": low, f"{prefix}high": high}
-
-
-def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the table as CSV; what was not measured is empty."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, stream.getvalue())
 
 
 def selection_text(chosen: str, selected_on: str, metric: str = "") -> str:

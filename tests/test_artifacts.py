@@ -74,6 +74,13 @@ def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
 
 
+def test_a_table_has_every_column_that_a_row_has(tmp_path):
+    rows = [{"run": "one", "rate": 0.5}, {"run": "two, or three", "status": "not measured", "rate": None}]
+    artifacts.write_csv(tmp_path / "table.csv", rows)
+    assert (tmp_path / "table.csv").read_bytes() == b'run,rate,status\none,0.5,\n"two, or three",,not measured\n'
+    assert artifacts.csv_text([]) == "\n"
+
+
 def test_a_log_keeps_whole_rows_and_drops_a_torn_last_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     log = RowLog(path, "p")

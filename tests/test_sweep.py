@@ -9,7 +9,16 @@ import pytest
 from tiny import save_tiny_model
 
 from lib import execution, sweep
-from lib.artifacts import PROJECT_ROOT, ArtifactError, read_json, read_jsonl, run_paths, start_stage, write_jsonl
+from lib.artifacts import (
+    PROJECT_ROOT,
+    ArtifactError,
+    read_json,
+    read_jsonl,
+    run_paths,
+    start_stage,
+    write_csv,
+    write_jsonl,
+)
 from lib.control import LazyGenerator
 from lib.generate import Completion
 
@@ -138,7 +147,7 @@ def test_the_table_holds_every_score_with_intervals_and_one_choice(paths):
     rows = sweep.development_rows(paths, [prompt(number) for number in range(10)])
     scores, _, _ = run_sweep(paths, rows, {10: 4, 100: 4, 1000: 0}, {10: 10, 100: 5, 1000: 0}, "accuracy")
     table = sweep.table_rows(scores, "accuracy", rows.selected_on, PROTOCOL.sha256(rows))
-    sweep.write_table(paths.checkpoint_scores, table)
+    write_csv(paths.checkpoint_scores, table)
     with paths.checkpoint_scores.open(encoding="utf-8", newline="") as stream:
         read = list(csv.DictReader(stream))
     assert [row["checkpoint"] for row in read] == ["checkpoint-10", "checkpoint-100", "checkpoint-1000"]
