@@ -123,6 +123,32 @@ def sentences(lines: Sequence[str]) -> Html:
     return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
 
 
+def show_in_place(output: Html, display_id: str, *, update: bool = False) -> None:
+    """Show something that can be replaced later; with ``update``, replace what was shown under this id."""
+    from IPython.display import display
+
+    display(output, display_id=display_id, update=update)
+
+
+class SummarySlot:
+    """The place on top of a notebook that its last cell fills, when every number is there."""
+
+    DISPLAY_ID = "summary"
+
+    def __init__(self) -> None:
+        words = "Not there yet: the last cell fills this place, so every cell has to run, to the end."
+        show_in_place(note(words), self.DISPLAY_ID)
+
+    def fill(self, summary: Html) -> None:
+        """Put ``summary`` in place of what stood there."""
+        show_in_place(summary, self.DISPLAY_ID, update=True)
+
+
+def summary_slot() -> SummarySlot:
+    """Show the place of the summary, empty."""
+    return SummarySlot()
+
+
 def fold(summary: str, inside: Html) -> Html:
     """Something that is shown only when its summary line is clicked."""
     return Html(f"<details><summary>{html.escape(summary)}</summary>{inside.html}</details>", summary)
