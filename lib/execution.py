@@ -133,7 +133,7 @@ def _run_once(
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from lib.kernels import OwnKernelManager, StopAsked
+    from lib.kernels import OwnKernelManager, StopAsked, last_words
 
     _use_record_files()
     try:
@@ -160,7 +160,9 @@ def _run_once(
     except DeadKernelError:
         if interrupts.count:
             return _stopped_by_hand()
-        return _Stop("the kernel died: often there was too little memory", headline=DEAD_KERNEL)
+        words = clean(last_words())
+        said = f"; its last words: {words}" if words else ""
+        return _Stop(f"the kernel died: often there was too little memory{said}", headline=DEAD_KERNEL)
     except CellTimeoutError:
         error = f"a cell took over {cell_timeout_s} s (--cell-timeout), its kernel was ended"
         return _Stop(error, headline=f"A cell took over {cell_timeout_s} s (--cell-timeout): its kernel was ended.")

@@ -19,6 +19,9 @@ from jupyter_client.manager import AsyncKernelManager
 from lib.locks import held_descriptors
 
 PR_SET_PDEATHSIG = 1
+# What an idle kernel says to a signal that it ignores, and to the driver's frozen modules.
+IDLE_WORDS = ("[IPKernelApp] KeyboardInterrupt", "0.00s - ")
+MAX_LAST_WORDS = 400
 
 
 class StopAsked(Exception):
@@ -30,6 +33,8 @@ class OwnKernelManager(AsyncKernelManager):
 
     # The process of the kernel that runs now; a driver runs one at a time.
     running_pid: ClassVar[int] = 0
+    # What the latest kernel writes past its notebook.
+    log_file: ClassVar[Path | None] = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -45,11 +50,26 @@ class OwnKernelManager(AsyncKernelManager):
             self._folder.cleanup()
 
     async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
-        # The kernel inherits the lock on the output folder: another driver must not start while it still writes.
-        await super()._async_launch_kernel(
-            kernel_cmd, pass_fds=held_descriptors(), preexec_fn=die_with(os.getpid()), **kw
-        )
+        # A file of its own: on the terminal its words would fall into the line of progress. The kernel inherits the
+        # lock on the output folder: another driver must not start while it still writes.
+        OwnKernelManager.log_file = Path(self._folder.name) / "kernel.log"
+        with OwnKernelManager.log_file.open("ab") as log:
+            await super()._async_launch_kernel(
+                kernel_cmd,
+                stdout=log,
+                stderr=log,
+                pass_fds=held_descriptors(),
+                preexec_fn=die_with(os.getpid()),
+                **kw,
+            )
         OwnKernelManager.running_pid = self.provisioner.pid
+
+
+def last_words() -> str:
+    """The last lines that the kernel wrote past its notebook, as a crash in C leaves them; "" for none."""
+    log = OwnKernelManager.log_file
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
+    return "\n".join(line for line in lines if line.strip() and not line.startswith(IDLE_WORDS))[-MAX_LAST_WORDS:]
 
 
 def die_with(parent: int) -> Callable[[], None] | None:

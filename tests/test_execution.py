@@ -149,6 +149,15 @@ def test_a_kernel_killed_from_outside_is_noticed_in_ten_seconds_and_the_notebook
     assert not execution.is_whole(filled)
 
 
+def test_a_crash_in_c_leaves_its_last_words_and_nothing_else_reaches_the_terminal(tmp_path, notebook):
+    cell = "import os\nos.write(2, b'terminate called after throwing std::bad_alloc\\n')\nos.abort()"
+    driver = start_driver(notebook("print('before')", cell), tmp_path / "out")
+    out, told = driver.communicate(timeout=60)
+    assert driver.returncode == 1
+    assert "the kernel died: often there was too little memory; its last words: terminate called after" in told
+    assert (out + told).count("std::bad_alloc") == 1
+
+
 def test_a_hung_cell_is_ended_after_its_time(tmp_path, notebook):
     notebook("print('before')", "import time\ntime.sleep(99)")
     started = time.monotonic()
