@@ -409,19 +409,30 @@ def _frontier_point(scale: float, answers: Any, verdicts: Any) -> FrontierPoint:
 # --- the comparison as one object ------------------------------------------------------------------------------------
 
 
-def comparison(runs: Sequence[RunScores], allow_unlike: bool = False) -> Row:
+def comparison(
+    runs: Sequence[RunScores],
+    allow_unlike: bool = False,
+    *,
+    verdicts: Mapping[str, Sequence[AxisVerdict]] | None = None,
+    pairs: Sequence[RunPair] | None = None,
+) -> Row:
     """Every number that 05 shows about these runs, as JSON values.
 
     Of runs whose hazards were joined, the hazards stand in ``hazards_added``, so that it can be recomputed without the
     prompt file.
+
+    Args:
+        verdicts: what ``judge_runs`` gave for these runs; None: computed here.
+        pairs: what ``compare_runs`` gave for them under ``allow_unlike``; None: computed here.
     """
-    verdicts = judge_runs(runs)
+    verdicts = judge_runs(runs) if verdicts is None else verdicts
+    pairs = compare_runs(runs, allow_unlike) if pairs is None else pairs
     return {
         "runs": [run.name for run in runs],
         "allow_unlike": allow_unlike,
         "hazards_added": {run.name: _hazards_of(run) for run in runs if run.hazards_added},
         "verdicts": {name: [asdict(axis) for axis in axes] for name, axes in verdicts.items()},
-        "pairs": [asdict(pair) for pair in compare_runs(runs, allow_unlike)],
+        "pairs": [asdict(pair) for pair in pairs],
         "seeds": [asdict(spread) for spread in repeats.seed_spreads(runs)],
         "by_run": {run.name: _numbers_of(run) for run in [*runs, *untuned_runs(runs)]},
     }

@@ -308,6 +308,17 @@ def test_runs_of_other_questions_are_not_compared(tmp_path):
     assert pair.verdict is None and "different test files" in pair.refused
 
 
+def test_a_comparison_takes_what_was_judged_already(tmp_path, monkeypatch):
+    runs = two_runs(tmp_path, judge="other")
+    for allow in (False, True):
+        expected = compare.comparison(runs, allow)
+        verdicts, pairs = compare.judge_runs(runs), compare.compare_runs(runs, allow)
+        with monkeypatch.context() as patched:
+            for name in ("judge_runs", "compare_runs"):
+                patched.delattr(compare, name)
+            assert compare.comparison(runs, allow, verdicts=verdicts, pairs=pairs) == expected
+
+
 # --- by kind ----------------------------------------------------------------------------------------------------------
 
 
