@@ -35,6 +35,9 @@ KINDS = (
     ("ailuminate_safety", "verdicts"),
     ("training_log", "steps"),
 )
+# Folder of the rows that runs share, and how the names of those that a stage may write begin.
+SHARED_DIR = "untuned"
+SHARED_ROWS = {"01_prepare": "distil_samples", "03_eval_gsm8k": "gsm8k_preds", "04_eval_safety": "ailuminate"}
 SECONDS_ON_TERMINAL, SECONDS_IN_LOG, SECONDS_BETWEEN_MEMORY = 1.0, 15.0, 5.0
 # Rows finish in bursts: a rate over less time jumps, one over more lags behind.
 RATE_WINDOW_S = 60.0
@@ -194,7 +197,8 @@ class StageWatch:
         self.label, self.paths, self.stage, self.parameters = label, paths, stage, parameters
         self._begun_at: float | None = None
         # Files that were there before say nothing about this stage until they grow.
-        self._before = {path: _stamp(path) for path in self._candidates()}
+        self._stamps = {path: _stamp(path) for path in self._candidates()}
+        # Those that grew, in the order in which they were seen to: a clock that is set back does not change it.
         self._files: dict[Path, RowFile] = {}
         self._rows, self._tokens = Pace(), Pace()
         self._current: RowFile | None = None
@@ -203,7 +207,8 @@ class StageWatch:
     def _candidates(self) -> Iterator[Path]:
         yield from self.paths.run_dir.glob("*.jsonl")
         yield from self.paths.stage_dir(self.stage).rglob("*.jsonl")
-        yield from (self.paths.run_dir.parent / "untuned").glob("*.jsonl")
+        if self.stage in SHARED_ROWS:
+            yield from (self.paths.run_dir.parent / SHARED_DIR).glob(f"{SHARED_ROWS[self.stage]}*.jsonl")
 
     def look(self, now: float) -> Look:
         """How far the stage is at ``now`` (s of a monotonic clock)."""
@@ -211,7 +216,7 @@ class StageWatch:
         logs = self._logs()
         if not logs:  # loading, or a stage that writes no rows
             return Look(self.label, left=f"{duration(now - self._begun_at)} in", memory=self._memory(now))
-        current = logs[-1]
+        current = self._at_work(logs)
         if current is not self._current:
             self._current, self._rows, self._tokens = current, Pace(), Pace()
         self._rows.note(now, current.done)
@@ -245,9 +250,17 @@ class StageWatch:
 
     def _logs(self) -> list[RowFile]:
         """The logs that were written to since the stage began, each read up to its end; the newest is the last."""
-        touched = {path: stamp for path in self._candidates() if (stamp := _stamp(path)) != self._before.get(path)}
-        files = [self._files.setdefault(path, RowFile(path)) for path in sorted(touched, key=touched.__getitem__)]
-        return [file for file in files if _could_read_on(file) and file.is_log]
+        stamps = {path: _stamp(path) for path in self._candidates()}
+        grown = [path for path, stamp in stamps.items() if stamp != self._stamps.get(path)]
+        for path in sorted(grown, key=stamps.__getitem__):
+            self._files[path] = self._files.pop(path, None) or RowFile(path)
+        self._stamps = stamps
+        return [file for file in self._files.values() if _could_read_on(file) and file.is_log]
+
+    def _at_work(self, logs: Sequence[RowFile]) -> RowFile:
+        """The log that the stage is at: rows that runs share may be the work of another one that runs beside it."""
+        own = [file for file in logs if file.path.parent.name != SHARED_DIR]
+        return own[-1] if own and own[-1].done < self._total(own[-1]) else logs[-1]
 
     def _total(self, file: RowFile) -> int:
         if file.is_training:

@@ -130,6 +130,32 @@ def test_rows_of_an_earlier_run_are_not_this_stages_until_it_adds_to_them(paths)
     assert looked.look(1.0).done == 2
 
 
+def test_a_clock_that_jumps_does_not_change_what_is_followed(paths):
+    looked = watch(paths)
+    log = RowLog(paths.gsm8k_preds, "hash")
+    for number in range(8):
+        log.append(answer(number))
+    os.utime(paths.gsm8k_preds, (4e9, 4e9))
+    assert looked.look(0.0).kind == "answers"
+    untuned = paths.untuned_rows("gsm8k_preds", "0123456789abcdef")
+    for number, at in enumerate((1e9, 3e9, 2e9)):
+        RowLog(untuned, "hash").append(answer(number))
+        os.utime(untuned, (at, at))
+        look = looked.look(float(number))
+        assert (look.kind, look.done) == ("untuned answers", number + 1)
+
+
+def test_rows_that_another_run_fills_are_not_taken_for_this_ones_work(paths):
+    looked = watch(paths)
+    untuned = RowLog(paths.untuned_rows("gsm8k_preds", "0123456789abcdef"), "hash")
+    RowLog(paths.gsm8k_preds, "hash").append(answer(0))
+    untuned.append(answer(0))
+    assert looked.look(0.0).kind == "answers"
+    training = watch(paths, "02_train")
+    untuned.append(answer(1))
+    assert training.look(1.0).kind == ""
+
+
 def test_training_tells_steps_loss_and_time_left(paths):
     looked = watch(paths, "02_train", num_epochs=2)
     paths.training_log.parent.mkdir(parents=True)
