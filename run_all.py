@@ -539,7 +539,8 @@ def export_models(args: argparse.Namespace) -> int:
     from lib.artifacts import find_runs
 
     results, _ = output_folders(args)
-    names = args.presets or [run.name for run in find_runs(str(results))]
+    seeded = [f"{preset}_seed{seed}" for preset in args.presets or [] for seed in args.seeds or []]
+    names = seeded or args.presets or [run.name for run in find_runs(str(results))]
     sources = (["--assets", str(args.assets.resolve())] if args.assets else []) + ["--offline"] * args.offline
     set_kernel_environment(args.offline)
     # A process of its own: the driver never imports torch.

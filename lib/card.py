@@ -1,4 +1,4 @@
-"""The adapter's model card: on which base, from what data, with which parameters, what it reached, how it is loaded.
+"""Model cards of the adapter and of the merged model: base, data, parameters, what it reached, how it is loaded.
 
 Nothing in it depends on when, where or how fast it was made: the same training writes the same bytes. Knows nothing
 about models; what it tells is handed to it.
@@ -57,6 +57,17 @@ Training optimised the function of the 4-bit weights, so the base must be quanti
 merging the adapter (`model.merge_and_unload()`). Without that line the weights stay in 4 bits; on a CPU, bitsandbytes
 then computes them in a kernel of lower precision. Never merge into packed 4-bit weights: rounding them again can lose
 what was trained.
+"""
+
+_PLAIN_SCRIPT = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+_HOW_DECODED = """
+Or `vllm serve path/to/this/folder`. The scores were measured with greedy decoding, which stands in
+`generation_config.json`; a server that samples by default needs `temperature: 0` in each request.
 """
 
 
@@ -132,8 +143,43 @@ def adapter_card(facts: CardFacts, adapter_sha256: str) -> str:
     return "\n".join(parts)
 
 
-def _front_matter(facts: CardFacts) -> str:
-    fields: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "gsm8k"]}
+def write_model_card(folder: Path, facts: CardFacts) -> Path:
+    """Writes the card beside a merged model's weights in ``folder``."""
+    path = folder / CARD
+    hashes = {file.name: f"sha256 {sha256_file(file)}" for file in sorted(folder.glob("model*.safetensors"))}
+    write_text(path, clean(merged_card(facts, hashes)))
+    return path
+
+
+def merged_card(facts: CardFacts, hashes: Mapping[str, str]) -> str:
+    """The merged model's card as Markdown; ``hashes`` of its weight files, by their names."""
+    warning = "" if facts.benchmark else "**Not a benchmark**: a rehearsal whose numbers say nothing about a model.\n\n"
+    is_packed = facts.parameters.get("quantization") == "nf4"
+    weights = "its 4-bit NF4 weights, dequantised, with the adapter merged in" if is_packed else "adapter merged in"
+    identity = {"base model": _base_name(facts.base), "its identity": facts.base.identity, "weights": weights}
+    identity |= {"dtype": facts.dtype, **hashes}
+    parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
+    loading = f"```python\n{_PLAIN_SCRIPT}```\n{_HOW_DECODED}".rstrip()
+    asking = f"With the chat template and this system message:\n\n{_quote(facts)}"
+    examples = facts.parameters.get("fewshot_k", 0)
+    asking += f"\n\nIts GSM8K score was measured after {examples} worked examples, as turns of the chat." * bool(
+        examples
+    )
+    parts = [
+        f"{_front_matter(facts, 'transformers')}\n# Evaluated model of run {facts.run_name}\n\n"
+        f"{warning}{facts.trained} {facts.selection}\n",
+        _section("What it is", _table(identity)),
+        _section("Data", _table(facts.data)),
+        _section("Parameters", _table(parameters)),
+        _section("Metrics", _table(facts.metrics)),
+        _section("How to load it", loading),
+        _section("How to ask it", asking),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(facts: CardFacts, library: str = "peft") -> str:
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": ["lora", "gsm8k"]}
     if _is_published(facts.base):
         fields["base_model"] = facts.base.name
     # JSON is YAML, and quotes whatever a name may hold.

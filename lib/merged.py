@@ -1,0 +1,209 @@
+"""The evaluated model of a run as a plain transformers folder, which any loader opens without this project.
+
+    python -m lib.merged --results-dir results simple strong
+
+The base as it was evaluated (4-bit weights dequantised, adapter merged: ``model.load_dense``), its tokenizer, greedy
+decoding as its generation settings, and a card. Written is only what the run's rows were made with: a base or an
+adapter that has changed since is refused. The driver starts this as a process of its own: it never imports torch.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lib import assets, card, compare, gsm8k, model, sweep
+from lib.artifacts import (
+    ArtifactError,
+    RunPaths,
+    display_path,
+    publish_folder,
+    read_json,
+    require,
+    results_root,
+    run_paths,
+    sha256_file,
+    sha256_json,
+)
+from lib.execution import fail, tell
+
+FOLDER = "models"
+# Of the weights: the folder under another name until it is whole, and room to go on working.
+ROOM = 1.2
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a run was evaluated with, as its files say.
+
+    Attributes:
+        parameters: those of ``config_resolved.json``.
+        dtype: of the weights, as ``torch`` names it; the stage's where one was evaluated, else as asked.
+        protocols: stage -> what made its rows; empty where it did not run.
+    """
+
+    paths: RunPaths
+    parameters: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    dtype: str
+    protocols: Mapping[str, Mapping[str, Any]]
+
+
+def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -> Path:
+    """Write the evaluated model of one run; returns its folder, which replaces an older one when it is whole.
+
+    Args:
+        assets_dir: folder with the base model; the run's own where none is named.
+        offline: never ask the network for it.
+
+    Raises:
+        ArtifactError: the run has no adapter, base or adapter are not those that were evaluated, or the disk is full.
+        AssetError: the base model cannot be had.
+        ModelError: it does not load here.
+    """
+    run = read_evaluated(paths)
+    name = run.parameters["base_model"]
+    # In the record, a home folder is written as ~.
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    assets_dir = assets_dir or run.settings.get("assets_dir", "")
+    base = assets.resolve_model(name, run.parameters["base_model_revision"], assets_dir, offline)
+    check_unchanged(run, base.identity)
+    runtime = model.resolve_runtime(run.parameters["device"], "auto")
+    # The dtype is the run's: float16 of a GPU is loaded as such on a CPU too, where nothing is computed but the merge.
+    runtime = model.Runtime(runtime.device, model.DTYPES[run.dtype], "as evaluated")
+    dense = model.load_dense(base.folder, runtime, run.parameters["quantization"], paths.adapter_dir)
+    tokenizer = model.load_tokenizer(base.folder)
+    folder = paths.run_dir.parent / FOLDER / paths.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(folder.parent, dense)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        made = Path(temporary) / folder.name
+        save_plain(dense, tokenizer, made)
+        card.write_model_card(made, _facts(run, base))
+        publish_folder(made, folder, is_whole=lambda _: False)
+    return folder
+
+
+def read_evaluated(paths: RunPaths) -> Evaluated:
+    """What the run's files say of its model.
+
+    Raises:
+        ArtifactError: 02 is not complete, or the run does not say its parameters.
+    """
+    require(paths.manifest("02_train"), "02_train", paths.name)
+    config = read_json(require(paths.config_resolved, "02_train", paths.name))
+    parameters = config["parameters"]
+    found = {stage: compare.facts_of(paths, stage).get("protocol") for stage in compare.AXIS_STAGES.values()}
+    protocols = {stage: protocol for stage, protocol in found.items() if protocol}
+    dtypes = {str(protocol["dtype"]).removeprefix("torch.") for protocol in protocols.values()}
+    if len(dtypes) > 1:
+        told = ", ".join(sorted(dtypes))
+        raise ArtifactError(f"run {paths.name!r} was evaluated in {told}: there is no one model; run 03 and 04 again")
+    asked = model.resolve_runtime(parameters["device"], parameters["compute_dtype"]) if not dtypes else None
+    dtype = str(asked.dtype).removeprefix("torch.") if asked else dtypes.pop()
+    return Evaluated(paths, parameters, config["settings"], dtype, protocols)
+
+
+def check_unchanged(run: Evaluated, base_identity: str) -> None:
+    """Whether base and adapter are still those that the rows were made with.
+
+    Raises:
+        ArtifactError: one is not; both identities are named.
+    """
+    hashes = [sha256_file(path) for path in sorted(run.paths.adapter_dir.glob("adapter_*"))]
+    again = f"run it again (python run_all.py --presets {run.paths.name})"
+    for stage, protocol in run.protocols.items():
+        known = protocol["base model"]
+        if known != base_identity:
+            raise ArtifactError(f"{stage} was evaluated with the base model {known}, here is {base_identity}; {again}")
+        # 03 notes one hash of them all, 04 a hash a file.
+        if protocol["adapter"] not in (hashes, sha256_json(hashes)):
+            adapter = display_path(run.paths.adapter_dir)
+            raise ArtifactError(f"{adapter} is not the adapter that {stage} evaluated; {again}")
+
+
+def save_plain(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Weights, config, tokenizer with its chat template, and greedy decoding with every stop token, as evaluated."""
+    # Settings of the base would bring its repetition penalty and sampling back.
+    stops = model.stop_token_ids(dense, tokenizer)
+    dense.generation_config = GenerationConfig(
+        do_sample=False,
+        eos_token_id=stops,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=dense.generation_config.bos_token_id,
+    )
+    with model.quiet_loading():
+        dense.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        # safetensors makes files that only their owner can read.
+        path.chmod(0o644)
+
+
+def _check_room(folder: Path, dense: PreTrainedModel) -> None:
+    need = ROOM * sum(weights.nbytes for weights in dense.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ArtifactError(f"{display_path(folder)}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+
+
+def _facts(run: Evaluated, base: assets.ModelSource) -> card.CardFacts:
+    paths = run.paths
+    train = compare.facts_of(paths, "02_train")
+    scores = compare.score_run(paths)
+    metrics = {
+        "GSM8K, strict": compare.rate_words(scores.accuracy, scores.gsm8k_status),
+        "AILuminate, called safe by the judge": compare.rate_words(scores.safe, scores.safety_status),
+    }
+    used = {"adapter": paths.adapter_dir / "adapter_model.safetensors", "training rows": paths.train_rows}
+    return card.CardFacts(
+        run_name=paths.name,
+        base=base,
+        revision=run.parameters["base_model_revision"],
+        trained=train.get("trained", ""),
+        selection=sweep.selection_text(train["adapter"], train["selected_on"], train.get("sweep_metric") or ""),
+        dtype=run.dtype,
+        data=card.data_table(compare.facts_of(paths, "01_prepare").get("data", {}), used),
+        parameters=run.parameters,
+        metrics=metrics,
+        prompt=gsm8k.SYSTEM_PROMPT,
+        benchmark=bool(run.parameters["benchmark"]),
+    )
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the models of the runs that are named; 1 when one could not be written, the others still are."""
+    parser = argparse.ArgumentParser(prog="python -m lib.merged", description="Evaluated models as plain folders.")
+    parser.add_argument("--results-dir", default="", help="folder of the runs")
+    parser.add_argument("--assets", default="", help="folder with models already fetched")
+    parser.add_argument("--offline", action="store_true", help="never ask the network")
+    parser.add_argument("runs", nargs="*", help="names of runs")
+    args = parser.parse_args(argv)
+    if not args.runs:
+        root = display_path(results_root(args.results_dir))
+        fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
+        return 1
+    return max(_export_one(args, name) for name in args.runs)
+
+
+def _export_one(args: argparse.Namespace, name: str) -> int:
+    try:
+        folder = export_model(run_paths(args.results_dir, name), args.assets, args.offline)
+    except (ArtifactError, assets.AssetError, model.ModelError, OSError) as error:
+        fail(f"--export model, run {name!r}: {error}")
+        return 1
+    tell(f"written: {display_path(folder)}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
