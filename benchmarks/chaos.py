@@ -131,17 +131,22 @@ class Driver:
     project: Path
     output: Path
     stages: Sequence[str] = STAGES
+    flags: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
     stage: str = ""
     began: float = 0.0
     process: subprocess.Popen | None = None
 
     def start(self) -> None:
         command = [sys.executable, "run_all.py", "--presets", PRESET, "--output-dir", str(self.output), "--offline"]
-        command += ["--stages", *(stage[:2] for stage in self.stages)]
+        command += ["--stages", *(stage[:2] for stage in self.stages), *self.flags]
         self.log: TextIO = (self.project / "driver.log").open("a+", encoding="utf-8")
         self.log.seek(0, os.SEEK_END)
         self.told = self.log.tell()
-        self.process = subprocess.Popen(command, cwd=self.project, stdout=self.log, stderr=subprocess.STDOUT)
+        environment = os.environ | self.environment
+        self.process = subprocess.Popen(
+            command, cwd=self.project, env=environment, stdout=self.log, stderr=subprocess.STDOUT
+        )
         self.stage = ""
 
     def is_running(self) -> bool:
@@ -157,9 +162,9 @@ class Driver:
             self.stage, self.began = stage, time.monotonic()
 
     def kernels(self) -> list[psutil.Process]:
-        """Its kernels that live: its children that are no ``git``."""
+        """Its kernels that live, and those of its jobs: what runs below it and is no ``git``."""
         try:
-            return [child for child in psutil.Process(self.process.pid).children() if _is_kernel(child)]
+            return [child for child in psutil.Process(self.process.pid).children(recursive=True) if _is_kernel(child)]
         except psutil.NoSuchProcess:
             return []
 
@@ -354,18 +359,18 @@ def run_round(
     if driver.finish() != 0:
         broken.append(f"did not end well: {driver.output_text()[-1000:]}")
     losses = compare(unbroken, output)
-    losses.broken += [*broken, *_left_behind(output), *_verified(project, output)]
+    losses.broken += [*broken, *left_behind(output), *verified(project, output)]
     if not losses.num_faults:
         shutil.rmtree(output)
     return kills, losses
 
 
-def _left_behind(output: Path) -> list[str]:
+def left_behind(output: Path) -> list[str]:
     reports = [path for path in output.rglob("*.tmp") if "/checkpoints/" not in path.as_posix()]
     return [f"{path.relative_to(output)} stayed behind" for path in reports]
 
 
-def _verified(project: Path, output: Path) -> list[str]:
+def verified(project: Path, output: Path) -> list[str]:
     command = [sys.executable, "run_all.py", "--verify", str(output)]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=DRIVER_S)
     return [] if done.returncode == 0 else [f"--verify: {done.stdout[-500:]} {done.stderr[-500:]}"]
