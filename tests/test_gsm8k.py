@@ -370,6 +370,19 @@ def test_score_reads_strictly_and_flexibly():
     }
 
 
+def test_a_row_is_read_once_and_a_changed_one_anew():
+    row = {"model_output": "It is 7.", "gold_answer": "#### 7", "finish_reason": "stop"}
+    gsm8k._score.cache_clear()
+    first = gsm8k.score_row(row)
+    first["correct"] = True
+    again = gsm8k.score_row({**row, "id": 5, "correct": True})
+    assert again["correct"] is False and gsm8k._score.cache_info().misses == 1
+    changed = ({"finish_reason": "length"}, {"model_output": "#### 7"}, {"gold_answer": "#### 8"})
+    scores = [gsm8k.score_row({**row, **change}) for change in changed]
+    assert [score["outcome"] for score in scores] == ["truncated", "correct", "no answer"]
+    assert [score["correct_flexible"] for score in scores] == [True, True, False]
+
+
 def test_gold_answer_without_a_number_is_refused():
     with pytest.raises(ValueError, match="gold answer of row 3 has no number"):
         gsm8k.score_row({"id": 3, "model_output": "#### 7", "gold_answer": "seven"})

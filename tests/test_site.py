@@ -17,7 +17,7 @@ from chromium import Chromium, find_chromium
 from made_up import make_results
 
 import run_all
-from lib import compare, site, verdict
+from lib import compare, gsm8k, site, verdict
 from lib.artifacts import PROJECT_ROOT, ArtifactError, read_json, read_jsonl, run_paths, write_json, write_jsonl
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
@@ -54,6 +54,13 @@ def embedded(page):
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
+
+
+def test_each_answer_is_read_once(results, tmp_path):
+    gsm8k._score.cache_clear()
+    site.write_site(str(results), tmp_path)
+    # Two runs and the untuned model, whose rows stand in one file; each answer is of its own text.
+    assert gsm8k._score.cache_info().misses == 3 * 40
 
 
 def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
