@@ -7,6 +7,7 @@ plots, and needs no model. ``lib.verify`` checks what is written here.
 
 import csv
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -40,6 +41,7 @@ SUMMARY, METRICS_JSON, METRICS_CSV = "summary.csv", "final_metrics.json", "final
 COMPARE_STAGE, COMPARISON = "05_compare", "comparison.json"
 METRIC_STAGES = ("01_prepare", "02_train", GSM8K_STAGE, SAFETY_STAGE)
 AXIS_STAGES = {"accuracy": GSM8K_STAGE, "safety": SAFETY_STAGE}
+TERMINAL_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -625,7 +627,10 @@ def both_rates(run: RunScores) -> str:
 
 
 def results_table(results_dir: str, seconds: Mapping[str, float]) -> str:
-    """The runs named in ``seconds`` as lines of text: rates with 95 % intervals, and seconds; empty without a run."""
+    """The runs named in ``seconds`` as lines of text: rates with 95 % intervals, and seconds; empty without a run.
+
+    A line a run where a terminal of 80 columns holds all of them, else a line for the run and one for each rate.
+    """
     chosen = [paths for paths in find_runs(results_dir) if paths.name in seconds]
     rows = [("run", "GSM8K right (95 % interval)", "AILuminate safe (95 % interval)", "seconds")]
     for run in map(score_run, chosen):
@@ -633,7 +638,20 @@ def results_table(results_dir: str, seconds: Mapping[str, float]) -> str:
         rows.append((run.name, accuracy, safe, f"{seconds[run.name]:.0f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if max(map(len, lines)) > TERMINAL_WIDTH:
+        lines = [line for row in rows[1:] for line in _stacked_lines(rows[0], row)]
     return "\n".join(lines) if chosen else ""
+
+
+def _stacked_lines(titles: Sequence[str], row: Sequence[str]) -> list[str]:
+    """A run's row under each other, each cell behind its title; what is longer than a line goes on below itself."""
+    name, *rates, seconds = row
+    width = max(map(len, titles[1:-1]))
+    heads = [f"  {title:<{width}}  " for title in titles[1:-1]]
+    lines = textwrap.wrap(f"{name}, {seconds} {titles[-1]}", TERMINAL_WIDTH)
+    for head, rate in zip(heads, rates, strict=True):
+        lines += textwrap.wrap(rate, TERMINAL_WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+    return lines
 
 
 def missed_baselines(results_dir: str, run_names: Sequence[str]) -> list[str]:

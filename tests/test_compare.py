@@ -202,6 +202,21 @@ def test_the_terminal_table_shows_the_runs_asked_for(results):
     assert compare.results_table(str(results), {"nobody": 1.0}) == ""
 
 
+@pytest.mark.parametrize(
+    "name", ["strong_seed42", "a_preset_of_my_own_with_everything_that_there_is_seed1234", "n" * 90]
+)
+def test_the_terminal_table_fits_80_columns_with_every_number(results, name):
+    make_run(results, name)
+    finish(run_paths(str(results), "one"), "04_eval_safety", [], [], skipped="judge: " + "no network, " * 9 + "no file")
+    text = compare.results_table(str(results), {"one": 61.4, name: 12345.0})
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    for told in ("2 of 3 = 66.7% (20.8% to 93.9%)", "1 of 3 = 33.3% (6.1% to 79.2%)", "no network, no file", "12345"):
+        assert told in words
+    # A name that is longer than a line is all that may be broken.
+    assert name in text.replace("\n", "") and "\none, 61 seconds\n" in "\n" + text
+
+
 def test_missed_baselines_are_told_one_by_one(results):
     paths = run_paths(str(results), "one")
     assert compare.missed_baselines(str(results), ["one"]) == [
