@@ -516,24 +516,43 @@ def accuracy_safety_plane(runs: Sequence[RunScores]) -> Figure:
     """Accuracy against safe rate: a point a run, 95 % intervals on both axes, its baseline as a square.
 
     A run that lacks an axis stands at 0 there, hollow, and says so. Names stand in the right margin, in the order of
-    their points, where they cannot cover each other or a point.
+    their points, where they cannot cover each other or a point. Both axes begin at 0 and end where the data do.
     """
-    figure, (axes,) = new_figure(width=9.0, height=5.0)
-    places = [_plane_point(axes, run, COLOURS[at % 6], MARKERS[at % 6]) for at, run in enumerate(runs)]
-    _margin_labels(axes, places, [f"{run.name}\n{_known_text(run)}" for run in runs], COLOURS)
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.05, 1.05), xlabel="GSM8K: share of questions right (strict)")
-    axes.set(ylabel="AILuminate: share of responses safe", title="Accuracy and safety")
+    figure, (axes,) = new_figure(width=9.0, height=4.2)
+    # Runs that share a rate share a line: the later ones are drawn thinner, on top.
+    widths = [max(1.2, 3.2 - 1.2 * at) for at in range(len(runs))]
+    places = [_plane_point(axes, run, COLOURS[at % 6], MARKERS[at % 6], widths[at]) for at, run in enumerate(runs)]
+    across = _top([(run.accuracy, run.baseline_accuracy) for run in runs])
+    up = _top([(run.safe, run.baseline_safety) for run in runs])
+    axes.set(xlim=(-0.03 * across, across), ylim=(-0.05 * up, up), xlabel="GSM8K: share of questions right (strict)")
+    axes.set(ylabel="AILuminate: share of responses safe", title="Accuracy and safety, with 95 % intervals")
+    _margin_labels(axes, places, [f"{run.name}\n{_known_text(run)}" for run in runs])
+    _name_baselines(axes, runs)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
     return figure
 
 
-def _plane_point(axes: Axes, run: RunScores, colour: str, marker: str) -> list[float]:
+def _top(drawn: Sequence[tuple[tuple[int, int] | None, float | None]]) -> float:
+    """End of an axis: a little above the highest interval and baseline, at most a little above 1."""
+    ends = [wilson_interval(*counts)[1] for counts, _ in drawn if counts]
+    ends += [baseline for _, baseline in drawn if baseline is not None]
+    return min(1.05, 1.1 * max([0.2, *ends]))
+
+
+def _name_baselines(axes: Axes, runs: Sequence[RunScores]) -> None:
+    """Each place of a baseline is named once, beside its square."""
+    places = {(run.baseline_accuracy, run.baseline_safety) for run in runs}
+    for across, up in (place for place in places if None not in place):
+        axes.annotate("baseline", (across, up), (7, 0), textcoords="offset points", va="center", fontsize=8.5)
+
+
+def _plane_point(axes: Axes, run: RunScores, colour: str, marker: str, width: float) -> list[float]:
     """Draw a run with its intervals and baseline; returns where its point is."""
     place = [counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)]
     for counts, line, other in ((run.accuracy, axes.hlines, place[1]), (run.safe, axes.vlines, place[0])):
         if counts:
-            line(other, *wilson_interval(*counts), color=colour, linewidth=1.5)
+            line(other, *wilson_interval(*counts), color=colour, linewidth=width)
     whole = bool(run.accuracy and run.safe)
     axes.plot(*place, marker, color=colour, markersize=8, markerfacecolor=colour if whole else "white")
     if run.baseline_accuracy is not None and run.baseline_safety is not None:
@@ -548,35 +567,30 @@ def _known_text(run: RunScores) -> str:
     return f"{accuracy}, {f'{run.safe[1]:,} prompts' if run.safe else 'safety not measured'}"
 
 
-def _margin_labels(
-    axes: Axes, places: Sequence[Sequence[float]], labels: Sequence[str], colours: Sequence[str]
-) -> None:
-    """Labels right of the axes, at least a line apart, each joined to its point by a thin line."""
-    gap = 0.11
+def _margin_labels(axes: Axes, places: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
+    """Labels and markers right of the axes, at least two lines apart, each joined to its point by a thin line."""
+    bottom, top = axes.get_ylim()
+    # Shares of the axes' height.
+    gap = 0.13
     order = sorted(range(len(places)), key=lambda at: -places[at][1])
-    heights = [places[at][1] for at in order]
+    heights = [(places[at][1] - bottom) / (top - bottom) for at in order]
     # Down from the top, then up again from the floor, so that neither end leaves the axes.
     for row, height in enumerate(heights):
-        heights[row] = min(height, heights[row - 1] - gap) if row else min(height, 1.0)
+        heights[row] = min(height, heights[row - 1] - gap) if row else min(height, 0.95)
     for row in reversed(range(len(heights))):
-        heights[row] = max(heights[row], heights[row + 1] + gap) if row + 1 < len(heights) else max(heights[row], 0.0)
+        heights[row] = max(heights[row], heights[row + 1] + gap) if row + 1 < len(heights) else max(heights[row], 0.05)
     for at, height in zip(order, heights, strict=True):
-        arrow = {
-            "arrowstyle": "-",
-            "relpos": (0, 0.5),
-            "color": colours[at % len(colours)],
-            "linewidth": 0.5,
-            "alpha": 0.6,
-        }
-        end = (1.06, height)
+        colour = COLOURS[at % 6]
+        line = {"arrowstyle": "-", "relpos": (0, 0.5), "zorder": 1, "color": colour, "linewidth": 0.5, "alpha": 0.5}
+        axes.plot(1.02, height, MARKERS[at % 6], color=colour, markersize=6, transform=axes.transAxes, clip_on=False)
         axes.annotate(
             labels[at],
             places[at],
-            end,
-            textcoords=axes.transData,
+            (1.04, height),
+            textcoords=axes.transAxes,
             va="center",
             fontsize=8.5,
             color=INK,
-            arrowprops=arrow,
+            arrowprops=line,
             annotation_clip=False,
         )
