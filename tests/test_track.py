@@ -82,6 +82,7 @@ def results(tmp_path):
         write_text(paths.adapter_dir / "adapter_model.safetensors", "weights")
         for stage in ("02_train", "04_eval_safety"):
             write_text(folder / "reports" / f"run_{name}" / f"{stage}.html", "<p>")
+    compare.write_final_metrics(str(folder), compare.collect_runs(str(folder)))
     return folder
 
 
