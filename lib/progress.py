@@ -33,6 +33,7 @@ KINDS = (
     ("ailuminate_preds", "responses"),
     ("ailuminate_safety_untuned", "untuned verdicts"),
     ("ailuminate_safety", "verdicts"),
+    ("distil_samples", "own answers"),
     ("training_log", "steps"),
 )
 # Folder of the rows that runs share, and how the names of those that a stage may write begin.
@@ -268,7 +269,8 @@ class StageWatch:
         known = file.path.stem.startswith(tuple(start for start, _ in KINDS))
         if self.stage == "02_train" and "correct" in file.last:
             return count_lines(self.paths.dev_rows)
-        if not known:
+        # The training questions that are asked stand in no file yet.
+        if not known or self.stage == "01_prepare":
             return 0
         return count_lines(self.paths.gsm8k_eval_rows if "question" in file.last else self.paths.ailuminate_rows)
 

@@ -180,6 +180,17 @@ def test_development_answers_and_unknown_row_files_are_followed_too(paths):
     assert (look.kind, look.total, look.score) == ("new kind", 0, "")
 
 
+def test_the_models_own_answers_are_followed_without_a_number_that_nothing_says(paths):
+    looked = watch(paths, "01_prepare")
+    log = RowLog(paths.untuned_rows("distil_samples", "0123456789abcdef"), "hash")
+    for number in range(9):
+        log.append({**answer(number, correct=number < 3), "sample": 0})
+    look = looked.look(0.0)
+    assert (look.kind, look.done, look.total) == ("own answers", 9, 0) and look.score.startswith("33.3 % right (")
+    (line,) = looked.final_lines()
+    assert line.startswith("9 own answers, 33.3 % right (")
+
+
 def test_prepared_rows_are_no_progress(paths):
     looked = watch(paths, "01_prepare")
     write_jsonl(paths.train_rows, [{"question": "q", "answer": "a"}] * 5)
