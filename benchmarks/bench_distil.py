@@ -43,8 +43,8 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     base, runtime = assets.resolve_model(args.model), resolve_runtime("auto", args.dtype)
     tokenizer = load_tokenizer(base.folder)
     asking = distil.Asking(Sampling(args.temperature, SEED), args.samples, args.max_new_tokens, runtime.device)
-    weights = f"{args.quantization}, {runtime.dtype}"
-    protocol = distil.protocol(base.identity, weights, split.train, fewshot, tokenizer.chat_template, asking)
+    asked = (base.identity, args.quantization, str(runtime.dtype), split.train, fewshot, tokenizer.chat_template)
+    protocol = distil.protocol(*asked, asking)
     engine = LazyGenerator(load_engine, base.folder, runtime, args.quantization, None, asking.rows_at_once)
     log = artifacts.RowLog(folder / SAMPLES, artifacts.sha256_json(protocol))
     sampled = distil.sample_answers(split.train, fewshot, engine, asking, log)

@@ -69,22 +69,30 @@ class Asking:
 
 
 def protocol(
-    base_identity: str, weights: str, questions: Sequence[Row], fewshot: Sequence[Row], template: str, asking: Asking
+    base_identity: str,
+    quantization: str,
+    dtype: str,
+    questions: Sequence[Row],
+    fewshot: Sequence[Row],
+    template: str,
+    asking: Asking,
 ) -> dict[str, str]:
-    """Everything that can change an answer, in words and hashes.
+    """Everything that can change an answer, in words and hashes, under the names that 03 uses.
 
     Args:
         base_identity: see ``lib.assets.ModelSource``.
-        weights: quantisation and dtype.
+        quantization: of the weights, nf4 or none.
+        dtype: that they compute in.
         template: chat template of the tokenizer.
     """
     sampling, rows = asking.sampling, asking.questions_per_call * asking.num_samples
     return {
         "base model": base_identity,
         "adapter": UNTUNED,
-        "weights": weights,
+        "quantization": quantization,
+        "dtype": dtype,
         "questions": sha256_json(questions),
-        "worked examples": sha256_json(fewshot),
+        "few-shot examples": sha256_json(fewshot),
         "system message": sha256_json(gsm8k.SYSTEM_PROMPT),
         "chat template": sha256_json(template),
         "decoding": f"temperature {sampling.temperature}, seed {sampling.seed}, at most {asking.max_new_tokens} tokens",

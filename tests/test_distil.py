@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -175,8 +176,8 @@ def test_kept_rows_are_scored_by_todays_rules(tmp_path):
 
 
 def test_the_protocol_holds_what_can_change_an_answer():
-    def hashed(asking=ASKING, questions=QUESTIONS, weights="nf4", template="t"):
-        return distil.protocol("base@1", weights, questions, QUESTIONS[:1], template, asking)
+    def hashed(asking=ASKING, questions=QUESTIONS, quantization="nf4", dtype="torch.float32", template="t"):
+        return distil.protocol("base@1", quantization, dtype, questions, QUESTIONS[:1], template, asking)
 
     changed = [
         hashed(dataclasses.replace(ASKING, sampling=SimpleNamespace(temperature=0.7, seed=6))),
@@ -186,11 +187,20 @@ def test_the_protocol_holds_what_can_change_an_answer():
         hashed(dataclasses.replace(ASKING, batch_size=8)),
         hashed(dataclasses.replace(ASKING, device="cuda")),
         hashed(questions=QUESTIONS[1:]),
-        hashed(weights="none"),
+        hashed(quantization="none"),
+        hashed(dtype="torch.bfloat16"),
         hashed(template="u"),
     ]
     texts = [json.dumps(one, sort_keys=True) for one in [hashed(), *changed]]
     assert len(set(texts)) == len(texts)
+
+
+def test_the_protocol_has_the_names_of_the_evaluations():
+    cells = json.loads((PROJECT_ROOT / "notebooks" / "03_eval_gsm8k.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ["".join(cell["source"]) for cell in cells if "protocol = {" in "".join(cell["source"])]
+    theirs = set(re.findall(r'^    "([^"]+)":', source, re.MULTILINE))
+    ours = distil.protocol("base@1", "nf4", "torch.float32", QUESTIONS, QUESTIONS[:1], "t", ASKING)
+    assert len(theirs) > 5 and ours.keys() - theirs == {"answers", "batches"} and theirs <= ours.keys()
 
 
 @pytest.mark.parametrize(
