@@ -8,12 +8,15 @@ import json
 import os
 import re
 import statistics
+from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import nbclient
 import nbformat
 import papermill
 import pytest
 import yaml
+from nbconvert import HTMLExporter
 
 from lib import execution, gsm8k
 from lib.artifacts import (
@@ -85,8 +88,54 @@ def test_prose_explains_and_code_is_short(stage):
 
 def test_every_section_begins_with_why(stage):
     headings = [cell.source for cell in read(stage).cells if cell.source.startswith("## ")]
-    assert len(headings) >= 5 and headings[-1] == "## Summary"
-    assert all(len(heading.splitlines()) > 2 for heading in headings[:-1])
+    assert len(headings) >= 5
+    assert all(len(heading.splitlines()) > 2 for heading in headings)
+
+
+def test_the_summary_comes_first_and_the_last_cell_fills_it(stage):
+    cells = read(stage).cells
+    setup = next(place for place, cell in enumerate(cells) if "params.from_notebook" in cell.source)
+    assert cells[setup + 1].source.startswith("## Summary\n")
+    assert cells[setup + 2].source == "summary = report.summary_slot()"
+    assert not any(cell.source.startswith("## ") for cell in cells[:setup])
+    filling = [place for place, cell in enumerate(cells) if "summary.fill(" in cell.source]
+    assert filling == [len(cells) - 1]
+
+
+def test_the_contents_name_every_section_and_lead_to_it(stage):
+    page = AnchorReader()
+    # As the driver exports a filled notebook.
+    page.feed(HTMLExporter(template_name="lab").from_notebook_node(read(stage))[0])
+    contents = read(stage).cells[0].source.partition("**Contents**")[2]
+    listed = re.findall(r"^- \[(.+)\]\(#", contents, flags=re.MULTILINE)
+    assert listed == [title for _, title in page.headings] and len(set(listed)) == len(listed)
+    assert [unquote(link) for link in page.links] == [f"#{anchor}" for anchor, _ in page.headings]
+
+
+class AnchorReader(HTMLParser):
+    """Second-level headings of a page as (id, text), and the addresses of its links that are items of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.headings, self.links, self.open = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.open.append(tag)
+        if tag == "h2":
+            self.headings.append((found["id"], ""))
+        elif tag == "a" and self.open[-2:] == ["li", "a"]:
+            self.links.append(found["href"])
+
+    def handle_endtag(self, tag):
+        # What has no end, such as an image, goes with what it stands in.
+        while tag in self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open[-1:] == ["h2"]:
+            anchor, title = self.headings[-1]
+            self.headings[-1] = (anchor, title + data)
 
 
 def test_no_definitions_no_handlers_no_shell(stage):

@@ -43,6 +43,16 @@ def test_an_evaluation_that_generated_nothing_has_no_speed():
     assert report.speed_text(10, 500, 2.0) == "10 rows and 500 tokens in 2.0 s: 5.00 rows/s, 250 tokens/s."
 
 
+def test_the_summary_is_shown_empty_and_filled_in_its_place(monkeypatch):
+    calls = []
+    monkeypatch.setattr("IPython.display.display", lambda shown, **options: calls.append((shown.text, options)))
+    summary = report.summary_slot()
+    summary.fill(report.sentences(["54.4 % right.", NASTY]))
+    (empty, begun), (filled, updated) = calls
+    assert "every cell has to run" in empty and filled == f"- 54.4 % right.\n- {NASTY}"
+    assert begun["display_id"] == updated["display_id"] and (begun["update"], updated["update"]) == (False, True)
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
