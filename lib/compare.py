@@ -586,11 +586,12 @@ def _checkpoint_path(run: RunScores) -> str | None:
 
 
 def write_summary(results_dir: str, runs: Sequence[RunScores]) -> Path:
-    """Put the runs into ``summary.csv``: a row a run, in place of an older row of the same name."""
+    """Put the runs into ``summary.csv``: a row a run, by name, in place of an older row of the same name."""
     path = results_root(results_dir) / SUMMARY
     rows = {row["run_name"]: row for row in (read_csv(path) if path.exists() else [])}
     rows |= {run.name: summary_row(run) for run in runs}
-    write_csv(path, list(rows.values()))
+    # By name: in which order runs ended, or came back after a failure, must not be seen in the file.
+    write_csv(path, [rows[name] for name in sorted(rows)])
     return path
 
 

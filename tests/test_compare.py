@@ -153,6 +153,16 @@ def test_a_rerun_replaces_its_row_and_keeps_the_others(results):
     assert [float(row["gsm8k_acc"]) for row in rows] == [pytest.approx(1 / 3), pytest.approx(2 / 3)]
 
 
+def test_the_summary_does_not_show_which_run_came_first(results):
+    make_run(results, "two")
+    runs = compare.collect_runs(str(results), ["one", "two"])
+    at_once = compare.write_summary(str(results), runs).read_bytes()
+    (results / "summary.csv").unlink()
+    for run in reversed(runs):
+        later = compare.write_summary(str(results), [run]).read_bytes()
+    assert later == at_once
+
+
 def test_safety_that_was_not_measured_counts_as_zero_and_says_so(results):
     finish(run_paths(str(results), "one"), "04_eval_safety", [], [], skipped="judge: no network")
     (run,) = compare.collect_runs(str(results))
