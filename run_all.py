@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from lib.artifacts import RunPaths
@@ -39,9 +39,25 @@ class UsageError(Exception):
 # --- command line -------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, and what may have been meant, in place of twenty lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        import difflib
+
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ").split() if "unrecognized" in message else []
+        close = [found for word in unknown for found in difflib.get_close_matches(word.split("=")[0], known, n=1)]
+        hint = f"; did you mean {' '.join(close)}?" if close else ""
+        if unknown and not unknown[0].startswith("-"):
+            hint = f"; presets are named after --presets: --presets {unknown[0]}"
+        self.exit(2, f"run_all.py: {message}{hint} (all flags: python run_all.py --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Only the standard library is needed to print its help."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="run_all.py",
         description="Fine-tune, evaluate and compare: five notebooks a preset, kept as a record that others can check.",
         epilog="exit status: 0 all ran; 1 a preset failed, the others ran; 2 wrong usage or parameters; "
@@ -659,6 +675,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         fail(f"\ninterrupted; to go on: {args.typed}")
         return 130
+    except ModuleNotFoundError as error:
+        # The first command that is typed, with the system's Python: a traceback would not say so.
+        fail(f"run_all.py: {error} for {sys.executable}; use .venv/bin/python, which make setup makes")
+        return 2
     except (ArtifactError, OSError) as error:
         # A full disk above all: what was written before is whole.
         fail(f"run_all.py: {_os_words(error)}\nto go on: {args.typed}")

@@ -94,8 +94,11 @@ def read_evaluated(paths: RunPaths) -> Evaluated:
     """What the run's files say of its model.
 
     Raises:
-        ArtifactError: 02 is not complete, or the run does not say its parameters.
+        ArtifactError: there is no such run, its 02 is not complete, or it does not say its parameters.
     """
+    if not paths.run_dir.is_dir():
+        there = ", ".join(sorted(path.name.removeprefix("run_") for path in paths.run_dir.parent.glob("run_*")))
+        raise ArtifactError(f"{display_path(paths.run_dir.parent)}/ holds no such run; there are: {there or 'none'}")
     require(paths.manifest("02_train"), "02_train", paths.name)
     config = read_json(require(paths.config_resolved, "02_train", paths.name))
     parameters = config["parameters"]

@@ -190,6 +190,8 @@ def test_what_was_not_evaluated_is_refused(run, change, words, capsys):
     change(run)
     assert merged.main(["--results-dir", str(run.run_dir.parent), "one"]) == 1
     assert words in capsys.readouterr().err
+    assert merged.main(["--results-dir", str(run.run_dir.parent), "onne"]) == 1
+    assert "holds no such run; there are: one" in capsys.readouterr().err
     assert not (run.run_dir.parent / "models" / "one").exists()
 
 

@@ -93,6 +93,29 @@ def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--presetz", "simple"], "--presetz simple; did you mean --presets?"),
+        (["--presets", "simple", "--cell-timout=9"], "did you mean --cell-timeout?"),
+        (["simple"], "presets are named after --presets: --presets simple"),
+        (["--presets", "simple", "--stages", "3"], "invalid choice: '3'"),
+    ],
+)
+def test_a_misspelt_flag_is_told_in_a_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_all.main(argv)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and words in told and told.count("\n") == 1
+
+
+def test_a_python_without_the_packages_is_told_how_to_go_on():
+    # -S: no site-packages, as in a system's Python.
+    command = [sys.executable, "-S", "run_all.py", "--presets", "simple"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "use .venv/bin/python" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_faults_of_several_presets_are_told_together(tmp_path, capsys):
     for name in ("one", "two"):
         values = yaml.safe_load(preset_path("simple").read_text()) | {"lora_r": 0, "seed": -1, "colour": name}
