@@ -249,8 +249,12 @@ def _with_free_space(error: str, output: Path) -> str:
 def write_html(notebook: Path) -> Path:
     """The filled notebook as one self-contained HTML file beside it."""
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
-    exporter = HTMLExporter(template_name="lab", embed_images=True)
+    # Defaults that injected values replaced would only be read as this run's own; the notebook keeps them.
+    unread = {"parameters"} if '"injected-parameters"' in notebook.read_text(encoding="utf-8") else set()
+    config = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": unread})
+    exporter = HTMLExporter(config=config, template_name="lab", embed_images=True)
     # Two assets that the template would load from a network: reports are read on machines without one.
     exporter.require_js_url = exporter.mathjax_url = ""
     body, _ = exporter.from_filename(str(notebook))

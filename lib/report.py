@@ -203,8 +203,9 @@ def _cell(value: Any) -> str:
 
 
 def setup_tables(stage: str, parameters: Mapping[str, Any], device: str) -> list[Html]:
-    """What a stage runs with: parameters and versions; ``device`` says where it runs and why."""
-    return [parameters_table(stage, parameters), versions_table(device)]
+    """What a stage runs with, folded: parameters and versions; ``device`` says where it runs and why."""
+    versions = versions_table()
+    return [parameters_table(stage, parameters), fold(f"Device: {device}. Versions of its packages", versions)]
 
 
 def parameters_table(stage: str, parameters: Mapping[str, Any]) -> Html:
@@ -227,10 +228,10 @@ def parameter_meanings(stage: str) -> dict[str, str]:
     return dict(re.findall(r"^(\w+): .*?  # (.*)$", lines, flags=re.MULTILINE))
 
 
-def versions_table(device: str) -> Html:
-    """Versions of what can change a number, the commit, and where the stage runs and why."""
+def versions_table() -> Html:
+    """Versions of what can change a number, and the commit."""
     rows = [{"package": name, "version": version} for name, version in package_versions().items()]
-    return table([*rows, {"package": "commit", "version": git_commit()[:12]}], f"Device: {device}")
+    return table([*rows, {"package": "commit", "version": git_commit()[:12]}], "Versions of what can change a number")
 
 
 def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:

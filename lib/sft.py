@@ -57,7 +57,6 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 MOST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 # Of the free memory, what activations kept for the backward pass may take; the rest is for what comes and goes.
 ACTIVATION_SHARE = 0.5
-SECONDS_BETWEEN_LINES = 20.0
 # When a loss counts as exploded (``why_exploded``); wide of what the rows of a step move it by.
 EXPLODED_OVER_FIRST, EXPLODED_OVER_USUAL = 2, 10
 USUAL_STEPS, FEWEST_USUAL_STEPS = 20, 5
@@ -315,7 +314,7 @@ def train(
         examples: as ``encode_rows`` gives them.
         output_dir: the stage's folder (module docstring).
         dev_examples: rows whose loss is measured beside training, never trained on; they change no weight.
-        say: takes one line at a time, some twenty seconds apart.
+        say: takes a line about how it begins, and one at its end.
 
     Raises:
         TrainingError: a loss that is not finite or has exploded; checkpoints are kept.
@@ -696,11 +695,10 @@ class StepTrainer(Trainer):
 
 
 class Recorder(TrainerCallback):
-    """Writes the log as steps finish, marks whole checkpoints, and says a line now and then."""
+    """Writes the log as steps finish, marks whole checkpoints, and says one line at the end."""
 
     def __init__(self, log_path: Path, fingerprint: str, num_steps: int, say: Callable[[str], None]) -> None:
         self.log_path, self.fingerprint, self.num_steps, self.say = log_path, fingerprint, num_steps, say
-        self._said_at = -math.inf
         self._begun_at, self._begun_step = 0.0, 0
 
     def on_train_begin(
@@ -719,19 +717,16 @@ class Recorder(TrainerCallback):
     ) -> None:
         with self.log_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(logs) + "\n")
-        now = time.perf_counter()
-        if now - self._said_at >= SECONDS_BETWEEN_LINES or logs["step"] == self.num_steps:
-            self._said_at = now
-            self.say(self._line(logs, now))
+        # One line at the end: what is seen meanwhile is read from the log, and a notebook that is kept holds no bar.
+        if logs["step"] == self.num_steps:
+            self.say(self._final_line(logs))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / COMPLETE, {"step": state.global_step, "fingerprint": self.fingerprint})
 
-    def _line(self, row: dict[str, Any], now: float) -> str:
-        seconds_a_step = (now - self._begun_at) / (row["step"] - self._begun_step)
-        left = round(seconds_a_step * (self.num_steps - row["step"]))
+    def _final_line(self, row: dict[str, Any]) -> str:
+        num_made, took = row["step"] - self._begun_step, time.perf_counter() - self._begun_at
         return (
-            f"step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  learning rate {row['learning_rate']:.2e}  "
-            f"{row['tokens_per_s']:.0f} tokens/s  {left // 60} min {left % 60} s left"
+            f"step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  {num_made} steps made here in {took:.0f} s"
         )

@@ -119,6 +119,20 @@ def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_
     assert "running (its filled notebook is not whole)" in capsys.readouterr().out
 
 
+def test_the_summary_stands_on_top_of_the_report_and_no_default_that_was_replaced(tmp_path, notebook):
+    slot = "from lib import report\nsummary = report.summary_slot()"
+    notebook(slot, "print('the middle')", "summary.fill(report.sentences(['54.4 % right']))")
+    outcome = execute(tmp_path)
+    cells = json.loads(outcome.notebook.read_text(encoding="utf-8"))["cells"]
+    (shown,) = cells[2]["outputs"]
+    assert "".join(shown["data"]["text/plain"]) == "- 54.4 % right" and cells[4]["outputs"] == []
+    # The notebook keeps its parameters cell, the page for reading only what was injected in its place.
+    page = outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
+    assert 0 < page.index("54.4 % right</li>") < page.index("the middle")
+    assert "every cell has to run" not in page and "# folder" not in page and "# Parameters" in page
+    assert "".join(cells[0]["source"]) == PARAMETERS_CELL
+
+
 def test_the_report_of_a_lone_surrogate_and_of_escape_codes_can_be_saved_and_read(tmp_path, notebook):
     notebook(r"print('\ud800 \x00 \x1b[2J end')", r"'\ud800 shown'")
     outcome = execute(tmp_path)

@@ -83,6 +83,15 @@ def test_the_same_table_is_the_same_html():
     assert report.table(rows).html == report.table(rows).html != report.table([{"a": 2}]).html
 
 
+def test_parameters_and_versions_are_folded_and_the_device_is_seen():
+    folded = report.setup_tables("05_compare", declared_parameters("05_compare"), "CPU <asked for>")
+    assert all(part.html.startswith("<details><summary>") for part in folded)
+    assert (
+        "Device: CPU &lt;asked for&gt;." in folded[1].html.partition("</summary>")[0]
+        and "transformers" in folded[1].html
+    )
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_parameter_is_shown_with_its_value_and_meaning(stage):
     parameters = declared_parameters(stage)
