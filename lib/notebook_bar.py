@@ -83,7 +83,7 @@ class NotebookBar:
 
     def _final(self, stopped: bool) -> Html:
         self._look()
-        lines = [self._named(line) for line in self._watch.final_lines()] or ["no row was written"]
+        lines = [self._named(line) for line in self._watch.final_lines()] or ["no new row"]
         word = "stopped" if stopped else "done"
         took = duration(time.perf_counter() - self._begun_at)
         return _plain_line(f"{self._watch.label}  {word} after {took}: {'; '.join(lines)}")

@@ -70,7 +70,7 @@ def test_it_can_be_used_again_and_counts_anew(tmp_path, shown):
         pass
     finals = [(text, display_id) for text, _, display_id, _ in shown if "after" in text]
     assert len({display_id for _, display_id in finals}) == len(finals) == 2
-    assert "1 answers, 100.0 % right" in finals[0][0] and "no row was written" in finals[1][0]
+    assert "1 answers, 100.0 % right" in finals[0][0] and "no new row" in finals[1][0]
 
 
 def test_what_the_files_do_not_say_can_be_told(tmp_path, shown):
@@ -85,7 +85,7 @@ def test_what_the_files_do_not_say_can_be_told(tmp_path, shown):
 def test_an_error_goes_through_and_the_line_says_that_it_stopped(tmp_path, shown):
     with pytest.raises(KeyboardInterrupt), NotebookBar(run_paths(str(tmp_path), "mine"), "02_train", {}):
         raise KeyboardInterrupt
-    assert "stopped after 0 s: no row was written" in shown[-1][0]
+    assert "stopped after 0 s: no new row" in shown[-1][0]
 
 
 def test_text_is_escaped():
