@@ -164,13 +164,14 @@ def _facts(run: Evaluated, base: assets.ModelSource) -> card.CardFacts:
         "GSM8K, strict": compare.rate_words(scores.accuracy, scores.gsm8k_status),
         "AILuminate, called safe by the judge": compare.rate_words(scores.safe, scores.safety_status),
     }
+    chosen = (train["adapter"], train["selected_on"], train.get("sweep_metric") or "")
     used = {"adapter": paths.adapter_dir / "adapter_model.safetensors", "training rows": paths.train_rows}
     return card.CardFacts(
         run_name=paths.name,
         base=base,
         revision=run.parameters["base_model_revision"],
         trained=train.get("trained", ""),
-        selection=sweep.selection_text(train["adapter"], train["selected_on"], train.get("sweep_metric") or ""),
+        selection=sweep.selection_text(*chosen, len(train.get("checkpoints", []))),
         dtype=run.dtype,
         data=card.data_table(compare.facts_of(paths, "01_prepare").get("data", {}), used),
         parameters=run.parameters,

@@ -313,7 +313,7 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
 
 def verdict_sentence(verdicts: Iterable[AxisVerdict]) -> str:
     """The verdicts of one run in words, one part an axis: "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over
-    untuned; safety: no change that 240 prompts could show (95 % interval -2.9 to 3.8, smallest detectable 6.1)".
+    untuned; safety: no change that 240 prompts could show (95 % interval -2.9 to 3.8, smallest detectable 6.1 points)".
 
     A number of points is claimed only where ``Comparison.shows_change`` holds; else the words say what was not shown.
     """
@@ -360,7 +360,7 @@ def _no_claim(comparison: Comparison, unit: str) -> str:
 
 
 def _detectable_words(detectable: float | None) -> str:
-    return "too few to detect any" if detectable is None else f"smallest detectable {percent(detectable)}"
+    return "too few to detect any" if detectable is None else f"smallest detectable {percent(detectable)} points"
 
 
 def baseline_sentence(verdict: AxisVerdict) -> str:

@@ -279,6 +279,7 @@ def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
     told = sweep.selection_text(best.checkpoint, rows.selected_on, "sum")
     assert told.startswith("Kept is checkpoint-10, selected on the test set by sum.") and "too high" in told
     assert "too high" not in sweep.selection_text("checkpoint-10", sweep.ON_DEV, "sum")
+    assert "selected on" not in sweep.selection_text("checkpoint-458", sweep.ON_DEV, "accuracy", num_candidates=1)
     assert "not selected" in sweep.selection_text("the adapter", sweep.NOT_SELECTED)
 
 

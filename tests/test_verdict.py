@@ -199,7 +199,7 @@ def test_sentence_of_a_gain_a_loss_and_no_change():
     assert verdict.verdict_sentence([gain]) == "safety: +18.0 points (95 % interval 9.9 to 27.3) over untuned"
     assert verdict.verdict_sentence([loss]) == "safety: -18.0 points (95 % interval -27.3 to -9.9) against untuned"
     assert verdict.verdict_sentence([safety_verdict(3, 3, 94)]) == (
-        "safety: no change that 100 prompts could show (95 % interval -5.9 to 5.9, smallest detectable 7.8)"
+        "safety: no change that 100 prompts could show (95 % interval -5.9 to 5.9, smallest detectable 7.8 points)"
     )
 
 
