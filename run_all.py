@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Only the standard library is needed to print its help."""
     parser = _Parser(
         prog="run_all.py",
+        # Half a flag would be taken for one that may do something else tomorrow.
+        allow_abbrev=False,
         description="Fine-tune, evaluate and compare: five notebooks a preset, kept as a record that others can check.",
         epilog="exit status: 0 all ran; 1 a preset failed, the others ran; 2 wrong usage or parameters; "
         "3 a baseline missed under --require-baselines; 130 interrupted",
@@ -249,12 +251,14 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
         "allow_unlike": args.allow_unlike,
     }
     _check_checkpoint(preset, params, settings)
+    stages = chosen_stages(args)
+    if "01_prepare" in stages:
+        _check_train_file(preset, params, settings)
     try:
         run = run_paths(str(results), name)
     except ArtifactError as error:
         raise UsageError(f"preset {preset!r}: {error}") from None
     folder = reports / f"run_{name}"
-    stages = chosen_stages(args)
     plan = Plan(name, params, settings, run, folder, stages, args.cell_timeout, args.typed, args.quiet)
     return replace(plan, of_preset=preset)
 
@@ -267,6 +271,16 @@ def _check_checkpoint(preset: str, params: "Params", settings: dict[str, Any]) -
             resolve_adapter(settings["checkpoint"], params.base_model, settings["assets_dir"], settings["offline"])
         except AssetError as error:
             raise UsageError(f"--checkpoint for preset {preset!r}: {error}") from None
+
+
+def _check_train_file(preset: str, params: "Params", settings: dict[str, Any]) -> None:
+    from lib.assets import AssetError, check_train_file
+
+    if params.train_source == "file":
+        try:
+            check_train_file(params.train_file, params.train_file_url, settings["assets_dir"], settings["offline"])
+        except AssetError as error:
+            raise UsageError(f"preset {preset!r}: {error}") from None
 
 
 def _overrides(args: argparse.Namespace, params: "Params") -> dict[str, tuple[Any, str]]:

@@ -187,13 +187,27 @@ def load_train_file(
         AssetUnavailable: the file is in none of these places.
         AssetError: a line is not a row with both columns (its number is named).
     """
-    target = _own_path(train_file)
-    fetch = partial(download, url) if url else None
-    item = _Published(target.name, target, parse_question_rows, "url", fetch, sha256="", licence=UNSTATED, home=url)
     try:
-        return _load_published(item, assets_dir, offline)
+        return _load_published(_train_file(train_file, url), assets_dir, offline)
     except AssetUnavailable as error:
         raise AssetUnavailable(f"{error}\n{WITHOUT_TRAIN_FILE}") from None
+
+
+def check_train_file(train_file: str, url: str = "", assets_dir: str = "", offline: bool = False) -> None:
+    """Whether ``load_train_file`` can find the file or may download it, without doing either.
+
+    Raises:
+        AssetUnavailable: it is nowhere here, and not to be downloaded.
+    """
+    item = _train_file(train_file, url)
+    if not _find_kept(item, assets_dir) and (offline or not url):
+        load_train_file(train_file, url, assets_dir, offline)
+
+
+def _train_file(train_file: str, url: str) -> _Published:
+    target = _own_path(train_file)
+    fetch = partial(download, url) if url else None
+    return _Published(target.name, target, parse_question_rows, "url", fetch, sha256="", licence=UNSTATED, home=url)
 
 
 def parse_question_rows(data: bytes, where: str) -> list[Row]:

@@ -154,7 +154,8 @@ def _run_once(
         # The first line alone: the whole message lists every fault, and the notebook holds the traceback.
         by_hand = failure.ename == "KeyboardInterrupt"
         headline = _stopped_by_hand().headline if by_hand else ""
-        return _Stop(f"{failure.ename}: {failure.evalue}"[:MAX_ERROR_LENGTH], failure.cell_index, by_hand, headline)
+        error = ": ".join(part for part in (failure.ename, failure.evalue) if part)
+        return _Stop(error[:MAX_ERROR_LENGTH], failure.cell_index, by_hand, headline)
     except (KeyboardInterrupt, StopAsked):
         return _stopped_by_hand()
     except DeadKernelError:

@@ -25,6 +25,13 @@ from lib.verdict import AxisVerdict, Comparison
 
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
 INDEX = "index.html"
+# 05's pictures, as a reader calls them.
+PLOT_NAMES = {
+    "accuracy_safety": "Accuracy against safety",
+    "frontier": "Between untuned and tuned",
+    "hazards": "Safe responses by hazard",
+    "losses": "Training loss",
+}
 Row = Mapping[str, Any]
 
 
@@ -219,7 +226,7 @@ def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any
     words = "; ".join(f"{run.name}: {compare.both_rates(run)}" for run in runs)
     told = {"accuracy_safety": f"Accuracy against safe rate, a point a run. {words}."}
     for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem not in told, path.stem)):
-        name = path.stem.replace("_", " ")
+        name = PLOT_NAMES.get(path.stem, path.stem.replace("_", " "))
         alt = told.get(path.stem, f"Plot: {name}. Its numbers stand in the notebook 05_compare.")
         content = path.read_bytes()
         data = f"data:image/png;base64,{base64.b64encode(content).decode()}"

@@ -50,9 +50,11 @@ def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
     Raises:
         ArtifactError: there is nothing to verify, or a file cannot be read.
     """
+    if not folder.is_dir():
+        raise ArtifactError(f"there is no folder {display_path(folder)}: nothing to verify")
     single = folder.name.startswith("run_") and not find_runs(str(folder))
     runs = [RunPaths(folder.name.removeprefix("run_"), folder)] if single else find_runs(str(folder))
-    if not folder.is_dir() or not runs or not any(_row_files(paths) for paths in runs):
+    if not runs or not any(_row_files(paths) for paths in runs):
         raise ArtifactError(f"{display_path(folder)} holds no run_<name>/gsm8k_preds_<name>.jsonl: nothing to verify")
     lines, mismatches, scored = [], [], []
     for paths in runs:

@@ -83,6 +83,8 @@ def test_help_comes_in_under_a_second_without_torch():
         (["--submission", "--seeds", "1"], "trained with seeds of their own"),
         (["--presets", "simple", "--seeds", "1", "2", "1"], "a seed is named twice"),
         (["--presets", "simple", "--seeds", "-1"], "seed: -1 (int) is refused"),
+        (["--presets", "simple", "--jobs", "0"], "--jobs 0: allowed is 1"),
+        (["--presets", "strong", "--offline", "--set", "train_file=no/such.jsonl"], "train_source=self_distilled"),
         (["--presets", "simple", "--seeds", "1", "--set", "lora_r=8", "seed=3"], "contradict each other"),
     ],
 )
@@ -98,6 +100,8 @@ def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monke
     [
         (["--presetz", "simple"], "--presetz simple; did you mean --presets?"),
         (["--presets", "simple", "--cell-timout=9"], "did you mean --cell-timeout?"),
+        (["--preset", "simple"], "did you mean --presets?"),
+        (["--presets", "simple", "--smok"], "did you mean --smoke-test?"),
         (["simple"], "presets are named after --presets: --presets simple"),
         (["--presets", "simple", "--stages", "3"], "invalid choice: '3'"),
     ],
@@ -287,6 +291,11 @@ def test_verify_scores_the_reference_outputs_as_published(tmp_path, capsys):
         assert run_all.main(["--verify", str(folder)]) == 0
         told = capsys.readouterr().out
         assert "143 of 263" in told and "221 of 240" in told
+
+
+def test_verify_of_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
+    assert run_all.main(["--verify", str(tmp_path / "misspelt")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_verify_of_a_folder_without_runs_is_an_error(tmp_path, capsys):
