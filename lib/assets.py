@@ -756,6 +756,7 @@ def _convert_once(gguf: Path, folder: Path) -> None:
 
 
 def _convert_beside(gguf: Path, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         made = Path(temporary) / folder.name
         with _no_progress_bars():

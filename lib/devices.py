@@ -8,13 +8,11 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
-from pathlib import Path
 
-from lib.locks import FolderInUse, hold
+from lib.locks import FolderInUse, hold, machine_folder
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
@@ -75,7 +73,7 @@ def held_gpus(
     Raises:
         DevicesInUse: all are held, and ``wait`` is false.
     """
-    folder = lock_folder()
+    folder = machine_folder()
     with ExitStack() as stack:
         free, refused = [], ""
         for gpu, identity in zip(gpus, _identities(gpus), strict=True):
@@ -99,19 +97,6 @@ def _identities(gpus: Sequence[str]) -> list[str]:
     uuids = _listed_uuids() if any(name.isdigit() for name in gpus) else []
     known = {str(index): uuid for index, uuid in enumerate(uuids)}
     return [re.sub(r"[^\w-]", "_", known.get(name, name)) for name in gpus]
-
-
-def lock_folder() -> Path:
-    """Where the locks of this user's devices lie on this machine.
-
-    Raises:
-        PermissionError: the folder is somebody else's.
-    """
-    folder = Path(tempfile.gettempdir()) / f"tune-and-tell-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
-        raise PermissionError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
-    return folder
 
 
 def cpu_shares(num_jobs: int) -> dict[str, str]:

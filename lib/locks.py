@@ -7,9 +7,11 @@ is gone. Knows nothing about what is run.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,15 +153,17 @@ def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[N
 def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
     """Hold ``path``, which may be absent, until ``release_file`` or the end of this process; waits for another holder.
 
-    A process that holds it already goes on at once: a cell that is run again must not wait for itself.
+    A process that holds it already goes on at once: a cell that is run again must not wait for itself. Processes of
+    this user on this machine are meant; the lock on a run's folder keeps others away.
     """
     if path in _files:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = path.with_name(f".{path.name}{LOCK_FILE}").open("a+", encoding="utf-8")
+    # Not beside it: a folder of data holds data, and may be one that nobody can write to.
+    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    stream = (machine_folder() / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
     told = False
     # Looked at again and again, not waited for inside the system: Ctrl-C is heard at once.
-    while not _locked(stream, path.parent, tell):
+    while not _locked(stream, machine_folder(), tell):
         if not told:
             tell(f"waiting for another run that is making {path.name}")
             told = True
@@ -172,6 +176,19 @@ def release_file(path: Path) -> None:
     stream = _files.pop(path, None)
     if stream is not None:
         stream.close()
+
+
+def machine_folder() -> Path:
+    """Where locks lie that are of this machine and user, and of no folder.
+
+    Raises:
+        PermissionError: the folder is somebody else's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"tune-and-tell-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+        raise PermissionError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
+    return folder
 
 
 def _write_holder(stream: IO[str], command: str) -> None:

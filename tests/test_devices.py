@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import run_all
-from lib import devices
+from lib import devices, locks
 from lib.artifacts import PROJECT_ROOT
 
 TWO_GPUS = "GPU 0: Some T4 (UUID: GPU-aaaa-1)\nGPU 1: Some T4 (UUID: GPU-bbbb-2)\n"
@@ -23,7 +23,7 @@ CUT_GPU = (
 def machine(tmp_path, monkeypatch):
     """A function that makes this a machine whose nvidia-smi lists what it is given, with locks of its own."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    monkeypatch.setattr(devices.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv(devices.VISIBLE_VARIABLE, raising=False)
     (tmp_path / "bin").mkdir()
 

@@ -199,3 +199,17 @@ def test_what_one_process_makes_the_next_one_finds(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "model")]
     makers = [subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True) for _ in range(8)]
     assert "".join(maker.communicate(timeout=60)[0] for maker in makers) == "made it\n"
+
+
+def test_a_lock_folder_that_somebody_else_laid_out_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"tune-and-tell-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    with pytest.raises(PermissionError, match="set TMPDIR to a folder of your own"):
+        locks.hold_file(tmp_path / "shared.jsonl")
+
+
+def test_a_lock_leaves_nothing_beside_the_file(tmp_path):
+    (tmp_path / "data").mkdir()
+    with locks.one_at_a_time(tmp_path / "data" / "model"):
+        assert list((tmp_path / "data").iterdir()) == []
