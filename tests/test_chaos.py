@@ -6,13 +6,12 @@ replaced by ones that write rows as slowly, and 05 by one that counts them, so t
 
 import json
 
-import nbformat
 import pytest
+from small_notebooks import write_notebook
 
 from benchmarks import chaos
 from lib.artifacts import STAGES
 
-PARAMETERS = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
 ROWS = """
 import time
 from lib import artifacts
@@ -46,22 +45,14 @@ record.finish(inputs=[], outputs=[root / "counts.json"], facts={})["status"]
 FINISH = "record.finish(inputs=[], outputs=[paths.gsm8k_preds], facts={})['status']"
 
 
-def write_notebook(path, *codes):
-    content = nbformat.v4.new_notebook()
-    content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    content.cells = [nbformat.v4.new_code_cell(code) for code in codes]
-    content.cells[0].metadata["tags"] = ["parameters"]
-    nbformat.write(content, path)
-
-
 @pytest.fixture
 def project(tmp_path):
     """A copy of the project whose stage 03 writes 25 rows in about a second."""
     project = chaos.copy_project(tmp_path)
     rows = f"STAGE = '03_eval_gsm8k'\n{ROWS}"
-    write_notebook(project / "notebooks" / "03_eval_gsm8k.ipynb", PARAMETERS, rows, FINISH, "print('summary')")
+    write_notebook(project / "notebooks" / "03_eval_gsm8k.ipynb", rows, FINISH, "print('summary')")
     names = 'results_dir: str = ""  # folder\nrun_names: list = []  # runs'
-    write_notebook(project / "notebooks" / "05_compare.ipynb", names, COMPARE)
+    write_notebook(project / "notebooks" / "05_compare.ipynb", COMPARE, parameters=names)
     return project
 
 

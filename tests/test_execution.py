@@ -12,21 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import psutil
 import pytest
+from small_notebooks import DRIVER, PARAMETERS_CELL, wait_for, write_notebook
 
 import run_all
 from lib import execution
 from lib.artifacts import PROJECT_ROOT, DiskFull, write_text
 
-PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
-# A driver in a process of its own, with small notebooks in the place of the real ones.
-DRIVER = (
-    "import pathlib, sys, run_all; from lib import execution\n"
-    "execution.NOTEBOOKS_DIR = pathlib.Path(sys.argv[1])\n"
-    "sys.exit(run_all.main(sys.argv[2:]))\n"
-)
 ROWS_CELL = """
 import pathlib, time
 from lib.artifacts import RowLog
@@ -44,13 +37,7 @@ def notebook(tmp_path, monkeypatch):
     monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
 
     def write(*codes):
-        content = nbformat.v4.new_notebook()
-        content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        content.cells = [nbformat.v4.new_code_cell(code) for code in (PARAMETERS_CELL, *codes)]
-        content.cells[0].metadata["tags"] = ["parameters"]
-        (tmp_path / "notebooks").mkdir(exist_ok=True)
-        nbformat.write(content, tmp_path / "notebooks" / "01_prepare.ipynb")
-        return tmp_path / "notebooks"
+        return write_notebook(tmp_path / "notebooks" / "01_prepare.ipynb", *codes)
 
     return write
 
@@ -64,14 +51,6 @@ def start_driver(notebooks, output, *argv):
     command = [sys.executable, "-c", DRIVER, str(notebooks), "--presets", "simple", "--stages", "01"]
     command += ["--output-dir", str(output), *argv]
     return subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def count(path):

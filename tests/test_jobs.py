@@ -11,21 +11,15 @@ import subprocess
 import sys
 import time
 
-import nbformat
 import psutil
 import pytest
 from rich.console import Console
+from small_notebooks import DRIVER, wait_for, write_notebook
 
 from lib import jobs, locks
 from lib.artifacts import PROJECT_ROOT
 from lib.progress import Board, Look
 
-PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
-DRIVER = (
-    "import pathlib, sys, run_all; from lib import execution\n"
-    "execution.NOTEBOOKS_DIR = pathlib.Path(sys.argv[1])\n"
-    "sys.exit(run_all.main(sys.argv[2:]))\n"
-)
 # Each preset waits until the other one is there: it ends only where both run at the same time.
 MEET = """
 import os, pathlib, time
@@ -60,13 +54,8 @@ def start(tmp_path):
     started = []
 
     def start(code, *argv):
-        content = nbformat.v4.new_notebook()
-        content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        content.cells = [nbformat.v4.new_code_cell(text) for text in (PARAMETERS_CELL, code)]
-        content.cells[0].metadata["tags"] = ["parameters"]
-        (tmp_path / "notebooks").mkdir(exist_ok=True)
-        nbformat.write(content, tmp_path / "notebooks" / "01_prepare.ipynb")
-        command = [sys.executable, "-c", DRIVER, str(tmp_path / "notebooks"), "--stages", "01", *argv]
+        notebooks = write_notebook(tmp_path / "notebooks" / "01_prepare.ipynb", code)
+        command = [sys.executable, "-c", DRIVER, str(notebooks), "--stages", "01", *argv]
         command += ["--output-dir", str(tmp_path / "out"), "--set", "device=cpu"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -77,14 +66,6 @@ def start(tmp_path):
     for process in started:
         process.kill()
         process.wait()
-
-
-def wait_for(condition, seconds=40.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-    return found
 
 
 def num_rows(path):

@@ -11,16 +11,14 @@ import subprocess
 import sys
 import time
 
-import nbformat
 import pytest
 import yaml
+from small_notebooks import write_notebook
 
 import run_all
 from lib import execution
 from lib.artifacts import PROJECT_ROOT
 from lib.params import preset_path
-
-PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
 
 
 def plan(*argv):
@@ -36,13 +34,7 @@ def fake_notebooks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def write(code):
-        notebook = nbformat.v4.new_notebook()
-        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        cells = [nbformat.v4.new_code_cell(text) for text in (PARAMETERS_CELL, "print('before')", code)]
-        cells[0].metadata["tags"] = ["parameters"]
-        notebook.cells = cells
-        (tmp_path / "notebooks").mkdir(exist_ok=True)
-        nbformat.write(notebook, tmp_path / "notebooks" / "01_prepare.ipynb")
+        write_notebook(tmp_path / "notebooks" / "01_prepare.ipynb", "print('before')", code)
 
     return write
 
