@@ -475,7 +475,10 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
                 raise UsageError(f"{error}\n--wait waits for a GPU; --set device=cpu needs none") from None
             if len(held) < most:
                 fail(f"--jobs {args.jobs}: {len(held)} at once, a GPU for each; {len(gpus)} can be seen")
-        yield [{VISIBLE_VARIABLE: gpu} for gpu in held] if gpus else [cpu_shares(most)] * most
+            # A machine's only GPU needs no name, and not every system knows its devices by UUID.
+            yield [{VISIBLE_VARIABLE: gpu} if len(gpus) > 1 else {} for gpu in held]
+        else:
+            yield [cpu_shares(most)] * most
 
 
 def _check_room(folder: Path) -> None:

@@ -145,6 +145,13 @@ def test_one_preset_after_the_other_holds_one_gpu(machine):
         assert places("--stages", "05") == [{}], "a comparison computes nothing"
 
 
+def test_the_only_gpu_is_held_and_left_to_its_default(machine):
+    machine(TWO_GPUS.splitlines()[0] + "\n")
+    assert places("--jobs", "3") == [{}]
+    with held(1), pytest.raises(run_all.UsageError, match="no GPU is free"):
+        places()
+
+
 def test_on_a_cpu_the_cores_are_shared(machine, monkeypatch):
     machine(TWO_GPUS)
     monkeypatch.delenv(devices.THREADS_VARIABLE, raising=False)
