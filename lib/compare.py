@@ -176,10 +176,14 @@ def _overlaps(paths: RunPaths) -> list[overlap.Overlap] | None:
 
 def untuned_file(paths: RunPaths, stage: str) -> Path | None:
     """The row file of the untuned model that the stage used; None where it says none, or a hand-in left it out."""
+    path = _named_untuned_file(paths, stage)
+    return path if path and path.exists() else None
+
+
+def _named_untuned_file(paths: RunPaths, stage: str) -> Path | None:
     manifest_path = paths.manifest(stage)
     name = read_json(manifest_path)["facts"].get("untuned_rows") if manifest_path.exists() else None
-    path = manifest_path.parent / name if name else None
-    return path.resolve() if path and path.exists() else None
+    return (manifest_path.parent / name).resolve() if name else None
 
 
 def _summary(summarize: Callable[[list[Row]], Row], rows: list[Row], path: Path) -> Row | None:
@@ -272,11 +276,17 @@ def row_protocol(run: RunScores, axis: str) -> Row:
     return {name: value for name, value in run.protocols.get(axis, {}).items() if name not in ("device", "versions")}
 
 
-def control_paths(run: RunScores) -> list[Path]:
-    """Files beside a run's own rows that a comparison reads: untuned rows, rows at other scales, overlaps."""
-    untuned = [untuned_file(run.paths, stage) for stage in AXIS_STAGES.values()]
-    scaled = [path for stage in AXIS_STAGES.values() for path in scale_files(run.paths, stage).values()]
-    return [path for path in [*untuned, *scaled, run.paths.overlap] if path and path.exists()]
+def files_read(run: RunScores) -> list[Path]:
+    """Every file of a run that a comparison reads, there or not: where one comes later, the comparison is out of date.
+
+    Its rows, the untuned model's, those at other scales, overlaps, the training log, and what its stages note.
+    """
+    paths = run.paths
+    untuned = [_named_untuned_file(paths, stage) for stage in AXIS_STAGES.values()]
+    scaled = [path for stage in AXIS_STAGES.values() for path in scale_files(paths, stage).values()]
+    rows = [paths.gsm8k_preds, paths.ailuminate_safety, *untuned, *scaled, paths.overlap, paths.training_log]
+    notes = [paths.config_resolved, *map(paths.manifest, METRIC_STAGES)]
+    return [path for path in [*rows, *notes] if path]
 
 
 def untuned_runs(runs: Sequence[RunScores]) -> list[RunScores]:

@@ -28,6 +28,7 @@ from lib.artifacts import (
     read_json,
     run_paths,
     sha256_json,
+    stale_reason,
     start_stage,
     write_json,
     write_jsonl,
@@ -163,6 +164,23 @@ def test_the_summary_does_not_show_which_run_came_first(results):
     assert later == at_once
 
 
+@pytest.mark.parametrize("late", ["ailuminate_safety", "training_log", "overlap", "config_resolved", "04_eval_safety"])
+def test_a_file_that_comes_after_a_comparison_makes_it_out_of_date(results, late):
+    # 05 runs over what there is: a preset that failed in 04 and is finished later must not stay "not measured".
+    paths = run_paths(str(results), "one")
+    run = compare.score_run(paths)
+    file = paths.manifest(late) if late[0] == "0" else getattr(paths, late)
+    text = file.read_text() if file.exists() else "{}\n"
+    file.unlink(missing_ok=True)
+    manifest = results / "05_compare" / "manifest.json"
+    record = start_stage(manifest, "05_compare", "all runs", {})
+    record.finish(inputs=compare.files_read(run), outputs=[], facts={})
+    assert stale_reason(manifest, "05_compare", {}) == ""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    assert file.name in stale_reason(manifest, "05_compare", {})
+
+
 def test_safety_that_was_not_measured_counts_as_zero_and_says_so(results):
     finish(run_paths(str(results), "one"), "04_eval_safety", [], [], skipped="judge: no network")
     (run,) = compare.collect_runs(str(results))
@@ -260,7 +278,8 @@ def test_runs_that_share_a_control_show_it_once(results):
 
 def test_a_run_without_a_control_says_so(results):
     runs = compare.collect_runs(str(results))
-    assert compare.untuned_runs(runs) == [] and compare.control_paths(runs[0]) == []
+    assert compare.untuned_runs(runs) == []
+    assert not [path for path in compare.files_read(runs[0]) if "untuned" in path.name]
     assert compare.judge_runs(runs)["one"][0].uncompared
 
 
