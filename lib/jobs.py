@@ -41,7 +41,7 @@ class Channel:
 
 
 class _Lines:
-    """A text stream whose whole lines go through a channel."""
+    """A text stream whose whole lines go through a channel when it is flushed, with no other job's between them."""
 
     encoding, errors = "utf-8", "strict"
 
@@ -49,13 +49,14 @@ class _Lines:
         self._channel, self._kind, self._part = channel, kind, ""
 
     def write(self, text: str) -> int:
-        *lines, self._part = (self._part + text).split("\n")
-        for line in lines:
-            self._channel.send(self._kind, line)
+        self._part += text
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is kept back but a line that has not ended."""
+        """Send what was written since the last time; nothing is kept back but a line that has not ended."""
+        lines, newline, self._part = self._part.rpartition("\n")
+        if newline:
+            self._channel.send(self._kind, lines)
 
     def isatty(self) -> bool:
         return False

@@ -196,6 +196,7 @@ def test_results_and_lines_of_jobs_reach_the_driver(monkeypatch, capsys):
     def work(channel):
         print("a line", "and", "\n", "another", end="")
         print(".", flush=True)
+        print("two lines\nof one message", flush=True)
         print("an error", file=sys.stderr)
         channel.show(Look("one", "rows", 1, 2))
         return {"place": os.environ["PLACE"]}
@@ -206,6 +207,6 @@ def test_results_and_lines_of_jobs_reach_the_driver(monkeypatch, capsys):
     environments = [{"PLACE": "first"}]
     results = jobs.run_jobs({"one": work, "two": die, "three": work}, environments, screen)
     assert results == {"one": {"place": "first"}, "two": None, "three": {"place": "first"}}
-    assert file.getvalue() == 2 * "a line and \n another.\n  one  1/2 rows\n"
+    assert file.getvalue() == 2 * "a line and \n another.\ntwo lines\nof one message\n  one  1/2 rows\n"
     told = capsys.readouterr().err
     assert told.count("an error\n") == 2 and "RuntimeError: planted" in told
