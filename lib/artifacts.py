@@ -15,6 +15,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -27,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lib import locks
 from lib.redaction import clean_value
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -611,13 +613,44 @@ class StageRecord:
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(self.manifest_path, manifest)
+        locks.leave(_root_of(self.manifest_path))
         return manifest
 
 
 def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapping[str, Any]) -> StageRecord:
-    """Begin a stage: its old manifest goes first, so that a stage that dies half-way never looks complete."""
+    """Begin a stage: its old manifest goes first, so that a stage that dies half-way never looks complete.
+
+    Raises:
+        ArtifactError: a person runs the notebook while a driver is at work on the same folder.
+    """
+    if someone_looks():
+        _keep_drivers_away(manifest_path, f"{stage} of {run_name}, open in JupyterLab")
     manifest_path.unlink(missing_ok=True)
     return StageRecord(stage, manifest_path, run_name, dict(parameters))
+
+
+def someone_looks() -> bool:
+    """Whether a person may be looking: in a kernel that neither the driver nor a test has started."""
+    if "IPython" not in sys.modules or os.environ.get(DRIVER_VARIABLE):
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
+
+
+def _keep_drivers_away(manifest_path: Path, what: str) -> None:
+    """A driver would write the same files: it is refused until this stage is finished or its kernel ended."""
+    root = _root_of(manifest_path)
+    try:
+        locks.join(root, what)
+    except locks.FolderInUse as error:
+        raise ArtifactError(f"{error}; wait until it has ended, or use another results_dir") from None
+
+
+def _root_of(manifest_path: Path) -> Path:
+    """The folder of all runs: a run's manifest lies one level deeper in it than that of 05."""
+    above = manifest_path.parent.parent
+    return above.parent if above.name.startswith("run_") else above
 
 
 def _stamps(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:

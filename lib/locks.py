@@ -30,7 +30,7 @@ LOOK_AGAIN_S = 0.2
 NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 _held: list[int] = []
-# Files that this process holds, see `hold_file`.
+# Files that this process holds, and folders that it has joined; see `hold_file` and `join`.
 _files: dict[Path, IO[str]] = {}
 
 
@@ -124,9 +124,9 @@ def _acquire(stream: IO[str], folder: Path, wait: bool, tell: Callable[[str], No
         time.sleep(LOOK_AGAIN_S)
 
 
-def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None]) -> bool:
+def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None], kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -134,6 +134,34 @@ def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None]) -> bool:
             raise
         tell(f"{folder.name}/ lies on a file system without locks: start no second run on it ({error.strerror})")
     return True
+
+
+def join(folder: Path, what: str) -> None:
+    """Hold ``folder`` until ``leave`` or the end of this process, together with whoever joins it too.
+
+    For notebooks that a person runs: several may be open at once, but no driver may be at work.
+
+    Args:
+        what: what is being done; shown to a driver that is refused.
+
+    Raises:
+        FolderInUse: a driver holds the folder.
+        FolderUnwritable: the folder cannot be made or written.
+    """
+    if folder in _files:
+        return
+    stream = _open_lock(folder)
+    if not _locked(stream, folder, print, fcntl.LOCK_SH):
+        holder = read_holder(stream)
+        stream.close()
+        raise FolderInUse(f"{folder.name}/ is in use by {holder or 'run_all.py'}")
+    _write_holder(stream, what)
+    _files[folder] = stream
+
+
+def leave(folder: Path) -> None:
+    """Let drivers have ``folder``; nothing happens where this process did not join it."""
+    release_file(folder)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ tests show nothing, so that a filled notebook holds no debris of a bar. Knows no
 """
 
 import html
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from lib.artifacts import DRIVER_VARIABLE, RunPaths
+from lib.artifacts import RunPaths, someone_looks
 from lib.progress import Look, RowFile, StageWatch, duration
 from lib.report import Html, show_in_place
 
@@ -22,13 +21,6 @@ SECONDS_BETWEEN_LOOKS = 1.0
 # Of a line: nothing is left out, the page wraps it.
 UNLIMITED = 10_000
 _numbers = count(1)
-
-
-def someone_looks() -> bool:
-    """Whether a person may be looking: in a kernel that neither the driver nor a test has started."""
-    from IPython import get_ipython
-
-    return hasattr(get_ipython(), "kernel") and not os.environ.get(DRIVER_VARIABLE)
 
 
 class NotebookBar:

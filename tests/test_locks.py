@@ -213,3 +213,50 @@ def test_a_lock_leaves_nothing_beside_the_file(tmp_path):
     (tmp_path / "data").mkdir()
     with locks.one_at_a_time(tmp_path / "data" / "model"):
         assert list((tmp_path / "data").iterdir()) == []
+
+
+# --- notebooks that a person runs ---------------------------------------------------------------------------------
+
+NOTEBOOK = (
+    "import pathlib, sys; from lib import artifacts\n"
+    "artifacts.someone_looks = lambda: True\n"
+    "paths = artifacts.run_paths(sys.argv[1], 'strong')\n"
+    "record = artifacts.start_stage(paths.manifest('03_eval_gsm8k'), '03_eval_gsm8k', 'strong', {})\n"
+    "print('at work', flush=True)\n"
+    "sys.stdin.readline()\n"
+    "record.finish(inputs=[], outputs=[], facts={})\n"
+    "print('finished', flush=True)\n"
+    "sys.stdin.readline()\n"
+)
+
+
+def start_notebook(folder):
+    command = [sys.executable, "-c", NOTEBOOK, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=PROJECT_ROOT, **pipes)
+
+
+def test_notebooks_of_a_person_keep_drivers_away_until_they_are_finished(tmp_path, capsys):
+    notebooks = [start_notebook(tmp_path), start_notebook(tmp_path)]
+    assert [notebook.stdout.readline() for notebook in notebooks] == ["at work\n"] * 2, "they do not mind each other"
+    assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "03_eval_gsm8k of strong, open in JupyterLab" in told and "--wait" in told
+    for notebook in notebooks:
+        notebook.stdin.write("\n")
+        notebook.stdin.flush()
+        assert notebook.stdout.readline() == "finished\n"
+    with locks.hold(tmp_path, "next"):
+        pass
+    for notebook in notebooks:
+        notebook.communicate("\n", timeout=10)
+
+
+def test_a_notebook_is_refused_while_a_driver_is_at_work(tmp_path):
+    holder = start_holder(tmp_path, 30)
+    _, told = start_notebook(tmp_path).communicate("\n\n", timeout=30)
+    holder.kill()
+    holder.wait()
+    assert f"process {holder.pid} on" in told and "python run_all.py --presets simple" in told
+    assert "ArtifactError" in told and "wait until it has ended, or use another results_dir" in told
+    assert not (tmp_path / "run_strong").exists()
