@@ -521,7 +521,7 @@ def tell_results(args: argparse.Namespace, plans: list[Plan]) -> None:
     if table:
         tell("\n" + table)
     if any(not plan.params.benchmark for plan in plans):
-        tell("sandbox runs use a 135M model and small data: a rehearsal of the pipeline, not a benchmark.")
+        tell("a rehearsal, not a benchmark: sandbox runs use a 135M model and small data.")
     tell(f"\nartefacts: {display_path(results)}/\nreports:   {display_path(reports)}/ (.ipynb and .html)")
     if (reports / "index.html").exists():
         tell(f"begin at:  {display_path(reports)}/index.html")
