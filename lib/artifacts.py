@@ -128,9 +128,14 @@ class RunPaths:
     def training_log(self) -> Path:
         return self.stage_dir("02_train") / "training_log.jsonl"
 
+    @property
+    def untuned_dir(self) -> Path:
+        """Folder of the rows that runs share."""
+        return self.run_dir.parent / "untuned"
+
     def untuned_rows(self, kind: str, protocol_hash: str) -> Path:
         """Row file of the untuned model: beside the runs, so that those that ask it the same share it."""
-        return self.run_dir.parent / "untuned" / f"{kind}_untuned_{protocol_hash[:12]}.jsonl"
+        return self.untuned_dir / f"{kind}_untuned_{protocol_hash[:12]}.jsonl"
 
     @property
     def checkpoint_scores(self) -> Path:

@@ -89,7 +89,7 @@ def run_jobs(
     left, free = deque(jobs.items()), deque(environments)
     running: list[_Running] = []
     results: dict[str, Any] = {}
-    with _Stop(running, board) as stop:
+    with _Stop(running) as stop:
         while running or (left and not stop.count):
             while left and free and not stop.count:
                 running.append(_start(*left.popleft(), free.popleft(), board.live, [one.connection for one in running]))
@@ -168,8 +168,8 @@ def _hear(job: _Running, board: Board) -> bool:
 class _Stop:
     """Ctrl-C, and a cluster's SIGTERM, for all jobs that run."""
 
-    def __init__(self, running: list[_Running], board: Board) -> None:
-        self.count, self._running, self._board = 0, running, board
+    def __init__(self, running: list[_Running]) -> None:
+        self.count, self._running = 0, running
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Stop":

@@ -188,10 +188,10 @@ def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
         return
     # Not beside it: a folder of data holds data, and may be one that nobody can write to.
     name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
-    stream = (machine_folder() / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
-    told = False
+    folder, told = machine_folder(), False
+    stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
     # Looked at again and again, not waited for inside the system: Ctrl-C is heard at once.
-    while not _locked(stream, machine_folder(), tell):
+    while not _locked(stream, folder, tell):
         if not told:
             tell(f"waiting for another run that is making {path.name}")
             told = True

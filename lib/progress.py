@@ -36,8 +36,7 @@ KINDS = (
     ("distil_samples", "own answers"),
     ("training_log", "steps"),
 )
-# Folder of the rows that runs share, and how the names of those that a stage may write begin.
-SHARED_DIR = "untuned"
+# How the names of the row files begin that a stage may write and that runs share.
 SHARED_ROWS = {"01_prepare": "distil_samples", "03_eval_gsm8k": "gsm8k_preds", "04_eval_safety": "ailuminate"}
 SECONDS_ON_TERMINAL, SECONDS_IN_LOG, SECONDS_BETWEEN_MEMORY = 1.0, 15.0, 5.0
 # Rows finish in bursts: a rate over less time jumps, one over more lags behind.
@@ -209,7 +208,7 @@ class StageWatch:
         yield from self.paths.run_dir.glob("*.jsonl")
         yield from self.paths.stage_dir(self.stage).rglob("*.jsonl")
         if self.stage in SHARED_ROWS:
-            yield from (self.paths.run_dir.parent / SHARED_DIR).glob(f"{SHARED_ROWS[self.stage]}*.jsonl")
+            yield from self.paths.untuned_dir.glob(f"{SHARED_ROWS[self.stage]}*.jsonl")
 
     def look(self, now: float) -> Look:
         """How far the stage is at ``now`` (s of a monotonic clock)."""
@@ -260,7 +259,7 @@ class StageWatch:
 
     def _at_work(self, logs: Sequence[RowFile]) -> RowFile:
         """The log that the stage is at: rows that runs share may be the work of another one that runs beside it."""
-        own = [file for file in logs if file.path.parent.name != SHARED_DIR]
+        own = [file for file in logs if file.path.parent != self.paths.untuned_dir]
         return own[-1] if own and own[-1].done < self._total(own[-1]) else logs[-1]
 
     def _total(self, file: RowFile) -> int:

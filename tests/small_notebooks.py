@@ -25,6 +25,14 @@ def write_notebook(path, *codes, parameters=PARAMETERS_CELL):
     return Path(path).parent
 
 
+def hanging_cell(folder, marker):
+    """A cell that is in the middle of a row for as long as it is let; ``marker``, an expression, names its file."""
+    return (
+        f"import pathlib, time\npathlib.Path({str(folder)!r}, {marker}).touch()\nfrom lib.artifacts import RowLog\n"
+        f"with RowLog(pathlib.Path({str(folder)!r}, {marker} + '.jsonl'), 'p').whole_rows():\n    time.sleep(99)"
+    )
+
+
 def wait_for(condition, seconds=40.0):
     """What ``condition()`` gives as soon as it is true; fails after ``seconds``."""
     deadline = time.monotonic() + seconds

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_notebooks import DRIVER, PARAMETERS_CELL, wait_for, write_notebook
+from small_notebooks import DRIVER, PARAMETERS_CELL, hanging_cell, wait_for, write_notebook
 
 import run_all
 from lib import execution
@@ -201,9 +201,7 @@ def test_one_interrupt_finishes_the_row_saves_and_ends_with_130(tmp_path, notebo
 
 
 def test_two_interrupts_end_it_now(tmp_path, notebook):
-    cell = f"import pathlib, time\npathlib.Path({str(tmp_path)!r}, 'busy').touch()\nfrom lib.artifacts import RowLog\n"
-    cell += f"with RowLog(pathlib.Path({str(tmp_path)!r}, 'rows.jsonl'), 'p').whole_rows():\n    time.sleep(99)"
-    driver = start_driver(notebook(cell), tmp_path / "out")
+    driver = start_driver(notebook(hanging_cell(tmp_path, "'busy'")), tmp_path / "out")
     wait_for((tmp_path / "busy").exists)
     driver.send_signal(signal.SIGINT)
     time.sleep(0.5)

@@ -14,10 +14,11 @@ import time
 import psutil
 import pytest
 from rich.console import Console
-from small_notebooks import DRIVER, wait_for, write_notebook
+from small_notebooks import DRIVER, hanging_cell, wait_for, write_notebook
 
 from lib import jobs, locks
 from lib.artifacts import PROJECT_ROOT
+from lib.execution import count_lines
 from lib.progress import Board, Look
 
 # Each preset waits until the other one is there: it ends only where both run at the same time.
@@ -68,10 +69,6 @@ def start(tmp_path):
         process.wait()
 
 
-def num_rows(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 # --- running ------------------------------------------------------------------------------------------------------
 
 
@@ -113,18 +110,16 @@ def test_what_fails_or_dies_is_told_and_the_others_go_on(start, shared):
 def test_one_signal_lets_every_preset_finish_its_row_and_starts_no_other(start, shared, number):
     driver = start(ROWS.format(folder=shared), "--presets", "simple", "medium", "strong", "--jobs", "2")
     files = [shared / "simple.jsonl", shared / "medium.jsonl"]
-    wait_for(lambda: all(num_rows(path) >= 2 for path in files))
+    wait_for(lambda: all(count_lines(path) >= 2 for path in files))
     driver.send_signal(number)
     out, told = driver.communicate(timeout=60)
     assert driver.returncode == 130
     assert out.count("stopping after the row in work") == 2 and "to go on: " in told and "strong" not in out
-    assert all(path.read_bytes().endswith(b"}\n") and num_rows(path) < 150 for path in files)
+    assert all(path.read_bytes().endswith(b"}\n") and count_lines(path) < 150 for path in files)
 
 
 def test_two_signals_end_it_now(start, shared):
-    code = f"import pathlib, time\npathlib.Path('{shared}', run_name).touch()\nfrom lib.artifacts import RowLog\n"
-    code += f"with RowLog(pathlib.Path('{shared}', run_name + '.jsonl'), 'p').whole_rows():\n    time.sleep(99)"
-    driver = start(code, "--presets", "simple", "medium", "--jobs", "2")
+    driver = start(hanging_cell(shared, "run_name"), "--presets", "simple", "medium", "--jobs", "2")
     wait_for(lambda: len(list(shared.iterdir())) == 2)
     driver.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -139,7 +134,7 @@ def test_a_killed_driver_takes_everything_with_it_and_the_next_one_goes_on(start
     argv = ("--presets", "simple", "medium", "--jobs", "2")
     driver = start(ROWS.format(folder=shared).replace("0.1", "0.03"), *argv)
     files = [shared / "simple.jsonl", shared / "medium.jsonl"]
-    wait_for(lambda: all(num_rows(path) >= 2 for path in files))
+    wait_for(lambda: all(count_lines(path) >= 2 for path in files))
     below = psutil.Process(driver.pid).children(recursive=True)
     assert len(below) >= 4, "two jobs and their kernels"
     driver.kill()
