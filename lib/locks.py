@@ -93,6 +93,7 @@ def hold(folder: Path, command: str, *, wait: bool = False, tell: Callable[[str]
     """
     with _open_lock(folder) as stream:
         _acquire(stream, folder, wait, tell)
+        stream.truncate(0)
         _write_holder(stream, command)
         _held.append(stream.fileno())
         try:
@@ -220,17 +221,22 @@ def machine_folder() -> Path:
 
 
 def _write_holder(stream: IO[str], command: str) -> None:
+    """Append a line: those who hold a folder together write at the same time, and none may cut another's line."""
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = Holder(os.getpid(), socket.gethostname(), now, clean(command))
-    stream.truncate(0)
-    stream.write(json.dumps(asdict(holder)))
+    stream.write(json.dumps(asdict(holder)) + "\n")
     stream.flush()
 
 
 def read_holder(stream: IO[str]) -> Holder | None:
-    """Who wrote the lock file; ``None`` in the moment before its holder has written it."""
+    """The last writer that is not known to be dead, or else the last one; ``None`` where nobody has written yet."""
     stream.seek(0)
+    holders = [holder for line in stream.read().splitlines() if (holder := _parse_holder(line))]
+    return next((holder for holder in reversed(holders) if not holder.is_gone), holders[-1] if holders else None)
+
+
+def _parse_holder(line: str) -> Holder | None:
     try:
-        return Holder(**json.loads(stream.read()))
+        return Holder(**json.loads(line))
     except (ValueError, TypeError):
         return None

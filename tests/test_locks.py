@@ -252,6 +252,30 @@ def test_notebooks_of_a_person_keep_drivers_away_until_they_are_finished(tmp_pat
         notebook.communicate("\n", timeout=10)
 
 
+def test_the_one_who_still_holds_a_folder_is_named_and_not_who_wrote_last(tmp_path):
+    notebooks = [start_notebook(tmp_path), start_notebook(tmp_path)]
+    assert [notebook.stdout.readline() for notebook in notebooks] == ["at work\n"] * 2
+    lines = (tmp_path / locks.LOCK_FILE).read_text().splitlines()
+    assert sorted(json.loads(line)["pid"] for line in lines) == sorted(notebook.pid for notebook in notebooks)
+    last = next(notebook for notebook in notebooks if notebook.pid == json.loads(lines[-1])["pid"])
+    last.kill()
+    last.communicate()
+    other = next(notebook for notebook in notebooks if notebook is not last)
+    with pytest.raises(locks.FolderInUse, match=f"in use by process {other.pid} on"), locks.hold(tmp_path, "next"):
+        pass
+    other.communicate("\n\n", timeout=30)
+
+
+def test_lines_that_are_no_holder_are_passed_over(tmp_path):
+    path = tmp_path / locks.LOCK_FILE
+    path.write_text('{"pid": 1, "host": "elsewhere", "since": "s", "command": "c"}\n{"pid": 2\n[]\n\n')
+    with path.open(encoding="utf-8") as stream:
+        assert locks.read_holder(stream).pid == 1
+    path.write_text("")
+    with path.open(encoding="utf-8") as stream:
+        assert locks.read_holder(stream) is None
+
+
 def test_a_notebook_is_refused_while_a_driver_is_at_work(tmp_path):
     holder = start_holder(tmp_path, 30)
     _, told = start_notebook(tmp_path).communicate("\n\n", timeout=30)
