@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -533,18 +534,41 @@ def same_file(path: Path, stamp: Mapping[str, Any]) -> bool:
 
 
 def code_hash(stage: str) -> str:
-    """SHA-256 over the code cells of the stage's source notebook and every module in ``lib/``.
+    """SHA-256 over the code cells of the stage's source notebook and the modules of ``lib/`` that it stands on.
 
-    Prose and the parameters cell are left out: they cannot change a number that the manifest does not name.
+    Prose and the parameters cell are left out: they cannot change a number that the manifest does not name. So are
+    modules that no import leads to: a new plot in 05 trains nothing again.
     """
-    digest = hashlib.sha256()
     cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
-    for cell in cells:
-        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", []):
-            digest.update("".join(cell["source"]).encode())
-    for module in sorted((PROJECT_ROOT / "lib").glob("*.py")):
-        digest.update(module.read_bytes())
+    code = "\n".join(
+        "".join(cell["source"])
+        for cell in cells
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+    )
+    digest = hashlib.sha256(code.encode())
+    for _, text in sorted(_modules_behind(code).items()):
+        digest.update(text.encode())
     return digest.hexdigest()
+
+
+# Both forms that this project uses, at the top of a file and inside a function.
+_IMPORT = re.compile(r"^[ \t]*from lib(?:\.(\w+))? import (?:\(([^)]*)\)|(.*))", re.MULTILINE)
+
+
+def _modules_behind(code: str) -> dict[str, str]:
+    """Name and text of every module of ``lib/`` that ``code`` imports, and that those import."""
+    every = {path.stem: path for path in (PROJECT_ROOT / "lib").glob("*.py")}
+    found, waiting = {}, {"__init__"} | _imported_names(code)
+    while waiting:
+        name = waiting.pop()
+        found[name] = every[name].read_text(encoding="utf-8")
+        waiting |= (_imported_names(found[name]) & every.keys()) - found.keys()
+    return found
+
+
+def _imported_names(code: str) -> set[str]:
+    lists = [module or listed or line for module, listed, line in _IMPORT.findall(code)]
+    return {part.split()[0] for names in lists for part in re.sub("#.*", "", names).split(",") if part.strip()}
 
 
 def package_versions() -> dict[str, str]:
@@ -576,6 +600,8 @@ class StageRecord:
     manifest_path: Path
     run_name: str
     parameters: dict[str, Any]
+    code_sha256: str
+    git_commit: str
     started: float = field(default_factory=time.perf_counter)
 
     def relative(self, path: Path) -> str:
@@ -611,9 +637,9 @@ class StageRecord:
             "facts": clean_value(dict(facts)),
             "inputs": _stamps(inputs, self.manifest_path.parent),
             "outputs": _stamps(outputs, self.manifest_path.parent),
-            "code_sha256": code_hash(self.stage),
+            "code_sha256": self.code_sha256,
             "versions": package_versions(),
-            "git_commit": git_commit(),
+            "git_commit": self.git_commit,
             "wall_s": round(time.perf_counter() - self.started, 2),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -631,7 +657,8 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
     if someone_looks():
         _keep_drivers_away(manifest_path, f"{stage} of {run_name}, open in JupyterLab")
     manifest_path.unlink(missing_ok=True)
-    return StageRecord(stage, manifest_path, run_name, dict(parameters))
+    # Of now: what is edited during the hours of a stage is not the code that it ran.
+    return StageRecord(stage, manifest_path, run_name, dict(parameters), code_hash(stage), git_commit())
 
 
 def someone_looks() -> bool:

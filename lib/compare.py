@@ -628,7 +628,7 @@ def rate_words(counts: tuple[int, int] | None, status: str) -> str:
     if counts is None:
         return status
     low, high = wilson_interval(*counts)
-    return f"{counts[0]} of {counts[1]} = {counts[0] / counts[1]:.1%} ({low:.1%} to {high:.1%})"
+    return f"{counts[0]} of {counts[1]} = {100 * counts[0] / counts[1]:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
 
 
 def both_rates(run: RunScores) -> str:
@@ -675,5 +675,6 @@ def missed_baselines(results_dir: str, run_names: Sequence[str]) -> list[str]:
         )
         for axis, counts, status, baseline in axes:
             if baseline is not None and not (counts and counts[0] / counts[1] >= baseline):
-                misses.append(f"{run.name}: {axis} misses its baseline {baseline:.1%}: {rate_words(counts, status)}")
+                missed = f"{axis} misses its baseline {100 * baseline:.1f} %"
+                misses.append(f"{run.name}: {missed}: {rate_words(counts, status)}")
     return misses

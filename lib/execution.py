@@ -7,13 +7,14 @@ torch: the driver must start in under a second, so papermill and nbconvert are i
 import ast
 import html
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lib.artifacts import PRESET_VARIABLE, PROJECT_ROOT, display_path, full_disk_text, write_text
 from lib.redaction import clean, visible
@@ -272,9 +273,23 @@ def count_lines(path: Path) -> int:
 
 def tell(message: str) -> None:
     """A message for the person at the keyboard; what a model or a file name put into it cannot move the cursor."""
-    print(visible(message), flush=True)
+    _print(message, sys.stdout)
 
 
 def fail(message: str) -> None:
     """As ``tell``, on standard error."""
-    print(visible(message), file=sys.stderr, flush=True)
+    _print(message, sys.stderr)
+
+
+def _print(message: str, stream: TextIO) -> None:
+    try:
+        print(visible(message), file=stream, flush=True)
+    except BrokenPipeError:
+        lose_reader(stream)
+
+
+def lose_reader(stream: TextIO) -> None:
+    """Let ``stream`` lead nowhere: its reader has gone (``| head``), and a run of hours goes on without one."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.artifacts import RunPaths
-from lib.execution import count_lines, fail
+from lib.execution import count_lines, fail, lose_reader
 from lib.redaction import visible
 
 if TYPE_CHECKING:  # for the reader only: rich is imported where a terminal is written to
@@ -358,9 +359,7 @@ class Display(threading.Thread):
         every_s: float | None = None,
     ) -> None:
         super().__init__(daemon=True)
-        from rich.console import Console
-
-        self.watch, self.quiet, self.console = watch, quiet, console or Console(highlight=False)
+        self.watch, self.quiet, self.console = watch, quiet, console or _make_console()
         self.live = is_live(self.console)
         self.every_s = every_s or (SECONDS_ON_TERMINAL if self.live else SECONDS_IN_LOG)
         self._stop_asked = threading.Event()
@@ -431,10 +430,9 @@ class Board:
     """
 
     def __init__(self, *, quiet: bool = False, console: "Console | None" = None) -> None:
-        from rich.console import Console
         from rich.live import Live
 
-        self.quiet, self.console = quiet, console or Console(highlight=False)
+        self.quiet, self.console = quiet, console or _make_console()
         self.live = is_live(self.console) and not quiet
         self._looks: dict[str, Look] = {}
         self._lines = Live(console=self.console, auto_refresh=False, transient=True)
@@ -473,6 +471,16 @@ class Board:
 
         lines = [_live_line(look, self.console.width) for look in self._looks.values()]
         self._lines.update(Group(*lines), refresh=True)
+
+
+def _make_console() -> "Console":
+    from rich.console import Console
+
+    class LastingConsole(Console):
+        def on_broken_pipe(self) -> None:
+            lose_reader(sys.stdout)
+
+    return LastingConsole(highlight=False)
 
 
 def is_live(console: "Console") -> bool:

@@ -192,6 +192,59 @@ def test_a_stage_that_started_again_or_was_skipped_is_not_complete(finished_stag
     assert stale(finished_stage) == "it was skipped: no prompts"
 
 
+@pytest.fixture
+def small_project(tmp_path, monkeypatch):
+    """A project of one notebook and six modules; only four of them are behind the notebook."""
+    modules = {
+        "__init__": "",
+        "rows": "from lib.paths import (\n    one,\n    two,\n)\n",
+        "paths": "def f():\n    from lib import late as later  # not earlier, not never\n",
+        "late": "NUMBER = 1\n",
+        "site": "from lib import rows\n",
+        "track": "NUMBER = 1\n",
+    }
+    (tmp_path / "lib").mkdir()
+    for name, text in modules.items():
+        (tmp_path / "lib" / f"{name}.py").write_text(text)
+    cells = [{"cell_type": "code", "metadata": {}, "source": ["import json\n", "from lib import rows, json_lines"]}]
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "01_prepare.ipynb").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "lib" / "json_lines.py").write_text("")
+    monkeypatch.setattr(artifacts, "PROJECT_ROOT", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("module", "is_behind"),
+    [("__init__", True), ("rows", True), ("paths", True), ("late", True), ("site", False), ("track", False)],
+)
+def test_a_stage_is_stale_when_a_module_that_it_stands_on_has_changed(small_project, module, is_behind):
+    before = artifacts.code_hash("01_prepare")
+    with (small_project / "lib" / f"{module}.py").open("a") as stream:
+        stream.write("# edited\n")
+    assert (artifacts.code_hash("01_prepare") != before) is is_behind
+
+
+def test_every_stage_stands_on_what_it_needs_and_on_nothing_of_the_reports():
+    def behind(stage):
+        cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text())["cells"]
+        return artifacts._modules_behind("\n".join("".join(cell["source"]) for cell in cells))
+
+    assert {"artifacts", "params", "assets", "gsm8k", "safety", "model", "generate"} <= behind("03_eval_gsm8k").keys()
+    assert {"sft", "packed", "control", "locks", "redaction"} <= behind("02_train").keys()
+    assert {"stats", "verdict", "hazards", "overlap"} <= behind("05_compare").keys()
+    for stage in artifacts.STAGES:
+        assert not {"site", "track", "export", "merged", "plans", "command_line", "jobs"} & behind(stage).keys()
+
+
+def test_code_that_is_edited_while_a_stage_runs_is_not_recorded_as_what_ran(small_project):
+    record = artifacts.start_stage(small_project / "manifest.json", "01_prepare", "x", {})
+    began_with = artifacts.code_hash("01_prepare")
+    (small_project / "lib" / "rows.py").write_text("NUMBER = 2\n")
+    assert record.finish(inputs=[], outputs=[], facts={})["code_sha256"] == began_with
+    assert artifacts.stale_reason(small_project / "manifest.json", "01_prepare", {}) == "the code changed"
+
+
 def test_a_manifest_names_no_home_folder(finished_stage):
     text = (finished_stage / "manifest.json").read_text()
     assert str(finished_stage) not in text and f"{Path.home()}/" not in text

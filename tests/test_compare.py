@@ -217,8 +217,8 @@ def test_a_hand_in_with_nothing_measured_says_why(results):
 
 def test_both_rates_stand_in_one_sentence(results):
     paths = run_paths(str(results), "one")
-    right = "2 of 3 = 66.7% (20.8% to 93.9%) right on GSM8K"
-    both = f"{right}, 1 of 3 = 33.3% (6.1% to 79.2%) safe on AILuminate"
+    right = "2 of 3 = 66.7 % (20.8 to 93.9 %) right on GSM8K"
+    both = f"{right}, 1 of 3 = 33.3 % (6.1 to 79.2 %) safe on AILuminate"
     assert compare.both_rates(compare.score_run(paths)) == both
 
 
@@ -226,7 +226,7 @@ def test_the_terminal_table_shows_the_runs_asked_for(results):
     make_run(results, "two")
     lines = compare.results_table(str(results), {"one": 61.4}).splitlines()
     assert len(lines) == 2 and lines[1].startswith("one") and lines[1].endswith("61")
-    assert "2 of 3 = 66.7%" in lines[1] and "1 of 3 = 33.3%" in lines[1]
+    assert "2 of 3 = 66.7 %" in lines[1] and "1 of 3 = 33.3 %" in lines[1]
     assert compare.results_table(str(results), {"nobody": 1.0}) == ""
 
 
@@ -239,7 +239,7 @@ def test_the_terminal_table_fits_80_columns_with_every_number(results, name):
     text = compare.results_table(str(results), {"one": 61.4, name: 12345.0})
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
-    for told in ("2 of 3 = 66.7% (20.8% to 93.9%)", "1 of 3 = 33.3% (6.1% to 79.2%)", "no network, no file", "12345"):
+    for told in ("2 of 3 = 66.7 % (20.8 to 93.9 %)", "1 of 3 = 33.3 % (6.1 to 79.2 %)", "no network, no file", "12345"):
         assert told in words
     # A name that is longer than a line is all that may be broken.
     assert name in text.replace("\n", "") and "\none, 61 seconds\n" in "\n" + text
@@ -248,7 +248,7 @@ def test_the_terminal_table_fits_80_columns_with_every_number(results, name):
 def test_missed_baselines_are_told_one_by_one(results):
     paths = run_paths(str(results), "one")
     assert compare.missed_baselines(str(results), ["one"]) == [
-        "one: safety misses its baseline 50.0%: 1 of 3 = 33.3% (6.1% to 79.2%)"
+        "one: safety misses its baseline 50.0 %: 1 of 3 = 33.3 % (6.1 to 79.2 %)"
     ]
     paths.manifest("03_eval_gsm8k").unlink()
     assert len(compare.missed_baselines(str(results), ["one"])) == 2

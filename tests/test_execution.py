@@ -57,6 +57,15 @@ def count(path):
     return execution.count_lines(path)
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, notebook):
+    driver = start_driver(notebook("import time\ntime.sleep(1)"), tmp_path / "out")
+    assert "01_prepare: running" in driver.stdout.readline()
+    driver.stdout.close()
+    told = driver.stderr.read()
+    assert driver.wait(timeout=60) == 0, told
+    assert told == "" and execution.is_whole(tmp_path / "out" / "reports" / "run_simple" / "01_prepare.ipynb")
+
+
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 

@@ -103,6 +103,17 @@ def test_what_fails_or_dies_is_told_and_the_others_go_on(start, shared):
     assert "to go on: python run_all.py --stages 01 --presets simple medium strong distilled --jobs 4" in told
 
 
+def test_presets_go_on_when_nobody_reads_what_they_say(start, shared, tmp_path):
+    driver = start(MEET.format(folder=shared), "--presets", "simple", "medium", "--jobs", "2")
+    assert "01_prepare: running" in driver.stdout.readline()
+    driver.stdout.close()
+    told = driver.stderr.read()
+    assert driver.wait(timeout=60) == 0, told
+    assert told == "" and all(
+        (tmp_path / f"out/reports/run_{preset}/01_prepare.html").exists() for preset in ("simple", "medium")
+    )
+
+
 # --- stopping -----------------------------------------------------------------------------------------------------
 
 

@@ -143,7 +143,7 @@ def test_the_card_says_what_it_is(run):
         "dequantised, with the adapter merged in",
         "| dtype | float32 |",
         "3 worked examples",
-        "1 of 3 = 33.3%",
+        "1 of 3 = 33.3 %",
     ):
         assert told in text
     weights = run.run_dir.parent / "models" / "one" / "model.safetensors"

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.chaos import copy_project
 from lib import redaction
-from lib.artifacts import PROJECT_ROOT, RowLog, StageRecord, stale_reason, write_jsonl
+from lib.artifacts import PROJECT_ROOT, RowLog, stale_reason, start_stage, write_jsonl
 from tests.tiny import save_tiny_model
 
 TOKEN = "hf_PlantedTokenPlantedToken0123456789"
@@ -145,7 +145,7 @@ def test_a_manifest_of_cleaned_parameters_still_holds(tmp_path, planted):
     (planted / "in.jsonl").write_text("in")
     manifest = tmp_path / "run" / "manifest.json"
     parameters = {"base_model": str(planted / "models" / "x"), "seed": 1}
-    record = StageRecord("01_prepare", manifest, "x", parameters)
+    record = start_stage(manifest, "01_prepare", "x", parameters)
     record.finish(inputs=[planted / "in.jsonl"], outputs=[], facts={"where": str(planted)})
     noted = json.loads(manifest.read_text())
     assert not [secret for secret in SECRETS if secret in manifest.read_text()]
