@@ -10,15 +10,18 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Literal
 
+from lib.kernels import die_with
 from lib.progress import Board, Look
 
 LOOK_AGAIN_S = 0.5
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Channel:
@@ -35,7 +38,7 @@ class Channel:
         """How far the job is."""
         self.send("look", asdict(look))
 
-    def send(self, kind: Literal["look", "out", "err", "end"], value: Any) -> None:
+    def send(self, kind: Literal["look", "out", "err", "end", "stopped"], value: Any) -> None:
         """One message, as JSON: nothing that comes from a job is ever run."""
         self._connection.send_bytes(json.dumps([kind, value]).encode())
 
@@ -69,6 +72,7 @@ class _Running:
     connection: Connection
     environment: Mapping[str, str]
     result: Any = None
+    was_stopped: bool = False
 
 
 def run_jobs(
@@ -84,7 +88,8 @@ def run_jobs(
         board: shows what the jobs tell.
 
     Returns:
-        name -> result; ``None`` for a job whose process died. A job that was never started is not in it.
+        name -> result; ``None`` for a job whose process died. A job that was never started, or was stopped before it
+        could say anything, is not in it.
     """
     left, free = deque(jobs.items()), deque(environments)
     running: list[_Running] = []
@@ -92,14 +97,27 @@ def run_jobs(
     with _Stop(running) as stop:
         while running or (left and not stop.count):
             while left and free and not stop.count:
-                running.append(_start(*left.popleft(), free.popleft(), board.live, [one.connection for one in running]))
+                # A stop that comes in between waits until it can be passed to the new job too.
+                with _stops_wait():
+                    others = [one.connection for one in running]
+                    running.append(_start(*left.popleft(), free.popleft(), board.live, others))
             for connection in wait([one.connection for one in running], LOOK_AGAIN_S):
                 job = next(one for one in running if one.connection is connection)
                 if not _hear(job, board):
                     running.remove(job)
                     free.append(job.environment)
-                    results[job.name] = job.result
+                    if not job.was_stopped:
+                        results[job.name] = job.result
     return results
+
+
+@contextmanager
+def _stops_wait() -> Iterator[None]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def _start(
@@ -131,9 +149,7 @@ def _work(
     parent: int,
     not_ours: Sequence[Connection],
 ) -> None:
-    """What a job's process does."""
-    from lib.kernels import die_with
-
+    """What a job's process does; it begins with signals that wait, as its driver was when it forked."""
     # The terminal's Ctrl-C goes to the driver, which passes it on: each job hears it once.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -144,7 +160,14 @@ def _work(
         connection.close()
     os.environ |= environment
     sys.stdout, sys.stderr = _Lines(channel, "out"), _Lines(channel, "err")
-    channel.send("end", work(channel))
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        kind, value = "end", work(channel)
+    except KeyboardInterrupt:
+        kind, value = "stopped", None
+    # What became of it is told whole.
+    with _stops_wait():
+        channel.send(kind, value)
 
 
 def _hear(job: _Running, board: Board) -> bool:
@@ -160,6 +183,8 @@ def _hear(job: _Running, board: Board) -> bool:
         board.show(job.name, Look(**value))
     elif kind == "end":
         job.result = value
+    elif kind == "stopped":
+        job.was_stopped = True
     else:
         board.tell(value, error=kind == "err")
     return True
@@ -173,7 +198,7 @@ class _Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "_Stop":
-        self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.signal(number, self._pass_on) for number in STOPS}
         return self
 
     def __exit__(self, *_: object) -> None:

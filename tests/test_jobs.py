@@ -117,6 +117,38 @@ def test_presets_go_on_when_nobody_reads_what_they_say(start, shared, tmp_path):
 # --- stopping -----------------------------------------------------------------------------------------------------
 
 
+# A driver of two jobs whose processes take their time before they can hear anything.
+SLOW_START = """
+import io, sys, time
+from rich.console import Console
+from lib import jobs
+from lib.progress import Board
+
+def slow(parent):
+    print("forked", flush=True)
+    time.sleep(2)
+
+def work(channel):
+    for _ in range(600):
+        time.sleep(0.1)
+    return "ran to its end"
+
+jobs.die_with = slow
+board = Board(console=Console(file=io.StringIO()))
+print(jobs.run_jobs({"one": work, "two": work, "three": work}, [{}, {}], board), flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_right_after_the_start_stops_every_job(number):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    driver = subprocess.Popen([sys.executable, "-c", SLOW_START], cwd=PROJECT_ROOT, **pipes)
+    assert [driver.stdout.readline() for _ in "ab"] == ["forked\n"] * 2
+    driver.send_signal(number)
+    out, told = driver.communicate(timeout=50)
+    assert (driver.returncode, out, told) == (0, "{}\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_lets_every_preset_finish_its_row_and_starts_no_other(start, shared, number):
     driver = start(ROWS.format(folder=shared), "--presets", "simple", "medium", "strong", "--jobs", "2")
