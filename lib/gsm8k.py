@@ -143,11 +143,54 @@ class Split:
     num_removed: int
 
 
-def normalise_question(text: str) -> str:
-    """One spelling for a question that was copied with other case, spacing, width or quotation marks."""
-    text = unicodedata.normalize("NFKC", text).translate(_DASHES).casefold()
-    text = text.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
+_QUOTATION_MARKS = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+# "Question:", "Q3." and "**Question 12:**" before a question, but not "Question 1.5 kg of flour".
+_QUESTION_LABEL = re.compile(r"\A[\W_]*q(?:uestion)?[*_ ]{0,3}#?[0-9]{0,4}[*_ ]{0,3}(?::|[.)](?![0-9]))")
+_THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
+_APOSTROPHE = re.compile(r"(?<=[^\W\d_])'(?=[^\W\d_])")
+# All that is no word, but for a decimal point: 1.5 and .5 are other numbers than 15 and 5. `operator` stands where it
+# makes another problem: 2*3, 2/3, 2^3, 20-5, -5, 5 %.
+_PUNCTUATION = re.compile(
+    r"""(?P<operator> (?<=[0-9])[ ]?[*/^-](?=[ ]?[0-9]) | (?<![\w-])-(?=[ ]?[0-9]) | % )
+    | [^\w\s.] | _ | \.(?![0-9]) | (?<=[^\W\d_])\. | (?<=\.)\.""",
+    re.VERBOSE,
+)
+
+
+def plain_spelling(text: str) -> str:
+    """One spelling for a text in other case, spacing, width, dashes, quotation marks or with invisible characters."""
+    visible = text if text.isascii() else "".join(map(_visible, text))
+    text = unicodedata.normalize("NFKC", visible).translate(_DASHES).translate(_QUOTATION_MARKS).casefold()
     return " ".join(text.split())
+
+
+def _visible(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Cf":  # zero-width space and joiner, soft hyphen, byte order mark, marks of direction
+        return ""
+    # NFKC alone makes 52 of "5²" and 11/2 of "1½".
+    return f" {character}" if category == "No" else character
+
+
+@lru_cache(maxsize=1 << 16)
+def normalise_question(text: str) -> str:
+    """The words and numbers of a question, by which copies of it are found.
+
+    Punctuation, spelling (``plain_spelling``) and a label such as ``Question 3:`` before it do not count; the sign, the
+    decimal point and what stands between two numbers do.
+    """
+    spelled = plain_spelling(text)
+    words = _QUESTION_LABEL.sub("", spelled).replace("\N{FRACTION SLASH}", "/")
+    words = _APOSTROPHE.sub("", _THOUSANDS_COMMA.sub("", words))
+    # Where nothing but marks is left, they are the question.
+    return " ".join(_PUNCTUATION.sub(_spaced, words).split()) or spelled
+
+
+def _spaced(match: re.Match[str]) -> str:
+    category = unicodedata.category(match[0][-1])
+    if category[0] == "M":  # a combining mark is part of its letter
+        return match[0]
+    return f" {match[0]} " if match["operator"] or category == "Sm" else " "  # Sm: + = < × and their like
 
 
 def eval_indices(num_rows: int, fraction: float, seed: int) -> list[int]:
@@ -252,6 +295,11 @@ def build_messages(question: str, fewshot: Sequence[Row]) -> list[Message]:
         messages.append({"role": "user", "content": example["question"]})
         messages.append({"role": "assistant", "content": example["answer"]})
     return [*messages, {"role": "user", "content": question}]
+
+
+def without_calculator_marks(answer: str) -> str:
+    """The answer without GSM8K's ``<<48/2=24>>``, which a reader never misses and a token count does not overlook."""
+    return re.sub(r"<<[^<>\n]*>>", "", answer)
 
 
 def training_messages(row: Mapping[str, Any]) -> list[Message]:

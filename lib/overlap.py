@@ -21,8 +21,8 @@ SIZES = (8, 10, 13)
 
 
 def normalised_words(text: str) -> list[str]:
-    """Words and numbers of a text in one spelling (case, width, quotation marks), without punctuation."""
-    return re.findall(r"\w+", gsm8k.normalise_question(text))
+    """Words and numbers of a text in one spelling (``gsm8k.plain_spelling``), without punctuation."""
+    return re.findall(r"\w+", gsm8k.plain_spelling(text))
 
 
 @dataclass(frozen=True)

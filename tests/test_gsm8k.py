@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import gsm8k
+from lib import assets, gsm8k
 from lib.artifacts import ArtifactError, RowLog
 
 
@@ -311,6 +311,70 @@ def test_copied_question_has_one_spelling(copy):
 @pytest.mark.parametrize("other", ["What is 1 + 2?", "What is -1 + 1?", "What is 1.1?"])
 def test_another_question_keeps_another_spelling(other):
     assert gsm8k.normalise_question(other) != gsm8k.normalise_question("What is 1 + 1?")
+
+
+ORIGINAL = "Tom's shop - a well-known one - sold 1,000 pears at $1.50 each. How much did 20% of them bring?"
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        ORIGINAL.removesuffix("?"),
+        ORIGINAL.replace("?", " ?"),
+        f"Question: {ORIGINAL}",
+        f"**Question 12:** {ORIGINAL}",
+        f"Q3. {ORIGINAL}\n",
+        ORIGINAL.replace("pears", "pe\u200bars"),
+        f"\ufeff{ORIGINAL}".replace("known", "kno\u00adwn"),
+        ORIGINAL.replace("'", "\u2019").replace(" - ", " \u2014 ").replace("well-", "well\u2011"),
+        ORIGINAL.replace("Tom's", "Toms").replace("1,000", "1000"),
+        ORIGINAL.replace("pears", "**pears**").replace("each. ", "each! "),
+    ],
+)
+def test_a_copy_in_other_punctuation_is_the_same_question(copy):
+    assert copy != ORIGINAL and gsm8k.normalise_question(copy) == gsm8k.normalise_question(ORIGINAL)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("He has 1.5 kg", "He has 15 kg"),
+        ("He has 1.5 kg", "He has 1 5 kg"),
+        ("He has .5 kg", "He has 5 kg"),
+        ("He has 12,34 kg", "He has 1234 kg"),
+        ("What is 2/3?", "What is 2*3?"),
+        ("What is 2/3?", "What is 23?"),
+        ("What is 20 - 5?", "What is 20 5?"),
+        ("What is 5\u00b2?", "What is 52?"),
+        ("What is 1\u00bd?", "What is 11/2?"),
+        ("What is 5% of 20?", "What is 5 of 20?"),
+        ("Question 1.5 kg of it", "5 kg of it"),
+        ("Is -5 less?", "Is 5 less?"),
+        ("???", "!"),
+    ],
+)
+def test_other_numbers_and_operators_are_another_question(one, other):
+    assert gsm8k.normalise_question(one) != gsm8k.normalise_question(other)
+
+
+def test_fractions_have_one_spelling():
+    assert gsm8k.normalise_question("1\u00bd cups") == gsm8k.normalise_question("1 1/2 cups")
+
+
+def test_the_words_of_a_question_tell_the_bundled_ones_apart():
+    rows = [row for split in ("train", "test") for row in assets.load_gsm8k(split, "data/sandbox")[0]]
+    assert len({gsm8k.normalise_question(row["question"]) for row in rows}) == len(rows) == 88
+
+
+@pytest.mark.skipif("ASSETS_DIR" not in os.environ, reason="ASSETS_DIR names no folder of data")
+def test_the_words_of_a_question_tell_those_of_gsm8k_apart():
+    rows = [row for split in ("train", "test") for row in assets.load_gsm8k(split, offline=True)[0]]
+    # Exactly as many as there are: pool, development and training rows are drawn as by any other spelling.
+    assert len({gsm8k.normalise_question(row["question"]) for row in rows}) == len(rows) == 7473 + 1319
+
+
+def test_calculator_marks_are_taken_out_of_an_answer():
+    assert gsm8k.without_calculator_marks("48/2 = <<48/2=24>>24, so 1 << 2\n#### 24") == "48/2 = 24, so 1 << 2\n#### 24"
 
 
 def test_examples_are_turns_of_the_chat():

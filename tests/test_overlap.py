@@ -23,6 +23,10 @@ def test_words_have_one_spelling():
     )
 
 
+def test_characters_that_nobody_sees_part_no_words():
+    assert overlap.normalised_words("ap\u00adples\u200b and pears") == ["apples", "and", "pears"]
+
+
 def test_longest_size_is_kept_with_the_rows_that_share_it():
     train = [
         question("nothing here"),
