@@ -61,6 +61,8 @@ ACTIVATION_SHARE = 0.5
 EXPLODED_OVER_FIRST, EXPLODED_OVER_USUAL = 2, 10
 USUAL_STEPS, FEWEST_USUAL_STEPS = 20, 5
 COMPLETE = "complete.json"
+# What the mark above is renamed to in a checkpoint whose weights were found unsound: nothing goes on from it.
+UNSOUND = "unsound.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -121,9 +123,15 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
 
 
 def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], max_seq_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    max_seq_length: int,
+    use: str = "training",
 ) -> EncodedRows:
     """Encodes conversations; those over ``max_seq_length`` are left out whole and reported by row number.
+
+    Args:
+        use: what the rows are for, as errors name them: training or development.
 
     Raises:
         TrainingError: no row is left, or as ``encode_row``, with the row's number.
@@ -135,11 +143,14 @@ def encode_rows(
         except RowTooLong:
             too_long.append(number)
         except TrainingError as error:
-            raise TrainingError(f"training row {number}: {error}") from error
+            raise TrainingError(f"{use} row {number}: {error}") from error
         else:
             kept.append(number)
     if not examples:
-        raise TrainingError(f"none of {len(conversations)} rows has at most max_seq_length = {max_seq_length} tokens")
+        raise TrainingError(
+            f"{use} rows: none of {len(conversations)} rows has at most max_seq_length = {max_seq_length} tokens; "
+            "raise max_seq_length"
+        )
     return EncodedRows(examples, kept, too_long)
 
 
@@ -224,6 +235,11 @@ def step_rows(num_rows: int, rows_per_step: int, num_epochs: int, seed: int) -> 
     return steps
 
 
+def checkpoint_steps(num_steps: int, save_steps: int) -> list[int]:
+    """The steps at which a checkpoint is saved: every ``save_steps``-th, and the last."""
+    return sorted({*range(save_steps, num_steps + 1, save_steps), num_steps})
+
+
 def cut_micro_batches(examples: Sequence[Example], most_tokens: int) -> list[list[Example]]:
     """Cuts a step's rows, in their order, so that no part has more than ``most_tokens`` unless one row alone does."""
     parts: list[list[Example]] = []
@@ -301,6 +317,7 @@ def train(
     output_dir: Path,
     *,
     dev_examples: Sequence[Example] = (),
+    num_checkpoints: int = 0,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
     """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
@@ -314,20 +331,29 @@ def train(
         examples: as ``encode_rows`` gives them.
         output_dir: the stage's folder (module docstring).
         dev_examples: rows whose loss is measured beside training, never trained on; they change no weight.
+        num_checkpoints: how many of the last checkpoints are needed afterwards; where one of them is gone, training
+            goes on from before it, even if it was complete. 0: none is needed.
         say: takes a line about how it begins, and one at its end.
 
     Raises:
-        TrainingError: a loss that is not finite or has exploded; checkpoints are kept.
+        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded; sound checkpoints are
+            kept and gone on from, the others are not.
         ValueError: a model whose loss ``packed`` does not know to compute.
     """
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
+    steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
+    saved = checkpoint_steps(len(steps), settings.save_steps)
+    needed = saved[max(0, len(saved) - num_checkpoints) :]
     finished = _finished(output_dir, fingerprint)
-    if finished:
+    if finished and not (gone := _lost(checkpoints_dir, needed)):
         say(f"complete already: {finished.num_steps} steps with these settings, rows and base; nothing was trained")
         return finished
+    if finished:
+        names = ", ".join(f"checkpoint-{step}" for step in gone)
+        say(f"complete already, but {names} is needed to choose among checkpoints and gone: training again")
     _delete_other_trainings(output_dir, fingerprint, say)
-    steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
+    _delete_after_gap(checkpoints_dir, needed, say)
     with _adapted(model, settings) as wrapped:
         check_loss(model, examples[0])
         plan = plan_memory(model, examples, settings)
@@ -339,6 +365,7 @@ def train(
             say(f"going on from {latest[0].name}")
         with _checkpointed_activations(model, plan.gradient_checkpointing):
             trainer.train(resume_from_checkpoint=str(latest[0]) if latest else None)
+        trainer.require_finite_weights()
         save_adapter(wrapped, output_dir / "adapter")
         return _finish(trainer, plan, latest, output_dir)
 
@@ -363,7 +390,10 @@ def rows_sha256(examples: Sequence[Example]) -> str:
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """Whole checkpoints by step (checkpoint-500 before checkpoint-1000); one that a kill cut short is none."""
+    """Whole checkpoints by step (checkpoint-500 before checkpoint-1000).
+
+    One that a kill cut short is none, and neither is one whose weights were found unsound.
+    """
     found = [path for path in checkpoints_dir.glob("checkpoint-*") if (path / COMPLETE).is_file()]
     return sorted(found, key=_checkpoint_step)
 
@@ -424,9 +454,31 @@ def _result(facts: Mapping[str, Any], output_dir: Path, *, reused: bool) -> Trai
 def _delete_other_trainings(output_dir: Path, fingerprint: str, say: Callable[[str], None]) -> None:
     (output_dir / "training.json").unlink(missing_ok=True)
     for path in sorted((output_dir / "checkpoints").glob("checkpoint-*"), key=_checkpoint_step):
-        whole = (path / COMPLETE).is_file()
-        if not whole or read_json(path / COMPLETE)["fingerprint"] != fingerprint:
-            say(f"deleting {path.name}: {'made by another training' if whole else 'cut short while it was saved'}")
+        if why := _why_not_taken(path, fingerprint):
+            say(f"deleting {path.name}: {why}")
+            shutil.rmtree(path)
+
+
+def _why_not_taken(checkpoint: Path, fingerprint: str) -> str:
+    if (checkpoint / UNSOUND).is_file():
+        return "its weights were found unsound"
+    if not (checkpoint / COMPLETE).is_file():
+        return "cut short while it was saved"
+    return "" if read_json(checkpoint / COMPLETE)["fingerprint"] == fingerprint else "made by another training"
+
+
+def _lost(checkpoints_dir: Path, needed: Sequence[int]) -> list[int]:
+    """Those of the needed steps whose checkpoint is not there, or not yet."""
+    there = set(map(_checkpoint_step, list_checkpoints(checkpoints_dir)))
+    return [step for step in needed if step not in there]
+
+
+def _delete_after_gap(checkpoints_dir: Path, needed: Sequence[int], say: Callable[[str], None]) -> None:
+    """Deletes what comes after a needed checkpoint that is gone: going on from there would never make it again."""
+    lost = _lost(checkpoints_dir, needed)
+    for path in list_checkpoints(checkpoints_dir):
+        if lost and _checkpoint_step(path) > lost[0]:
+            say(f"deleting {path.name}: it is made again after checkpoint-{lost[0]}, which is needed and gone")
             shutil.rmtree(path)
 
 
@@ -647,25 +699,59 @@ class StepTrainer(Trainer):
             fault = f"the loss has exploded: it is {loss:.4g}, {earlier[0]:.4g} in the first step, {why},"
         else:
             return
-        raise TrainingError(
-            f"{fault} at step {self.state.global_step + 1}; {self._kept_words()}. Lower learning_rate, raise "
-            "warmup_share, or set compute_dtype to float32"
+        # The weights as they are gave this loss.
+        self._distrust_checkpoint_of_now()
+        raise self._stopped(f"{fault} at step {self.state.global_step + 1}")
+
+    def require_finite_weights(self) -> None:
+        """Ends the training where a weight of the adapter is not finite: none such is saved, here or as the result.
+
+        Raises:
+            TrainingError: one is not.
+        """
+        finite = [weight.isfinite().all() for weight in self.model.parameters() if weight.requires_grad]
+        if not torch.stack(finite).all():
+            self._distrust_checkpoint_of_now()
+            raise self._stopped(f"weights of the adapter are not finite after step {self.state.global_step}")
+
+    def _distrust_checkpoint_of_now(self) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if (folder / COMPLETE).is_file():
+            (folder / COMPLETE).rename(folder / UNSOUND)
+
+    def _stopped(self, fault: str) -> TrainingError:
+        good = list_checkpoints(Path(self.args.output_dir))[-1:]
+        kept = "no checkpoint was saved before it"
+        if good:
+            kept = f"the last good checkpoint, {good[0].name}, is kept, and the same settings go on from it"
+        return TrainingError(
+            f"{fault}; {kept}. Lower learning_rate, raise warmup_share, or set compute_dtype to float32: with another "
+            "setting training begins anew, and the checkpoints of this one are deleted"
         )
 
-    def _kept_words(self) -> str:
-        # The weights of a checkpoint of the step just done gave this loss: the one before it is the last good one.
-        found = list_checkpoints(Path(self.args.output_dir))
-        good = [path.name for path in found if _checkpoint_step(path) < self.state.global_step]
-        return f"the last good checkpoint, {good[-1]}, is kept" if good else "no checkpoint was saved before it"
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float:
+        # The Trainer asks for it between the backward pass and the update: the last moment at which broken gradients
+        # have changed no weight. Read here and not for the log, so the device is waited for no more often.
+        norm = float(super()._get_grad_norm(model, grad_norm=grad_norm))
+        # float16's loss scaling overflows now and then by design, and skips the update itself.
+        if not math.isfinite(norm) and not self.args.fp16:
+            raise self._stopped(f"the norm of the gradient is {norm} at step {self.state.global_step + 1}")
+        return norm
 
-    def dev_loss(self) -> float | None:
-        """Mean loss over the supervised tokens of the development rows, without dropout; None where not finite."""
+    def dev_loss(self) -> float:
+        """Mean loss over the supervised tokens of the development rows, without dropout.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
         base = self.model.get_base_model()
         num_targets = sum(num_supervised(example) for part in self.dev_parts for example in part)
         with torch.no_grad(), _without_dropout(self.model):
             parts = [supervised_loss(base, pack_rows(part, base.device)).item() for part in self.dev_parts]
         loss = sum(parts) / num_targets
-        return loss if math.isfinite(loss) else None
+        if not math.isfinite(loss):
+            raise self._stopped(f"the loss on development rows is {loss} after step {self.state.global_step}")
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds a row to the log: what the Trainer measured in this step, and what the step was."""
@@ -691,6 +777,7 @@ class StepTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # Without the pickled arguments and the model card that the Trainer adds.
+        self.require_finite_weights()
         save_adapter(self.model, Path(output_dir))
 
 

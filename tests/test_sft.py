@@ -1,6 +1,7 @@
 """lib.sft: what carries a label, the same update however a step is cut, a resumed run that equals an unbroken one."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
 from lib import model as models
@@ -55,9 +56,21 @@ def examples():
     return sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
 
 
-def run(folder, examples, output_dir, settings=SETTINGS, runtime=FLOAT32, quantization="none", dev=(), **loading):
+def run(
+    folder,
+    examples,
+    output_dir,
+    settings=SETTINGS,
+    runtime=FLOAT32,
+    quantization="none",
+    dev=(),
+    num_checkpoints=0,
+    say=lambda line: None,
+    **loading,
+):
     model = models.load_for_training(folder, runtime, quantization, say=lambda line: None, **loading)
-    return sft.train(model, examples, settings, output_dir, dev_examples=dev, say=lambda line: None)
+    asked = {"dev_examples": dev, "num_checkpoints": num_checkpoints, "say": say}
+    return sft.train(model, examples, settings, output_dir, **asked)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +81,10 @@ def unbroken(folder, examples, tmp_path_factory):
 def adapter(result_or_folder):
     folder = getattr(result_or_folder, "adapter_dir", result_or_folder)
     return load_file(folder / "adapter_model.safetensors")
+
+
+def checkpoint_names(output_dir):
+    return [path.name for path in sft.list_checkpoints(output_dir / "checkpoints")]
 
 
 def losses(result):
@@ -132,6 +149,14 @@ def test_rows_that_are_too_long_are_left_out_whole_and_reported():
     assert encoded.num_tokens == sum(len(sft.encode_row(tokenizer, rows[i], 60)["input_ids"]) for i in (0, 2))
     with pytest.raises(sft.TrainingError, match="none of 3 rows"):
         sft.encode_rows(tokenizer, rows, 10)
+
+
+def test_errors_about_development_rows_name_them():
+    tokenizer, rows = tiny_tokenizer(), [conversation(0), conversation(1, " ")]
+    with pytest.raises(sft.TrainingError, match=r"^development rows: none of 1 rows .*; raise max_seq_length$"):
+        sft.encode_rows(tokenizer, rows[:1], 10, "development")
+    with pytest.raises(sft.TrainingError, match=r"^development row 1: .*empty"):
+        sft.encode_rows(tokenizer, rows, 100, "development")
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -495,7 +520,9 @@ def test_what_counts_as_exploded(loss, earlier, words):
     assert (words in said) if words else (said == "")
 
 
-def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(folder, examples, tmp_path, monkeypatch):
+def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(
+    folder, examples, tmp_path, unbroken, monkeypatch
+):
     real, calls = sft.supervised_loss, []
 
     def explode_at_step_9(model, rows):
@@ -506,5 +533,177 @@ def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(f
     # checkpoint-8 holds the very weights that gave the loss of step 9.
     with pytest.raises(sft.TrainingError, match=r"exploded: .* at step 9; .*good checkpoint, checkpoint-4, is kept"):
         run(folder, examples, tmp_path)
-    kept = [path.name for path in sft.list_checkpoints(tmp_path / "checkpoints")]
-    assert kept == ["checkpoint-4", "checkpoint-8"] and not (tmp_path / "adapter").exists()
+    # What is named is what is gone on from: checkpoint-8 may be looked at, and is no more than that.
+    assert checkpoint_names(tmp_path) == ["checkpoint-4"] and not (tmp_path / "adapter").exists()
+    assert (tmp_path / "checkpoints" / "checkpoint-8" / "adapter_model.safetensors").exists()
+    monkeypatch.setattr(sft, "supervised_loss", real)
+    said = []
+    resumed = run(folder, examples, tmp_path, say=said.append)
+    assert resumed.resumed_from == 4 and said[0] == "deleting checkpoint-8: its weights were found unsound"
+    assert_equals_unbroken(resumed, unbroken)
+
+
+# --- broken numbers -------------------------------------------------------------------------------------------------
+
+
+class BrokenGradient(torch.autograd.Function):
+    """A sound value whose gradient is not: what an overflow in the backward pass leaves."""
+
+    @staticmethod
+    def forward(context, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * torch.nan
+
+
+def break_gradient_at(patch, step):
+    real, calls = sft.supervised_loss, []
+
+    def broken(model, rows):
+        loss = real(model, rows)
+        if not torch.is_grad_enabled():
+            return loss
+        calls.append(rows)
+        # The first call measures memory, before any step.
+        return BrokenGradient.apply(loss) if len(calls) == step + 1 else loss
+
+    patch.setattr(sft, "supervised_loss", broken)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(8, ["checkpoint-4"]), (10, ["checkpoint-4", "checkpoint-8"]), (3, [])])
+def test_a_broken_gradient_stops_before_it_changes_a_weight(
+    folder, examples, tmp_path, unbroken, monkeypatch, step, kept
+):
+    """At a step that is saved, at the last one, and before any was: the loss of none of them shows it."""
+    with monkeypatch.context() as patch:
+        break_gradient_at(patch, step)
+        with pytest.raises(sft.TrainingError, match=f"norm of the gradient is nan at step {step};") as stopped:
+            run(folder, examples, tmp_path)
+    assert checkpoint_names(tmp_path) == kept
+    assert (f"checkpoint, {kept[-1]}, is kept" if kept else "no checkpoint was saved") in str(stopped.value)
+    assert "with another setting training begins anew" in str(stopped.value)
+    assert not (tmp_path / "adapter").exists() and not (tmp_path / "training.json").exists()
+    for path in (tmp_path / "checkpoints").glob("*/adapter_model.safetensors"):
+        assert all(weight.isfinite().all() for weight in load_file(path).values()), path
+    resumed = run(folder, examples, tmp_path)
+    assert resumed.resumed_from == (int(kept[-1].rpartition("-")[2]) if kept else None)
+    assert_equals_unbroken(resumed, unbroken)
+
+
+@pytest.mark.parametrize("step", [8, 10])
+def test_weights_that_are_not_finite_are_never_saved(folder, examples, tmp_path, unbroken, monkeypatch, step):
+    real = sft.StepTrainer._save
+
+    def poison(self, *arguments, **named):
+        if self.state.global_step == step:
+            next(weight for weight in self.model.parameters() if weight.requires_grad).data[0, 0] = torch.inf
+        real(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.StepTrainer, "_save", poison)
+        with pytest.raises(sft.TrainingError, match=f"weights of the adapter are not finite after step {step}"):
+            run(folder, examples, tmp_path)
+    before = {8: "checkpoint-4", 10: "checkpoint-8"}[step]
+    assert checkpoint_names(tmp_path)[-1] == before and not (tmp_path / "adapter").exists()
+    assert_equals_unbroken(run(folder, examples, tmp_path), unbroken)
+
+
+def test_a_result_that_is_not_finite_is_not_finished_and_its_checkpoint_not_gone_on_from(
+    folder, examples, tmp_path, unbroken, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "_finish", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, examples, tmp_path)
+    path = tmp_path / "checkpoints" / "checkpoint-10" / "adapter_model.safetensors"
+    save_file({name: weight * torch.nan for name, weight in load_file(path).items()}, path)
+    with pytest.raises(sft.TrainingError, match="not finite after step 10; the last good checkpoint, checkpoint-8"):
+        run(folder, examples, tmp_path)
+    assert not (tmp_path / "training.json").exists() and checkpoint_names(tmp_path)[-1] == "checkpoint-8"
+    assert_equals_unbroken(run(folder, examples, tmp_path), unbroken)
+
+
+def test_a_development_loss_that_is_not_finite_is_told(folder, examples, dev, tmp_path, monkeypatch):
+    real = sft.supervised_loss
+    steps = []
+
+    def break_at_checkpoint_8(model, rows):
+        loss = real(model, rows)
+        if torch.is_grad_enabled():
+            steps.append(rows)
+            return loss
+        return loss * (torch.inf if len(steps) == 9 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "supervised_loss", break_at_checkpoint_8)
+        with pytest.raises(sft.TrainingError, match=r"loss on development rows is inf after step 8; .* checkpoint-4,"):
+            run(folder, examples, tmp_path, dev=dev)
+    assert checkpoint_names(tmp_path) == ["checkpoint-4"] and not (tmp_path / "adapter").exists()
+    assert run(folder, examples, tmp_path, dev=dev).resumed_from == 4
+
+
+def test_float16_skips_what_its_loss_scaling_overflows(folder, examples, tmp_path, monkeypatch):
+    """No GPU is asked for: the Trainer is told that it scales, and its update is left to the scaler."""
+    norms = []
+
+    def as_with_float16(self, model, grad_norm=None):
+        self.args.fp16 = True
+        norms.append(real(self, model, grad_norm))
+        raise KeyboardInterrupt
+
+    real = sft.StepTrainer._get_grad_norm
+    break_gradient_at(monkeypatch, 1)
+    monkeypatch.setattr(sft.StepTrainer, "_get_grad_norm", as_with_float16)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, examples, tmp_path)
+    assert len(norms) == 1 and math.isnan(norms[0])
+
+
+# --- checkpoints that are needed afterwards -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("deleted", "goes_on_from"),
+    [((4, 8, 10), None), ((8,), 4), ((10,), 8), ((4, 10), None)],
+)
+def test_a_complete_training_without_the_checkpoints_that_are_needed_goes_on(
+    folder, examples, tmp_path, unbroken, deleted, goes_on_from
+):
+    run(folder, examples, tmp_path)
+    for step in deleted:
+        shutil.rmtree(tmp_path / "checkpoints" / f"checkpoint-{step}")
+    assert run(folder, examples, tmp_path).reused, "nobody asked for a checkpoint"
+    said = []
+    again = run(folder, examples, tmp_path, num_checkpoints=3, say=said.append)
+    assert not again.reused and again.resumed_from == goes_on_from
+    assert said[0].startswith("complete already, but checkpoint-") and "training again" in said[0]
+    assert checkpoint_names(tmp_path) == ["checkpoint-4", "checkpoint-8", "checkpoint-10"]
+    assert_equals_unbroken(again, unbroken)
+    assert run(folder, examples, tmp_path, num_checkpoints=3).reused
+
+
+def test_only_the_checkpoints_that_are_needed_count(folder, examples, tmp_path):
+    run(folder, examples, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
+    assert run(folder, examples, tmp_path, num_checkpoints=2).reused
+    assert not run(folder, examples, tmp_path, num_checkpoints=30).reused
+
+
+def test_an_interrupted_training_makes_the_checkpoints_that_are_needed_and_gone(
+    folder, examples, tmp_path, unbroken, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, examples, tmp_path, num_checkpoints=3)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-4")
+    resumed = run(folder, examples, tmp_path, num_checkpoints=3)
+    assert resumed.resumed_from is None and len(resumed.checkpoints) == 3
+    assert_equals_unbroken(resumed, unbroken)
+
+
+def test_checkpoints_are_saved_at_the_steps_that_are_counted_with(unbroken):
+    assert sft.checkpoint_steps(10, 4) == [4, 8, 10] == [int(path.name[11:]) for path in unbroken.checkpoints]
+    assert sft.checkpoint_steps(8, 4) == [4, 8] and sft.checkpoint_steps(3, 400) == [3]
