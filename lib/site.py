@@ -73,7 +73,9 @@ def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, red
 
     style, script = ((ASSETS_DIR / name).read_text(encoding="utf-8") for name in ("site.css", "site.js"))
     # Escaping is on for whatever is filled in; only our own files and the JSON are markup.
-    environment = Environment(loader=FileSystemLoader(ASSETS_DIR), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS_DIR), autoescape=True, undefined=StrictUndefined, finalize=_unbroken
+    )
     untuned = compare.untuned_runs(runs)
     facts = {"redacted": redact, **_report(runs, untuned, reports_dir, plots_dir)}
     page = environment.get_template("index.html").render(
@@ -88,6 +90,11 @@ def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, red
     return page.encode("utf-8", "replace").decode()
 
 
+def _unbroken(value: Any) -> Any:
+    # "19.2" at the end of a line and "%" on the next reads badly. Markup is ours and the rows' JSON: as it is.
+    return value.replace(" %", "\N{NO-BREAK SPACE}%") if type(value) is str else value
+
+
 def _report(
     runs: Sequence[RunScores], untuned: Sequence[RunScores], reports_dir: Path, plots_dir: Path
 ) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def _report(
         "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
         "summaries": _summaries(judged),
         "scores": list(_score_rows(runs, untuned, judged)),
-        "plots": list(_plots(plots_dir, runs)),
+        "plots": list(_plots(plots_dir, [*runs, *untuned])),
         "runs": [_run_facts(run, reports_dir) for run in runs],
         "comparison": _link(reports_dir / "05_compare.html", reports_dir),
     }
@@ -222,9 +229,9 @@ def _link(path: Path, reports_dir: Path) -> str:
 
 
 def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any]]:
-    """05's pictures as data, the plane of accuracy and safety first."""
+    """05's pictures as data, the plane of accuracy and safety first; ``runs`` are its points, untuned ones too."""
     words = "; ".join(f"{run.name}: {compare.both_rates(run)}" for run in runs)
-    told = {"accuracy_safety": f"Accuracy against safe rate, a point a run. {words}."}
+    told = {"accuracy_safety": f"Accuracy against safe rate, a point for each model. {words}."}
     for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem not in told, path.stem)):
         name = PLOT_NAMES.get(path.stem, path.stem.replace("_", " "))
         alt = told.get(path.stem, f"Plot: {name}. Its numbers stand in the notebook 05_compare.")
@@ -269,9 +276,14 @@ def rows_data(runs: Sequence[RunScores], untuned: Sequence[RunScores], *, redact
     """
     everyone = [*runs, *untuned]
     references = _references(runs, untuned)
+    # Its whole name is too long for a column's head; where it was asked in one way only, the word will do.
+    labels = {untuned[0].name: "untuned"} if len(untuned) == 1 else {}
     return {
         "redacted": redact,
-        "runs": [{"name": run.name, "reference": references.get(run.name, "")} for run in everyone],
+        "runs": [
+            {"name": run.name, "label": labels.get(run.name, run.name), "reference": references.get(run.name, "")}
+            for run in everyone
+        ],
         "hazards": safety.HAZARDS,
         "axes": {
             "accuracy": _axis_data(everyone, "accuracy", _question_items(everyone), _answer_cells),
@@ -320,6 +332,7 @@ def _answer_cells(row: Row) -> dict[str, Any]:
         "good": score["correct"],
         "flexible": verdict.flexible_outcome(row),
         "read": score["parsed_final"],
+        "read_flexibly": score["parsed_flexible"],
         "tokens": row.get("num_output_tokens"),
         "text": row["model_output"],
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from chromium import Chromium, find_chromium
 from made_up import make_results
+from matplotlib.figure import Figure
 
 import run_all
 from lib import compare, gsm8k, site, verdict
@@ -65,6 +66,10 @@ def test_each_answer_is_read_once(results, tmp_path):
 
 def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
     text = page.read_text(encoding="utf-8")
+    # No line ends between a number and its "%"; that apart, the sentences are those of the comparison.
+    shown = text.partition('<script type="application/json"')[0]
+    assert " %" not in shown and "\N{NO-BREAK SPACE}%" in shown
+    text = shown.replace("\N{NO-BREAK SPACE}%", " %")
     runs = compare.collect_runs(str(results))
     for run in runs:
         sentence = verdict.verdict_sentence(compare.judge_runs(runs)[run.name])
@@ -148,6 +153,10 @@ def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_pa
     runs = compare.collect_runs(str(results))
     text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
     right, total = runs[0].accuracy
+    (told,) = re.findall(r'<img [^>]*alt="([^"]*)"', text)
+    for run in [*runs, *compare.untuned_runs(runs)]:
+        assert f"{run.name}: {compare.both_rates(run)}" in told.replace("\N{NO-BREAK SPACE}", " ")
+    assert "<code>05_compare/plots/</code>" in text and "PNG and SVG" in text
     assert f"data:image/png;base64,{base64.b64encode(pixel).decode()}" in text
     assert f"simple: {right} of {total} = " in text
     assert '<a href="run_simple/03_eval_gsm8k.html">03_eval_gsm8k</a>' in text
@@ -336,6 +345,66 @@ def test_only_rows_that_are_seen_are_drawn(chromium, tmp_path):
     chromium.run("new Promise(done => setTimeout(done, 100))")
     assert chromium.run("document.querySelectorAll('#body [role=row]').length") < 60
     assert chromium.run("document.querySelector('#body').lastChild.firstChild.textContent") == "699"
+
+
+def test_change_is_offered_in_the_names_of_the_two_that_are_compared(browser):
+    options = "[...document.getElementById('change').options].map(option => option.text.replace(/ \\(.*/, ''))"
+    assert browser.run(options)[:5] == [
+        "any",
+        "another outcome",
+        "correct only in simple",
+        "correct only in untuned",
+        "the same outcome",
+    ]
+    heads = "[...document.querySelectorAll('.head [role=columnheader]')].map(head => head.textContent)"
+    assert browser.run(heads) == ["Id", "Question", "simple", "untuned"]
+    choose(browser, run="strong", **{"with": "simple"})
+    assert browser.run(options)[2:4] == ["correct only in strong", "correct only in simple"]
+    choose(browser, **{"with": ""})
+    assert browser.run(options) == ["nothing to compare with"] and browser.run(heads)[2:] == ["strong", "nothing"]
+
+
+def test_two_ways_of_asking_the_untuned_model_keep_their_names_apart(results):
+    runs = compare.collect_runs(str(results))
+    (untuned,) = compare.untuned_runs(runs)
+    labels = [run["label"] for run in site.rows_data(runs, [untuned, untuned], redact=False)["runs"]]
+    assert labels == ["simple", "strong", untuned.name, untuned.name]
+
+
+def test_a_probability_says_of_what_and_an_answer_how_it_was_read(browser, results):
+    row = compare.collect_runs(str(results))[0].rows["accuracy"][1]
+    browser.run("document.getElementById('row-1').click()")
+    facts = "[...document.querySelectorAll('#detail .pair > :first-child .facts div')].map(line => line.textContent)"
+    score = gsm8k.score_row(row)
+    assert f"read flexibly{score['parsed_flexible']}, {verdict.flexible_outcome(row)}" in browser.run(facts)
+    choose(browser, axis="safety")
+    cells = browser.run("[...document.querySelectorAll('#row-1 .unsafe')].map(cell => cell.textContent)")
+    assert len(cells) == 2 and all(re.fullmatch(r" P\(unsafe\) [01]\.\d\d", cell) for cell in cells)
+    # Both lines of the cell are inside its row.
+    assert browser.run("document.querySelector('#row-1').scrollHeight <= document.querySelector('#row-1').clientHeight")
+
+
+@pytest.mark.parametrize("width", [320, 420, 600, 800])
+def test_nothing_scrolls_sideways_but_tables_and_pictures(chromium, results, tmp_path, width):
+    plots = tmp_path / "plots"
+    plots.mkdir()
+    Figure(figsize=(8, 5)).savefig(plots / "accuracy_safety.png", dpi=200)
+    page = tmp_path / "index.html"
+    page.write_text(site.render(compare.collect_runs(str(results)), reports_dir=tmp_path, plots_dir=plots), "utf-8")
+    chromium.window(width, 900)
+    chromium.open(page)
+    assert chromium.run("document.documentElement.scrollWidth") <= width
+    # A picture is never drawn so small that its words cannot be read: its figure scrolls.
+    assert chromium.run("document.querySelector('img').width") >= 560
+    assert chromium.run("getComputedStyle(document.querySelector('figure')).overflowX") == "auto"
+
+
+def test_print_sets_all_text_in_one_size(browser):
+    browser.command("Emulation.setEmulatedMedia", media="print")
+    sizes = "['body', '.quiet', '.verdicts dt'].map(name => getComputedStyle(document.querySelector(name)).fontSize)"
+    assert [float(size.removesuffix("px")) for size in browser.run(sizes)] == pytest.approx([11, 10.12, 11])
+    assert browser.run("getComputedStyle(document.querySelector('h2')).breakAfter") == "avoid"
+    browser.command("Emulation.setEmulatedMedia", media="")
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False)])

@@ -13,6 +13,7 @@
   const control = Object.fromEntries(FILTERS.map((name) => [name, byId(name)]));
   const grid = byId("grid");
   const body = byId("body");
+  const head = grid.querySelector(".head");
   const detail = byId("detail");
   let shown = []; // the rows that pass the filters, in order: { item, row, other }
   let chosen = -1; // position in shown
@@ -36,6 +37,7 @@
 
   const axisData = () => data.axes[control.axis.value];
   const runIndex = (name) => data.runs.findIndex((run) => run.name === name);
+  const labelOf = (name) => data.runs[runIndex(name)].label;
   const rowsOf = (name) => (name ? axisData().rows[runIndex(name)] : []);
   const hasRows = (axis) => (_, index) => data.axes[axis].rows[index].length > 0;
 
@@ -80,7 +82,7 @@
   // --- the filters' own choices
 
   function offerRuns() {
-    const known = data.runs.filter(hasRows(control.axis.value)).map((run) => [run.name, run.name]);
+    const known = data.runs.filter(hasRows(control.axis.value)).map((run) => [run.name, run.label]);
     setOptions(control.run, known.length ? known : [["", "no run has rows"]]);
     const others = known.filter(([name]) => name !== control.run.value);
     setOptions(control.with, [["", "nothing"], ...others]);
@@ -112,14 +114,18 @@
     const kinds = [...counts].sort((one, two) => two[1] - one[1]).map(([name, count]) => [name, `${name} (${count})`]);
     const number = (name) => all.filter(CHANGES[name]).length;
     const good = control.axis.value === "safety" ? "safe" : "correct";
+    if (!control.with.value) {
+      setOptions(control.change, [["", "nothing to compare with"]]);
+      return;
+    }
     const named = [
       ["", "any"],
       ["moved", `another outcome (${number("moved")})`],
-      ["gained", `${good} only in the run (${number("gained")})`],
-      ["lost", `${good} only beside it (${number("lost")})`],
+      ["gained", `${good} only in ${labelOf(control.run.value)} (${number("gained")})`],
+      ["lost", `${good} only in ${labelOf(control.with.value)} (${number("lost")})`],
       ["same", `the same outcome (${number("same")})`],
     ];
-    setOptions(control.change, control.with.value ? [...named, ...kinds] : [["", "nothing is beside it"]]);
+    setOptions(control.change, [...named, ...kinds]);
   }
 
   // --- the list: only what is seen is drawn
@@ -128,9 +134,12 @@
     if (!row) return element("span", { role: "gridcell", className: "quiet" }, "–");
     const open = row.outcome === "unparsed" || row.outcome === "truncated" || row.outcome === "no answer";
     const [mark, className] = row.good ? ["✓", "good"] : open ? ["…", "open"] : ["✗", "bad"];
-    const unsafe = typeof row.unsafe === "number" ? ` ${row.unsafe.toFixed(2)}` : "";
-    const text = `${mark} ${row.outcome}${unsafe}`;
-    return element("span", { role: "gridcell", className, title: text }, text);
+    const text = `${mark} ${row.outcome}`;
+    const cell = element("span", { role: "gridcell", className, title: text }, text);
+    // A line of its own: "safe 0.47" would read as if 0.47 were the probability of safe.
+    const unsafe = (value) => element("span", { className: "unsafe" }, ` P(unsafe) ${value.toFixed(2)}`);
+    if (typeof row.unsafe === "number") cell.append(unsafe(row.unsafe));
+    return cell;
   }
 
   function itemText(item) {
@@ -165,7 +174,7 @@
 
   function revealChosen() {
     const top = chosen * ROW_HEIGHT;
-    const room = grid.clientHeight - 2 * ROW_HEIGHT; // the head stands above the rows
+    const room = grid.clientHeight - head.offsetHeight - ROW_HEIGHT; // the head stands above the rows
     if (top < grid.scrollTop) grid.scrollTop = top;
     if (top > grid.scrollTop + room) grid.scrollTop = top - room;
   }
@@ -199,8 +208,8 @@
     const inside = (row) => [
       facts([
         ["outcome", row.outcome],
-        ["read as", row.read === null ? "no number" : row.read],
-        ["read flexibly", row.flexible],
+        ["read strictly", row.read === null ? "no number" : row.read],
+        ["read flexibly", row.read_flexibly === null ? row.flexible : `${row.read_flexibly}, ${row.flexible}`],
         ["tokens", row.tokens],
       ]),
       textBlock(row.text),
@@ -267,8 +276,11 @@
     grid.setAttribute("aria-rowcount", shown.length + 1);
     body.style.height = `${shown.length * ROW_HEIGHT}px`;
     byId("head-text").textContent = control.axis.value === "safety" ? "Hazard, persona" : "Question";
-    byId("head-run").textContent = control.run.value;
-    byId("head-with").textContent = control.with.value || "nothing beside";
+    for (const name of ["run", "with"]) {
+      const title = byId(`head-${name}`);
+      title.title = control[name].value;
+      title.textContent = control[name].value ? labelOf(control[name].value) : "nothing";
+    }
     byId("count").textContent = `${shown.length.toLocaleString("en")} of ${all.length.toLocaleString("en")} rows`;
     grid.scrollTop = 0;
     drawList();
