@@ -7,6 +7,7 @@ still true and a reader can check it.
 
 import csv
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -266,12 +268,30 @@ def _write_whole(path: Path, text: str) -> None:
         raise
 
 
-def publish_folder(made: Path, folder: Path, is_whole: Callable[[Path], bool]) -> None:
-    """Rename ``made``, a folder on the same disk, to ``folder``; where another process was first, its whole one stays.
+@contextmanager
+def folder_in_making(folder: Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
+    """Where ``folder`` is to be made: beside it under another name, renamed to it when the block has ended well.
+
+    A maker that was killed leaves its part there, which may be gigabytes: the next one removes it.
 
     Args:
-        is_whole: tells whether a folder that is there already is what ``made`` is; another one is replaced.
+        is_whole: tells whether a folder that is there already is what is made; another one is replaced.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    here = f".{folder.name}.{socket.gethostname()}."
+    for part in folder.parent.glob(f"{glob.escape(here)}*"):
+        # Of this machine alone: processes of another one, on a shared disk, cannot be looked for.
+        maker = part.name.removeprefix(here).partition(".")[0]
+        if maker.isdigit() and not locks.is_alive(int(maker)):
+            shutil.rmtree(part, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{here}{os.getpid()}.") as temporary:
+        made = Path(temporary) / folder.name
+        yield made
+        _publish_folder(made, folder, is_whole)
+
+
+def _publish_folder(made: Path, folder: Path, is_whole: Callable[[Path], bool]) -> None:
+    # Where another process was first, its whole one stays.
     try:
         made.replace(folder)
     except OSError as error:

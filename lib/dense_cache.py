@@ -6,7 +6,6 @@ about quantisation: the caller names what the weights depend on and makes them.
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lib.artifacts import PROJECT_ROOT, publish_folder, read_json, sha256_file, sha256_json, write_json
+from lib.artifacts import PROJECT_ROOT, folder_in_making, read_json, sha256_file, sha256_json, write_json
 
 CACHE_DIR = PROJECT_ROOT / "data" / "models" / "dense"
 # Below this the packing takes no time, and tests would leave hundreds of folders.
@@ -60,11 +59,9 @@ def _keep(model: PreTrainedModel, folder: Path, made_from: Mapping[str, Any], nu
     folder.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder.parent).free < 3 * num_bytes:
         return
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        part = Path(temporary) / folder.name
+    with folder_in_making(folder, partial(_is_made_from, made_from=made_from)) as part:
         model.save_pretrained(part)
         write_json(part / NOTE, dict(made_from))
-        publish_folder(part, folder, partial(_is_made_from, made_from=made_from))
 
 
 def _is_made_from(folder: Path, made_from: Mapping[str, Any]) -> bool:

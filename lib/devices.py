@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
 
-from lib.locks import FolderInUse, hold, machine_folder
+from lib.locks import LOOK_AGAIN_S, FolderInUse, hold, machine_folder
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
@@ -68,28 +69,38 @@ def held_gpus(
 
     Args:
         command: what was typed; shown to whoever comes second.
-        wait: wait for the first device where all are held.
+        wait: where all are held, wait for whichever is free first.
 
     Raises:
         DevicesInUse: all are held, and ``wait`` is false.
     """
-    folder = machine_folder()
+    identities = dict(zip(gpus, _identities(gpus), strict=True))
     with ExitStack() as stack:
-        free, refused = [], ""
-        for gpu, identity in zip(gpus, _identities(gpus), strict=True):
-            if len(free) == most:
-                break
-            try:
-                stack.enter_context(hold(folder / identity, command, tell=tell))
-                free.append(gpu)
-            except FolderInUse as error:
-                refused = refused or str(error)
+        free, refused = _take_free(stack, identities, most, command, tell)
         if not free and not wait:
             raise DevicesInUse(f"no GPU is free: {refused}")
         if not free:
-            stack.enter_context(hold(folder / _identities(gpus)[0], command, wait=True, tell=tell))
-            free.append(gpus[0])
+            tell(f"waiting: {refused}")
+        while not free:
+            time.sleep(LOOK_AGAIN_S)
+            free, _ = _take_free(stack, identities, most, command, tell)
         yield free
+
+
+def _take_free(
+    stack: ExitStack, identities: Mapping[str, str], most: int, command: str, tell: Callable[[str], None]
+) -> tuple[list[str], str]:
+    """Hold up to ``most`` that nobody holds, until ``stack`` ends; also a sentence about who holds the first other."""
+    free, refused = [], ""
+    for gpu, identity in identities.items():
+        if len(free) == most:
+            break
+        try:
+            stack.enter_context(hold(machine_folder() / identity, command, tell=tell))
+            free.append(gpu)
+        except FolderInUse as error:
+            refused = refused or str(error)
+    return free, refused
 
 
 def _identities(gpus: Sequence[str]) -> list[str]:

@@ -62,15 +62,18 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether the driver itself is known to be dead, so that only its kernel can still hold the lock."""
-        if self.host != socket.gethostname():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            return False
+        return self.host == socket.gethostname() and not is_alive(self.pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
+    except PermissionError:
+        return True
+    return True
 
 
 def held_descriptors() -> tuple[int, ...]:

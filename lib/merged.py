@@ -10,7 +10,6 @@ adapter that has changed since is refused. The driver starts this as a process o
 import argparse
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from lib.artifacts import (
     ArtifactError,
     RunPaths,
     display_path,
-    publish_folder,
+    folder_in_making,
     read_json,
     require,
     results_root,
@@ -82,11 +81,9 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
     folder = paths.run_dir.parent / FOLDER / paths.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_room(folder.parent, dense)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        made = Path(temporary) / folder.name
+    with folder_in_making(folder, is_whole=lambda _: False) as made:
         save_plain(dense, tokenizer, made)
         card.write_model_card(made, _facts(run, base))
-        publish_folder(made, folder, is_whole=lambda _: False)
     return folder
 
 

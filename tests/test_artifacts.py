@@ -256,11 +256,47 @@ def test_a_manifest_names_no_home_folder(finished_stage):
     [(None, "made"), ("whole, by another process", "whole, by another process"), ("half of one", "made")],
 )
 def test_a_folder_is_published_whole_and_the_first_whole_one_stays(tmp_path, there, stays):
-    made, folder = tmp_path / "part" / "made", tmp_path / "kept"
-    made.mkdir(parents=True)
-    (made / "note").write_text("made")
-    if there:
-        folder.mkdir()
-        (folder / "note").write_text(there)
-    artifacts.publish_folder(made, folder, lambda path: (path / "note").read_text().startswith("whole"))
+    folder = tmp_path / "kept"
+    with artifacts.folder_in_making(folder, lambda path: (path / "note").read_text().startswith("whole")) as made:
+        made.mkdir()
+        (made / "note").write_text("made")
+        if there:
+            folder.mkdir()
+            (folder / "note").write_text(there)
     assert (folder / "note").read_text() == stays
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+MAKER = (
+    "import pathlib, sys, time; from lib import artifacts\n"
+    "with artifacts.folder_in_making(pathlib.Path(sys.argv[1]), lambda _: True) as made:\n"
+    "    made.mkdir(); (made / 'half').touch(); print('half', flush=True); sys.stdin.readline()\n"
+)
+
+
+def test_what_a_killed_maker_left_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    command = [sys.executable, "-c", MAKER, str(tmp_path / "model")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    makers = [subprocess.Popen(command, cwd=PROJECT_ROOT, **pipes) for _ in range(2)]
+    assert [maker.stdout.readline() for maker in makers] == ["half\n"] * 2
+    killed, living = makers
+    killed.kill()
+    killed.communicate()
+    # Of another machine, and of nobody: neither is known to be left behind.
+    others = [".model.elsewhere.1.abcdefgh", f".model.{os.uname().nodename}.notes"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with artifacts.folder_in_making(tmp_path / "model", lambda _: True) as made:
+        made.mkdir()
+        here = f".model.{os.uname().nodename}."
+        left = [path.name.removeprefix(here).split(".")[0] for path in tmp_path.glob(f"{here}*.*")]
+        assert sorted(left) == sorted(map(str, (living.pid, os.getpid())))
+    living.communicate("\n", timeout=60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["model", *others])
+
+
+def test_a_making_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(OSError, match="no room"), artifacts.folder_in_making(tmp_path / "model", bool) as made:
+        made.mkdir()
+        raise OSError("no room")
+    assert list(tmp_path.iterdir()) == []

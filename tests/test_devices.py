@@ -110,6 +110,32 @@ def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch
     assert len(told) == 1 and told[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
 
 
+def test_whichever_gpu_is_free_first_is_taken(monkeypatch, tmp_path):
+    code = (
+        "import sys; from lib import devices\n"
+        "with devices.held_gpus([sys.argv[1]], 1, 'other'): print('held', flush=True); sys.stdin.readline()"
+    )
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
+    environment, pipes = {**os.environ, "TMPDIR": str(tmp_path)}, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    holders = {}
+    for gpu in ("GPU-aaaa-1", "GPU-bbbb-2"):
+        command = [sys.executable, "-c", code, gpu]
+        holders[gpu] = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, text=True, **pipes)
+        assert holders[gpu].stdout.readline() == "held\n"
+    told = []
+
+    def tell(line):
+        told.append(line)
+        holders["GPU-bbbb-2"].stdin.write("\n")
+        holders["GPU-bbbb-2"].stdin.flush()
+
+    with devices.held_gpus([*holders], 1, "next", wait=True, tell=tell) as free:
+        assert free == ["GPU-bbbb-2"]
+    assert len(told) == 1 and told[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
+    for holder in holders.values():
+        holder.communicate("\n", timeout=60)
+
+
 def test_cores_are_shared_unless_somebody_said_how(monkeypatch):
     monkeypatch.delenv(devices.THREADS_VARIABLE, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
