@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,8 +24,8 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from lib.artifacts import (
     PROJECT_ROOT,
+    folder_in_making,
     project_path,
-    publish_folder,
     read_json,
     sha256_file,
     sha256_json,
@@ -114,6 +113,9 @@ class _Published:
 
 
 QUESTION_COLUMNS = ("question", "answer")
+TO_JSON_LINES = (
+    "python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]' < old > new.jsonl"
+)
 # JSON can spell it and no encoding can: a tokenizer would fail on it hours later.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNSTATED = "not stated by its source"
@@ -214,11 +216,24 @@ def parse_question_rows(data: bytes, where: str) -> list[Row]:
     """Rows ``{"question", "answer"}`` of JSON lines; other columns are dropped, CRLF in texts becomes LF.
 
     Raises:
-        AssetError: no rows, or a line that is not a JSON object with both columns as non-empty text.
+        AssetError: no rows, a JSON array, or a line that is not a JSON object with both columns as non-empty text.
     """
+    text = _decode_text(data, where)
+    if re.match(r"\s*\[\s*\{", text):
+        raise AssetError(
+            f"{where} is a JSON array; JSON lines were expected, one object a line. In a Unix shell: {TO_JSON_LINES}"
+        )
+    return [_question_row(line, f"{where}, line {number}") for number, line in _row_lines(text)]
+
+
+def line_numbers(source: Source) -> list[int]:
+    """The line of each row in the file of a GSM8K split or training file, from 1: blank lines hold no row."""
+    return [number for number, _ in _row_lines(_decode_text(source.file.read_bytes(), source.path))]
+
+
+def _row_lines(text: str) -> list[tuple[int, str]]:
     # Split on \n alone: str.splitlines would cut a row at a U+2028 inside a string.
-    lines = enumerate(_decode_text(data, where).split("\n"), start=1)
-    return [_question_row(line, f"{where}, line {number}") for number, line in lines if line.strip()]
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 def _question_row(line: str, where: str) -> Row:
@@ -756,12 +771,8 @@ def _convert_once(gguf: Path, folder: Path) -> None:
 
 
 def _convert_beside(gguf: Path, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        made = Path(temporary) / folder.name
-        with _no_progress_bars():
-            _convert(gguf, made)
-        publish_folder(made, folder, _is_converted)
+    with folder_in_making(folder, _is_converted) as made, _no_progress_bars():
+        _convert(gguf, made)
 
 
 @contextmanager
