@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 COMPARE = "05_compare"
 # A run that starts on a disk as full as this only fails later, in the middle of its training.
 MIN_FREE_BYTES = 20_000_000
+# Of the person: once something runs, the project is the working directory.
+TYPED_IN = Path.cwd()
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def forget_run(plan: Plan) -> None:
 
 def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: bool) -> None:
     """Run one stage unless its manifest still holds, and say why in a line."""
-    from lib.artifacts import stale_reason
+    from lib.artifacts import NOT_RUN, stale_reason
     from lib.execution import execute, is_whole
     from lib.progress import Display, Relay, StageWatch
 
@@ -93,7 +95,7 @@ def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: boo
     if not reason:
         _tell_stage(plan, f"{label}: unchanged, kept")
         return
-    _tell_stage(plan, f"{label}: running ({reason})")
+    _tell_stage(plan, f"{label}: running" + (f" ({reason})" if reason != NOT_RUN else ""))
     watch = StageWatch(f"{plan.preset} {stage[:2]}", plan.paths, stage, parameters)
     channel = plan.channel
     display = Relay(watch, channel.show, live=channel.live, quiet=plan.quiet) if channel else None
@@ -118,10 +120,8 @@ def _tell_stage(plan: Plan, line: str) -> None:
 
 
 def _failure_text(stage: str, outcome: Any) -> str:
-    from lib.artifacts import display_path
-
     cell = f" in cell {outcome.cell}" if outcome.cell else ""
-    return f"{stage}{cell}: {outcome.error}\n  notebook: {display_path(outcome.notebook)}"
+    return f"{stage}{cell}: {outcome.error}\n  notebook: {_shown(outcome.notebook)}"
 
 
 def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
@@ -229,9 +229,15 @@ def tell_results(args: argparse.Namespace, plans: list[Plan]) -> None:
         tell("\n" + table)
     if any(not plan.params.benchmark for plan in plans):
         tell("a rehearsal, not a benchmark: sandbox runs use a 135M model and small data.")
-    tell(f"\nartefacts: {display_path(results)}/\nreports:   {display_path(reports)}/ (.ipynb and .html)")
+    tell(f"\nartefacts: {_shown(results)}/\nreports:   {_shown(reports)}/ (.ipynb and .html)")
     if (reports / "index.html").exists():
-        tell(f"begin at:  {display_path(reports)}/index.html")
+        tell(f"begin at:  {_shown(reports)}/index.html")
+
+
+def _shown(path: Path) -> str:
+    """``path`` as a person can use it where the command was typed."""
+    path = (PROJECT_ROOT / path).resolve()
+    return str(path.relative_to(TYPED_IN) if path.is_relative_to(TYPED_IN) else path)
 
 
 def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
@@ -253,7 +259,7 @@ def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
         fail(f"reports/index.html was not written: {error}")
         return False
     if required:
-        tell(f"written: {display_path(path)}")
+        tell(f"written: {_shown(path)}")
     return True
 
 
@@ -268,7 +274,7 @@ def export_runs(args: argparse.Namespace) -> int:
     except ArtifactError as error:
         fail(f"--export {args.export}: {error}")
         return 1
-    tell("\n".join(f"written: {display_path(path)}" for path in paths))
+    tell("\n".join(f"written: {_shown(path)}" for path in paths))
     return 0
 
 
@@ -338,34 +344,44 @@ def tell_failures(plans: list[Plan], typed: str) -> None:
 
 
 def show_list(args: argparse.Namespace) -> int:
-    """Presets and the state of their stages."""
+    """Presets and the state of their stages; 2 where one that was named cannot be run, or there is none."""
     from lib.artifacts import STAGES, stale_reason
-    from lib.execution import tell
+    from lib.execution import fail, tell
     from lib.params import ParamsError, find_presets
 
-    chosen = args.presets or find_presets(args.params_dir)
+    named, status = args.presets, 0
+    chosen = named or find_presets(args.params_dir)
+    if not chosen:
+        raise UsageError(f"--params-dir {args.params_dir}: there is no preset in this folder")
     for preset in chosen:
         args.presets = [preset]
         try:
             plans = make_plans(args)
         except (UsageError, ParamsError) as error:
-            tell(f"{preset}: {error}")
+            fail(f"{preset}: {error}")
+            status = 2 if named else status
             continue
         for plan in plans:
             tell(f"{plan.preset}: {plan.params.description}")
             for stage in (stage for stage in STAGES if stage != COMPARE):
                 reason = stale_reason(plan.paths.manifest(stage), stage, stage_parameters(stage, plan))
                 tell(f"  {stage:<15} {reason or 'complete'}")
-    return 0
+    return status
 
 
 def verify(folder: str) -> int:
-    """Recompute every metric below ``folder`` from its row files; 1 when anything differs."""
+    """Recompute every metric below ``folder`` from its row files; 1 when anything differs.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
     from lib.artifacts import ArtifactError
     from lib.execution import fail, tell
     from lib.forms import check_folder
     from lib.verify import verify_folder
 
+    if not Path(folder).is_dir():
+        raise UsageError(f"--verify {folder}: there is no such folder; results of a run lie in results/")
     try:
         check_folder(Path(folder).resolve())
         lines, mismatches = verify_folder(Path(folder).resolve())
@@ -375,7 +391,8 @@ def verify(folder: str) -> int:
     tell("\n".join(lines))
     for mismatch in mismatches:
         fail(f"MISMATCH {mismatch}")
-    tell(f"{len(mismatches)} mismatch(es)")
+    runs = f"{len(lines)} run{'s' if len(lines) != 1 else ''}"
+    tell(f"{len(mismatches)} mismatch{'es' if len(mismatches) != 1 else ''}; recomputed from the rows of {runs}")
     return 1 if mismatches else 0
 
 
@@ -447,6 +464,7 @@ def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict
         environments: of the presets that run at once, as ``places`` gives them.
     """
     from lib.artifacts import remove_temporary
+    from lib.execution import fail
 
     set_kernel_environment(args.offline)
     # Every path was resolved above; from here on the project is the working directory, as in the kernels.
@@ -468,6 +486,9 @@ def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict
     if interrupted or any(plan.failure for plan in every):
         tell_failures(every, args.typed)
         return 130 if interrupted else 1
+    if "05" in (args.stages or []) and comparison is None:
+        fail("run_all.py: --stages 05: no run here has answered rows to compare; run stages 03 or 04 first")
+        return 1
     if site_failed:
         return 1
     return 3 if args.require_baselines and baselines_missed(args, plans) else 0

@@ -156,8 +156,8 @@ class Driver:
         """Read which stage runs."""
         with (self.project / "driver.log").open(encoding="utf-8") as stream:
             stream.seek(self.told)
-            lines = [line for line in stream.read().splitlines() if ": running (" in line]
-        stage = lines[-1].split(": running (")[0].split()[-1] if lines else ""
+            lines = [line for line in stream.read().splitlines() if ": running" in line]
+        stage = lines[-1].split(": running")[0].split()[-1] if lines else ""
         if stage != self.stage:
             self.stage, self.began = stage, time.monotonic()
 

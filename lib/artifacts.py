@@ -37,6 +37,7 @@ from lib.redaction import clean_value
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
+NOT_RUN = "not run yet"
 # Set in kernels that nobody looks at while they run: the driver's, and those of tests.
 DRIVER_VARIABLE = "RUN_BY_DRIVER"
 # Names a preset in a notebook's first code cell, or in the environment of JupyterLab; the driver injects values.
@@ -734,7 +735,7 @@ def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any])
     after one that it used has changed), the code, and the bytes of every input and output.
     """
     if not manifest_path.exists():
-        return "not run yet"
+        return NOT_RUN
     manifest = _read_manifest(manifest_path)
     if not manifest:
         return "its manifest cannot be read"

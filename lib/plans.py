@@ -1,12 +1,22 @@
 """What a command line asks for, resolved before anything starts: a plan a run, or every fault of every preset."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.artifacts import PROJECT_ROOT, STAGES, ArtifactError, RunPaths, display_path, results_root, run_paths
+from lib.artifacts import (
+    PROJECT_ROOT,
+    RESULTS_VARIABLE,
+    STAGES,
+    ArtifactError,
+    RunPaths,
+    display_path,
+    results_root,
+    run_paths,
+)
 from lib.command_line import STAGE_NUMBERS, UsageError
 
 if TYPE_CHECKING:
@@ -198,7 +208,10 @@ def output_folders(args: argparse.Namespace) -> tuple[Path, Path]:
         folder = (args.output_dir or PROJECT_ROOT / "submission_results").resolve()
         return folder, folder / "reports"
     part = "smoke" if args.smoke_test else "."
-    return (results_root() / part).resolve(), (PROJECT_ROOT / "reports" / part).resolve()
+    results = (results_root() / part).resolve()
+    # Beside each other in the project; a folder that was moved has its own, which no driver of another one writes to.
+    moved = os.environ.get(RESULTS_VARIABLE)
+    return results, results / "reports" if moved else (PROJECT_ROOT / "reports" / part).resolve()
 
 
 def chosen_stages(args: argparse.Namespace) -> list[str]:

