@@ -51,6 +51,7 @@ from lib.packed import (
     pack_rows,
     supervised_loss,
 )
+from lib.redaction import clean
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # More tokens at a time are no faster on a CPU (measured, 135M weights) and fall out of its caches.
@@ -496,8 +497,8 @@ def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftMo
     set_seed(settings.seed)
     with quiet_loading():
         wrapped = get_peft_model(model, config)
-    # peft notes the folder that the model was loaded from, which means nothing elsewhere.
-    wrapped.peft_config["default"].base_model_name_or_path = settings.base_model
+    # peft notes the folder that the model was loaded from, which means nothing elsewhere and may name a person.
+    wrapped.peft_config["default"].base_model_name_or_path = clean(settings.base_model)
     # peft keeps them as a set, whose order differs from process to process: so would the adapter's hash, and with it
     # the protocol of every row that is answered.
     wrapped.peft_config["default"].target_modules = list(LORA_TARGETS)

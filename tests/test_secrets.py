@@ -104,16 +104,19 @@ def written(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_nothing_planted_is_in_anything_that_two_real_stages_write(tmp_path, planted):
+def test_nothing_planted_is_in_anything_that_three_real_stages_write(tmp_path, planted):
     model = save_tiny_model(planted / "models" / "base")
     assets = planted / "assets"
     shutil.copytree(PROJECT_ROOT / "data" / "sandbox", assets)
     sources = ["--set", f"base_model={model}", f"gsm8k_source={assets}", f"ailuminate_source={assets}"]
     project = copy_project(tmp_path)
     plant_answers(project / "out" / "run_sandbox_one")
-    done = run_driver(project, "--stages", "01", "05", "--assets", str(assets), "--offline", *sources)
+    sources += ["max_train_rows=4", "dev_rows=2", "num_epochs=1", "save_steps=1", "gsm8k_max_new_tokens=4"]
+    sources += ["max_seq_length=4096", "fewshot_k=1", "device=cpu"]
+    done = run_driver(project, "--stages", "01", "02", "05", "--assets", str(assets), "--offline", *sources)
     assert done.returncode == 0, done.stdout + done.stderr
     files = written(project / "out")
+    assert b"~/models/base" in files["run_sandbox_one/02_train/adapter/adapter_config.json"]
     assert "reports/05_compare.html" in files
     assert "reports/run_sandbox_one/01_prepare.html" in files and "run_sandbox_one/config_resolved.json" in files
     for name, content in {**files, "terminal": (done.stdout + done.stderr).encode()}.items():
