@@ -8,11 +8,13 @@ import ast
 import html
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -32,6 +34,14 @@ BANNER_TAG = "run-stopped"
 # Key of a notebook's metadata; it is set last, so that a notebook whose driver was killed never looks whole.
 COMPLETE_MARK = "run_all"
 MAX_ERROR_LENGTH = 2000
+# What a section of a notebook begins with; above the first one stands what every notebook needs and few read.
+SECTION = "## "
+PAGE_TEMPLATE = Path(__file__).resolve().parent / "site_assets" / "notebook.html.j2"
+# On the page alone: a long list in front of the summary folds; and an empty head, which Markdown asks of every table,
+# goes. Both stand in our own cells; in what a model wrote "<" is escaped.
+CONTENTS_LIST = re.compile(r"<p><strong>Contents</strong></p>\s*(<ul>.*?</ul>)", re.DOTALL)
+FOLDED_CONTENTS = r'<details class="contents"><summary>Contents</summary>\1</details>'
+EMPTY_TABLE_HEAD = re.compile(r"<thead>\s*<tr>\s*(?:<th></th>\s*)+</tr>\s*</thead>")
 
 
 @dataclass(frozen=True)
@@ -214,19 +224,30 @@ def _save(path: Path, notebook: str) -> None:
 def _keep(notebook: Path, stop: _Stop, go_on: str) -> None:
     """The banner of a notebook that stopped; its HTML; and last the mark of one that is whole."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
+    _hide_setup(content["cells"])
     if stop.headline:
         content["cells"].insert(0, _banner(stop.headline, go_on))
-        _save(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    _save(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_html(notebook)
     if not stop.error:
         content["metadata"][COMPLETE_MARK] = {"complete": True}
         _save(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def _hide_setup(cells: list[dict[str, Any]]) -> None:
+    """Hide the code above the first section, so that a report begins with its summary.
+
+    JupyterLab collapses what is marked so and opens it on a click; nothing is taken out.
+    """
+    for cell in takewhile(lambda cell: not "".join(cell["source"]).startswith(SECTION), cells):
+        if cell["cell_type"] == "code":
+            cell["metadata"].setdefault("jupyter", {})["source_hidden"] = True
+
+
 def _banner(headline: str, go_on: str) -> dict[str, Any]:
     command = f" To go on: <code>{html.escape(visible(go_on))}</code>." if go_on else ""
     kept = "Finished rows and checkpoints are kept; the cells below stand as far as they came."
-    style = "border-left:5px solid #D55E00;background:#FFF3E8;padding:.6em 1em"
+    style = "border-left:5px solid #D55E00;background:#FFF3E8;color:#222222;padding:.6em 1em"
     text = f'<div role="alert" style="{style}"><b>{html.escape(headline)}</b> {kept}{command}</div>'
     return {"cell_type": "markdown", "id": BANNER_TAG, "metadata": {"tags": [BANNER_TAG]}, "source": text}
 
@@ -250,20 +271,30 @@ def _with_free_space(error: str, output: Path) -> str:
 
 def write_html(notebook: Path) -> Path:
     """The filled notebook as one self-contained HTML file beside it."""
+    import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
+    content = nbformat.read(notebook, as_version=4)
     # Defaults that injected values replaced would only be read as this run's own; the notebook keeps them.
-    unread = {"parameters"} if '"injected-parameters"' in notebook.read_text(encoding="utf-8") else set()
+    injected = any("injected-parameters" in cell.metadata.get("tags", []) for cell in content.cells)
+    unread = {"parameters"} if injected else set()
     config = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": unread})
-    exporter = HTMLExporter(config=config, template_name="lab", embed_images=True)
+    exporter = HTMLExporter(config=config, template_name="lab", template_file=str(PAGE_TEMPLATE), embed_images=True)
     # Two assets that the template would load from a network: reports are read on machines without one.
     exporter.require_js_url = exporter.mathjax_url = ""
-    body, _ = exporter.from_filename(str(notebook))
+    content.metadata["title"] = _title(content, notebook.stem)
+    body, _ = exporter.from_notebook_node(content)
+    body = CONTENTS_LIST.sub(FOLDED_CONTENTS, EMPTY_TABLE_HEAD.sub("", body), count=1)
     target = notebook.with_suffix(".html")
     # No encoding holds a lone surrogate; a browser would show a question mark too.
     write_text(target, clean(body).encode("utf-8", "replace").decode())
     return target
+
+
+def _title(content: Mapping[str, Any], stage: str) -> str:
+    run = content["metadata"].get("papermill", {}).get("parameters", {}).get("run_name", "")
+    return f"{run} · {stage}" if run else stage
 
 
 def count_lines(path: Path) -> int:

@@ -299,7 +299,8 @@ def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
 def text_block(text: str) -> Html:
     """A text as it stands, line breaks and spaces kept."""
     style = f"{TEXT_BOX};max-height:45em;overflow:auto"
-    return Html(f'<pre style="{style}">{html.escape(text)}</pre>', text)
+    # With the keyboard too, a long text must scroll.
+    return Html(f'<pre tabindex="0" style="{style}">{html.escape(text)}</pre>', text)
 
 
 def examples(
@@ -320,7 +321,7 @@ def examples(
         blocks = [text_block(_cell(row[column])) for column in columns]
         body = stack([part for pair in zip(parts, blocks, strict=True) for part in pair])
         title = _heading(heading, row)
-        cards.append(Html(f"<h4>{html.escape(title)}</h4>{body.html}", f"{title}\n{body.text}"))
+        cards.append(Html(f"<h3>{html.escape(title)}</h3>{body.html}", f"{title}\n{body.text}"))
     return stack(cards)
 
 
@@ -359,7 +360,7 @@ def masked_row(input_ids: Sequence[int], labels: Sequence[int], decode: Callable
     """
     runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != -100)
     pieces = [(learnt, decode([token for token, _ in run])) for learnt, run in runs]
-    masked, trained = "color:#777;background:#f0f0f0", f"color:{INK};background:#CFE8F5;font-weight:bold"
+    masked, trained = "color:#666;background:#f0f0f0", f"color:{INK};background:#CFE8F5;font-weight:bold"
     spans = "".join(
         f'<span style="{trained if learnt else masked}" title="{"learnt" if learnt else "masked"}">'
         f"{html.escape(text)}</span>"

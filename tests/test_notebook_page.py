@@ -1,0 +1,136 @@
+"""The HTML of a filled notebook, as a browser shows it: the summary first, readable by all, whole on paper."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import pytest
+from chromium import Chromium, find_chromium
+
+from lib import execution, report
+from lib.artifacts import PROJECT_ROOT, STAGES
+
+AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+LONG_LINE = "values = [" + ", ".join(str(number) for number in range(200)) + "]"
+SUMMARY_TOP = "[...document.querySelectorAll('h2')].find(title => title.id === 'Summary').getBoundingClientRect().top"
+INJECTED = "# Parameters\n" + "\n".join(f"value_{number} = {number}" for number in range(40))
+
+
+def outputs_of(shown):
+    data = shown._repr_mimebundle_()
+    return [nbformat.v4.new_output("execute_result", data=data, execution_count=1)]
+
+
+def code_cell(source, *outputs):
+    return nbformat.v4.new_code_cell(source, outputs=list(outputs), execution_count=1)
+
+
+def fill(stage, path):
+    """A stage's own notebook as papermill leaves it, but for its outputs: those of the setup and of texts stand in."""
+    content = nbformat.read(execution.source_notebook(stage), as_version=4)
+    content.metadata["papermill"] = {"parameters": {"run_name": "made_up"}}
+    cells = content.cells
+    injected = code_cell(INJECTED)
+    injected.metadata["tags"] = ["injected-parameters"]
+    place = next(place for place, cell in enumerate(cells) if "params.from_notebook" in cell.source)
+    setup = [report.purpose_note("made_up", "a run", False), *report.setup_tables(stage, {"seed": 42}, "CPU")]
+    cells[place].outputs = outputs_of(report.stack(setup))
+    cells[place + 2].outputs = outputs_of(report.sentences(["54.4 % right"]))
+    cells.insert(place, injected)
+    texts = report.examples([{"id": 1, "text": "word " * 3000}], {"text": "Answer"}, "row {id}")
+    masked = report.masked_row([1, 2, 3], [-100, 2, 3], str)
+    cells += [code_cell(LONG_LINE, *outputs_of(texts), *outputs_of(masked))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(content, path)
+    execution._keep(path, execution._Stop(), "")
+    return path
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory):
+    """A notebook of each stage, filled: stage -> its path."""
+    folder = tmp_path_factory.mktemp("reports")
+    return {stage: fill(stage, folder / f"{stage}.ipynb") for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    if not find_chromium():
+        pytest.skip("no chromium on this machine")
+    with Chromium() as browser:
+        browser.offline()
+        yield browser
+
+
+def faults(browser):
+    """What axe finds on the page, with every fold open: (impact, rule, first place)."""
+    browser.run("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    browser.run(AXE.read_text(encoding="utf-8") + "; null")
+    found = browser.run("axe.run().then(report => report.violations)")
+    return [(fault["impact"], fault["id"], fault["nodes"][0]["html"]) for fault in found]
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_hidden_stands_in_the_notebook_whole(filled):
+    source = nbformat.read(PROJECT_ROOT / "notebooks" / "03_eval_gsm8k.ipynb", as_version=4)
+    kept = nbformat.read(filled["03_eval_gsm8k"], as_version=4)
+    sources = [cell.source for cell in kept.cells]
+    assert [text for text in sources if text not in (INJECTED, LONG_LINE)] == [cell.source for cell in source.cells]
+    hidden = [cell.source for cell in kept.cells if cell.metadata.get("jupyter", {}).get("source_hidden")]
+    first_section = next(place for place, cell in enumerate(kept.cells) if cell.source.startswith("## "))
+    assert hidden == [cell.source for cell in kept.cells[:first_section] if cell.cell_type == "code"]
+    assert len(hidden) == 3 and INJECTED in hidden
+    assert json.loads(filled["03_eval_gsm8k"].read_text())["metadata"][execution.COMPLETE_MARK]["complete"]
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A notebook that says on top why it stopped."""
+    path = fill("03_eval_gsm8k", tmp_path_factory.mktemp("stopped") / "03_eval_gsm8k.ipynb")
+    execution._keep(path, execution._Stop("it broke", headline="The kernel died."), "python run_all.py")
+    return path
+
+
+def test_a_banner_stands_above_and_hides_nothing(stopped):
+    page = stopped.with_suffix(".html").read_text(encoding="utf-8")
+    assert page.index("The kernel died.") < page.index("value_39") < page.index('id="Summary"')
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_summary_is_seen_without_scrolling(chromium, filled, stage):
+    chromium.window(1200, 900)
+    chromium.open(filled[stage].with_suffix(".html"))
+    assert chromium.run(SUMMARY_TOP) < 650
+    assert "54.4 % right" in chromium.run("document.body.innerText")
+    # Contents, parameters and setup are a click away.
+    folds = chromium.run("[...document.querySelectorAll('details')].map(fold => fold.textContent)")
+    assert any(text.startswith("Contents") and "Summary" in text for text in folds)
+    assert any("value_39" in text for text in folds) and any("params.from_notebook" in text for text in folds)
+    assert chromium.run("document.title") == f"made_up · {stage}"
+    assert chromium.errors == [] and all(not address.startswith("http") for address in chromium.requests)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_nothing_on_a_filled_notebook(chromium, filled, stopped, dark):
+    chromium.window(1200, 900, dark=dark)
+    for notebook in (filled["02_train"], stopped):
+        chromium.open(notebook.with_suffix(".html"))
+        assert faults(chromium) == []
+    assert chromium.run("axe.run().then(report => report.passes.length)") > 20
+    paper = chromium.run("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") is not dark
+
+
+def test_no_code_is_cut_off_on_paper(chromium, filled):
+    chromium.window(760, 900)
+    chromium.open(filled["02_train"].with_suffix(".html"))
+    wide = "[...document.querySelectorAll('.highlight pre')].filter(pre => pre.scrollWidth > pre.clientWidth).length"
+    assert chromium.run(wide) > 0
+    chromium.command("Emulation.setEmulatedMedia", media="print")
+    assert chromium.run(wide) == 0
+    chromium.command("Emulation.setEmulatedMedia", media="")
