@@ -32,6 +32,9 @@ SHOWN_PARAMETERS = (
     "quantization",
     "seed",
 )
+# What 01 calls the source of the training rows, by train_source, and the sources of what is asked, with their rows.
+TRAINED_ON = {"gsm8k": "GSM8K train", "file": "training file", "self_distilled": "GSM8K train"}
+EVALUATED_ON = {"GSM8K test": "gsm8k_eval", "AILuminate": "ailuminate"}
 _QUANTISED = """
 nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -79,11 +82,14 @@ class CardFacts:
         trained: what was trained on how much, in a sentence; for an adapter made elsewhere, where it is from.
         selection: how this checkpoint was chosen, in a sentence.
         dtype: compute dtype, as ``torch`` names it (``bfloat16``).
-        data: what -> what it is; hashes of the rows among it.
+        training: what was trained on and nothing else, as ``training_data`` tells it; empty for an adapter made
+            elsewhere.
+        evaluation: what the run chooses and is evaluated on, as ``evaluation_data`` tells it.
         parameters: those of the run.
         metrics: what -> value, as far as the run knew them when the adapter was saved.
         prompt: the system message of training and evaluation.
         benchmark: whether the numbers mean anything outside the run.
+        adapter_sha256: of the adapter that was merged in; the adapter's own card takes it from the file.
     """
 
     run_name: str
@@ -92,15 +98,66 @@ class CardFacts:
     trained: str
     selection: str
     dtype: str
-    data: Mapping[str, str]
+    training: Mapping[str, str]
+    evaluation: Mapping[str, str]
     parameters: Mapping[str, Any]
     metrics: Mapping[str, str]
     prompt: str
     benchmark: bool
+    adapter_sha256: str = ""
+
+
+def training_data(prepared: Mapping[str, Any], rows: Path) -> dict[str, str]:
+    """What was trained on and nothing else: source, whose answers, how many rows, their hash.
+
+    Args:
+        prepared: 01's manifest; empty where there is none.
+        rows: file of the training rows.
+    """
+    facts, parameters = prepared.get("facts", {}), prepared.get("parameters", {})
+    told: dict[str, str] = {}
+    if source := parameters.get("train_source", ""):
+        use = TRAINED_ON[source]
+        told = {"train_source": source, **data_table({use: facts["data"][use]}, {})}
+    if facts.get("distil"):
+        told |= _own_answers(facts["distil"], parameters)
+    if "rows" in facts:
+        too_long = facts["num_too_long"]
+        told["rows"] = f"{facts['rows']['train'] - too_long:,}"
+        told["rows"] += f"; {too_long:,} more are over max_seq_length and were left out" * bool(too_long)
+    return told | data_table({}, {"training rows": rows})
+
+
+def _own_answers(distil: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, str]:
+    protocol = distil["protocol"]
+    kept = f"kept: at most {parameters['distil_keep']} of the correct ones a question, {parameters['distil_choice']}"
+    covered = f"{distil['num_covered']:,} of {distil['num_questions']:,} questions"
+    return {
+        "answers": f"{distil['num_own']:,} rows by the untuned base model, {distil['num_gold']:,} by GSM8K",
+        "sampling": f"{protocol['answers']}, {protocol['decoding']}; {kept}",
+        "coverage": f"{covered} had a correct answer of the base model; {distil['num_dropped']:,} have no row",
+    }
+
+
+def evaluation_data(prepared: Mapping[str, Any], dev_rows: Path) -> dict[str, str]:
+    """What the run chooses a checkpoint on and is evaluated on.
+
+    Args:
+        prepared: as for ``training_data``.
+        dev_rows: file of the development rows, which may hold none.
+    """
+    facts = prepared.get("facts", {})
+    sources = {use: facts["data"][use] for use in EVALUATED_ON if use in facts.get("data", {})}
+    told = {
+        use: f"{text}; {facts['rows'][EVALUATED_ON[use]]:,} of them asked"
+        for use, text in data_table(sources, {}).items()
+    }
+    has_dev = dev_rows.exists() and dev_rows.stat().st_size > 0
+    return told | data_table({}, {"development rows, of GSM8K train": dev_rows} if has_dev else {})
 
 
 def data_table(sources: Mapping[str, Mapping[str, Any]], files: Mapping[str, Path]) -> dict[str, str]:
-    """Data of the card: the published sources that 01 found, and the very rows that were used.
+    """Data sets of a card: published sources that 01 found, and the very rows that were used.
 
     Args:
         sources: use -> ``assets.Source.table_row()``, from 01's manifest.
@@ -134,7 +191,7 @@ def adapter_card(facts: CardFacts, adapter_sha256: str) -> str:
     parts = [
         f"{_front_matter(facts)}\n# LoRA adapter of run {facts.run_name}\n\n{told}\n",
         _section("What it is", _table(identity)),
-        _section("Data", _table(facts.data)),
+        *_data_sections(facts),
         _section("Parameters", _table(parameters)),
         _section("Metrics so far", _table(facts.metrics)),
         _section("How to load it", _loading(facts)),
@@ -157,6 +214,7 @@ def merged_card(facts: CardFacts, hashes: Mapping[str, str]) -> str:
     is_packed = facts.parameters.get("quantization") == "nf4"
     weights = "its 4-bit NF4 weights, dequantised, with the adapter merged in" if is_packed else "adapter merged in"
     identity = {"base model": _base_name(facts.base), "its identity": facts.base.identity, "weights": weights}
+    identity |= {"adapter": f"sha256 {facts.adapter_sha256}"} if facts.adapter_sha256 else {}
     identity |= {"dtype": facts.dtype, **hashes}
     parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
     loading = f"```python\n{_PLAIN_SCRIPT}```\n{_HOW_DECODED}".rstrip()
@@ -169,7 +227,7 @@ def merged_card(facts: CardFacts, hashes: Mapping[str, str]) -> str:
         f"{_front_matter(facts, 'transformers')}\n# Evaluated model of run {facts.run_name}\n\n"
         f"{warning}{facts.trained} {facts.selection}\n",
         _section("What it is", _table(identity)),
-        _section("Data", _table(facts.data)),
+        *_data_sections(facts),
         _section("Parameters", _table(parameters)),
         _section("Metrics", _table(facts.metrics)),
         _section("How to load it", loading),
@@ -198,6 +256,11 @@ def _is_published(base: ModelSource) -> bool:
 
 def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}\n"
+
+
+def _data_sections(facts: CardFacts) -> list[str]:
+    trained = _table(facts.training) if facts.training else "Not known here: the adapter was made elsewhere."
+    return [_section("Trained on", trained), _section("Chosen and evaluated on", _table(facts.evaluation))]
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -155,27 +155,35 @@ def _check_room(folder: Path, dense: PreTrainedModel) -> None:
 
 def _facts(run: Evaluated, base: assets.ModelSource) -> card.CardFacts:
     paths = run.paths
-    train = compare.facts_of(paths, "02_train")
+    prepared, trained = (_manifest(paths, stage) for stage in ("01_prepare", "02_train"))
+    train, made_elsewhere = trained["facts"], bool(trained["parameters"].get("checkpoint"))
     scores = compare.score_run(paths)
     metrics = {
         "GSM8K, strict": compare.rate_words(scores.accuracy, scores.gsm8k_status),
         "AILuminate, called safe by the judge": compare.rate_words(scores.safe, scores.safety_status),
     }
     chosen = (train["adapter"], train["selected_on"], train.get("sweep_metric") or "")
-    used = {"adapter": paths.adapter_dir / "adapter_model.safetensors", "training rows": paths.train_rows}
+    compared = (len(train.get("checkpoints", [])), trained["parameters"].get("max_sweep_checkpoints", 0))
     return card.CardFacts(
         run_name=paths.name,
         base=base,
         revision=run.parameters["base_model_revision"],
         trained=train.get("trained", ""),
-        selection=sweep.selection_text(*chosen, len(train.get("checkpoints", []))),
+        selection=sweep.selection_text(*chosen, *compared),
         dtype=run.dtype,
-        data=card.data_table(compare.facts_of(paths, "01_prepare").get("data", {}), used),
+        training={} if made_elsewhere else card.training_data(prepared, paths.train_rows),
+        evaluation=card.evaluation_data(prepared, paths.dev_rows),
         parameters=run.parameters,
         metrics=metrics,
         prompt=gsm8k.SYSTEM_PROMPT,
         benchmark=bool(run.parameters["benchmark"]),
+        adapter_sha256=sha256_file(paths.adapter_dir / "adapter_model.safetensors"),
     )
+
+
+def _manifest(paths: RunPaths, stage: str) -> dict[str, Any]:
+    path = paths.manifest(stage)
+    return read_json(path) if path.exists() else {}
 
 
 # --- command line -------------------------------------------------------------------------------------------------

@@ -341,14 +341,17 @@ def _rate_columns(counts: tuple[int, int] | None, name: str, prefix: str) -> Row
     return {name: counts[0] / counts[1] if counts else None, f"{prefix}low": low, f"{prefix}high": high}
 
 
-def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidates: int = 0) -> str:
+def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidates: int = 0, most: int = 0) -> str:
     """How the kept adapter was chosen, in a sentence that does not hide a choice on the rows that are reported.
 
     Args:
         num_candidates: how many checkpoints were compared; 0 for unknown.
+        most: how many at most were to be compared (``max_sweep_checkpoints``); 0 for unknown.
     """
     if selected_on == NOT_SELECTED:
         return f"Kept is {chosen}; it was not selected among checkpoints."
+    if num_candidates == most == 1:
+        return f"Kept is {chosen}, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
     if num_candidates == 1:
         return f"Kept is {chosen}, the only checkpoint: a smaller save_steps leaves more to select among."
     told = f"Kept is {chosen}, selected on {selected_on} by {metric}."

@@ -26,7 +26,8 @@ FACTS = card.CardFacts(
     trained="2 steps on 8 rows.",
     selection="Kept is checkpoint-2, selected on development rows by accuracy.",
     dtype="float32",
-    data={"training rows": "sha256 00ff"},
+    training={"training rows": "sha256 00ff"},
+    evaluation={"GSM8K test": "GSM8K (MIT), 1,319 rows"},
     parameters={"quantization": "nf4", "lora_r": 4, "seed": 1, "results_dir": "/home/someone/results"},
     metrics={"loss": "1.0 | 0.5"},
     prompt=gsm8k.SYSTEM_PROMPT,
@@ -82,6 +83,71 @@ def test_data_and_metrics_come_from_files_and_log(tmp_path):
     assert metrics["training loss, first and last step"] == "2.0000, 0.5000"
     assert metrics["loss on development rows"] == "1.5000 (step 1), 1.5000 (step 1)" and metrics["right"] == "3 of 8"
     assert card.metrics_table([]) == {}
+
+
+def prepared(train_source, **distil):
+    """01's manifest, as far as the card reads it."""
+    source = {"licence": "MIT", "num_rows": 7473, "sha256": "77"}
+    names = ("GSM8K train", "GSM8K test", "AILuminate") + ("training file",) * (train_source == "file")
+    return {
+        "parameters": {"train_source": train_source, "distil_keep": 2, "distil_choice": "shortest"},
+        "facts": {
+            "data": {name: {"name": name, **source} for name in names},
+            "rows": {"train": 6000, "dev": 2, "gsm8k_eval": 263, "ailuminate": 240},
+            "num_too_long": 7,
+            "distil": distil,
+        },
+    }
+
+
+OWN = {
+    "protocol": {"answers": "4 a question", "decoding": "temperature 0.7, seed 42, at most 512 tokens"},
+    **{"num_own": 5500, "num_gold": 500, "num_questions": 7000, "num_covered": 6300, "num_dropped": 200},
+}
+
+
+def section(text, title):
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_card_tells_whose_answers_were_learnt_and_keeps_what_is_only_evaluated_apart(tmp_path):
+    train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    train.write_text("{}\n")
+    dev.write_text("{}\n{}\n")
+    manifest = prepared("self_distilled", **OWN)
+    data = {"training": card.training_data(manifest, train), "evaluation": card.evaluation_data(manifest, dev)}
+    facts = replace(FACTS, **data)
+    for text in (card.adapter_card(facts, "abc"), card.merged_card(replace(facts, adapter_sha256="ad4"), {})):
+        learnt, asked = section(text, "Trained on"), section(text, "Chosen and evaluated on")
+        for told in (
+            "| train_source | self_distilled |",
+            "| answers | 5,500 rows by the untuned base model, 500 by GSM8K |",
+            "4 a question, temperature 0.7, seed 42, at most 512 tokens; kept: at most 2 of the correct ones a",
+            "6,300 of 7,000 questions had a correct answer of the base model; 200 have no row",
+            "| rows | 5,993; 7 more are over max_seq_length and were left out |",
+            "| training rows | sha256 ca3d163bab",
+            "GSM8K train (MIT), 7,473 rows",
+        ):
+            assert told in learnt
+        assert "GSM8K test" not in learnt and "AILuminate" not in learnt and "development" not in learnt
+        assert "GSM8K test (MIT), 7,473 rows, sha256 77; 263 of them asked" in asked
+        assert "AILuminate" in asked and "development rows, of GSM8K train" in asked and "base model" not in asked
+    assert "| adapter | sha256 ad4 |" in text
+
+
+@pytest.mark.parametrize(("train_source", "name"), [("gsm8k", "GSM8K train"), ("file", "training file")])
+def test_only_the_source_of_the_training_rows_is_listed_as_trained_on(tmp_path, train_source, name):
+    told = card.training_data(prepared(train_source), tmp_path / "none")
+    assert list(told) == ["train_source", name, "rows"] and told["train_source"] == train_source
+    (tmp_path / "dev.jsonl").touch()
+    told = card.evaluation_data(prepared(train_source), tmp_path / "dev.jsonl")
+    assert list(told) == ["GSM8K test", "AILuminate"], "no development rows were drawn"
+
+
+def test_of_an_adapter_made_elsewhere_it_is_not_known_what_it_learnt():
+    text = card.adapter_card(replace(FACTS, training={}), "abc")
+    assert section(text, "Trained on").strip() == "Not known here: the adapter was made elsewhere."
+    assert card.training_data({}, Path("none")) == {} == card.evaluation_data({}, Path("none"))
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,17 @@ def test_the_card_says_what_it_is(run):
         assert told in text
     weights = run.run_dir.parent / "models" / "one" / "model.safetensors"
     assert f"| model.safetensors | sha256 {sha256_file(weights)} |" in text
+    assert f"| adapter | sha256 {sha256_file(run.adapter_dir / 'adapter_model.safetensors')} |" in text
+
+
+def test_the_card_does_not_list_training_rows_of_an_adapter_made_elsewhere(run):
+    write_jsonl(run.train_rows, [{"question": "q", "answer": "#### 1"}])
+    trained_here = (merged.export_model(run) / "README.md").read_text()
+    assert f"| training rows | sha256 {sha256_file(run.train_rows)} |" in trained_here
+    manifest = read_json(run.manifest("02_train"))
+    write_json(run.manifest("02_train"), manifest | {"parameters": {"checkpoint": "someone/adapter"}})
+    text = (merged.export_model(run) / "README.md").read_text()
+    assert "training rows" not in text and "the adapter was made elsewhere" in text
 
 
 def test_an_older_folder_is_replaced_whole(run):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import sys
 from fractions import Fraction
 
@@ -283,6 +285,14 @@ def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
     assert "not selected" in sweep.selection_text("the adapter", sweep.NOT_SELECTED)
 
 
+def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
+    asked = ("checkpoint-458", sweep.ON_DEV, "accuracy")
+    told = sweep.selection_text(*asked, num_candidates=1, most=1)
+    assert told == "Kept is checkpoint-458, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
+    assert "the only checkpoint: a smaller save_steps" in sweep.selection_text(*asked, num_candidates=1, most=3)
+    assert "selected on development rows" in sweep.selection_text(*asked, num_candidates=3, most=3)
+
+
 def notebook_02():
     cells = read_json(PROJECT_ROOT / "notebooks" / "02_train.ipynb")["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -308,25 +318,31 @@ def test_parameters_of_the_judge_are_those_that_02_declares_for_it_alone():
     assert judged == set(sweep.SAFETY_PARAMETERS)
 
 
-def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
-    """The whole notebook on a tiny random model, with a judge; results lack gsm8k_eval.jsonl."""
+def prepare_for_02(tmp_path, dev=None, pool=None):
+    """What 01 leaves for notebook 02, without gsm8k_eval.jsonl, and parameters for a tiny random model."""
     model = save_tiny_model(tmp_path / "tiny", "llama")
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
     rows = [{"question": f"{i} + {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in range(12)]
-    for path, part in ((paths.train_rows, rows[:8]), (paths.dev_rows, rows[8:10]), (paths.fewshot_rows, rows[10:])):
+    dev, pool = rows[8:10] if dev is None else dev, rows[10:] if pool is None else pool
+    for path, part in ((paths.train_rows, rows[:8]), (paths.dev_rows, dev), (paths.fewshot_rows, pool)):
         write_jsonl(path, part)
     write_jsonl(paths.ailuminate_rows, [prompt(0)])
     start_stage(paths.manifest("01_prepare"), "01_prepare", "sandbox_one", {}).finish(inputs=[], outputs=[], facts={})
+    return paths, {
+        **{"results_dir": str(tmp_path / "results"), "base_model": str(model), "safeguard_model": str(model)},
+        **{"compute_dtype": "float32", "quantization": "none", "save_steps": 1, "train_batch_size": 1},
+        **{"gsm8k_max_new_tokens": 4, "ailuminate_max_new_tokens": 4, "fewshot_k": 1, "offline": True},
+    }
+
+
+def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
+    """The whole notebook on a tiny random model, with a judge; results lack gsm8k_eval.jsonl."""
+    paths, parameters = prepare_for_02(tmp_path)
     csv_file = tmp_path / "prompts.csv"
     lines = [f"release-{i},mild request {i},prv,normal" for i in range(5)]
     csv_file.write_text("\n".join(["release_prompt_id,prompt,hazard,persona", *lines]) + "\n")
-    parameters = {
-        **{"results_dir": str(tmp_path / "results"), "base_model": str(model), "safeguard_model": str(model)},
-        **{"compute_dtype": "float32", "quantization": "none", "save_steps": 1, "train_batch_size": 1},
-        **{"ailuminate_source": str(csv_file), "dev_safety_rows": 3, "sweep_metric": "sum", "max_sweep_checkpoints": 2},
-        **{"gsm8k_max_new_tokens": 4, "ailuminate_max_new_tokens": 4, "fewshot_k": 1, "offline": True},
-        **{"guidelines_file": str(tmp_path / "guidelines.txt")},
-    }
+    parameters |= {"ailuminate_source": str(csv_file), "dev_safety_rows": 3, "sweep_metric": "sum"}
+    parameters |= {"max_sweep_checkpoints": 2, "guidelines_file": str(tmp_path / "guidelines.txt")}
     (tmp_path / "guidelines.txt").write_text("Be strict.")
     outcome = execution.execute("02_train", tmp_path / "02_train.ipynb", parameters)
     assert not outcome.error, outcome.error
@@ -346,3 +362,41 @@ def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
     assert "selected on development rows" in card and str(tmp_path) not in card
     assert "mild request" not in (tmp_path / "02_train.ipynb").read_text(encoding="utf-8"), "no prompt is shown"
     assert json.loads((paths.adapter_dir / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def run_02(tmp_path, parameters):
+    """Executes notebook 02; all that a reader of it sees, as text."""
+    outcome = execution.execute("02_train", tmp_path / "02_train.ipynb", parameters)
+    assert not outcome.error, outcome.error
+    cells = read_json(tmp_path / "02_train.ipynb")["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "\n".join("".join(one.get("data", {}).get("text/html", one.get("text", ""))) for one in outputs)
+
+
+def test_notebook_02_trains_again_where_the_checkpoints_to_choose_among_were_deleted(tmp_path):
+    dev = [{"question": "8 + 8?" + "!" * size, "answer": "#### 16"} for size in (0, 600)]
+    paths, parameters = prepare_for_02(tmp_path, dev=dev)
+    first = run_02(tmp_path, parameters | {"max_sweep_checkpoints": 1})
+    # One of two development rows is over 512 tokens: its loss is not measured, and the table says so.
+    assert "of them left out</td><td>1</td>" in re.sub(r"\s*<t", "<t", re.sub(r"<td[^>]*>", "<td>", first))
+    assert "Before training: a development row" in first
+    assert (
+        "checkpoint-2, the only one compared (max_sweep_checkpoints: 1)" in first and "smaller save_steps" not in first
+    )
+    trained = read_jsonl(paths.training_log)
+    shutil.rmtree(paths.checkpoints_dir)
+    again = run_02(tmp_path, parameters)
+    assert "checkpoint-1, checkpoint-2 is needed to choose among checkpoints and gone: training again" in again
+    assert [row["loss"] for row in read_jsonl(paths.training_log)] == [row["loss"] for row in trained]
+    with paths.checkpoint_scores.open(encoding="utf-8", newline="") as stream:
+        assert [row["checkpoint"] for row in csv.DictReader(stream)] == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("pool", "kind"), [(None, "a row of the few-shot pool"), ([], "a training row")], ids=["pool", "nothing"]
+)
+def test_notebook_02_says_what_kind_of_row_its_example_question_is(tmp_path, pool, kind):
+    """Without development rows and worked examples: the pool is still not trained on."""
+    _, parameters = prepare_for_02(tmp_path, dev=[], pool=pool)
+    seen = run_02(tmp_path, parameters | {"dev_rows": 0, "fewshot_k": 0, "checkpoint_sweep": False})
+    assert f"Before training: {kind}" in seen
