@@ -97,7 +97,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--track",
         choices=["mlflow"],
-        help="log the runs to MLflow, which is installed apart (README); with --report-only, all runs of the folder",
+        help="log the runs to MLflow, which is installed apart (docs/reference.md); with --report-only, all runs of "
+        "the folder",
     )
     what.add_argument("--quiet", action="store_true", help="say only what failed, and the results")
 

@@ -1,30 +1,36 @@
-"""The README's tree is complete, its links lead somewhere, and its flags and presets are there."""
+"""README and docs/: the tree is complete, links lead somewhere, flags and presets are there, and numbers right."""
 
 import re
 
 import pytest
 
 from lib.artifacts import PROJECT_ROOT
+from lib.params import load_params
+from lib.stats import wilson_interval
 from run_all import build_parser
 
-README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
-METHOD = (PROJECT_ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+PAGES = [PROJECT_ROOT / name for name in ("README.md", "docs/method.md", "docs/reference.md", "docs/layout.md")]
+README, METHOD, REFERENCE, LAYOUT = (page.read_text(encoding="utf-8") for page in PAGES)
+PRESETS = ("simple", "medium", "strong")
 
 
 def test_every_module_has_its_line_and_every_line_its_module():
-    told = re.findall(r"^    lib/(\w+)\.py +\S", README, re.MULTILINE)
+    told = re.findall(r"^    lib/(\w+)\.py +\S", LAYOUT, re.MULTILINE)
     found = {path.stem for path in (PROJECT_ROOT / "lib").glob("*.py")} - {"__init__"}
     assert sorted(told) == sorted(found)
 
 
 def test_links_and_pictures_are_there():
-    named = [name for name in re.findall(r"\]\(([^)]+)\)", README + METHOD) if "://" not in name]
-    assert len(named) >= 3 and all((PROJECT_ROOT / name).exists() for name in named), named
+    links = [(page, name) for page in PAGES for name in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))]
+    named = [page.parent / name for page, name in links if "://" not in name]
+    assert len(named) >= 3 and all(path.exists() for path in named), named
+    # Whoever begins with the README finds every other page.
+    assert all(page in named for page in PAGES[1:])
 
 
 def test_every_flag_that_is_named_exists():
     known = {option for action in build_parser()._actions for option in action.option_strings}
-    named = set(re.findall(r"`(?:run_all\.py )?(--[a-z0-9-]+)", README))
+    named = set(re.findall(r"`(?:run_all\.py )?(--[a-z0-9-]+)", README + REFERENCE))
     # Of pip in the cell for Colab, which stands in no code span.
     assert len(named) > 15 and named <= known, named - known
 
@@ -32,6 +38,38 @@ def test_every_flag_that_is_named_exists():
 @pytest.mark.parametrize("path", sorted((PROJECT_ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_is_told(path):
     assert re.search(rf"[|`] ?{path.stem} ?[|`]", README)
+
+
+def test_the_presets_table_holds_the_values_of_the_presets():
+    presets = [load_params(PROJECT_ROOT / "params" / f"{name}.yaml") for name in PRESETS]
+
+    def cells(title, *values):
+        row = next(line for line in README.splitlines() if line.startswith(f"| {title} |"))
+        assert row.strip("| ").split(" | ")[1:4] == list(values)
+
+    cells("few-shot examples", *(str(preset.fewshot_k) for preset in presets))
+    cells("baseline accuracy / safety", *(f"{p.baseline_accuracy} / {p.baseline_safety}" for p in presets))
+    cells("LoRA r / alpha / dropout", *(f"{p.lora_r} / {p.lora_alpha} / {p.lora_dropout:g}" for p in presets))
+    assert all(f"`{preset.published_adapter}`" in README for preset in presets)
+    assert all(part in README for part in presets[2].train_file_url.removeprefix("https://").rsplit("/", 1))
+
+
+def test_the_width_of_a_rate_is_that_of_the_baselines():
+    (num_questions, num_prompts, points) = re.search(
+        r"(\d+) questions or (\d+) prompts carry about ±(\d+)", README
+    ).groups()
+    for name in PRESETS:
+        preset = load_params(PROJECT_ROOT / "params" / f"{name}.yaml")
+        for total, share in (
+            (int(num_questions), preset.baseline_accuracy),
+            (int(num_prompts), preset.baseline_safety),
+        ):
+            low, high = wilson_interval(round(share * total), total)
+            assert 100 * (high - low) / 2 == pytest.approx(int(points), abs=0.75)
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.split()) < 1350
 
 
 def test_the_picture_is_small():
