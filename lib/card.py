@@ -118,7 +118,9 @@ def training_data(prepared: Mapping[str, Any], rows: Path) -> dict[str, str]:
     told: dict[str, str] = {}
     if source := parameters.get("train_source", ""):
         use = TRAINED_ON[source]
-        told = {"train_source": source, **data_table({use: facts["data"][use]}, {})}
+        # Of GSM8K, own answers take the questions; how many of its answers they take is told below.
+        what = f"questions of {use}" if source == "self_distilled" else use
+        told = {"train_source": source, **data_table({what: facts["data"][use]}, {})}
     if facts.get("distil"):
         told |= _own_answers(facts["distil"], parameters)
     if "rows" in facts:

@@ -126,7 +126,7 @@ def test_the_card_tells_whose_answers_were_learnt_and_keeps_what_is_only_evaluat
             "6,300 of 7,000 questions had a correct answer of the base model; 200 have no row",
             "| rows | 5,993; 7 more are over max_seq_length and were left out |",
             "| training rows | sha256 ca3d163bab",
-            "GSM8K train (MIT), 7,473 rows",
+            "| questions of GSM8K train | GSM8K train (MIT), 7,473 rows",
         ):
             assert told in learnt
         assert "GSM8K test" not in learnt and "AILuminate" not in learnt and "development" not in learnt
