@@ -1,4 +1,4 @@
-"""For every test: results go to a folder of this session, never to a person's own.
+"""For every test: results go to a folder of this session, never to a person's own; no time limit on made-up examples.
 
 The notebooks' kernels get the environment of a stranger's laptop: no assets folder, no token, no network. Tests of real
 data see the variables that they ask for.
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
 # What a kernel must not inherit: the notebooks' own defaults are what is tested.
@@ -17,6 +18,11 @@ DROPPED_IN_KERNELS = ("ASSETS_DIR", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGI
 SET_IN_KERNELS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Nobody looks at a notebook that is tested: no bar is shown in it.
 SET_IN_KERNELS |= {"RUN_BY_DRIVER": "1"}
+
+# On a busy machine any example can take seconds, and so can drawing it: neither says anything about what is tested.
+# What hypothesis itself chooses stays, as seeds that are the same each time under CI.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -5,6 +5,7 @@ Only the standard library: pipes in place of a web socket leave no port open and
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import tempfile
@@ -41,10 +42,11 @@ class Chromium:
         self._profile = tempfile.TemporaryDirectory(prefix="chromium-of-tests-", ignore_cleanup_errors=True)
         self._last_id, self._session, self._events, self._unread = 0, "", [], b""
         self._start()
-        target = self.command("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.command(f"{domain}.enable")
+        try:
+            self._open_page()
+        except PageError:
+            self.close()
+            raise
 
     def _start(self) -> None:
         # The browser reads commands from its file 3 and answers on its file 4.
@@ -58,12 +60,26 @@ class Chromium:
         for number in files:
             os.close(number)
 
+    def _open_page(self) -> None:
+        target = self.command("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.command("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.command(f"{domain}.enable")
+
     def __enter__(self) -> "Chromium":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the browser, whatever state it is in."""
         self._process.terminate()
-        self._process.wait(TIMEOUT_S)
+        try:
+            self._process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         os.close(self._answers)
         os.close(self._commands)
         self._profile.cleanup()
@@ -72,7 +88,7 @@ class Chromium:
         """Send one command and wait for its answer.
 
         Raises:
-            PageError: the browser refused it, or is gone.
+            PageError: the browser refused it, says nothing for ``TIMEOUT_S`` seconds, or is gone.
         """
         self._last_id += 1
         message = {"id": self._last_id, "method": method, "params": parameters}
@@ -87,11 +103,19 @@ class Chromium:
 
     def _write(self, message: bytes) -> None:
         while message:
-            message = message[os.write(self._commands, message) :]
+            if not select.select([], [self._commands], [], TIMEOUT_S)[1]:
+                raise PageError(f"the browser reads no command for {TIMEOUT_S} s")
+            # No more than a pipe that can be written to takes without waiting.
+            try:
+                message = message[os.write(self._commands, message[: select.PIPE_BUF]) :]
+            except BrokenPipeError:
+                raise PageError("the browser ended") from None
 
     def _read(self) -> dict[str, Any]:
         """The next message; events are noted on the way."""
         while b"\0" not in self._unread:
+            if not select.select([self._answers], [], [], TIMEOUT_S)[0]:
+                raise PageError(f"the browser says nothing for {TIMEOUT_S} s")
             part = os.read(self._answers, 1 << 16)
             if not part:
                 raise PageError("the browser ended")

@@ -4,7 +4,10 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 
+# How long what must be stopped would go on: longer than any test waits, however busy the machine is.
+LONG_S = 600
 PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
 # A driver in a process of its own: arguments are the folder of the notebooks, then its command line.
 DRIVER = (
@@ -26,14 +29,39 @@ def write_notebook(path, *codes, parameters=PARAMETERS_CELL):
 
 
 def hanging_cell(folder, marker):
-    """A cell that is in the middle of a row for as long as it is let; ``marker``, an expression, names its file."""
+    """A cell that is in the middle of a row for as long as it is let.
+
+    ``marker``, an expression, names a file in ``folder`` that is there when the row has begun.
+    """
     return (
-        f"import pathlib, time\npathlib.Path({str(folder)!r}, {marker}).touch()\nfrom lib.artifacts import RowLog\n"
-        f"with RowLog(pathlib.Path({str(folder)!r}, {marker} + '.jsonl'), 'p').whole_rows():\n    time.sleep(99)"
+        "import pathlib, time\nfrom lib.artifacts import RowLog\n"
+        f"with RowLog(pathlib.Path({str(folder)!r}, {marker} + '.jsonl'), 'p').whole_rows():\n"
+        f"    pathlib.Path({str(folder)!r}, {marker}).touch()\n"
+        f"    time.sleep({LONG_S})"
     )
 
 
-def wait_for(condition, seconds=40.0):
+def rows_cell(path, pause_s, num_rows=None):
+    """A cell that adds rows to the file ``path``, an expression: so many, or without end until it is stopped."""
+    return (
+        "import itertools, pathlib, time\nfrom lib.artifacts import RowLog\n"
+        f"log = RowLog(pathlib.Path({path}), 'p')\n"
+        "with log.whole_rows():\n"
+        f"    for number in itertools.islice(itertools.count(len(log.rows)), {num_rows}):\n"
+        f"        time.sleep({pause_s})\n"
+        "        log.append({'id': number})"
+    )
+
+
+def is_gone(process):
+    """Whether a process has ended, also where nobody has asked yet what became of it."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_for(condition, seconds=120.0):
     """What ``condition()`` gives as soon as it is true; fails after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

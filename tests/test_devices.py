@@ -87,26 +87,32 @@ def test_a_number_and_its_uuid_are_one_device(machine, monkeypatch):
 def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch, tmp_path):
     machine(TWO_GPUS)
     code = (
-        "import sys, time; from lib import devices\n"
-        "with devices.held_gpus(['GPU-aaaa-1'], 1, 'other'): print('held', flush=True); time.sleep(float(sys.argv[1]))"
+        "import sys; from lib import devices\n"
+        "with devices.held_gpus(['GPU-aaaa-1'], 1, 'other'): print('held', flush=True); sys.stdin.readline()"
     )
 
-    def hold_elsewhere(seconds):
+    def hold_elsewhere():
         environment = {**os.environ, "TMPDIR": str(tmp_path)}
-        command = [sys.executable, "-c", code, str(seconds)]
-        process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+        command, pipes = [sys.executable, "-c", code], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, text=True, **pipes)
         assert process.stdout.readline() == "held\n"
         return process
 
     monkeypatch.setenv(devices.VISIBLE_VARIABLE, "GPU-aaaa-1")
-    killed = hold_elsewhere(60)
+    killed = hold_elsewhere()
     killed.kill()
     killed.wait()
     with held(1) as free:
         assert free == ["GPU-aaaa-1"]
-    other, told = hold_elsewhere(0.5), []
-    with held(1, wait=True, tell=told.append) as free:
-        assert free == ["GPU-aaaa-1"] and other.wait(timeout=1) == 0
+    other, told = hold_elsewhere(), []
+
+    def tell(text):
+        told.append(text)
+        other.stdin.write("\n")
+        other.stdin.flush()
+
+    with held(1, wait=True, tell=tell) as free:
+        assert free == ["GPU-aaaa-1"] and other.wait(timeout=60) == 0
     assert len(told) == 1 and told[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
 
 

@@ -11,69 +11,119 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+from small_notebooks import wait_for
 
 import run_all
 from lib import locks
 from lib.artifacts import PROJECT_ROOT
+from lib.execution import count_lines
 
+# Each holds what it holds until it is told otherwise through its standard input, or this process ends.
 HOLDER = (
-    "import pathlib, subprocess, sys, time; from lib import locks\n"
+    "import pathlib, subprocess, sys; from lib import locks\n"
     "with locks.hold(pathlib.Path(sys.argv[1]), 'python run_all.py --presets simple'):\n"
     "    if 'orphan' in sys.argv:\n"
-    "        command = [sys.executable, '-c', 'import time; time.sleep(1.5)']\n"
+    "        command = [sys.executable, '-c', 'import sys; sys.stdin.read()']\n"
     "        subprocess.Popen(command, pass_fds=locks.held_descriptors())\n"
     "    print('held', flush=True)\n"
-    "    time.sleep(float(sys.argv[2]))\n"
+    "    sys.stdin.readline()\n"
 )
 
 
-def start_holder(folder, seconds, *more):
-    command = [sys.executable, "-c", HOLDER, str(folder), str(seconds), *more]
-    process = subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
+def start(code, *argv):
+    # Unbuffered: what is said is heard before the process ends.
+    command = [sys.executable, "-u", "-c", code, *map(str, argv)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=PROJECT_ROOT, **pipes)
+
+
+def start_holder(folder, *more):
+    process = start(HOLDER, folder, *more)
     assert process.stdout.readline() == "held\n"
     return process
 
 
-def test_a_second_driver_is_refused_and_told_who_where_since_when_and_what(tmp_path, capsys):
-    holder = start_holder(tmp_path, 30)
-    started = time.monotonic()
+def go_on(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def when_it_looks_again(monkeypatch, act):
+    """Call ``act()`` wherever a lock is found held and would be looked at again after a pause, before the pause."""
+
+    def sleep(pause_s):
+        act()
+        time.sleep(pause_s)
+
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+
+
+def test_a_second_driver_is_refused_and_told_who_where_since_when_and_what(tmp_path, monkeypatch, capsys):
+    when_it_looks_again(monkeypatch, lambda: pytest.fail("it waited"))
+    holder = start_holder(tmp_path)
     status = run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)])
     holder.kill()
     holder.wait()
     told = capsys.readouterr().err
-    assert status == 2 and time.monotonic() - started < 5
+    assert status == 2
     assert f"process {holder.pid} on {os.uname().nodename} since 20" in told
     assert "python run_all.py --presets simple" in told and "--wait" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == [locks.LOCK_FILE]
 
 
-def test_a_killed_holder_leaves_no_stale_lock(tmp_path):
-    holder = start_holder(tmp_path, 30)
+def test_a_killed_holder_leaves_no_stale_lock(tmp_path, monkeypatch):
+    when_it_looks_again(monkeypatch, lambda: pytest.fail("it waited"))
+    holder = start_holder(tmp_path)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert json.loads((tmp_path / locks.LOCK_FILE).read_text())["pid"] == holder.pid
-    started = time.monotonic()
     with locks.hold(tmp_path, "next"):
-        assert time.monotonic() - started < 1
+        pass
     assert (tmp_path / locks.LOCK_FILE).read_text() == ""
 
 
-def test_the_folder_stays_held_until_the_kernel_of_a_killed_driver_is_gone(tmp_path):
-    holder = start_holder(tmp_path, 30, "orphan")
-    started = time.monotonic()
+@pytest.fixture
+def orphaned(tmp_path):
+    """A killed holder whose kernel lives on until the holder's standard input is closed."""
+    holder = start_holder(tmp_path, "orphan")
     holder.send_signal(signal.SIGKILL)
     holder.wait()
+    yield holder
+    holder.stdin.close()
+
+
+def test_the_folder_stays_held_until_the_kernel_of_a_killed_driver_is_gone(tmp_path, orphaned, monkeypatch):
+    looks = []
+
+    def end_the_kernel_at_the_second_look():
+        looks.append(orphaned.stdin.closed)
+        if len(looks) == 2:
+            orphaned.stdin.close()
+
+    when_it_looks_again(monkeypatch, end_the_kernel_at_the_second_look)
+    monkeypatch.setattr(locks, "ORPHAN_GRACE_S", 60)
     with locks.hold(tmp_path, "next"):
-        waited = time.monotonic() - started
-    assert 1 < waited < locks.ORPHAN_GRACE_S
+        assert looks[:2] == [False, False], "held while the kernel lived"
+
+
+def test_a_kernel_that_outlives_its_driver_for_long_is_not_waited_for(tmp_path, orphaned, monkeypatch):
+    monkeypatch.setattr(locks, "ORPHAN_GRACE_S", 0.5)
+    with pytest.raises(locks.FolderInUse, match=f"in use by process {orphaned.pid} on"), locks.hold(tmp_path, "next"):
+        pass
 
 
 def test_waiting_begins_when_the_holder_ends_and_says_so_once(tmp_path):
-    holder, told = start_holder(tmp_path, 1), []
-    with locks.hold(tmp_path, "second", wait=True, tell=told.append):
-        assert holder.wait(timeout=1) == 0
+    holder, told = start_holder(tmp_path), []
+
+    def tell(text):
+        told.append(text)
+        go_on(holder)
+
+    with locks.hold(tmp_path, "second", wait=True, tell=tell):
+        assert holder.wait(timeout=60) == 0
     assert len(told) == 1 and f"process {holder.pid}" in told[0] and "waiting" in told[0]
 
 
@@ -135,46 +185,42 @@ def test_a_disk_without_room_to_begin_is_refused(tmp_path, monkeypatch, capsys):
 
 # --- files that several runs share --------------------------------------------------------------------------------
 
+# Stands still before the row that is named, until it is told to go on.
 FILLER = (
-    "import pathlib, sys, time; from lib.control import SharedRowLog\n"
+    "import pathlib, sys; from lib.control import SharedRowLog\n"
     "log = SharedRowLog(pathlib.Path(sys.argv[1]), 'p')\n"
     "asked = [number for number in range(20) if number not in log.rows]\n"
-    "print('begun', len(asked), flush=True)\n"
+    "print('begun', len(asked))\n"
     "for number in asked:\n"
-    "    time.sleep(float(sys.argv[2])); log.append({'id': number})\n"
+    "    if number == int(sys.argv[2]): sys.stdin.readline()\n"
+    "    log.append({'id': number})\n"
     "log.finish(range(20))\n"
 )
-
-
-def start_filler(path, pause_s):
-    command = [sys.executable, "-c", FILLER, str(path), str(pause_s)]
-    return subprocess.Popen(command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, text=True)
+WAITING = "waiting for another run that is making shared.jsonl\n"
 
 
 def test_runs_that_ask_the_same_at_once_answer_it_once(tmp_path):
-    fillers = [start_filler(tmp_path / "shared.jsonl", 0.01) for _ in range(5)]
-    told = [filler.communicate(timeout=60)[0] for filler in fillers]
-    assert [filler.returncode for filler in fillers] == [0] * 5
-    begun = sorted(int(line.split()[1]) for text in told for line in text.splitlines() if line.startswith("begun"))
-    assert begun == [0, 0, 0, 0, 20], "one asked all, the others found its rows"
-    assert any("waiting for another run that is making shared.jsonl" in text for text in told)
+    fillers = [start(FILLER, tmp_path / "shared.jsonl", 3) for _ in range(5)]
+    told = [filler.stdout.readline() for filler in fillers]
+    assert sorted(told) == ["begun 20\n", *[WAITING] * 4], "one asks all, the others wait for it"
+    go_on(fillers[told.index("begun 20\n")])
+    ended = [filler.communicate(timeout=60) for filler in fillers]
+    assert [filler.returncode for filler in fillers] == [0] * 5, ended
+    assert sorted(text for text, _ in ended) == ["", *["begun 0\n"] * 4], "the others found its rows"
     rows = [json.loads(line)["id"] for line in (tmp_path / "shared.jsonl").read_text().splitlines()]
     assert rows == list(range(20))
 
 
 def test_a_killed_filler_hands_its_rows_on(tmp_path):
-    first = start_filler(tmp_path / "shared.jsonl", 0.2)
+    first = start(FILLER, tmp_path / "shared.jsonl", 3)
     assert first.stdout.readline() == "begun 20\n"
-    second = start_filler(tmp_path / "shared.jsonl", 0)
-    while (
-        len((tmp_path / "shared.jsonl").read_bytes().splitlines() if (tmp_path / "shared.jsonl").exists() else []) < 3
-    ):
-        time.sleep(0.05)
+    wait_for(lambda: count_lines(tmp_path / "shared.jsonl") == 3)
+    second = start(FILLER, tmp_path / "shared.jsonl", -1)
+    assert second.stdout.readline() == WAITING
     first.kill()
     first.wait()
-    told = second.communicate(timeout=60)[0]
-    assert second.returncode == 0
-    assert 0 < int(told.split("begun ")[1]) <= 17
+    told, failed = second.communicate(timeout=60)
+    assert (second.returncode, told) == (0, "begun 17\n"), failed
     rows = [json.loads(line)["id"] for line in (tmp_path / "shared.jsonl").read_text().splitlines()]
     assert rows == list(range(20))
 
@@ -230,30 +276,23 @@ NOTEBOOK = (
 )
 
 
-def start_notebook(folder):
-    command = [sys.executable, "-c", NOTEBOOK, str(folder)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=PROJECT_ROOT, **pipes)
-
-
 def test_notebooks_of_a_person_keep_drivers_away_until_they_are_finished(tmp_path, capsys):
-    notebooks = [start_notebook(tmp_path), start_notebook(tmp_path)]
+    notebooks = [start(NOTEBOOK, tmp_path), start(NOTEBOOK, tmp_path)]
     assert [notebook.stdout.readline() for notebook in notebooks] == ["at work\n"] * 2, "they do not mind each other"
     assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert "03_eval_gsm8k of strong, open in JupyterLab" in told and "--wait" in told
     for notebook in notebooks:
-        notebook.stdin.write("\n")
-        notebook.stdin.flush()
+        go_on(notebook)
         assert notebook.stdout.readline() == "finished\n"
     with locks.hold(tmp_path, "next"):
         pass
     for notebook in notebooks:
-        notebook.communicate("\n", timeout=10)
+        notebook.communicate("\n", timeout=60)
 
 
 def test_the_one_who_still_holds_a_folder_is_named_and_not_who_wrote_last(tmp_path):
-    notebooks = [start_notebook(tmp_path), start_notebook(tmp_path)]
+    notebooks = [start(NOTEBOOK, tmp_path), start(NOTEBOOK, tmp_path)]
     assert [notebook.stdout.readline() for notebook in notebooks] == ["at work\n"] * 2
     lines = (tmp_path / locks.LOCK_FILE).read_text().splitlines()
     assert sorted(json.loads(line)["pid"] for line in lines) == sorted(notebook.pid for notebook in notebooks)
@@ -263,7 +302,7 @@ def test_the_one_who_still_holds_a_folder_is_named_and_not_who_wrote_last(tmp_pa
     other = next(notebook for notebook in notebooks if notebook is not last)
     with pytest.raises(locks.FolderInUse, match=f"in use by process {other.pid} on"), locks.hold(tmp_path, "next"):
         pass
-    other.communicate("\n\n", timeout=30)
+    other.communicate("\n\n", timeout=60)
 
 
 def test_lines_that_are_no_holder_are_passed_over(tmp_path):
@@ -277,8 +316,8 @@ def test_lines_that_are_no_holder_are_passed_over(tmp_path):
 
 
 def test_a_notebook_is_refused_while_a_driver_is_at_work(tmp_path):
-    holder = start_holder(tmp_path, 30)
-    _, told = start_notebook(tmp_path).communicate("\n\n", timeout=30)
+    holder = start_holder(tmp_path)
+    _, told = start(NOTEBOOK, tmp_path).communicate("\n\n", timeout=60)
     holder.kill()
     holder.wait()
     assert f"process {holder.pid} on" in told and "python run_all.py --presets simple" in told
