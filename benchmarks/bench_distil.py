@@ -50,11 +50,10 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     sampled = distil.sample_answers(split.train, fewshot, engine, asking, log)
     distilled = distil.choose_training_rows(sampled, keep=1, choice="shortest", fallback="drop", seed=SEED)
     artifacts.write_jsonl(folder / TRAIN, distilled.rows)
-    golds = [tokenizer(row["gold_answer"], add_special_tokens=False)["input_ids"] for row in distilled.chosen]
     summary = {
         **distil.summarize(sampled, distilled),
         "coverage_by_samples": {number: count for number, (count, _) in distil.coverage(sampled).items()},
-        "lengths": distil.length_rows(sampled, distilled, list(map(len, golds))),
+        "lengths": distil.length_rows(sampled, distilled, tokenizer),
         "runtime": runtime.reason,
         "new_rows": sampled.num_new,
         "new_tokens": sampled.num_new_tokens,

@@ -14,7 +14,7 @@ import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,6 +23,8 @@ from lib.artifacts import sha256_json
 from lib.control import UNTUNED
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch
+    from transformers import PreTrainedTokenizerBase
+
     from lib.artifacts import RowLog
     from lib.control import LazyGenerator
     from lib.generate import Completion, Sampling
@@ -46,7 +48,8 @@ class Asking:
     """How the questions are asked: everything but the model and the words.
 
     Args:
-        sampling: temperature and seed; the draws of an answer depend on them, its question and its number alone.
+        sampling: temperature and seed; the draws of an answer depend on them, its question and its number alone. The
+            seed is ``data_seed``, which repeats of a training have in common: they train on the same answers.
         num_samples: answers a question.
         max_new_tokens: tokens of an answer at most.
         device: cpu or cuda, which decides how many rows a call has.
@@ -277,18 +280,26 @@ def fates(sampled: Sampled) -> dict[str, tuple[int, int]]:
     return {name: (counts[name], len(sampled.rows)) for name in FATES}
 
 
-def length_rows(sampled: Sampled, distilled: Distilled, gold_lengths: Sequence[int]) -> list[dict[str, Any]]:
+def length_rows(sampled: Sampled, distilled: Distilled, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
     """Rows of a table: how long answers are, in tokens; dashes where there are none.
 
-    Args:
-        gold_lengths: of GSM8K's answers to the questions of ``distilled.chosen``.
+    GSM8K's answers hold calculator marks, those of a model that was shown examples with them often do too: only texts
+    without marks are alike.
     """
+    kept = [row["model_output"] for row in distilled.chosen]
+    golds = [row["gold_answer"] for row in distilled.chosen]
     lengths = {
         "the model's own, kept": [row["num_output_tokens"] for row in distilled.chosen],
-        "GSM8K's, to the same questions": gold_lengths,
+        "the same without calculator marks": _num_tokens(map(gsm8k.without_calculator_marks, kept), tokenizer),
+        "GSM8K's, to the same questions": _num_tokens(golds, tokenizer),
+        "GSM8K's without calculator marks": _num_tokens(map(gsm8k.without_calculator_marks, golds), tokenizer),
         "the model's, all": [row["num_output_tokens"] for row in sampled.rows],
     }
     return [{"answers": name, "n": len(values), **_spread(values)} for name, values in lengths.items()]
+
+
+def _num_tokens(texts: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    return [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
 
 
 def _spread(values: Sequence[int]) -> dict[str, float | None]:
@@ -311,3 +322,18 @@ def summarize(sampled: Sampled, distilled: Distilled) -> dict[str, Any]:
         "num_gold": distilled.num_gold,
         "num_dropped": distilled.num_dropped,
     }
+
+
+def told(counts: Mapping[str, Any] | None, source: str) -> str:
+    """What was trained on, in words.
+
+    Args:
+        counts: of ``summarize``; None where they are not known.
+        source: where the questions come from.
+    """
+    counts = counts or {}
+    num_covered, num_questions, num_gold = (counts.get(f"num_{name}") for name in ("covered", "questions", "gold"))
+    if num_covered is None or num_questions is None:
+        return f"own answers to {source}"
+    own = f"own answers to {num_covered} of {num_questions} questions of {source}"
+    return f"{own}, GSM8K's to {num_gold}" if num_gold else own

@@ -65,6 +65,12 @@ def find_overlaps(
     return sorted(found, key=lambda overlap: (-overlap.size, overlap.row, overlap.source))
 
 
+def num_sharing(rows: Sequence[Row], source_rows: Sequence[Row], size: int) -> int:
+    """How many questions of ``rows`` share ``size`` words in a row with a question of ``source_rows``."""
+    words, source_words = ([normalised_words(row["question"]) for row in each] for each in (rows, source_rows))
+    return len(_matches(words, source_words, size))
+
+
 def _matches(words: Sequence[list[str]], source_words: Sequence[list[str]], size: int) -> dict[int, list[int]]:
     """Position of a question -> positions of the source rows that share an n-gram of this size with it."""
     positions: dict[Ngram, set[int]] = {}

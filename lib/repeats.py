@@ -2,8 +2,9 @@
 
 Two sources of chance that do not replace each other. The interval of a run says how far its rate would move with other
 questions or prompts; the spread over seeds says how far it moves with another order of the training rows and other
-first weights of the adapter. What is drawn from the data has a seed of its own (``data_seed``): runs that differ in it
-too are no repeats of each other. Reads scores, knows nothing about files, plots or models.
+first weights of the adapter. What is drawn from the data, the base model's own answers among it, has a seed of its own
+(``data_seed``): runs that differ in it too are no repeats of each other. Reads scores, knows nothing about files, plots
+or models.
 """
 
 import math

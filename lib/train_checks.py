@@ -1,8 +1,8 @@
 """Checks of a training file: questions it must not hold, answers with a wrong number, rows that are too long.
 
-A file that somebody or some model wrote may hold test questions, and no score would show it. Questions are compared in
-one spelling (case, spacing, width, quotation marks), so a reworded copy is not found here (``overlap`` finds shared
-n-grams). Row numbers count from 1. Knows nothing about models or files.
+A file that somebody or some model wrote may hold test questions, and no score would show it. Questions are compared by
+their words and numbers (``gsm8k.normalise_question``), so a reworded copy is not found here (``overlap`` finds shared
+n-grams). A row's number is its line in its file, from 1. Knows nothing about models; files are names here.
 """
 
 from collections import Counter
@@ -18,7 +18,8 @@ FaultKind = Literal[
     "test question", "wrong number", "no number", "few-shot question", "development question", "too long"
 ]
 
-# Decided on by `train_file_faults`; all others leave training whatever it says.
+# Decided on by `train_file_faults`. All others leave training whatever it says: a rewritten copy of GSM8K's train split
+# holds the questions of pool and development rows of necessity, and a row that is too long would teach a cut answer.
 DECIDED: tuple[FaultKind, ...] = ("test question", "wrong number", "no number")
 HELD_OUT: tuple[FaultKind, ...] = ("few-shot question", "development question")
 MEANINGS: dict[FaultKind, str] = {
@@ -43,11 +44,12 @@ class TrainFileError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row; ``row`` counts from 1. A row can have several."""
+    """What is wrong with a row; ``row`` is its line in ``file``, from 1. A row can have several."""
 
     row: int
     kind: FaultKind
     reason: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,23 @@ def check_rows(
     *,
     gsm8k_train: Sequence[Row],
     gsm8k_test: Sequence[Row],
-    fewshot: Sequence[Row],
-    dev: Sequence[Row],
+    fewshot: Sequence[Row] = (),
+    dev: Sequence[Row] = (),
     action: Action,
     name: str,
+    lines: Sequence[int] = (),
 ) -> Checked:
     """Look for questions that must not be trained on and for answers whose number is not GSM8K's.
 
     Args:
-        rows: training rows ``question, answer`` as they were loaded.
+        rows: training rows ``question, answer`` as they were loaded; or GSM8K train, before rows are drawn from it.
         gsm8k_train, gsm8k_test: the whole splits.
-        fewshot, dev: pool and development rows of the run; their questions are reported here and taken out by
-            ``gsm8k.split_train``.
+        fewshot, dev: pool and development rows of the run, where they are drawn already; their questions are reported
+            here and taken out by ``gsm8k.split_train``.
         action: ``refuse`` raises where a row has a fault of ``DECIDED``, ``drop`` leaves such rows out, ``keep`` only
             reports them.
-        name: what the rows are called in the error.
+        name: of the rows' file.
+        lines: of the rows in it, from 1; empty: a row a line.
 
     Raises:
         TrainFileError: under ``refuse``.
@@ -93,19 +97,18 @@ def check_rows(
     }
     golds = _gold_numbers([*gsm8k_train, *gsm8k_test])
     questions = [gsm8k.normalise_question(row["question"]) for row in rows]
+    lines = lines or range(1, len(rows) + 1)
     faults = []
-    for number, (question, row) in enumerate(zip(questions, rows, strict=True), start=1):
-        faults += [
-            Fault(number, kind, f"it asks what {SOURCES[kind]} row {known[question]} asks")
-            for kind, known in places.items()
-            if question in known
-        ]
-        faults += _number_faults(number, row, golds.get(question, []))
+    for line, question, row in zip(lines, questions, rows, strict=True):
+        asked = [kind for kind, known in places.items() if question in known]
+        reasons = [(kind, f"it asks what {SOURCES[kind]} row {places[kind][question]} asks") for kind in asked]
+        reasons += _number_faults(row, golds.get(question, []))
+        faults += [Fault(line, kind, reason, name) for kind, reason in reasons]
     decided = [fault for fault in faults if fault.kind in DECIDED]
     if decided and action == "refuse":
         raise TrainFileError(_refusal(decided, len(rows), name))
     left_out = {fault.row for fault in decided} if action == "drop" else set()
-    kept = [row for number, row in enumerate(rows, start=1) if number not in left_out]
+    kept = [row for line, row in zip(lines, rows, strict=True) if line not in left_out]
     return Checked(kept, faults, sum(question not in golds for question in questions))
 
 
@@ -124,16 +127,16 @@ def _gold_numbers(rows: Sequence[Row]) -> dict[str, list[str | None]]:
     return golds
 
 
-def _number_faults(number: int, row: Row, golds: Sequence[str | None]) -> list[Fault]:
+def _number_faults(row: Row, golds: Sequence[str | None]) -> list[tuple[FaultKind, str]]:
     if not golds:
         return []
     found = gsm8k.extract_answer(row["answer"])
     if found is None:
-        return [Fault(number, "no number", f"GSM8K's answer is {golds[0]}")]
+        return [("no number", f"GSM8K's answer is {golds[0]}")]
     # Any of them: a set of one's own may hold a question twice.
     if any(gsm8k.is_correct(found, gold) for gold in golds):
         return []
-    return [Fault(number, "wrong number", f"it ends in {found[:40]}, GSM8K's answer is {golds[0]}")]
+    return [("wrong number", f"it ends in {found[:40]}, GSM8K's answer is {golds[0]}")]
 
 
 def _refusal(faults: Sequence[Fault], num_rows: int, name: str) -> str:
@@ -146,18 +149,27 @@ def _refusal(faults: Sequence[Fault], num_rows: int, name: str) -> str:
     )
 
 
-def find_too_long(trained: Sequence[Row], lengths: Sequence[int], limit: int, rows: Sequence[Row]) -> list[Fault]:
+def find_too_long(
+    trained: Sequence[Row],
+    lengths: Sequence[int],
+    limit: int,
+    *,
+    rows: Sequence[Row],
+    name: str,
+    lines: Sequence[int] = (),
+) -> list[Fault]:
     """Rows that training leaves out because they have more than ``limit`` tokens.
 
     Args:
-        trained: rows that are left to train on, with their ``lengths`` in tokens.
-        rows: the rows as they were loaded, in which they are numbered; of equal rows the first.
+        trained: rows that are left to train on, with their ``lengths`` in tokens as training counts them.
+        rows, name, lines: the rows as they were loaded, their file and their lines in it, as in ``check_rows``; of
+            equal rows the first is named.
     """
     numbers: dict[tuple[str, str], int] = {}
-    for number, row in enumerate(rows, start=1):
-        numbers.setdefault((row["question"], row["answer"]), number)
+    for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
+        numbers.setdefault((row["question"], row["answer"]), line)
     return [
-        Fault(numbers[row["question"], row["answer"]], "too long", f"{length} tokens, max_seq_length is {limit}")
+        Fault(numbers[row["question"], row["answer"]], "too long", f"{length} tokens, max_seq_length is {limit}", name)
         for row, length in zip(trained, lengths, strict=True)
         if length > limit
     ]
@@ -181,9 +193,12 @@ def fault_table(faults: Sequence[Fault], action: Action) -> list[dict[str, Any]]
 
 
 def first_offenders(faults: Sequence[Fault], per_kind: int = 2) -> list[dict[str, Any]]:
-    """Rows of a table: the first faults of each kind, by row number, those of ``DECIDED`` first."""
+    """Rows of a table: the first faults of each kind, by file and row number, those of ``DECIDED`` first."""
     shown = []
     for kind in MEANINGS:
-        these = sorted((fault for fault in faults if fault.kind == kind), key=lambda fault: fault.row)
-        shown += [{"row": str(fault.row), "what": fault.kind, "reason": fault.reason} for fault in these[:per_kind]]
+        these = sorted((fault for fault in faults if fault.kind == kind), key=lambda fault: (fault.file, fault.row))
+        shown += [
+            {"row": str(fault.row), "what": kind, "reason": fault.reason, "file": fault.file}
+            for fault in these[:per_kind]
+        ]
     return shown

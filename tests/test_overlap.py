@@ -55,6 +55,13 @@ def test_each_source_is_told_apart_and_the_longest_comes_first():
     ]
 
 
+def test_questions_that_share_words_are_counted_once():
+    held_out = [question(TEN_WORDS), question(f"{TEN_WORDS} eleven"), question("one two three")]
+    train = [question(f"so {TEN_WORDS}"), question(TEN_WORDS.upper())]
+    assert [overlap.num_sharing(held_out, train, size) for size in (3, 8, 11)] == [3, 2, 0]
+    assert overlap.num_sharing([], train, 8) == overlap.num_sharing(held_out, [], 8) == 0
+
+
 def test_short_questions_and_empty_sources_share_nothing():
     assert overlap.find_overlaps([question("How many?", id=0)], {"train": [question("How many?")]}) == []
     assert overlap.find_overlaps([question(TEN_WORDS, id=0)], {"train": [], "fewshot": []}) == []

@@ -1,5 +1,8 @@
 """lib.train_checks: what must not be trained on is found, named by its row, and refused, dropped or kept."""
 
+import json
+import os
+
 import pytest
 
 from lib import gsm8k, train_checks
@@ -104,10 +107,26 @@ def test_drop_leaves_the_decided_rows_out_and_keep_none():
 
 
 def test_rows_that_are_too_long_are_named_by_their_number_in_the_file():
-    faults = find_too_long([TRAIN[4], TRAIN[6]], [50, 70], 60, TRAIN)
-    assert [(fault.row, fault.kind, fault.reason) for fault in faults] == [
-        (7, "too long", "70 tokens, max_seq_length is 60")
+    faults = find_too_long([TRAIN[4], TRAIN[6]], [50, 70], 60, rows=TRAIN, name="train.jsonl")
+    assert [(fault.row, fault.kind, fault.reason, fault.file) for fault in faults] == [
+        (7, "too long", "70 tokens, max_seq_length is 60", "train.jsonl")
     ]
+
+
+def test_rows_are_numbered_by_their_lines_in_their_file():
+    # Blank lines stand between the rows.
+    lines = range(1, 2 * len(PLANTED) + 1, 2)
+    asked = {"gsm8k_train": TRAIN, "gsm8k_test": TEST, "action": "drop", "name": "mine.jsonl", "lines": lines}
+    checked = check_rows(PLANTED, **asked)
+    assert [(fault.row, fault.kind, fault.file) for fault in checked.faults] == [
+        (3, "test question", "mine.jsonl"),
+        (7, "wrong number", "mine.jsonl"),
+    ]
+    assert checked.rows == [PLANTED[at] for at in (0, 2, 4, 5)]
+    with pytest.raises(TrainFileError, match="row 3: test question"):
+        check_rows(PLANTED, **{**asked, "action": "refuse"})
+    (long,) = find_too_long(PLANTED[5:], [9], 8, rows=PLANTED, name="mine.jsonl", lines=lines)
+    assert long.row == 11
 
 
 def test_the_first_offenders_of_each_kind_stand_first():
@@ -155,6 +174,52 @@ def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
     assert (faults["test question"], faults["few-shot question"], faults["wrong number"]) == (1, 1, 1)
     html = outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
     assert "it ends in 123456" in html and "it asks what test row 12 asks" in html
+
+
+def test_notebook_01_draws_no_row_that_asks_what_the_test_split_asks(tmp_path):
+    from lib import execution, model, sft
+    from tests.tiny import save_tiny_model
+
+    tiny, train, test = save_tiny_model(tmp_path / "tiny"), read_sandbox("train"), read_sandbox("test")
+    # Every second row of this GSM8K's own train split is a test question: some are drawn for pool and development rows.
+    folder = tmp_path / "gsm8k"
+    write_jsonl(folder / "gsm8k_test.jsonl", test)
+    write_jsonl(folder / "gsm8k_train.jsonl", [row for pair in zip(test, train[:24], strict=True) for row in pair])
+    lines = [json.dumps(row) for row in [train[30], test[11], *train[31:40]]]
+    (tmp_path / "mine.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    # As long as one of the rows is: a count that is one off leaves it out.
+    conversations = [gsm8k.training_messages(row) for row in [train[30], *train[31:40]]]
+    tokenizer = model.load_tokenizer(tiny)
+    sizes = sorted(len(row["input_ids"]) for row in sft.encode_rows(tokenizer, conversations, 10_000).examples)
+    parameters = {"results_dir": str(tmp_path / "results"), "base_model": str(tiny), "gsm8k_source": str(folder)}
+    parameters |= {"train_source": "file", "train_file": str(tmp_path / "mine.jsonl"), "fewshot_k": 1}
+    parameters |= {"train_file_faults": "drop", "max_seq_length": sizes[4], "fewshot_pool_size": 6, "dev_rows": 6}
+    outcome = execution.execute("01_prepare", tmp_path / "01_prepare.ipynb", parameters)
+    assert not outcome.error, outcome.error
+    paths = run_paths(str(tmp_path / "results"), "sandbox_one")
+    clean = gsm8k.split_train(
+        train[:24], [train[30], *train[31:40]], pool_size=6, dev_rows=6, max_train_rows=0, seed=42
+    )
+    assert [read_jsonl(path) for path in (paths.fewshot_rows, paths.dev_rows)] == [clean.fewshot, clean.dev]
+    assert read_jsonl(paths.train_rows) == [train[30], *train[31:40]]
+    faults = read_json(paths.train_rows.with_name("train_faults.json"))
+    # Blank lines count: the second row stands on the third line.
+    planted = [fault["row"] for fault in faults if fault["kind"] == "test question" and "mine" in fault["file"]]
+    drawable = [fault["row"] for fault in faults if fault["file"].endswith("gsm8k_train.jsonl")]
+    assert planted == [3] and drawable == list(range(1, 49, 2))
+    facts = read_json(paths.manifest("01_prepare"))["facts"]
+    encoded = sft.encode_rows(tokenizer, conversations, sizes[4])
+    assert facts["num_too_long"] == len(encoded.too_long) == sum(size > sizes[4] for size in sizes)
+
+
+@pytest.mark.skipif("ASSETS_DIR" not in os.environ, reason="ASSETS_DIR names no folder of data")
+def test_gsm8k_has_no_row_that_may_not_be_drawn():
+    from lib import assets
+
+    train, test = (assets.load_gsm8k(split, offline=True)[0] for split in ("train", "test"))
+    checked = check_rows(train, gsm8k_train=train, gsm8k_test=test, action="refuse", name="GSM8K train")
+    # So pool, development and training rows are those that were drawn before there was this check.
+    assert checked.rows == train and checked.faults == []
 
 
 def test_the_same_file_is_refused_by_default(tmp_path):
