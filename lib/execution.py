@@ -28,8 +28,11 @@ NOTEBOOKS_DIR = PROJECT_ROOT / "notebooks"
 # A loaded machine can be slow to answer: a kernel that does not start is tried once more.
 KERNEL_START_TRIES = 2
 KERNEL_START_TIMEOUT_S = 120
-# What nbclient and jupyter_client say of a kernel that did not come up.
+# A cell's outputs come on a way of their own, on a starved machine long after its end; nbclient waits 4 s for them.
+OUTPUT_TIMEOUT_S = 120
+# What nbclient and jupyter_client say of a kernel that did not come up, and of outputs that did not come.
 NO_START = ("Kernel didn't respond", "Kernel died before replying")
+NO_OUTPUT = "Timeout waiting for IOPub output"
 BANNER_TAG = "run-stopped"
 # Key of a notebook's metadata; it is set last, so that a notebook whose driver was killed never looks whole.
 COMPLETE_MARK = "run_all"
@@ -158,6 +161,7 @@ def _run_once(
             progress_bar=False,
             start_timeout=KERNEL_START_TIMEOUT_S,
             execution_timeout=cell_timeout_s or None,
+            iopub_timeout=OUTPUT_TIMEOUT_S,
             kernel_manager_class=OwnKernelManager,
             on_cell_start=interrupts.refuse_cell,
         )
@@ -175,7 +179,12 @@ def _run_once(
         words = clean(last_words())
         said = f"; its last words: {words}" if words else ""
         return _Stop(f"the kernel died: often there was too little memory{said}", headline=DEAD_KERNEL)
-    except CellTimeoutError:
+    except CellTimeoutError as failure:
+        if NO_OUTPUT in str(failure):
+            error = (
+                f"the outputs of a cell did not come within {OUTPUT_TIMEOUT_S} s of its end: is the machine starved?"
+            )
+            return _Stop(error, headline="The outputs of a cell that had ended did not come.")
         error = f"a cell took over {cell_timeout_s} s (--cell-timeout), its kernel was ended"
         return _Stop(error, headline=f"A cell took over {cell_timeout_s} s (--cell-timeout): its kernel was ended.")
     return _Stop()
