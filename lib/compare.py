@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lib import gsm8k, hazards, overlap, repeats, safety
+from lib import distil, gsm8k, hazards, overlap, repeats, safety
 from lib.artifacts import (
     ArtifactError,
     RunPaths,
@@ -562,7 +562,7 @@ def _description(run: RunScores) -> Row:
     return {
         "run_name": run.name,
         "model_name": known.get("base_model"),
-        "train_data": _train_data(known),
+        "train_data": _train_data(run),
         "method": _method(known),
         "hyperparams": _hyperparameters(known),
         "gsm8k_acc": metrics["gsm8k_accuracy"],
@@ -571,9 +571,11 @@ def _description(run: RunScores) -> Row:
     }
 
 
-def _train_data(known: Mapping[str, Any]) -> str | None:
+def _train_data(run: RunScores) -> str | None:
+    known = run.parameters
     if known.get("train_source") == "self_distilled":
-        return f"own answers to {known['gsm8k_source']}"
+        # How many is said: GSM8K's own answers may be most of the rows (distil_fallback: gold).
+        return distil.told(facts_of(run.paths, "01_prepare").get("distil"), known["gsm8k_source"])
     return known.get("train_file") or known.get("gsm8k_source")
 
 

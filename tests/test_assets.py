@@ -161,6 +161,8 @@ def test_changed_rows_name_file_hashes_and_remedy(place, project, tmp_path, publ
         (b"\xff\xfe\x00", "is not UTF-8 text"),
         (b"\x1f\x8b\x08\x00", "is not UTF-8 text"),
         ("[" * 100_000, "line 1: not JSON"),
+        (json.dumps(ROWS), "is a JSON array; JSON lines were expected, one object a line"),
+        ("\ufeff" + json.dumps(ROWS, indent=1), "is a JSON array; JSON lines were expected, one object a line"),
     ],
 )
 def test_malformed_data_file_names_file_and_line(text, said, project):
@@ -168,6 +170,19 @@ def test_malformed_data_file_names_file_and_line(text, said, project):
     with pytest.raises(AssetError, match=said) as caught:
         assets.load_gsm8k("test", offline=True)
     assert "gsm8k_test.jsonl" in str(caught.value)
+
+
+def test_the_line_that_mends_a_json_array_does(tmp_path):
+    old, new = _write(tmp_path / "old", "\ufeff" + json.dumps(ROWS, indent=1)), tmp_path / "new.jsonl"
+    command = assets.TO_JSON_LINES.replace("python", sys.executable, 1)
+    subprocess.run(["sh", "-c", command], cwd=old.parent, check=True)
+    assert assets.parse_question_rows(new.read_bytes(), "new.jsonl") == ROWS
+
+
+def test_rows_are_numbered_by_their_lines(tmp_path):
+    text = "\n" + _jsonl(ROWS).replace("\n", "\n \r\n")
+    rows, source = assets.load_train_file(str(_write(tmp_path / "mine.jsonl", text)))
+    assert rows == ROWS and assets.line_numbers(source) == [2, 4]
 
 
 def test_unicode_line_separator_inside_a_text_is_no_line_end(project, monkeypatch):

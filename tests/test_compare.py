@@ -140,6 +140,15 @@ def test_own_answers_are_named_as_what_was_trained_on(results):
     own = PARAMETERS | {"train_source": "self_distilled"}
     write_json(paths.config_resolved, {"parameters": own, "settings": {}})
     assert compare.summary_row(compare.score_run(paths))["train_data"] == "own answers to data"
+    # Where a question without a correct answer falls back on GSM8K's, that is said.
+    record = start_stage(paths.manifest("01_prepare"), "01_prepare", "one", {})
+    counts = {"num_covered": 120, "num_questions": 200, "num_gold": 80}
+    record.finish(inputs=[], outputs=[], facts={"distil": counts})
+    told = compare.summary_row(compare.score_run(paths))["train_data"]
+    assert told == "own answers to 120 of 200 questions of data, GSM8K's to 80"
+    record.finish(inputs=[], outputs=[], facts={"distil": {**counts, "num_gold": 0}})
+    told = compare.summary_row(compare.score_run(paths))["train_data"]
+    assert told == "own answers to 120 of 200 questions of data"
 
 
 def test_a_rerun_replaces_its_row_and_keeps_the_others(results):
