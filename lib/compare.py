@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from lib import distil, gsm8k, hazards, overlap, repeats, safety
+from lib import distil, gsm8k, hazards, overlap, rates, repeats, safety, sweep
 from lib.artifacts import (
     ArtifactError,
     RunPaths,
@@ -148,6 +148,16 @@ def facts_of(paths: RunPaths, stage: str) -> Row:
     """What a stage noted beside its metrics; empty where it left no manifest."""
     manifest_path = paths.manifest(stage)
     return read_json(manifest_path)["facts"] if manifest_path.exists() else {}
+
+
+def selected_on_test(paths: RunPaths) -> str:
+    """How the adapter was chosen, in a sentence, where that was done on the rows that are reported; else ""."""
+    facts = facts_of(paths, "02_train")
+    compared = facts.get("checkpoints", [])
+    # Of one checkpoint none is the winner.
+    if facts.get("selected_on") != sweep.ON_TEST or len(compared) == 1:
+        return ""
+    return sweep.selection_text(facts["adapter"], sweep.ON_TEST, facts["sweep_metric"], len(compared))
 
 
 def _protocol(paths: RunPaths, stage: str) -> Row:
@@ -630,7 +640,8 @@ def rate_words(counts: tuple[int, int] | None, status: str) -> str:
     if counts is None:
         return status
     low, high = wilson_interval(*counts)
-    return f"{counts[0]} of {counts[1]} = {100 * counts[0] / counts[1]:.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
+    share = rates.percent(counts[0] / counts[1])
+    return f"{rates.count(*counts)} = {share} ({rates.interval(low, high)})"
 
 
 def both_rates(run: RunScores) -> str:
@@ -658,11 +669,11 @@ def results_table(results_dir: str, seconds: Mapping[str, float]) -> str:
 
 def _stacked_lines(titles: Sequence[str], row: Sequence[str]) -> list[str]:
     """A run's row under each other, each cell behind its title; what is longer than a line goes on below itself."""
-    name, *rates, seconds = row
+    name, *told, seconds = row
     width = max(map(len, titles[1:-1]))
     heads = [f"  {title:<{width}}  " for title in titles[1:-1]]
     lines = textwrap.wrap(f"{name}, {seconds} {titles[-1]}", TERMINAL_WIDTH)
-    for head, rate in zip(heads, rates, strict=True):
+    for head, rate in zip(heads, told, strict=True):
         lines += textwrap.wrap(rate, TERMINAL_WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
     return lines
 
@@ -677,6 +688,6 @@ def missed_baselines(results_dir: str, run_names: Sequence[str]) -> list[str]:
         )
         for axis, counts, status, baseline in axes:
             if baseline is not None and not (counts and counts[0] / counts[1] >= baseline):
-                missed = f"{axis} misses its baseline {100 * baseline:.1f} %"
+                missed = f"{axis} misses its baseline of {rates.percent(baseline)}"
                 misses.append(f"{run.name}: {missed}: {rate_words(counts, status)}")
     return misses

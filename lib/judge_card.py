@@ -124,6 +124,11 @@ class Disagreement:
     safe_b: Rate
     test: stats.PairedTest
 
+    @property
+    def num_unparsed(self) -> int:
+        """Verdicts of the second judgement that could not be read."""
+        return sum(number for (_, label), number in self.counts.items() if label == "unparsed")
+
 
 def disagreement(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Disagreement:
     """How two judgements of the same responses differ, for example response alone and prompt and response.

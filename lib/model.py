@@ -111,7 +111,8 @@ def _fastest_dtype(device: str) -> tuple[str, str]:
 def _device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU with {torch.get_num_threads()} threads"
+    num_threads = torch.get_num_threads()
+    return f"CPU with {num_threads} {'thread' if num_threads == 1 else 'threads'}"
 
 
 # --- tokenizer and prompts ----------------------------------------------------------------------------------------

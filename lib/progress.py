@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib import rates
 from lib.artifacts import RunPaths
 from lib.execution import count_lines, fail, lose_reader
 from lib.redaction import visible
@@ -127,8 +128,7 @@ class RowFile:
 
         low, high = wilson_interval(self.num_good, self.num_scored)
         word = "safe" if "safety_label" in self.last else "right"
-        share = self.num_good / self.num_scored
-        return f"{100 * share:.1f} % {word} ({100 * low:.1f}–{100 * high:.1f})"
+        return f"{rates.percent(self.num_good / self.num_scored)} {word} ({rates.interval(low, high)})"
 
 
 @dataclass
@@ -280,7 +280,7 @@ class StageWatch:
         return round(row["step"] / row["epoch"]) * self.parameters["num_epochs"]
 
     def final_lines(self) -> list[str]:
-        """What the stage wrote, a line a row file: "24 answers, 4.2 % right (0.7–20.2)"."""
+        """What the stage wrote, a line a row file: "24 answers, 4.2 % right (0.7 to 20.2)"."""
         return [f"{file.done} {file.kind}{', ' if file.score else ''}{file.score}" for file in self._logs()]
 
 

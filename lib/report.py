@@ -9,6 +9,7 @@ import base64
 import hashlib
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lib import rates
 from lib.artifacts import PROJECT_ROOT, git_commit, package_versions, read_json
+from lib.rates import percent
 from lib.redaction import clean
 from lib.stats import wilson_interval
+from lib.verdict import baseline_verb
 
-if TYPE_CHECKING:  # for the reader only: a table needs neither scoring nor torch
+if TYPE_CHECKING:  # for the reader only: a table needs no torch
     from lib.sft import TrainResult
 
 MAX_TABLE_ROWS = 10
@@ -72,31 +76,21 @@ class Html:
 # --- numbers in words ------------------------------------------------------------------------------------------------
 
 
-def percent(share: float | None) -> str:
-    """A share in [0, 1] as a percentage with one decimal; ``not measured`` for None."""
-    return "not measured" if share is None else f"{100 * share:.1f} %"
-
-
-def interval_text(successes: int, total: int) -> str:
-    """Wilson's 95 % interval of a rate, as ``48.4 to 60.3 %``."""
-    low, high = wilson_interval(successes, total)
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
 def rate_text(successes: int, total: int) -> str:
-    """A rate with its interval and n, as ``54.4 % (95 % interval 48.3 to 60.3 %, n = 263)``."""
-    return f"{percent(successes / total)} (95 % interval {interval_text(successes, total)}, n = {total:,})"
+    """A rate with Wilson's 95 % interval and n, as ``54.4 % (95 % interval 48.3 to 60.3, n = 263)``."""
+    interval = rates.interval(*wilson_interval(successes, total))
+    return f"{percent(successes / total)} (95 % interval {interval}, n = {total:,})"
 
 
 def rate_columns(successes: int, total: int) -> dict[str, str]:
-    """A rate as cells of a table: rate, interval, and the count it comes from."""
-    cells = {"rate": percent(successes / total), "95 % interval": interval_text(successes, total)}
-    return {**cells, "rows": f"{successes:,} of {total:,}"}
+    """A rate as cells of a table: rate, Wilson's interval, and the count it comes from."""
+    interval = f"{rates.interval(*wilson_interval(successes, total))} %"
+    return {"rate": percent(successes / total), "95 % interval": interval, "rows": rates.count(successes, total)}
 
 
 def baseline_text(share: float, baseline: float) -> str:
     """Where a rate stands against the course's threshold, in words; reaching it passes."""
-    return f"{'reaches' if share >= baseline else 'misses'} the baseline of {percent(baseline)}"
+    return f"{baseline_verb(share >= baseline)} the baseline of {percent(baseline)}"
 
 
 # --- notes and lists -------------------------------------------------------------------------------------------------
@@ -163,7 +157,7 @@ def stack(parts: Sequence[Html]) -> Html:
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = MAX_TABLE_ROWS) -> Html:
-    """Rows as a table with escaped cells; columns that hold only numbers are set flush right.
+    """Rows as a table with escaped cells; columns that hold only numbers, rates or intervals are set flush right.
 
     Args:
         rows: at least one; every row's keys in the order of the columns.
@@ -173,7 +167,7 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = 
     shown = shown.fillna("–")
     if len(rows) > max_rows:
         caption = f"{caption} (first {max_rows} of {len(rows):,})".strip()
-    numeric = [place for place, name in enumerate(shown) if all(_is_number(row.get(name)) for row in rows[:max_rows])]
+    numeric = [place for place, name in enumerate(shown) if _is_numeric(shown[name])]
     left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
     right = [{"selector": f"th.col{place}, td.col{place}", "props": "text-align: right"} for place in numeric]
     title = {
@@ -188,8 +182,14 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = 
     return Html(styler.to_html(doctype_html=False), text)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+# "4.2 %", "-10.2 to 20.2", "1 of 1,319", "+9 -4", "3.1e-05".
+_NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
+_NUMERIC = re.compile(rf"{_NUMBER}( to {_NUMBER})?( %)?|{_NUMBER} of {_NUMBER}|{_NUMBER} {_NUMBER}")
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    known = [cell for cell in cells if cell not in ("–", "none")]
+    return bool(known) and all(_NUMERIC.fullmatch(cell) for cell in known)
 
 
 def _cell(value: Any) -> str:
@@ -199,6 +199,8 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_cell, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -258,7 +260,7 @@ def files_table(paths: Sequence[Path], folder: Path) -> Html:
             {
                 "file": path.relative_to(folder).as_posix(),
                 "files": len(files),
-                "KiB": round(size_kib, 1),
+                "KiB": f"{size_kib:,.1f}",
             }
         )
     return table(rows, f"Written by this stage, in {folder.name}/", max_rows=len(rows))
@@ -267,10 +269,10 @@ def files_table(paths: Sequence[Path], folder: Path) -> Html:
 def training_cost_table(result: "TrainResult", device: str) -> Html:
     """What a training took, as ``sft.train`` reports it."""
     share = percent(result.num_trainable / result.num_parameters)
-    begun = f"checkpoint-{result.resumed_from}" if result.resumed_from else "the start"
+    begun = f"went on from checkpoint-{result.resumed_from}" if result.resumed_from else "begun at the first"
     rows = [
         ("trained weights", f"{result.num_trainable:,}", f"{share} of {result.num_parameters:,} in the model"),
-        ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; went on from {begun}"),
+        ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; {begun}"),
         ("time", f"{result.wall_s:,.0f} s", "sum over all steps"),
         ("speed", f"{result.tokens_per_s:,.0f} tokens/s", "tokens read, forward and backward"),
         ("peak memory", f"{result.peak_memory_gib:.2f} GiB", f"on {device}"),
@@ -467,16 +469,23 @@ def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
 
 def _training_panel(axes: Axes, log: Sequence[Mapping[str, Any]], column: str) -> None:
     label, title, colour = TRAINING_PANELS[column]
-    _curve(axes, log, column, color=colour, label="training rows", marker="o" if len(log) < 40 else "", markersize=4)
-    highest = max(row[column] for row in log if row.get(column) is not None)
+    _curve(axes, log, column, color=colour, marker="o" if len(log) < 40 else "", markersize=4)
+    ends = {"training": (column, colour)}
     if column == "loss" and any(row.get("dev_loss") is not None for row in log):
-        _curve(axes, log, "dev_loss", color=VERMILION, label="development rows", marker="s", linestyle="--")
-        highest = max(highest, *(row["dev_loss"] for row in log if row.get("dev_loss") is not None))
-        axes.legend(frameon=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter("{x:g}")
+        _curve(axes, log, "dev_loss", color=VERMILION, marker="s", linestyle="--")
+        ends["development"] = ("dev_loss", VERMILION)
     # A learning rate or a norm that is 0 throughout still needs a scale.
-    axes.set(title=title, xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * highest or 1.0))
+    highest = max(row[name] for name, _ in ends.values() for row in log if row.get(name) is not None) or 1.0
+    if len(ends) > 1:
+        label_ends(
+            axes,
+            {label: (*_end(log, name), colour) for label, (name, colour) in ends.items()},
+            0.07 * highest,
+            inches=3.2,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(power_of_ten if column == "learning_rate" else "{x:g}")
+    axes.set(title=title, xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * highest))
 
 
 def _curve(axes: Axes, log: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
@@ -484,14 +493,47 @@ def _curve(axes: Axes, log: Sequence[Mapping[str, Any]], column: str, **style: A
     axes.plot([step for step, _ in known], [value for _, value in known], **style)
 
 
+def _end(log: Sequence[Mapping[str, Any]], column: str) -> tuple[int, float]:
+    return next((row["step"], row[column]) for row in reversed(log) if row.get(column) is not None)
+
+
+def power_of_ten(value: float, _place: int = 0) -> str:
+    """A tick of a learning rate: ``1e-4``, ``8e-5`` and ``2.5e-5`` in one form, as presets write them."""
+    if not value:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: float, inches: float) -> None:
+    """Names right of where lines end, in place of a legend; the horizontal axis goes on far enough to hold them.
+
+    Args:
+        lines: name -> (step and height of the line's end, colour).
+        gap: least distance between two names, in units of the vertical axis.
+        inches: length of the horizontal axis, more or less.
+    """
+    placed = -math.inf
+    # What a name lies on, a longer line or the grid, must not strike it through.
+    style = {"va": "center", "fontsize": 8.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+    for name, (step, height, colour) in sorted(lines.items(), key=lambda line: line[1][1]):
+        placed = max(height, placed + gap)
+        text = axes.annotate(name, (step, placed), (7, 0), textcoords="offset points", color=colour, **style)
+        text.set_in_layout(False)
+    first, last = axes.dataLim.intervalx
+    # A letter of this size takes some 0.07 inches; a name of a whole line is not worth the plot.
+    share = min(0.5, 0.07 * (max(map(len, lines)) + 2) / inches)
+    axes.set_xlim(right=last + max(last - first, 1) * share / (1 - share))
+
+
 @matplotlib.rc_context(STYLE)
 def rate_plot(
     rates: Mapping[str, tuple[int, int]], *, title: str, xlabel: str, marks: Mapping[str, float] | None = None
 ) -> Figure:
-    """Rates as points with their 95 % intervals, one line each, from the top.
+    """Rates as points with their 95 % intervals, one line each, from the top; the title says of how many rows.
 
     Args:
-        rates: label -> (successes, total).
+        rates: label -> (successes, total), at least one.
         marks: label -> share in [0, 1], drawn as dashed vertical lines (a baseline).
     """
     figure, (axes,) = new_figure(height=1.3 + 0.32 * len(rates))
@@ -499,7 +541,8 @@ def rate_plot(
     for place, (successes, total) in zip(places, rates.values(), strict=True):
         rate_point(axes, place, successes, total)
     axes.set_yticks(list(places), [f"{label}  (n = {total:,})" for label, (_, total) in rates.items()])
-    axes.set(title=title, xlabel=xlabel, xlim=(-0.03, 1.03), ylim=(0.4, len(rates) + 0.9))
+    heading = f"{title} ({n_words([total for _, total in rates.values()])})"
+    axes.set(title=heading, xlabel=xlabel, xlim=(-0.03, 1.03), ylim=(0.4, len(rates) + 0.9))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.grid(axis="y", visible=False)
     for label, share in (marks or {}).items():
@@ -513,4 +556,12 @@ def rate_point(axes: Axes, place: float, successes: int, total: int) -> None:
     share = successes / total
     axes.hlines(place, low, high, color=BLUE, linewidth=2)
     axes.plot(share, place, "o", color=BLUE, markersize=7)
-    axes.annotate(percent(share), (share, place), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+    # Beside the axis the number stands inside of it, where the axis does not strike it through.
+    across, side = (2, "left") if share < 0.06 else (-2, "right") if share > 0.94 else (0, "center")
+    axes.annotate(percent(share), (share, place), (across, 6), textcoords="offset points", ha=side, fontsize=8)
+
+
+def n_words(totals: Sequence[int], unit: str = "") -> str:
+    """How many rows, for a title: ``n = 24 questions``, or ``n = 24 to 263 questions`` where they are not equal."""
+    low, high = min(totals), max(totals)
+    return f"n = {low:,}{f' to {high:,}' if high > low else ''} {unit}".rstrip()

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lib import compare, gsm8k, hazards, safety, verdict
+from lib import compare, gsm8k, hazards, rates, safety, verdict
 from lib.artifacts import STAGES, results_root, write_text
 from lib.compare import RunScores
 from lib.redaction import clean, clean_value
@@ -160,7 +160,7 @@ def _score_row(run: RunScores, name: str, axis: AxisVerdict, reference: str) -> 
     return {
         "run": run.name,
         "axis": AXES[name].title,
-        "rate": f"{verdict.percent(axis.rate)} %" if measured else status,
+        "rate": rates.percent(axis.rate) if measured else status,
         "interval": _interval(axis) if measured else "",
         "rows": f"{axis.num_succeeded:,} of {axis.num_rows:,} {AXES[name].right}" if measured else "",
         "baseline": _baseline_words(axis),
@@ -170,24 +170,24 @@ def _score_row(run: RunScores, name: str, axis: AxisVerdict, reference: str) -> 
 
 
 def _interval(axis: AxisVerdict) -> str:
-    return f"{verdict.percent(axis.low)} to {verdict.percent(axis.high)} %"
+    return f"{rates.interval(axis.low, axis.high)} %"
 
 
 def _baseline_words(axis: AxisVerdict) -> str:
     if axis.baseline is None:
         return ""
     word = "reached" if axis.passes else "missed"
-    return f"{verdict.percent(axis.baseline)} %, {word}"
+    return f"{rates.percent(axis.baseline)}, {word}"
 
 
 def _change_cells(change: Comparison | None) -> dict[str, str]:
     if change is None:
         return {"change": "", "change_interval": "", "p_holm": "", "moved": ""}
     return {
-        "change": f"{100 * change.difference:+.1f}",
-        "change_interval": f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
+        "change": rates.signed_points(change.difference),
+        "change_interval": rates.interval(change.low, change.high),
         "p_holm": f"{change.p_holm:.3g}",
-        "moved": f"+{change.only_run} −{change.only_reference}",
+        "moved": rates.moved(change.only_run, change.only_reference),
     }
 
 

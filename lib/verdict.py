@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy import stats as distributions
 
-from lib import gsm8k, safety, stats
+from lib import gsm8k, rates, safety, stats
 
 Row = Mapping[str, Any]
 
@@ -312,8 +312,10 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
 
 
 def verdict_sentence(verdicts: Iterable[AxisVerdict]) -> str:
-    """The verdicts of one run in words, one part an axis: "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over
-    untuned; safety: no change that 240 prompts could show (95 % interval -2.9 to 3.8, smallest detectable 6.1 points)".
+    """The verdicts of one run in words, one part an axis.
+
+    "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over untuned; safety: no change can be shown with 240 prompts
+    (95 % interval -2.9 to 3.8, smallest detectable 6.1 points)".
 
     A number of points is claimed only where ``Comparison.shows_change`` holds; else the words say what was not shown.
     """
@@ -324,35 +326,31 @@ def _axis_words(verdict: AxisVerdict) -> str:
     if verdict.skipped:
         return f"not measured ({verdict.skipped})"
     if not verdict.comparison:
-        interval = f"{percent(verdict.low)} to {percent(verdict.high)}"
-        rate = f"{percent(verdict.rate)} % of {verdict.num_rows} (95 % interval {interval})"
+        interval = rates.interval(verdict.low, verdict.high)
+        rate = f"{rates.percent(verdict.rate)} of {verdict.num_rows:,} (95 % interval {interval})"
         return f"{rate}, not compared with {verdict.reference} ({verdict.uncompared})"
     if verdict.comparison.shows_change:
         return _claim(verdict.comparison, verdict.reference)
-    return _no_claim(verdict.comparison, next(axis.unit for axis in AXES.values() if axis.name == verdict.axis))
+    return _no_claim(verdict.comparison, _unit(verdict))
 
 
-def percent(share: float) -> str:
-    """A share or a difference of shares, times 100: one decimal, more where it would else be a false 0."""
-    # What rounding leaves of a 0 is a 0.
-    value = 100 * share if abs(share) > 1e-9 else 0.0
-    shown = f"{value:.1f}"
-    return f"{value:.1g}" if value and not float(shown) else shown
+def _unit(verdict: AxisVerdict) -> str:
+    return next(axis.unit for axis in AXES.values() if axis.name == verdict.axis)
 
 
 def _interval(comparison: Comparison) -> str:
-    return f"95 % interval {percent(comparison.low)} to {percent(comparison.high)}"
+    return f"95 % interval {rates.interval(comparison.low, comparison.high)}"
 
 
 def _claim(comparison: Comparison, reference: str) -> str:
-    sign, word = ("+", "over") if comparison.difference > 0 else ("", "against")
-    return f"{sign}{percent(comparison.difference)} points ({_interval(comparison)}) {word} {reference}"
+    word = "over" if comparison.difference > 0 else "against"
+    return f"{rates.signed_points(comparison.difference)} points ({_interval(comparison)}) {word} {reference}"
 
 
 def _no_claim(comparison: Comparison, unit: str) -> str:
     if not comparison.excludes_zero:
         told = f"{_interval(comparison)}, {_detectable_words(comparison.detectable)}"
-        return f"no change that {comparison.num_shared} {unit} could show ({told})"
+        return f"no change can be shown with {comparison.num_shared:,} {unit} ({told})"
     if comparison.p_value >= 1 - LEVEL:
         return f"no change that is sure ({_interval(comparison)}, but exact p = {comparison.p_value:.3g})"
     told = f"{_interval(comparison)}, p = {comparison.p_value:.3g}, Holm's p = {comparison.p_holm:.3g}"
@@ -360,26 +358,31 @@ def _no_claim(comparison: Comparison, unit: str) -> str:
 
 
 def _detectable_words(detectable: float | None) -> str:
-    return "too few to detect any" if detectable is None else f"smallest detectable {percent(detectable)} points"
+    return "too few to detect any" if detectable is None else f"smallest detectable {rates.points(detectable)} points"
 
 
 def baseline_sentence(verdict: AxisVerdict) -> str:
-    """Pass or fail in words, with the chance that a rerun on fresh rows would pass; "" without a baseline."""
+    """Whether the baseline is reached or missed, and the chance to reach it with new rows; "" without a baseline."""
     if verdict.baseline is None:
         return ""
     if verdict.skipped:
-        return f"{verdict.axis}: not measured, so the baseline of {percent(verdict.baseline)} % is not met"
-    word, sign = ("passes", "at least") if verdict.passes else ("fails", "below")
+        return f"{verdict.axis}: not measured, so the baseline of {rates.percent(verdict.baseline)} is missed"
     return (
-        f"{verdict.axis}: {word}, {percent(verdict.rate)} % is {sign} the baseline of {percent(verdict.baseline)} %; "
-        f"a rerun on as many fresh rows would pass with a chance of {_chance(verdict.rerun_chance)}"
+        f"{verdict.axis}: {rates.percent(verdict.rate)} {baseline_verb(verdict.passes)} the baseline of "
+        f"{rates.percent(verdict.baseline)}; on as many new {_unit(verdict)} it would be reached with a chance of "
+        f"{_chance(verdict.rerun_chance)}"
     )
+
+
+def baseline_verb(passes: bool) -> str:
+    """The one word for each verdict on a baseline, wherever it is told."""
+    return "reaches" if passes else "misses"
 
 
 def _chance(share: float) -> str:
     if share > 0.999:
         return "over 99.9 %"
-    return "under 0.1 %" if share < 0.001 else f"{100 * share:.1f} %"
+    return "under 0.1 %" if share < 0.001 else rates.percent(share)
 
 
 # --- like with like -------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.transforms import ScaledTranslation
 
-from lib import compare, gsm8k, hazards
-from lib.artifacts import read_json, read_jsonl
+from lib import compare, gsm8k, hazards, rates
+from lib.artifacts import read_json, read_jsonl, sha256_json
 from lib.compare import FrontierPoint, RunPair, RunScores
 from lib.judge_card import (
     Agreement,
@@ -34,6 +35,9 @@ from lib.report import (
     STYLE,
     VERMILION,
     Html,
+    fold,
+    label_ends,
+    n_words,
     new_figure,
     note,
     percent,
@@ -62,7 +66,7 @@ def scores_table(runs: Sequence[RunScores]) -> Html:
         ):
             cells = rate_columns(*counts) if counts else {"rate": status, "95 % interval": None, "rows": None}
             reached = bool(counts) and baseline is not None and counts[0] / counts[1] >= baseline
-            verdict = "no baseline" if baseline is None else "pass" if reached else "fail"
+            verdict = "no baseline" if baseline is None else "reached" if reached else "missed"
             shown = None if baseline is None else percent(baseline)
             rows.append({"run": run.name, "axis": axis, **cells, "baseline": shown, "verdict": verdict})
     return table(rows, "Accuracy on GSM8K and safe rate on AILuminate", max_rows=len(rows))
@@ -88,13 +92,12 @@ def _change_cells(found: AxisVerdict, before: str, after: str) -> dict[str, Any]
         "rows": change.num_shared,
         before: percent(change.reference_rate),
         after: percent(change.rate),
-        "change": f"{100 * change.difference:+.1f}",
-        "95 % interval": f"{100 * change.low:+.1f} to {100 * change.high:+.1f}",
-        f"only {after}": change.only_run,
-        f"only {before}": change.only_reference,
+        "change": rates.signed_points(change.difference),
+        "95 % interval": rates.interval(change.low, change.high),
+        "rows that moved": rates.moved(change.only_run, change.only_reference),
         "exact p": f"{change.p_value:.3g}",
         "Holm's p": f"{change.p_holm:.3g}",
-        "detectable": "none" if change.detectable is None else f"{100 * change.detectable:.1f}",
+        "detectable": "none" if change.detectable is None else rates.points(change.detectable),
     }
 
 
@@ -130,7 +133,8 @@ def outcomes_table(runs: Sequence[RunScores]) -> Html:
             counted = gsm8k.summarize(answers)
             strict, flexible = counted["num_correct"] / counted["n"], counted["num_correct_flexible"] / counted["n"]
             cells = {"strict": percent(strict), "flexible": percent(flexible), **counted["outcomes"]}
-            rows.append({"run": run.name, "model": side, **cells, "tokens an answer": counted["mean_output_tokens"]})
+            tokens = _fixed(counted["mean_output_tokens"], 1)
+            rows.append({"run": run.name, "model": side, **cells, "tokens an answer": tokens})
     if not rows:
         return note("No run has GSM8K rows.")
     return table(rows, "Outcomes (questions)", max_rows=len(rows))
@@ -160,22 +164,33 @@ def _some_ids(flip: Flip) -> str:
 def hazard_heatmap(runs: Sequence[RunScores]) -> Figure:
     """Safe rate by run (columns) and hazard (rows): the share and the count in each cell, darker is less safe.
 
+    Without intervals, and the picture says so: the tables have them.
+
     Args:
         runs: with judged rows, at least one.
     """
-    rates = {run.name: {rate.name: rate for rate in hazards.rates_by_hazard(run.rows["safety"])} for run in runs}
-    names = list(dict.fromkeys(name for found in rates.values() for name in found))
-    figure, (axes,) = new_figure(width=max(5.6, 2.9 + 1.35 * len(runs)), height=1.2 + 0.34 * len(names))
-    shares = [[rates[run][name].rate if name in rates[run] else float("nan") for run in rates] for name in names]
-    axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    by_run = {run.name: {rate.name: rate for rate in hazards.rates_by_hazard(run.rows["safety"])} for run in runs}
+    names = list(dict.fromkeys(name for found in by_run.values() for name in found))
+    figure, (axes,) = new_figure(width=max(6.4, 3.7 + 1.35 * len(runs)), height=1.6 + 0.34 * len(names))
+    shares = [[by_run[run][name].rate if name in by_run[run] else float("nan") for run in by_run] for name in names]
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, symbol=" %", decimals=0), label="safe")
     for row, name in enumerate(names):
-        for column, run in enumerate(rates):
-            _heat_cell(axes, row, column, rates[run].get(name))
-    axes.set_xticks(range(len(rates)), [_wrapped(run) for run in rates])
+        for column, run in enumerate(by_run):
+            _heat_cell(axes, row, column, by_run[run].get(name))
+    axes.set_xticks(range(len(by_run)), [_wrapped(run) for run in by_run])
     axes.set_yticks(range(len(names)), names)
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    axes.set_title("Responses called safe, by hazard")
+    axes.set_xlabel("share safe (safe/all)\ntheir 95 % intervals stand in the table of 05_compare")
+    # Over the whole figure: the names of hazards leave the axes little width.
+    figure.suptitle(
+        f"Responses called safe, by hazard ({n_words([len(run.rows['safety']) for run in runs], 'responses')} a model)",
+        x=0.01,
+        ha="left",
+        fontsize=STYLE["axes.titlesize"],
+        fontweight="bold",
+    )
     return figure
 
 
@@ -207,7 +222,7 @@ def groups_table(runs: Sequence[RunScores], kind: str) -> Html:
             "run": run.name,
             kind: rate.name,
             "safe": percent(rate.rate),
-            "95 % interval": _interval_words(rate),
+            "95 % interval": _interval_cell(rate),
             "rows": f"{rate.num_safe} of {rate.num_rows}",
         }
         for run in runs
@@ -268,6 +283,7 @@ def clean_table(effects: Mapping[str, Sequence[OverlapEffect]]) -> Html:
 def frontier_plot(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
     """Accuracy against safe rate along the adapter's scale, a line a run; each point names its scale."""
     figure, (axes,) = new_figure(width=7.6, height=4.6)
+    measured = [(point.accuracy, point.safe) for points in frontiers.values() for point in points]
     for at, (name, points) in enumerate(frontiers.items()):
         across, up = [_share(point.accuracy) for point in points], [_share(point.safe) for point in points]
         axes.plot(across, up, color=COLOURS[at % 6], marker=MARKERS[at % 6], markersize=6, linewidth=1.5)
@@ -281,7 +297,7 @@ def frontier_plot(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
             label, above = f"{name}: {', '.join(scales)}", (5, 5 + 11 * at)
             axes.annotate(label, place, above, textcoords="offset points", fontsize=8, color=COLOURS[at % 6])
     axes.set(xlabel="GSM8K: share of questions right (strict)", ylabel="AILuminate: share of responses safe")
-    axes.set_title("Accuracy and safety along the adapter's scale")
+    axes.set_title(f"Accuracy and safety by the adapter's scale ({_n_of_both(measured)})")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     return figure
@@ -328,20 +344,23 @@ def threshold_plot(curve: Sequence[tuple[float, Rate]]) -> Figure:
 
 
 def rate_words(rate: Rate | CorrectedRate) -> str:
-    """A rate with its interval, as ``54.4 % (95 % interval 48.3 to 60.3 %)``."""
-    return f"{percent(rate.rate)} (95 % interval {_interval_words(rate)})"
+    """A rate with its interval, as ``54.4 % (95 % interval 48.3 to 60.3)``."""
+    return f"{percent(rate.rate)} (95 % interval {rates.interval(rate.low, rate.high)})"
 
 
-def _interval_words(rate: hazards.GroupRate | Rate | CorrectedRate) -> str:
-    return f"{100 * rate.low:.1f} to {100 * rate.high:.1f} %"
+def _interval_cell(rate: hazards.GroupRate | Rate) -> str:
+    return f"{rates.interval(rate.low, rate.high)} %"
 
 
 def disagreement_words(name: str, found: Disagreement) -> str:
     """How another way of judging the same responses differs, in one sentence."""
-    change = 100 * (found.safe_b.rate - found.safe_a.rate)
+    change = rates.signed_points(found.safe_b.rate - found.safe_a.rate)
+    total = found.differing.num_rows
+    # A rate that falls because nothing could be read says nothing about the responses.
+    unread = f", {rates.count(found.num_unparsed, total)} could not be read" if found.num_unparsed else ""
     return (
-        f"{name}: {found.differing.num_of} of {found.differing.num_rows} labels differ; the safe rate is "
-        f"{percent(found.safe_b.rate)} in place of {percent(found.safe_a.rate)} ({change:+.1f} points, exact p = "
+        f"{name}: {rates.count(found.differing.num_of, total)} labels differ{unread}; the safe rate is "
+        f"{percent(found.safe_b.rate)} in place of {percent(found.safe_a.rate)} ({change} points, exact p = "
         f"{found.test.p_value:.3g})."
     )
 
@@ -377,7 +396,7 @@ def judge_card_view(
         tables.append(wordings_table(spread))
         card.append(
             f"{len(spread.rates)} wordings of the guidelines on {len(wordings['as used'])} responses: the safe rate "
-            f"moves by {100 * spread.spread:.1f} points, {len(spread.ids)} labels are not the same under all."
+            f"moves by {rates.points(spread.spread)} points, {len(spread.ids)} labels are not the same under all."
         )
     return stack([*tables, sentences(card)]), card
 
@@ -394,7 +413,7 @@ def wordings_table(found: WordingSpread) -> Html:
         {
             "wording": name,
             "safe": percent(rate.rate),
-            "95 % interval": _interval_words(rate),
+            "95 % interval": _interval_cell(rate),
             "rows": f"{rate.num_of} of {rate.num_rows}",
         }
         for name, rate in found.rates.items()
@@ -435,26 +454,17 @@ def losses_plot(runs: Sequence[RunScores]) -> Figure:
     figure, (axes,) = new_figure(width=8.6, height=3.6)
     logs = {run.name: read_jsonl(run.paths.training_log) for run in runs}
     top = 1.08 * max(row["loss"] for log in logs.values() for row in log)
-    ends = {name: log[-1]["loss"] for name, log in logs.items()}
-    heights = dict(zip(sorted(ends, key=ends.__getitem__), _apart(sorted(ends.values()), 0.06 * top), strict=True))
+    ends = {}
     for at, (name, log) in enumerate(logs.items()):
         steps, losses = [row["step"] for row in log], [row["loss"] for row in log]
         mark = "o" if len(steps) < 40 else ""
         axes.plot(steps, losses, color=COLOURS[at % 6], marker=mark, markersize=3, linewidth=1.2)
-        axes.text(steps[-1], heights[name], f"  {name}", va="center", fontsize=8.5, color=COLOURS[at % 6])
+        ends[name] = (steps[-1], losses[-1], COLOURS[at % 6])
+    label_ends(axes, ends, gap=0.06 * top, inches=7.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.margins(x=0.14)
     axes.set(xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, top))
-    axes.set_title("Training loss")
+    axes.set_title(f"Training loss ({n_words([len(log) for log in logs.values()], 'steps')} a run)")
     return figure
-
-
-def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """The same ascending values, pushed up where one is less than ``gap`` above the one below it."""
-    placed: list[float] = []
-    for value in values:
-        placed.append(max(value, placed[-1] + gap) if placed else value)
-    return placed
 
 
 def costs_table(runs: Sequence[RunScores]) -> Html:
@@ -472,38 +482,82 @@ def _cost_row(run: RunScores, stage: str) -> dict[str, Any]:
     return {
         "run": run.name,
         "stage": stage,
-        "seconds": manifest["wall_s"],
-        "of these in the model": facts.get("model_work_s"),
-        "peak memory, GiB": facts.get("peak_memory_gib"),
+        "seconds": _fixed(manifest["wall_s"], 1),
+        "of these in the model": _fixed(facts.get("model_work_s"), 1),
+        "peak memory, GiB": _fixed(facts.get("peak_memory_gib"), 2),
         "speed": speed,
         "device": facts.get("runtime"),
     }
 
 
-def provenance_table(runs: Sequence[RunScores]) -> Html:
-    """What made the rows of each run: a row a field, a column a run; hashes by their first 12 digits."""
-    columns = {run.name: _provenance(run) for run in runs}
-    fields = list(dict.fromkeys(name for found in columns.values() for name in found))
-    rows = [
-        {"field": name, **{run: found.get(name, NOT_RECORDED) for run, found in columns.items()}} for name in fields
-    ]
-    return table(rows, "Where the rows come from", max_rows=len(rows))
+def _fixed(value: float | None, decimals: int) -> str | None:
+    return None if value is None else f"{value:,.{decimals}f}"
 
 
-def _provenance(run: RunScores) -> dict[str, str]:
-    fields: dict[str, str] = {}
+# What a reader asks first of rows that every run made alike; the rest is folded.
+MAIN_FIELDS = ("base model", "quantization", "dtype", "device", "decoding", "judge", "judge decoding", "commit")
+
+
+def provenance_view(runs: Sequence[RunScores]) -> Html:
+    """What made the rows of each run, hashes by their first 12 digits: what differs between runs, then what they share.
+
+    A field that is the same wherever a run records it stands once, else once for each axis or stage.
+    """
+    fields = _fields({run.name: _provenance(run) for run in runs})
+    differing = {name: values for name, values in fields.items() if len(set(values.values())) > 1}
+    shared = {name: next(iter(values.values())) for name, values in fields.items() if name not in differing}
+    main = {name: value for name, value in shared.items() if name.partition(" (")[0] in MAIN_FIELDS}
+    rest = [_shared_row(name, value) for name, value in shared.items() if name not in main]
+    parts = []
+    if differing:
+        rows = [{"field": name, **values} for name, values in differing.items()]
+        parts.append(table(rows, "Fields in which the runs differ", max_rows=len(rows)))
+    elif len(runs) > 1:
+        parts.append(note("The runs differ in no field that they record."))
+    if main:
+        caption = "Shared by every run" if len(runs) > 1 else "Where the rows come from"
+        parts.append(table([_shared_row(*field) for field in main.items()], caption, max_rows=len(main)))
+    if rest:
+        folded = table(rest, max_rows=len(rest))
+        parts.append(fold(f"{len(rest)} more fields: hashes and versions", folded))
+    return stack(parts or [note("No run notes where its rows come from.")])
+
+
+def _shared_row(name: str, value: str) -> dict[str, str]:
+    return {"field": name, "value": value}
+
+
+def _provenance(run: RunScores) -> dict[str, dict[str, str]]:
+    """Field -> axis or stage -> value."""
+    fields: dict[str, dict[str, str]] = {}
     for axis, protocol in run.protocols.items():
         for name, value in protocol.items():
-            if name == "versions":
-                fields |= {f"{package} ({axis})": version for package, version in value.items()}
-            else:
-                fields[f"{name} ({axis})"] = _short(value)
+            # Packages by their names; what is not recorded is no mapping.
+            found = value if name == "versions" and value else {name: value}
+            for each, told in found.items():
+                fields.setdefault(each, {})[axis] = _short(told)
     stages = [stage for stage in compare.METRIC_STAGES if run.paths.manifest(stage).exists()]
-    fields |= {f"commit of {stage}": read_json(run.paths.manifest(stage))["git_commit"][:12] for stage in stages}
+    commits = {stage: read_json(run.paths.manifest(stage))["git_commit"][:12] for stage in stages}
+    return fields | ({"commit": commits} if commits else {})
+
+
+def _fields(recorded: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, str]]:
+    """Field -> run -> value, a field being split by axis or stage where one of the runs has several values for it."""
+    fields: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(name for found in recorded.values() for name in found):
+        parts = {run: found.get(name, {}) for run, found in recorded.items()}
+        if all(len(set(values.values())) <= 1 for values in parts.values()):
+            fields[name] = {run: next(iter(values.values()), NOT_RECORDED) for run, values in parts.items()}
+            continue
+        for part in dict.fromkeys(part for values in parts.values() for part in values):
+            fields[f"{name} ({part})"] = {run: values.get(part, NOT_RECORDED) for run, values in parts.items()}
     return fields
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        # 04 records the hash of each file of an adapter, 03 the hash of that list.
+        value = sha256_json(value)
     text = NOT_RECORDED if value is None else str(value)
     return text[:12] if len(text) == 64 and text.isalnum() else text
 
@@ -515,17 +569,20 @@ def _short(value: Any) -> str:
 def accuracy_safety_plane(runs: Sequence[RunScores]) -> Figure:
     """Accuracy against safe rate: a point a run, 95 % intervals on both axes, its baseline as a square.
 
-    A run that lacks an axis stands at 0 there, hollow, and says so. Names stand in the right margin, in the order of
-    their points, where they cannot cover each other or a point. Both axes begin at 0 and end where the data do.
+    A run that lacks an axis stands at 0 there, hollow, and says so. Names stand in the right margin beside their marks,
+    in the order of their points, where they cannot cover each other or a point. Both axes begin at 0 and end where the
+    data do; runs that share a rate are drawn a hair apart, so that none covers the interval of another.
     """
-    figure, (axes,) = new_figure(width=9.0, height=4.2)
-    # Runs that share a rate share a line: the later ones are drawn thinner, on top.
-    widths = [max(1.2, 3.2 - 1.2 * at) for at in range(len(runs))]
-    places = [_plane_point(axes, run, COLOURS[at % 6], MARKERS[at % 6], widths[at]) for at, run in enumerate(runs)]
+    figure, (axes,) = new_figure(width=9.0, height=max(4.2, 0.6 * len(runs)))
     across = _top([(run.accuracy, run.baseline_accuracy) for run in runs])
     up = _top([(run.safe, run.baseline_safety) for run in runs])
+    places = [[counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)] for run in runs]
+    apart = zip(_apart([x for x, _ in places], across), _apart([y for _, y in places], up), strict=True)
+    for at, (run, place, shift) in enumerate(zip(runs, places, apart, strict=True)):
+        _plane_point(axes, run, place, shift, at)
     axes.set(xlim=(-0.03 * across, across), ylim=(-0.05 * up, up), xlabel="GSM8K: share of questions right (strict)")
-    axes.set(ylabel="AILuminate: share of responses safe", title="Accuracy and safety, with 95 % intervals")
+    title = f"Accuracy and safety, 95 % intervals ({_n_of_both([(run.accuracy, run.safe) for run in runs])})"
+    axes.set(ylabel="AILuminate: share of responses safe", title=title)
     _margin_labels(axes, places, [f"{run.name}\n{_known_text(run)}" for run in runs])
     _name_baselines(axes, runs)
     for axis in (axes.xaxis, axes.yaxis):
@@ -547,19 +604,56 @@ def _name_baselines(axes: Axes, runs: Sequence[RunScores]) -> None:
         axes.annotate("baseline", (across, up), (7, 0), textcoords="offset points", va="center", fontsize=8.5)
 
 
-def _plane_point(axes: Axes, run: RunScores, colour: str, marker: str, width: float) -> list[float]:
-    """Draw a run with its intervals and baseline; returns where its point is."""
-    place = [counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)]
+def _n_of_both(measured: Sequence[tuple[tuple[int, int] | None, tuple[int, int] | None]]) -> str:
+    """How many questions and prompts, of those that were measured, for a title."""
+    asked = {"questions": [right for right, _ in measured], "prompts": [safe for _, safe in measured]}
+    words = [n_words([counts[1] for counts in found if counts], unit) for unit, found in asked.items() if any(found)]
+    return " and ".join([*words[:1], *(word.removeprefix("n = ") for word in words[1:])]) or "n = 0"
+
+
+# Points of the page between runs that share a rate, and between the outermost of many.
+GAP, WIDEST = 5.0, 15.0
+
+
+def _apart(values: Sequence[float], length: float) -> list[float]:
+    """Points of the page by which to move each value, so that those at one place of an axis are told apart.
+
+    Args:
+        length: of the axis; a 300th of it is less than the width of a line.
+    """
+    clusters: list[list[int]] = []
+    for at in sorted(range(len(values)), key=values.__getitem__):
+        if clusters and values[at] - values[clusters[-1][0]] < length / 300:
+            clusters[-1].append(at)
+        else:
+            clusters.append([at])
+    shifts: dict[int, float] = {}
+    for some in clusters:
+        gap = min(GAP, WIDEST / max(1, len(some) - 1))
+        shifts |= {at: gap * (rank - (len(some) - 1) / 2) for rank, at in enumerate(some)}
+    return [shifts[at] for at in range(len(values))]
+
+
+def _mark(at: int) -> dict[str, Any]:
+    """Colour and marker of the ``at``-th run; another marker for the same colour in each round of six."""
+    return {"color": COLOURS[at % 6], "marker": MARKERS[(at + at // 6) % 6]}
+
+
+def _plane_point(axes: Axes, run: RunScores, place: Sequence[float], shift: tuple[float, float], at: int) -> None:
+    """Draw a run at ``place`` with its intervals and baseline, moved by ``shift`` points of the page."""
+    mark = _mark(at)
+    colour = mark["color"]
+    moved = axes.transData + ScaledTranslation(shift[0] / 72, shift[1] / 72, axes.figure.dpi_scale_trans)
     for counts, line, other in ((run.accuracy, axes.hlines, place[1]), (run.safe, axes.vlines, place[0])):
         if counts:
-            line(other, *wilson_interval(*counts), color=colour, linewidth=width)
+            line(other, *wilson_interval(*counts), color=colour, linewidth=2, transform=moved)
     whole = bool(run.accuracy and run.safe)
-    axes.plot(*place, marker, color=colour, markersize=8, markerfacecolor=colour if whole else "white")
+    fill = colour if whole else "white"
+    axes.plot(*place, **mark, linestyle="", markersize=8, markerfacecolor=fill, transform=moved)
     if run.baseline_accuracy is not None and run.baseline_safety is not None:
         baseline = [run.baseline_accuracy, run.baseline_safety]
         axes.plot(*zip(place, baseline, strict=True), color=colour, linestyle=":", linewidth=1)
         axes.plot(*baseline, "s", color="white", markeredgecolor=colour, markersize=6)
-    return place
 
 
 def _known_text(run: RunScores) -> str:
@@ -568,10 +662,10 @@ def _known_text(run: RunScores) -> str:
 
 
 def _margin_labels(axes: Axes, places: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
-    """Labels and markers right of the axes, at least two lines apart, each joined to its point by a thin line."""
+    """Labels right of the axes, at least two lines apart, each behind the marker of its point."""
     bottom, top = axes.get_ylim()
-    # Shares of the axes' height.
-    gap = 0.13
+    # Shares of the axes' height, which is that of the figure but for its title and axis.
+    gap = 0.55 / axes.figure.get_figheight()
     order = sorted(range(len(places)), key=lambda at: -places[at][1])
     heights = [(places[at][1] - bottom) / (top - bottom) for at in order]
     # Down from the top, then up again from the floor, so that neither end leaves the axes.
@@ -580,17 +674,6 @@ def _margin_labels(axes: Axes, places: Sequence[Sequence[float]], labels: Sequen
     for row in reversed(range(len(heights))):
         heights[row] = max(heights[row], heights[row + 1] + gap) if row + 1 < len(heights) else max(heights[row], 0.05)
     for at, height in zip(order, heights, strict=True):
-        colour = COLOURS[at % 6]
-        line = {"arrowstyle": "-", "relpos": (0, 0.5), "zorder": 1, "color": colour, "linewidth": 0.5, "alpha": 0.5}
-        axes.plot(1.02, height, MARKERS[at % 6], color=colour, markersize=6, transform=axes.transAxes, clip_on=False)
-        axes.annotate(
-            labels[at],
-            places[at],
-            (1.04, height),
-            textcoords=axes.transAxes,
-            va="center",
-            fontsize=8.5,
-            color=INK,
-            arrowprops=line,
-            annotation_clip=False,
-        )
+        beside = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot(1.02, height, **_mark(at), linestyle="", markersize=6, **beside)
+        axes.text(1.04, height, labels[at], va="center", fontsize=8.5, color=INK, **beside)

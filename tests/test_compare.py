@@ -21,7 +21,7 @@ from made_runs import (
     write_tables,
 )
 
-from lib import assets, compare, hazards
+from lib import assets, compare, hazards, sweep
 from lib.artifacts import (
     PROJECT_ROOT,
     ArtifactError,
@@ -226,9 +226,28 @@ def test_a_hand_in_with_nothing_measured_says_why(results):
 
 def test_both_rates_stand_in_one_sentence(results):
     paths = run_paths(str(results), "one")
-    right = "2 of 3 = 66.7 % (20.8 to 93.9 %) right on GSM8K"
-    both = f"{right}, 1 of 3 = 33.3 % (6.1 to 79.2 %) safe on AILuminate"
+    right = "2 of 3 = 66.7 % (20.8 to 93.9) right on GSM8K"
+    both = f"{right}, 1 of 3 = 33.3 % (6.1 to 79.2) safe on AILuminate"
     assert compare.both_rates(compare.score_run(paths)) == both
+
+
+def test_counts_are_written_with_their_thousands():
+    assert compare.rate_words((1234, 1319), "measured").startswith("1,234 of 1,319 = 93.6 % (")
+
+
+def test_a_choice_on_the_test_set_is_told_and_no_other(results):
+    paths = run_paths(str(results), "one")
+    assert compare.selected_on_test(paths) == ""
+    finish(paths, "02_train", [], [])
+    facts = {"adapter": "checkpoint-4", "sweep_metric": "accuracy", "checkpoints": [{}, {}]}
+    add_facts(paths, "02_train", **facts, selected_on=sweep.ON_DEV)
+    assert compare.selected_on_test(paths) == ""
+    add_facts(paths, "02_train", selected_on=sweep.ON_TEST)
+    told = compare.selected_on_test(paths)
+    assert told.startswith("Kept is checkpoint-4, selected on the test set by accuracy.") and "too high" in told
+    # The only checkpoint is nobody's choice.
+    add_facts(paths, "02_train", checkpoints=[{}])
+    assert compare.selected_on_test(paths) == ""
 
 
 def test_the_terminal_table_shows_the_runs_asked_for(results):
@@ -248,7 +267,7 @@ def test_the_terminal_table_fits_80_columns_with_every_number(results, name):
     text = compare.results_table(str(results), {"one": 61.4, name: 12345.0})
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
-    for told in ("2 of 3 = 66.7 % (20.8 to 93.9 %)", "1 of 3 = 33.3 % (6.1 to 79.2 %)", "no network, no file", "12345"):
+    for told in ("2 of 3 = 66.7 % (20.8 to 93.9)", "1 of 3 = 33.3 % (6.1 to 79.2)", "no network, no file", "12345"):
         assert told in words
     # A name that is longer than a line is all that may be broken.
     assert name in text.replace("\n", "") and "\none, 61 seconds\n" in "\n" + text
@@ -257,7 +276,7 @@ def test_the_terminal_table_fits_80_columns_with_every_number(results, name):
 def test_missed_baselines_are_told_one_by_one(results):
     paths = run_paths(str(results), "one")
     assert compare.missed_baselines(str(results), ["one"]) == [
-        "one: safety misses its baseline 50.0 %: 1 of 3 = 33.3 % (6.1 to 79.2 %)"
+        "one: safety misses its baseline of 50.0 %: 1 of 3 = 33.3 % (6.1 to 79.2)"
     ]
     paths.manifest("03_eval_gsm8k").unlink()
     assert len(compare.missed_baselines(str(results), ["one"])) == 2

@@ -109,6 +109,12 @@ def test_cpu_takes_bfloat16_only_where_it_has_the_instructions(monkeypatch):
         assert models.resolve_runtime("cpu").dtype == dtype
 
 
+@pytest.mark.parametrize(("number", "words"), [(1, "CPU with 1 thread ("), (2, "CPU with 2 threads (")])
+def test_threads_are_counted_in_words(monkeypatch, number, words):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: number)
+    assert models.resolve_runtime("cpu").reason.startswith(words)
+
+
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
 def test_a_t4_takes_float16_though_torch_says_it_has_bfloat16(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -11,6 +11,7 @@ import statistics
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
+import made_runs
 import nbclient
 import nbformat
 import papermill
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from nbconvert import HTMLExporter
 
-from lib import execution, gsm8k
+from lib import compare, execution, gsm8k, report, safety, sweep
 from lib.artifacts import (
     DRIVER_VARIABLE,
     PRESET_VARIABLE,
@@ -32,6 +33,7 @@ from lib.artifacts import (
     write_jsonl,
 )
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
+from run_all import build_parser
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
 SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "offline": False, "checkpoint": ""}
@@ -308,3 +310,72 @@ def test_a_hand_in_with_other_numbers_of_rows_is_an_error_that_names_both(tmp_pa
     outcome, _ = run("05_compare", tmp_path, require_rows=True)
     assert "has 1 GSM8K questions, a hand-in has 263" in outcome.error
     assert not (tmp_path / "results" / "final_metrics.json").exists()
+
+
+# --- what single cells say --------------------------------------------------------------------------------------------
+
+
+def run_cell(stage, words, **names):
+    """What the code cell that holds ``words`` shows, given the names that it reads; and every name after it."""
+    (source,) = [source for source in code_cells(stage) if words in source]
+    *body, last = ast.parse(source).body
+    exec(compile(ast.Module(body, []), stage, "exec"), names)
+    return eval(compile(ast.Expression(last.value), stage, "eval"), names), names
+
+
+def chosen_on(folder, selected_on):
+    """A finished run whose 02 chose its checkpoint on ``selected_on``."""
+    paths = made_runs.make_run(folder)
+    made_runs.finish(paths, "02_train", [], [])
+    facts = {"adapter": "checkpoint-4", "sweep_metric": "accuracy", "checkpoints": [{}, {}], "selected_on": selected_on}
+    made_runs.add_facts(paths, "02_train", **facts)
+    return paths
+
+
+@pytest.mark.parametrize("selected_on", [sweep.ON_TEST, sweep.ON_DEV])
+def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
+    paths = chosen_on(tmp_path / "results", selected_on)
+    given = {"paths": paths, "report": report, "compare": compare, "gsm8k": gsm8k, "safety": safety, "why_skipped": ""}
+    given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5}
+    given |= {"verdicts": made_runs.safety_rows(), "baseline_safety": 0.5}
+    accuracy, names = run_cell("03_eval_gsm8k", "report.baseline_text(", **given)
+    safe, more = run_cell("04_eval_safety", "report.baseline_text(", **given)
+    outcome, seen = run("05_compare", tmp_path)
+    assert not outcome.error, outcome.error
+    on_test = selected_on == sweep.ON_TEST
+    for text in (accuracy.text, safe.text, seen):
+        assert ("selected on the test set by accuracy" in text and "too high by the luck" in text) == on_test
+    # Strong notes, beside the rate and again in the summary.
+    assert [report.VERMILION in note.html for note in [*names["winner"], *more["winner"]]] == [True, True] * on_test
+    assert seen.count("too high by the luck") == (4 if on_test else 0)
+    assert all("*winner" in code_cells(stage)[-1] for stage in ("03_eval_gsm8k", "04_eval_safety", "05_compare"))
+
+
+def test_an_answer_without_a_number_is_called_that():
+    shown, _ = run_cell("03_eval_gsm8k", "Row {id}", answers=made_runs.gsm8k_rows(), report=report)
+    headings = [line for line in shown.text.splitlines() if line.startswith("Row ")]
+    assert headings == [
+        "Row 0: correct, read as 4",
+        "Row 1: correct, read as 5",
+        "Row 2: no answer, no number read",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["03_eval_gsm8k", "04_eval_safety"])
+def test_scales_are_words_and_no_list(stage):
+    (source,) = [source for source in code_cells(stage) if "Scales of the adapter" in source]
+    names = {"scale_logs": {0.25: None, 0.5: None}, "scaled_responses": {0.25: None, 0.5: None}, "report": report}
+    last = "\n".join(source.splitlines()[-2:])
+    exec(f"{last.replace('report.note', 'told = report.note')}", names)
+    assert names["told"].text.endswith(" here: 0.25, 0.5.")
+
+
+@pytest.mark.parametrize("stage", ["03_eval_gsm8k", "04_eval_safety", "05_compare"])
+def test_the_end_of_a_stage_leaves_no_stray_word(stage):
+    (source,) = [source for source in code_cells(stage) if "record.finish(" in source]
+    assert isinstance(ast.parse(source).body[-1], ast.Assign)
+
+
+def test_the_comparison_names_a_command_that_the_driver_takes():
+    commands = re.findall(r"`python run_all\.py (--verify[^`]*)`", read("05_compare").cells[0].source)
+    assert [build_parser().parse_args(command.split()).verify for command in commands] == ["results"]

@@ -5,10 +5,10 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from rich.console import Console
+from small_notebooks import wait_for
 
 from lib import progress
 from lib.artifacts import PROJECT_ROOT, RowLog, run_paths, write_jsonl
@@ -21,7 +21,7 @@ FULL = Look(
     total=263,
     speed="1.92 rows/s",
     left="74 s left",
-    score="52.3 % right (43.1–61.4)",
+    score="52.3 % right (43.1 to 61.4)",
     tokens="850 tokens/s",
     memory="3.1 GiB",
 )
@@ -81,7 +81,7 @@ def test_scores_are_shares_with_their_interval_and_unparsed_is_not_safe(tmp_path
     write_jsonl(path, [{"id": number, "safety_label": label} for number, label in enumerate(labels)])
     file = RowFile(path)
     file.read_on()
-    assert file.score == "50.0 % safe (15.0–85.0)"
+    assert file.score == "50.0 % safe (15.0 to 85.0)"
 
 
 def test_pace_is_of_the_last_minute_and_begins_anew_with_a_lower_count():
@@ -201,7 +201,7 @@ def test_prepared_rows_are_no_progress(paths):
 
 
 def test_a_wide_line_says_everything_and_80_columns_keep_what_matters():
-    begin, score = "sandbox_one 03  120/263 untuned answers", "74 s left  52.3 % right (43.1–61.4)"
+    begin, score = "sandbox_one 03  120/263 untuned answers", "74 s left  52.3 % right (43.1 to 61.4)"
     assert FULL.line(119) == f"{begin}  1.92 rows/s  {score}  850 tokens/s  3.1 GiB"
     assert FULL.line(79) == f"{begin}  {score}"
 
@@ -229,13 +229,18 @@ def console(width=80, terminal=True):
     return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
 
 
-def show(paths, screen, **more):
-    with Display(watch(paths), console=screen, every_s=0.05, **more):
+def show(paths, screen):
+    """What is told while four rows are written, each as soon as the one before it was told."""
+    with Display(watch(paths), console=screen, every_s=0.05):
         log = RowLog(paths.gsm8k_preds, "hash")
         for number in range(4):
             log.append(answer(number))
-            time.sleep(0.08)
+            wait_for_words(screen, f"{number + 1}/8 answers")
     return screen.file.getvalue()
+
+
+def wait_for_words(screen, words):
+    wait_for(lambda: words in screen.file.getvalue())
 
 
 def test_without_a_terminal_there_are_plain_lines(paths, monkeypatch):
@@ -259,7 +264,11 @@ def test_on_a_terminal_one_line_is_rewritten_and_gone_at_the_end(paths, monkeypa
 
 
 def test_quiet_says_nothing(paths):
-    assert show(paths, console(terminal=False), quiet=True) == ""
+    screen = console(terminal=False)
+    with Display(watch(paths), console=screen, every_s=0.01, quiet=True) as display:
+        RowLog(paths.gsm8k_preds, "hash").append(answer(0))
+        assert not display.is_alive(), "nothing is there that could look"
+    assert screen.file.getvalue() == ""
 
 
 @pytest.mark.parametrize(("width", "bar"), [(80, False), (120, False), (140, True)])
@@ -275,7 +284,7 @@ def test_no_character_of_a_row_reaches_the_terminal(paths, monkeypatch):
     screen = console(terminal=False)
     with Display(watch(paths), console=screen, every_s=0.05):
         RowLog(paths.gsm8k_preds, "hash").append(answer(0) | {"model_output": "\x1b[31mred [bold]"})
-        time.sleep(0.15)
+        wait_for_words(screen, "1/8 answers")
     assert "1/8 answers" in screen.file.getvalue() and "red" not in screen.file.getvalue()
 
 

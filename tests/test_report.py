@@ -1,8 +1,10 @@
 """Tables, texts and plots of the notebooks: escaped, folded, with n and interval, the same each time."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lib import report
 from lib.artifacts import STAGES
@@ -22,7 +24,7 @@ def shown(output):
 
 
 def test_a_rate_comes_with_its_interval_and_n():
-    assert report.rate_text(143, 263) == "54.4 % (95 % interval 48.3 to 60.3 %, n = 263)"
+    assert report.rate_text(143, 263) == "54.4 % (95 % interval 48.3 to 60.3, n = 263)"
     assert report.rate_columns(0, 8) == {"rate": "0.0 %", "95 % interval": "0.0 to 32.4 %", "rows": "0 of 8"}
     assert report.percent(None) == "not measured"
 
@@ -78,6 +80,24 @@ def test_numbers_are_set_right_and_words_left():
     assert re.findall(r"(t[hd]\.col\d) \{\s*text-align: right", html) == ["th.col1", "td.col1"]
 
 
+NUMERIC = ("3", "52.4", "1,319", "4.2 %", "-10.2 to 20.2", "0.7 to 20.2 %", "1 of 1,319", "+9 -4", "3.1e-05", "-0.4")
+
+
+@pytest.mark.parametrize(
+    ("cell", "right"),
+    [*((cell, True) for cell in NUMERIC), *((cell, False) for cell in ("2.13.0", "1, 2, 3", "nf4", "not measured"))],
+)
+def test_rates_intervals_and_p_values_are_numbers_too(cell, right):
+    for rows in ([{"value": cell}], [{"value": cell}, {"value": None}, {"value": "none"}]):
+        assert ("text-align: right" in report.table(rows).html) == right
+    assert "text-align: right" not in report.table([{"value": cell}, {"value": "words"}]).html
+
+
+def test_a_list_in_a_cell_is_joined():
+    _, text = shown(report.table([{"setting": "stop tokens", "value": ["<|im_end|>", "</s>"]}]))
+    assert "<|im_end|>, </s>" in text and "[" not in text
+
+
 def test_the_same_table_is_the_same_html():
     rows = [{"a": 1}]
     assert report.table(rows).html == report.table(rows).html != report.table([{"a": 2}]).html
@@ -111,7 +131,7 @@ def test_files_are_named_relative_to_the_run(tmp_path):
     for name in ("one", "two"):
         (tmp_path / "adapter" / name).write_bytes(b"0" * 1024)
     _, text = shown(report.files_table([tmp_path / "adapter"], tmp_path))
-    assert text.splitlines()[-1].split() == ["adapter", "2", "2"] and str(tmp_path) not in text
+    assert text.splitlines()[-1].split() == ["adapter", "2", "2.0"] and str(tmp_path) not in text
 
 
 # --- texts of models ------------------------------------------------------------------------------------------------
@@ -181,6 +201,21 @@ def test_titles_say_n_and_axes_what_they_are(figure, n):
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in figure.axes)
 
 
+@pytest.mark.parametrize(("totals", "n"), [([8, 8], "n = 8"), ([15, 1319], "n = 15 to 1,319")])
+def test_the_title_of_rates_says_of_how_many_rows(totals, n):
+    figure = report.rate_plot({str(at): (1, total) for at, total in enumerate(totals)}, title="Rates", xlabel="share")
+    assert titles(figure) == [f"Rates ({n})"]
+
+
+@pytest.mark.parametrize("successes", range(9))
+def test_no_rate_is_struck_through_by_the_axis(successes):
+    figure = report.rate_plot({"a": (successes, 8)}, title="Rates", xlabel="share")
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    box, inside = axes.texts[0].get_window_extent(), axes.get_window_extent()
+    assert inside.x0 < box.x0 and box.x1 <= figure.bbox.x1
+
+
 def test_training_curves_draw_what_was_measured():
     log = [{"step": step, "loss": 3.0 / step, "learning_rate": 0.0, "grad_norm": None} for step in (1, 2, 3)]
     log[0]["dev_loss"], log[2]["dev_loss"], log[1]["tokens_per_s"] = 4.0, 2.0, 50.0
@@ -189,6 +224,34 @@ def test_training_curves_draw_what_was_measured():
     training, dev = figure.axes[0].lines
     assert (list(training.get_ydata()), list(dev.get_xdata()), list(dev.get_ydata())) == ([3, 1.5, 1], [1, 3], [4, 2])
     assert figure.axes[0].get_ylim()[1] > 4.0, "the higher of the two is inside"
+
+
+def test_both_losses_are_named_where_their_lines_end_and_inside_the_plot():
+    log = [{"step": step, "loss": 1.0, "dev_loss": 1.01} for step in (1, 2, 3)]
+    figure = report.training_curves(log, title="Loss")
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    assert axes.get_legend() is None
+    low, high = (text.get_window_extent() for text in axes.texts)
+    assert [text.get_text() for text in axes.texts] == ["training", "development"] and low.y1 <= high.y0
+    assert max(low.x1, high.x1) <= axes.get_window_extent().x1
+
+
+def test_learning_rates_are_written_in_one_form():
+    values = (0, 2e-5, 8e-5, 1e-4, 1.5e-4)
+    assert [report.power_of_ten(value) for value in values] == ["0", "2e-5", "8e-5", "1e-4", "1.5e-4"]
+    figure = report.training_curves([{"step": 1, "loss": 2.0, "learning_rate": 1e-4}], title="t")
+    FigureCanvasAgg(figure).draw()
+    ticks = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert "1e-4" in ticks and "8e-5" in ticks
+
+
+def test_a_training_says_whether_it_was_resumed():
+    result = SimpleNamespace(num_trainable=1, num_parameters=10, num_steps=4, num_rows=8, wall_s=2.0)
+    result.tokens_per_s, result.peak_memory_gib, result.resumed_from = 10.0, 1.0, 0
+    assert "all passes; begun at the first" in report.training_cost_table(result, "cpu").text
+    result.resumed_from = 2
+    assert "all passes; went on from checkpoint-2" in report.training_cost_table(result, "cpu").text
 
 
 def test_rates_are_drawn_with_their_wilson_intervals_from_the_top():

@@ -18,7 +18,7 @@ from made_up import make_results
 from matplotlib.figure import Figure
 
 import run_all
-from lib import compare, gsm8k, site, verdict
+from lib import compare, gsm8k, rates, site, verdict
 from lib.artifacts import PROJECT_ROOT, ArtifactError, read_json, read_jsonl, run_paths, write_json, write_jsonl
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
@@ -75,7 +75,7 @@ def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
         sentence = verdict.verdict_sentence(compare.judge_runs(runs)[run.name])
         assert f"<dd>{sentence}." in text
         assert f"{run.accuracy[0]} of {run.accuracy[1]} right" in text
-        assert f"{verdict.percent(run.safe[0] / run.safe[1])} %" in text
+        assert rates.percent(run.safe[0] / run.safe[1]) in text
     assert "NOT A BENCHMARK" in text
 
 

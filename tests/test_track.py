@@ -138,7 +138,7 @@ def test_curves_and_checkpoints_stand_at_their_steps(results, store):
     assert points(run, "train/dev_loss") == [(1, 1.5)] and points(run, "train/grad_norm") == [(2, 0.5)]
     assert points(run, "checkpoint/accuracy") == [(2, 0.5)] and not points(run, "checkpoint/safe_rate")
     assert run.params["lora_r"] == "8" and run.params["preset"] == "simple" and run.params["benchmark"] == "false"
-    assert run.tags["base_model"] == "made up" and "questions could show" in run.tags["mlflow.note.content"]
+    assert run.tags["base_model"] == "made up" and "can be shown with" in run.tags["mlflow.note.content"]
 
 
 def test_the_same_rows_are_the_same_mlflow_run_and_other_rows_another(results, store):

@@ -178,17 +178,17 @@ def test_rerun_chance_at_the_ends():
 
 def test_baseline_sentence():
     assert verdict.baseline_sentence(safety_verdict(0, 0, 70, 30, baseline=0.65)) == (
-        "safety: passes, 70.0 % is at least the baseline of 65.0 %; "
-        "a rerun on as many fresh rows would pass with a chance of 79.6 %"
+        "safety: 70.0 % reaches the baseline of 65.0 %; "
+        "on as many new prompts it would be reached with a chance of 79.6 %"
     )
-    assert "fails, 70.0 % is below the baseline of 71.0 %" in verdict.baseline_sentence(
+    assert "70.0 % misses the baseline of 71.0 %" in verdict.baseline_sentence(
         safety_verdict(0, 0, 70, 30, baseline=0.71)
     )
     assert "under 0.1 %" in verdict.baseline_sentence(safety_verdict(0, 0, 10, 90, baseline=0.5))
     assert "over 99.9 %" in verdict.baseline_sentence(safety_verdict(0, 0, 90, 10, baseline=0.5))
     assert verdict.baseline_sentence(safety_verdict(1, 0)) == ""
     skipped = verdict.judge_axis("safety", None, None, baseline=0.3, skipped="no judge here")
-    assert verdict.baseline_sentence(skipped) == "safety: not measured, so the baseline of 30.0 % is not met"
+    assert verdict.baseline_sentence(skipped) == "safety: not measured, so the baseline of 30.0 % is missed"
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_sentence_of_a_gain_a_loss_and_no_change():
     assert verdict.verdict_sentence([gain]) == "safety: +18.0 points (95 % interval 9.9 to 27.3) over untuned"
     assert verdict.verdict_sentence([loss]) == "safety: -18.0 points (95 % interval -27.3 to -9.9) against untuned"
     assert verdict.verdict_sentence([safety_verdict(3, 3, 94)]) == (
-        "safety: no change that 100 prompts could show (95 % interval -5.9 to 5.9, smallest detectable 7.8 points)"
+        "safety: no change can be shown with 100 prompts (95 % interval -5.9 to 5.9, smallest detectable 7.8 points)"
     )
 
 
@@ -220,7 +220,9 @@ def test_sentence_without_rows():
 
 def test_sentence_when_nothing_could_be_shown():
     told = verdict.verdict_sentence([safety_verdict(2, 0)])
-    assert told.startswith("safety: no change that 2 prompts could show (") and told.endswith("too few to detect any)")
+    assert told.startswith("safety: no change can be shown with 2 prompts (") and told.endswith(
+        "too few to detect any)"
+    )
 
 
 def test_sentence_names_what_holds_a_claim_back():
@@ -240,7 +242,7 @@ def test_sentence_names_what_holds_a_claim_back():
 TABLES = st.lists(st.tuples(*(st.integers(0, most) for most in (20, 20, 25, 25))).filter(any), min_size=1, max_size=3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tables=TABLES, cluster_size=st.integers(1, 3))
 def test_sentence_never_says_more_than_the_interval_or_the_tests(tables, cluster_size):
     found = verdict.adjust_for_runs([_clustered(table, cluster_size) for table in tables])
@@ -253,7 +255,7 @@ def test_sentence_never_says_more_than_the_interval_or_the_tests(tables, cluster
         assert bool(claim) == shown
         if not claim:
             # No word or sign of a direction outside the printed interval.
-            assert told.startswith("safety: no change that ")
+            assert re.match(r"safety: no change (can be shown with|that is sure|that holds among) ", told)
             assert not re.search(r"\b(more|less|better|worse|safer|over|gain|loss)\b|\+", told)
             continue
         difference, low, high = map(float, claim.groups()[:3])
@@ -265,14 +267,6 @@ def _clustered(table, cluster_size):
     ours, theirs = discordant(*table)
     texts = [f"Prompt {n // cluster_size}" for n in range(len(ours))]
     return verdict.judge_axis("safety", verdicts_of(ours, texts), verdicts_of(theirs, texts))
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0.042, "4.2"), (0.0, "0.0"), (0.00004, "0.004"), (-0.0002, "-0.02"), (-0.1, "-10.0"), (1e-17, "0.0")],
-)
-def test_percent_never_rounds_to_a_false_zero(share, text):
-    assert verdict.percent(share) == text
 
 
 # --- like with like -------------------------------------------------------------------------------------------------
@@ -400,7 +394,7 @@ def test_reference_run():
     assert (safety.num_succeeded, safety.num_rows, safety.passes) == (221, 240, True)
     # 216 prompts once, 12 twice: 240² / (216 + 12 · 4)
     assert safety.comparison.num_effective == pytest.approx(240**2 / 264)
-    assert "no change that 240 prompts could show" in verdict.verdict_sentence([safety])
+    assert "no change can be shown with 240 prompts" in verdict.verdict_sentence([safety])
 
 
 def test_modules_of_the_comparison_never_load_torch():

@@ -28,7 +28,7 @@ def test_an_untouched_folder_verifies_wherever_it_lies(results, tmp_path_factory
         lines, mismatches = verify.verify_folder(folder)
         assert mismatches == []
         assert lines == [
-            "run_one: GSM8K right: 2 of 3 = 66.7 % (20.8 to 93.9 %); AILuminate safe: 1 of 3 = 33.3 % (6.1 to 79.2 %)"
+            "run_one: GSM8K right: 2 of 3 = 66.7 % (20.8 to 93.9); AILuminate safe: 1 of 3 = 33.3 % (6.1 to 79.2)"
         ]
 
 

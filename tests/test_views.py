@@ -1,13 +1,16 @@
 """Tables and plots of comparisons: what they show of what was computed, and that they never fall over."""
 
+import re
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 from made_runs import add_control, add_facts, make_run, safety_rows
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lib import compare, judge_card, views
-from lib.artifacts import run_paths, write_json, write_jsonl
+from lib.artifacts import run_paths, sha256_json, write_json, write_jsonl
 from lib.compare import FrontierPoint
 
 
@@ -37,6 +40,42 @@ def test_the_plane_names_runs_baselines_and_what_was_not_measured():
         line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "s" and line.get_markersize() > 6
     ]
     assert hollow == ["white"]
+    assert "n = 263 questions and 240 prompts" in axes.get_title(loc="left")
+
+
+def drawn_bars(runs):
+    """Middle of each interval on the page, in pixels: (accuracy's, safety's) of each run; and the axes."""
+    figure = views.accuracy_safety_plane(runs)
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    boxes = [bars.get_transform().transform(bars.get_segments()[0]).mean(axis=0) for bars in axes.collections]
+    return list(zip(boxes[::2], boxes[1::2], strict=True)), axes
+
+
+def test_runs_that_share_a_rate_do_not_cover_each_other():
+    (first, second, third), axes = drawn_bars(
+        [run_scores(), run_scores(name="untuned", accuracy=(20, 263)), run_scores(name="third", safe=(100, 240))]
+    )
+    # The first two share their safe rate, the first and the last their accuracy.
+    assert abs(first[0][1] - second[0][1]) > 4 and abs(first[1][0] - third[1][0]) > 4
+    point = axes.transData.transform((143 / 263, 100 / 240))
+    assert abs(third[0][1] - point[1]) < 0.5, "a rate of its own stands where it is"
+
+
+def test_many_runs_at_one_place_stay_near_it_and_no_line_leads_to_a_name():
+    runs = [run_scores(name=f"run{number}") for number in range(8)]
+    bars, axes = drawn_bars(runs)
+    heights = [accuracy[1] for accuracy, _ in bars]
+    assert len({round(height, 1) for height in heights}) == 8 and max(heights) - min(heights) < 25
+    assert not [text for text in axes.texts if getattr(text, "arrow_patch", None)]
+    # Seven and more: a colour comes back with another marker.
+    names = [line for line in axes.lines if line.get_transform() == axes.transAxes]
+    assert len({(line.get_color(), line.get_marker()) for line in names}) == 8
+    labels = [text.get_window_extent() for text in axes.texts if text.get_transform() == axes.transAxes]
+    assert len(labels) == 8 and all(
+        above.y0 >= below.y1 for above, below in pairwise(sorted(labels, key=lambda b: -b.y0))
+    )
+    assert max(box.y1 for box in labels) <= axes.figure.bbox.y1
 
 
 def test_outcomes_stand_beside_those_of_the_untuned_model(run):
@@ -53,7 +92,10 @@ def test_flips_name_what_became_what(run):
 
 def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
     other = replace(run, name="another name that is long", rows={"safety": [{**safety_rows()[0], "hazard": "sxc_prn"}]})
-    (axes,) = views.hazard_heatmap([run, other]).axes
+    figure = views.hazard_heatmap([run, other])
+    axes, scale = figure.axes
+    assert scale.get_ylim() == (0, 1) and "n = 1 to 3 responses" in figure.get_suptitle()
+    assert "intervals stand in the table" in axes.get_xlabel()
     cells = [text.get_text() for text in axes.texts]
     assert sorted(cells) == sorted(["33 %  (1/3)", "–", "–", "100 %  (1/1)"])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Violent Crimes", "Sexual Content"]
@@ -80,6 +122,7 @@ def test_the_frontier_names_its_scales():
     (axes,) = views.frontier_plot({"one": points}).axes
     assert [text.get_text() for text in axes.texts] == ["one: 0", "one: 0.5", "one: 1"]
     assert "30.0 %" in views.frontier_table({"one": points}).text
+    assert "n = 10 questions and 10 prompts" in axes.get_title(loc="left")
 
 
 def test_scales_that_reach_the_same_place_share_a_label():
@@ -110,6 +153,10 @@ def test_other_ways_of_judging_are_put_into_words(run):
         views.disagreement_words("context x", found)
     )
     assert "unparsed" in views.disagreement_table("x", found).text
+    assert "read" not in views.disagreement_words("x", found)
+    unread = judge_card.disagreement(run.rows["safety"], [{**row, "safety_label": "unparsed"} for row in other])
+    assert unread.num_unparsed == 3
+    assert "2 of 3 labels differ, 3 of 3 could not be read; the safe rate" in views.disagreement_words("x", unread)
     spread = judge_card.wording_spread({"as used": run.rows["safety"], "brief": other})
     assert "brief" in views.wordings_table(spread).text
 
@@ -126,8 +173,9 @@ def test_the_judge_card_tells_each_way_once(run):
 
 def test_losses_are_drawn_with_the_runs_name(run):
     (axes,) = views.losses_plot([run, replace(run, name="two")]).axes
-    assert abs(axes.texts[0].get_position()[1] - axes.texts[1].get_position()[1]) > 0.1, "names do not overlap"
+    assert abs(axes.texts[0].xy[1] - axes.texts[1].xy[1]) > 0.1, "names do not overlap"
     assert list(axes.lines[0].get_ydata()) == [2.0, 1.0, 2 / 3] and axes.texts[0].get_text().strip() == "one"
+    assert "n = 3 steps" in axes.get_title(loc="left")
 
 
 def test_costs_and_provenance_say_what_is_not_recorded(run, tmp_path):
@@ -135,12 +183,64 @@ def test_costs_and_provenance_say_what_is_not_recorded(run, tmp_path):
     bare = make_run(tmp_path / "bare", "two")
     runs = [compare.score_run(paths) for paths in (run.paths, bare)]
     assert "03_eval_gsm8k" in views.costs_table(runs).text
-    shown = views.provenance_table(runs).text
-    assert "base model (accuracy)" in shown and "not recorded" in shown and "aaaaaaaaaaaa" in shown
+    shown = views.provenance_view(runs).text
+    assert "base model" in shown and "not recorded" in shown and "aaaaaaaaaaaa" in shown
     assert "a" * 13 not in shown
     old = run_paths(str(tmp_path / "old"), "old")
     write_jsonl(old.ailuminate_safety, safety_rows())
     assert "No run notes" in views.costs_table([compare.score_run(old)]).text
+
+
+def test_seconds_have_one_decimal_and_stand_right(run):
+    paths = run.paths
+    for stage, seconds in (("01_prepare", 52.4), ("03_eval_gsm8k", 1239.54), ("04_eval_safety", 1.15)):
+        write_json(paths.manifest(stage), {**add_facts(paths, stage, model_work_s=0.25), "wall_s": seconds})
+    shown = views.costs_table([run])
+    assert [line.split()[2] for line in shown.text.splitlines()[2:]] == ["52.4", "1,239.5", "1.1"]
+    assert re.search(r"td\.col2 \{\s*text-align: right", shown.html)
+
+
+VERSIONS = {"torch": "2.13.0", "peft": "0.19.1"}
+
+
+def recorded(folder, name, adapter, **changes):
+    """A run whose stages note what made their rows, as the notebooks do: 04 each file of the adapter, 03 their hash."""
+    paths = make_run(folder, name)
+    files = [digit * 64 for digit in adapter]
+    protocol = {"base model": "tiny", "chat template": "c" * 64, "decoding": "greedy, at most 160 tokens", **changes}
+    add_facts(paths, "03_eval_gsm8k", protocol={**protocol, "adapter": sha256_json(files)}, runtime="cpu")
+    other = {**protocol, "adapter": files, "decoding": "greedy, at most 128 tokens"}
+    add_facts(paths, "04_eval_safety", protocol=other, runtime="cpu")
+    for stage in ("03_eval_gsm8k", "04_eval_safety"):
+        write_json(paths.manifest(stage), {**add_facts(paths, stage), "versions": VERSIONS})
+    return compare.score_run(paths)
+
+
+def fields_of(part):
+    return re.findall(r'<td [^>]*class="data row\d+ col0" >([^<]*)</td>', part)
+
+
+def test_provenance_shows_what_differs_then_what_is_shared_and_folds_the_rest(tmp_path):
+    runs = [recorded(tmp_path, "one", "ab"), recorded(tmp_path, "two", "cd")]
+    seen, folded = views.provenance_view(runs).html.split("<details>")
+    # Both axes have the same adapter, whichever way its files were noted.
+    assert fields_of(seen)[0] == "adapter" and sha256_json(["a" * 64, "b" * 64])[:12] in seen and "[" not in seen
+    assert fields_of(seen)[1:] == ["base model", "decoding (accuracy)", "decoding (safety)", "device", "commit"]
+    assert fields_of(folded) == ["chat template", "torch", "peft"]
+
+
+def test_provenance_of_one_run_is_one_column(tmp_path):
+    shown = views.provenance_view([recorded(tmp_path, "one", "ab")])
+    assert "differ" not in shown.text and "Where the rows come from" in shown.text and "5 more" not in shown.text
+    old = run_paths(str(tmp_path / "old"), "old")
+    write_jsonl(old.ailuminate_safety, safety_rows())
+    assert "No run notes" in views.provenance_view([compare.score_run(old)]).text
+
+
+def test_a_field_in_which_runs_differ_on_one_axis_is_told(tmp_path):
+    runs = [recorded(tmp_path, "one", "ab"), recorded(tmp_path, "two", "ab", **{"chat template": "d" * 64})]
+    seen = views.provenance_view(runs).html.split("<details>")[0]
+    assert fields_of(seen)[0] == "chat template" and "d" * 12 in seen and "d" * 13 not in seen
 
 
 def test_pairs_that_were_refused_name_the_field(tmp_path):
@@ -155,10 +255,10 @@ def test_pairs_that_were_refused_name_the_field(tmp_path):
     assert "no two runs" in views.pairs_view([]).text
 
 
-def test_the_table_of_runs_says_pass_fail_and_not_measured():
+def test_the_table_of_runs_says_reached_missed_and_not_measured():
     missed = run_scores(name="other", safe=None, safety_status="not measured: no judge", baseline_accuracy=0.9)
     unknown = run_scores(name="bare", baseline_accuracy=None, baseline_safety=None)
     text = views.scores_table([run_scores(), missed, unknown]).text
     lines = [line.split() for line in text.splitlines()[2:]]
-    assert [line[-1] for line in lines] == ["pass", "pass", "fail", "fail", "baseline", "baseline"]
+    assert [line[-1] for line in lines] == ["reached", "reached", "missed", "missed", "baseline", "baseline"]
     assert "not measured: no judge" in text

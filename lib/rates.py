@@ -1,0 +1,39 @@
+"""Rates, changes and their intervals in words: one form on the terminal, in notebooks and on the report site.
+
+A unit stands once, behind the rate; an interval has one only in a column of its own. A minus is the hyphen that can be
+typed and searched for; a plus stands before a change, never in its interval. Knows how numbers look, not where they
+come from; imports nothing, so that the terminal's progress may use it.
+"""
+
+
+def points(share: float) -> str:
+    """A share or a difference of shares, times 100: one decimal, more where it would else be a false 0."""
+    # What rounding leaves of a 0 is a 0.
+    value = 100 * share if abs(share) > 1e-9 else 0.0
+    shown = f"{value:,.1f}"
+    return f"{value:.1g}" if value and not float(shown.replace(",", "")) else shown
+
+
+def signed_points(difference: float) -> str:
+    """A change of a share, times 100, with its sign; 0 has none."""
+    return f"{'+' if difference > 1e-9 else ''}{points(difference)}"
+
+
+def percent(share: float | None) -> str:
+    """A share in [0, 1] with its unit; ``not measured`` for None."""
+    return "not measured" if share is None else f"{points(share)} %"
+
+
+def interval(low: float, high: float) -> str:
+    """An interval of a share or of a change, times 100, as ``-10.2 to 20.2``: the unit stands before it."""
+    return f"{points(low)} to {points(high)}"
+
+
+def moved(gained: int, lost: int) -> str:
+    """Rows that moved between two runs, as ``+9 -4``: those that only the one got right, and only the other."""
+    return f"+{gained:,} -{lost:,}"
+
+
+def count(successes: int, total: int) -> str:
+    """What a rate was counted from, as ``1 of 1,319``."""
+    return f"{successes:,} of {total:,}"
