@@ -95,12 +95,17 @@ class EncodedRows:
         return sum(map(num_supervised, self.examples))
 
 
-def encode_row(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_seq_length: int) -> Example:
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_seq_length: int, end: int | None = None
+) -> Example:
     """Tokens and labels of a conversation that ends in the answer to learn.
 
     Labelled are the answer's tokens and the token that ends its turn, so that the model learns to stop; everything
     before has the label -100. What a template adds after the end of the turn (a line break) is left out: it is never
     generated, and no label looks back on it.
+
+    Args:
+        end: the token that ends a turn, for who encodes many rows; asked of the tokenizer where it is None.
 
     Returns:
         ``{"input_ids", "labels"}``, equally long.
@@ -111,7 +116,7 @@ def encode_row(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         ModelError: the prompt's tokens are not where the conversation's tokens begin.
     """
     prompt, completion = render_completion(tokenizer, messages)
-    end = end_of_turn_id(tokenizer)
+    end = end_of_turn_id(tokenizer) if end is None else end
     if completion.count(end) != 1:
         raise TrainingError(f"the answer holds the end-of-turn token {tokenizer.decode([end])!r} as text; take it out")
     answer = completion[: completion.index(end) + 1]
@@ -138,9 +143,10 @@ def encode_rows(
         TrainingError: no row is left, or as ``encode_row``, with the row's number.
     """
     examples, kept, too_long = [], [], []
+    end = end_of_turn_id(tokenizer)
     for number, messages in enumerate(conversations):
         try:
-            examples.append(encode_row(tokenizer, messages, max_seq_length))
+            examples.append(encode_row(tokenizer, messages, max_seq_length, end))
         except RowTooLong:
             too_long.append(number)
         except TrainingError as error:
