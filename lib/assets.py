@@ -551,12 +551,15 @@ BUNDLED_NOTE = {
 }
 NOTE_FILE = "bundled.json"
 
-WEIGHT_FILES = "*.safetensors"
+# As transformers and the hub name them: model.safetensors, model-00001-of-00002.safetensors; it reads no others.
+WEIGHT_FILES = "model*.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
     WEIGHT_FILES,
-    "*.safetensors.index.json",
+    INDEX_FILE,
     "tokenizer*.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -566,7 +569,8 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
 )
-ADAPTER_FILES = ("adapter_config.json", "adapter_model*.safetensors")
+ADAPTER_FILES = ("adapter_config.json", ADAPTER_WEIGHTS)
+SHARD_NAME = re.compile(r"model[\w.-]{0,100}\.safetensors", re.ASCII)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -580,12 +584,13 @@ def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offli
 
     Raises:
         AssetUnavailable: it is in none of these places.
-        AssetError: it is incomplete, cut off, not safetensors, or asks to run code of its own.
+        AssetError: it is incomplete, cut off, not safetensors, cannot be read, or asks to run code of its own.
     """
     if name == BUNDLED_MODEL:
         return _resolve_bundled()
-    source = _resolve_folder(name, MODEL_FILES, revision, assets_dir, offline)
-    _check_model_folder(source.folder)
+    with _named(f"model {_shortened(name)!r}"):
+        source = _resolve_folder(name, MODEL_FILES, revision, assets_dir, offline)
+        _check_model_folder(source.folder)
     return source
 
 
@@ -598,23 +603,49 @@ def resolve_adapter(checkpoint: str, base_model_name: str, assets_dir: str = "",
 
     Raises:
         AssetUnavailable: it is in none of these places.
-        AssetError: no ``adapter_config.json``, another base model, or weights that are not safetensors.
+        AssetError: no ``adapter_config.json``, no LoRA, another base model, weights that are not safetensors, or a file
+            that cannot be read.
     """
-    source = _resolve_folder(checkpoint, ADAPTER_FILES, "main", assets_dir, offline)
+    with _named(f"checkpoint {_shortened(checkpoint)!r}"):
+        source = _resolve_folder(checkpoint, ADAPTER_FILES, "main", assets_dir, offline)
+        _check_adapter_folder(source.folder, checkpoint, base_model_name)
+    return source
+
+
+def _check_adapter_folder(folder: Path, checkpoint: str, base_model_name: str) -> None:
     hint = f"checkpoint {checkpoint!r} has to be the folder that peft saved"
-    config = _read_config(source.folder / "adapter_config.json", hint)
+    config = _read_config(folder / "adapter_config.json", hint)
     made_for = str(config.get("base_model_name_or_path") or "")
     if _bare_name(made_for) != _bare_name(base_model_name):
         raise AssetError(
             f"checkpoint {checkpoint!r} was made for base model {made_for!r}, the run has base_model "
             f"{base_model_name!r}: set base_model to the former, or name a checkpoint of the latter"
         )
-    _check_weights(source.folder, "adapter_model*.safetensors")
-    return source
+    _check_weights(folder, ADAPTER_WEIGHTS)
+    # Other kinds may name further adapters, which peft then reads from anywhere, pickled ones too.
+    if config.get("peft_type") != "LORA":
+        raise AssetError(
+            f"checkpoint {checkpoint!r} is an adapter of peft_type {_shortened(repr(config.get('peft_type')))}: "
+            "allowed is 'LORA'"
+        )
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """The operating system does not say for what it was asked for a folder that is a file, or for a name too long."""
+    try:
+        yield
+    except OSError as error:
+        raise AssetError(f"{what} cannot be read ({error.strerror or error}): name the folder that holds it") from None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:120]}…"
 
 
 def _resolve_folder(name: str, patterns: tuple[str, ...], revision: str, assets_dir: str, offline: bool) -> ModelSource:
-    for folder, origin in _candidate_folders(name, assets_dir):
+    # No path of any system holds a null byte.
+    for folder, origin in _candidate_folders(name, assets_dir) if "\0" not in name else []:
         if folder.is_dir():
             return ModelSource(name, folder, _folder_identity(folder, patterns), origin)
     if not HUB_ID.fullmatch(name):
@@ -668,7 +699,9 @@ def _check_model_folder(folder: Path) -> None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise AssetError(f"{shown_path(folder)} has no tokenizer.json: {hint}; save the tokenizer there too")
     _check_weights(folder, WEIGHT_FILES)
-    _check_shards(folder / "model.safetensors.index.json", hint)
+    if not any((folder / name).exists() for name in ("model.safetensors", INDEX_FILE)):
+        raise AssetError(f"{shown_path(folder)} has neither model.safetensors nor {INDEX_FILE}: fetch it again")
+    _check_shards(folder / INDEX_FILE, hint)
 
 
 def _refuse_own_code(config_file: Path, hint: str) -> None:
@@ -680,8 +713,15 @@ def _refuse_own_code(config_file: Path, hint: str) -> None:
 
 
 def _check_shards(index: Path, hint: str) -> None:
-    shards = set(_read_config(index, hint).get("weight_map", {}).values()) if index.exists() else set()
-    missing = sorted(shard for shard in shards if not (index.parent / shard).is_file())
+    named = _read_config(index, hint).get("weight_map", {}) if index.exists() else {}
+    shards = list(named.values()) if isinstance(named, dict) else [named]
+    strange = [shard for shard in shards if not (isinstance(shard, str) and SHARD_NAME.fullmatch(shard))]
+    if strange:
+        shown = _shortened(repr(strange[0]))
+        raise AssetError(
+            f"{shown_path(index)} names {shown} as weights: allowed are names as {WEIGHT_FILES}, beside it"
+        )
+    missing = sorted({shard for shard in shards if not (index.parent / shard).is_file()})
     if missing:
         raise AssetError(f"{shown_path(index.parent)} lacks {', '.join(missing)}: incomplete, fetch it again")
 
@@ -716,8 +756,9 @@ def _check_safetensors(file: Path) -> None:
         header = stream.read(header_size) if header_size < size else b""
     try:
         tensors = json.loads(header)
-        end = max((entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError):
+        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
+        end = max(ends, default=0) if all(type(place) is int for place in ends) else -1
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         end = -1
     if size != 8 + header_size + end:
         raise AssetError(f"{shown_path(file)} is not a whole safetensors file ({size} bytes): fetch it again")

@@ -122,7 +122,7 @@ def _local_or_hub(place: str) -> str:
     from lib.assets import HUB_ID
 
     path = Path(place)
-    if path.exists():
+    if _is_there(path):
         return display_path(path.resolve())
     # `results/adapter` could be a name of the hub; where there is a folder `results`, it is a slip.
     if not HUB_ID.fullmatch(place) or (len(path.parts) > 1 and path.parent.is_dir()):
@@ -165,11 +165,18 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
 def _check_checkpoint(preset: str, params: "Params", settings: dict[str, Any]) -> None:
     from lib.assets import AssetError, resolve_adapter
 
-    if settings["checkpoint"] and (PROJECT_ROOT / settings["checkpoint"]).exists():
+    if settings["checkpoint"] and _is_there(PROJECT_ROOT / settings["checkpoint"]):
         try:
             resolve_adapter(settings["checkpoint"], params.base_model, settings["assets_dir"], settings["offline"])
         except AssetError as error:
             raise UsageError(f"--checkpoint for preset {preset!r}: {error}") from None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UsageError(f"--checkpoint {path.name[:80]!r}: {error.strerror}") from None
 
 
 def _check_train_file(preset: str, params: "Params", settings: dict[str, Any]) -> None:

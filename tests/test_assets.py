@@ -6,10 +6,10 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -286,8 +286,12 @@ def test_hub_failure_says_what_to_do_and_hides_the_token(monkeypatch):
 def test_no_network_fails_within_seconds(tmp_path):
     """A refused connection, for data and for a model, in a process whose hub lies at a closed port."""
     code = """if True:
+        import time
+        # What the asking imports at its first use takes as long as the disk and the other programs let it.
+        import datasets, huggingface_hub
         from lib import assets
         assets.RAW_DIR = assets.RAW_DIR / "nothing here"
+        started = time.monotonic()
         for ask in (
             lambda: assets.load_gsm8k("test"),
             lambda: assets.resolve_model("nobody/none"),
@@ -298,16 +302,16 @@ def test_no_network_fails_within_seconds(tmp_path):
                 ask()
             except assets.AssetUnavailable as error:
                 print(error)
+        assert time.monotonic() - started < 15, "it kept on trying"
     """
     closed = {"HF_ENDPOINT": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "NO_PROXY": "127.0.0.1"}
     environment = {**os.environ, **closed, "HF_HOME": str(tmp_path / "cache")}
-    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
     )
     asked = ["openai/gsm8k", "'nobody/none'", "'nobody/none'", assets.MLCOMMONS_URL]
     assert [line.split()[0] for line in done.stdout.splitlines()] == asked, done.stderr
-    assert time.perf_counter() - started < 15
+    assert done.returncode == 0, done.stderr
 
 
 # --- downloads ----------------------------------------------------------------------------------------------------
@@ -541,6 +545,11 @@ def _safetensors(num_bytes: int = 4) -> bytes:
     return len(header).to_bytes(8, "little") + header + bytes(num_bytes)
 
 
+def _headed(header: str) -> bytes:
+    """A safetensors file of this header and no tensor's bytes."""
+    return len(header).to_bytes(8, "little") + header.encode()
+
+
 MODEL = {
     "config.json": '{"model_type": "qwen2"}',
     "tokenizer.json": "{}",
@@ -591,11 +600,53 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
             {"model.safetensors.index.json": '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'},
             "lacks model-2.safetensors: incomplete",
         ),
+        ({"model.safetensors": _headed("[" * 100_000)}, "is not a whole safetensors file"),
+        ({"model.safetensors": _headed('{"w": {"data_offsets": [0, "4"]}}')}, "is not a whole safetensors file"),
+        ({"model.safetensors": _headed('{"w": {"data_offsets": [0, 0.0]}}')}, "is not a whole safetensors file"),
+        ({"model.safetensors.index.json": '{"weight_map": []}'}, r"index.json names \[\] as weights"),
+        ({"model.safetensors.index.json": '{"weight_map": {"a": 5}}'}, "index.json names 5 as weights"),
+        (
+            {"model.safetensors.index.json": '{"weight_map": {"a": "../../../etc/model.safetensors"}}'},
+            r"names '../../../etc/model.safetensors' as weights: allowed are names as model\*.safetensors, beside it",
+        ),
+        (
+            {"model.safetensors": None, "other.safetensors": _headed("{}"), "pytorch_model.bin": "x"},
+            r"has only pytorch_model.bin \(pickle, refused",
+        ),
+        (
+            {"model.safetensors": None, "model_x.safetensors": _headed("{}"), "pytorch_model.bin": "x"},
+            "has neither model.safetensors nor model.safetensors.index.json",
+        ),
     ],
 )
 def test_folder_that_cannot_be_loaded_safely_is_refused(changes, said, tmp_path):
     with pytest.raises(AssetError, match=said):
         assets.resolve_model(str(_model_folder(tmp_path / "model", changes)))
+
+
+def test_a_model_in_parts_is_taken_as_the_hub_names_them(tmp_path):
+    parts = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = {"weight_map": {"a": parts[0], "b": parts[1], "c": parts[1]}}
+    changes = {"model.safetensors": None, "model.safetensors.index.json": json.dumps(index)}
+    folder = _model_folder(tmp_path / "model", changes | dict.fromkeys(parts, _safetensors()))
+    assert assets.resolve_model(str(folder)).folder == folder
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_folder_in_the_place_of_a_models_file_is_told_with_the_model(file, tmp_path):
+    folder = _model_folder(tmp_path / "model", {file: None})
+    (folder / file).mkdir()
+    with pytest.raises(AssetError, match=r"model '.*/model' cannot be read \(Is a directory\)"):
+        assets.resolve_model(str(folder))
+
+
+def test_a_name_longer_than_any_file_is_told_short():
+    for resolve in (assets.resolve_model, lambda name: assets.resolve_adapter(name, "x")):
+        with pytest.raises(AssetError, match=r"cannot be read \(File name too long\)") as caught:
+            resolve("x" * 5000)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(AssetUnavailable, match="is no folder here"):
+        assets.resolve_model("x\0y")
 
 
 @pytest.mark.parametrize("place", ["models/Qwen__Qwen3-4B", "Qwen3-4B"])
@@ -713,6 +764,22 @@ def test_pickled_adapter_is_refused(tmp_path):
         assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
 
 
+def test_weights_of_another_name_do_not_stand_for_pickled_ones(tmp_path):
+    folder = _adapter_folder(tmp_path / "adapter", weights="bin")
+    _write(folder / "adapter_model_x.safetensors", _safetensors())
+    with pytest.raises(AssetError, match=r"has only adapter_model.bin \(pickle, refused.*adapter_model.safetensors is"):
+        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+
+
+@pytest.mark.parametrize("kind", ["XLORA", "PROMPT_TUNING", "lora", None, ["LORA"], 5])
+def test_an_adapter_of_another_kind_is_refused(kind, tmp_path):
+    folder = _adapter_folder(tmp_path / "adapter")
+    config = {"base_model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct"} | ({"peft_type": kind} if kind else {})
+    _write(folder / "adapter_config.json", json.dumps(config))
+    with pytest.raises(AssetError, match=re.escape(f"of peft_type {kind!r}: allowed is 'LORA'")):
+        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+
+
 def test_adapter_identity_is_config_and_weights_alone(tmp_path):
     # A trainer's checkpoint folder holds more; the same adapter saved beside it is the same adapter.
     plain = assets.resolve_adapter(str(_adapter_folder(tmp_path / "a")), "Qwen/Qwen2.5-1.5B-Instruct")
@@ -725,7 +792,7 @@ def test_hub_adapter(snapshot, tmp_path):
     _adapter_folder(tmp_path / "cache" / "models--a--b" / "snapshots" / "c0ffee")
     found = assets.resolve_adapter("nbso/pilot", "Qwen/Qwen2.5-1.5B-Instruct")
     assert (found.identity, found.origin) == ("nbso/pilot@c0ffee", "hub")
-    assert snapshot[0]["allow_patterns"] == ["adapter_config.json", "adapter_model*.safetensors"]
+    assert snapshot[0]["allow_patterns"] == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 # --- the bundled model ------------------------------------------------------------------------------------------------

@@ -169,6 +169,23 @@ def test_an_adapter_of_pickled_weights_is_refused_before_anything_starts(tmp_pat
     assert "pickle, refused" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_in_the_place_of_an_adapters_file_is_refused_with_the_checkpoint_named(tmp_path, capsys, file):
+    folder = adapter(tmp_path / "adapter")
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).mkdir()
+    argv = ["--presets", "simple", "--checkpoint", str(folder), "--output-dir", str(tmp_path / "out")]
+    assert run_all.main(argv) == 2
+    assert "adapter' cannot be read (Is a directory)" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_five_thousand_letters_is_refused_in_a_line(tmp_path, capsys):
+    argv = ["--presets", "simple", "--checkpoint", "x" * 5000, "--output-dir", str(tmp_path / "out")]
+    assert run_all.main(argv) == 2
+    told = capsys.readouterr().err
+    assert "--checkpoint 'xxxx" in told and "File name too long" in told and len(told) < 500
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_a_model_that_asks_to_run_code_of_its_own_is_refused_wherever_it_came_from(tmp_path, monkeypatch, file):
     from lib import assets
