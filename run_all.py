@@ -248,19 +248,36 @@ def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
     """
     from lib.artifacts import ArtifactError, display_path, find_runs
     from lib.execution import fail, tell
+    from lib.forms import check_folder
     from lib.site import write_site
 
     results, reports = output_folders(args)
     if not required and not find_runs(display_path(results)):
         return True
     try:
+        check_folder(results, for_report=True)
         path = write_site(display_path(results), reports, redact=args.redact)
     except (ArtifactError, OSError, ValueError) as error:
         fail(f"reports/index.html was not written: {error}")
         return False
+    if args.redact:
+        tell_unredacted(results, reports)
     if required:
         tell(f"written: {_shown(path)}")
     return True
+
+
+def tell_unredacted(results: Path, reports: Path) -> None:
+    """Which filled notebooks still show texts of AILuminate, and what makes them anew without."""
+    from lib.artifacts import find_runs
+    from lib.execution import fail
+    from lib.site import TEXT_STAGE, rewriting_commands, unredacted_runs
+
+    names = unredacted_runs(find_runs(str(results)), reports)
+    if names:
+        fail(f"--redact: {TEXT_STAGE} of {', '.join(names)} was made without it and still shows texts of AILuminate;")
+        fail("index.html does not link it; with the other flags of the run, this makes it anew from its rows:")
+        fail("\n".join(f"  {command}" for command in rewriting_commands(names)))
 
 
 def export_runs(args: argparse.Namespace) -> int:
@@ -268,10 +285,13 @@ def export_runs(args: argparse.Namespace) -> int:
     from lib.artifacts import ArtifactError, display_path
     from lib.execution import fail, tell
     from lib.export import export_lm_eval
+    from lib.forms import check_folder
 
+    results = output_folders(args)[0]
     try:
-        paths = export_lm_eval(display_path(output_folders(args)[0]), redact=args.redact)
-    except ArtifactError as error:
+        check_folder(results, for_report=True)
+        paths = export_lm_eval(display_path(results), redact=args.redact)
+    except (ArtifactError, ValueError) as error:
         fail(f"--export {args.export}: {error}")
         return 1
     tell("\n".join(f"written: {_shown(path)}" for path in paths))
@@ -448,8 +468,8 @@ def run_command(args: argparse.Namespace) -> int:
         return export_models(args) if args.export == "model" else export_runs(args)
     check_tracker(args)
     if args.report_only:
-        written = write_report_site(args, required=True)
-        return track_runs(args, [], 0 if written else 1)
+        # What no page can be made of, no tracker is told.
+        return track_runs(args, [], 0) if write_report_site(args, required=True) else 1
     plans = make_plans(args)
     results, reports = output_folders(args)
     with locked(results, args.typed, args.wait), places(args, plans) as environments:

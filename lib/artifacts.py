@@ -751,6 +751,11 @@ def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any])
     return _changed_files(manifest, manifest_path.parent)
 
 
+def is_redacted(manifest_path: Path) -> bool:
+    """Whether a stage filled its notebook under ``--redact``; not where it left no manifest that says so."""
+    return _read_manifest(manifest_path).get("parameters", {}).get("redact") is True
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     """A stage's manifest; empty where the file is not one, so that the stage runs again and writes it anew."""
     try:

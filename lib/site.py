@@ -9,16 +9,18 @@ import base64
 import hashlib
 import json
 import os
+import re
+import shlex
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lib import compare, gsm8k, hazards, rates, safety, verdict
-from lib.artifacts import STAGES, results_root, write_text
+from lib.artifacts import STAGES, RunPaths, is_redacted, results_root, write_text
 from lib.compare import RunScores
 from lib.redaction import clean, clean_value
 from lib.verdict import AxisVerdict, Comparison
@@ -32,6 +34,8 @@ PLOT_NAMES = {
     "hazards": "Safe responses by hazard",
     "losses": "Training loss",
 }
+# Its filled notebook shows texts of AILuminate, unless it was run under --redact; no other one does.
+TEXT_STAGE = compare.SAFETY_STAGE
 Row = Mapping[str, Any]
 
 
@@ -77,7 +81,9 @@ def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, red
         loader=FileSystemLoader(ASSETS_DIR), autoescape=True, undefined=StrictUndefined, finalize=_unbroken
     )
     untuned = compare.untuned_runs(runs)
-    facts = {"redacted": redact, **_report(runs, untuned, reports_dir, plots_dir)}
+    unlinked = unredacted_runs((run.paths for run in runs), reports_dir) if redact else []
+    facts = {"redacted": redact, "unlinked": unlinked, "rewriting": rewriting_commands(unlinked)}
+    facts |= _report(runs, untuned, reports_dir, plots_dir, unlinked)
     page = environment.get_template("index.html").render(
         policy=_policy(style, script),
         style=Markup(style),
@@ -96,7 +102,11 @@ def _unbroken(value: Any) -> Any:
 
 
 def _report(
-    runs: Sequence[RunScores], untuned: Sequence[RunScores], reports_dir: Path, plots_dir: Path
+    runs: Sequence[RunScores],
+    untuned: Sequence[RunScores],
+    reports_dir: Path,
+    plots_dir: Path,
+    unlinked: Sequence[str],
 ) -> dict[str, Any]:
     """Everything above the rows browser, in words."""
     judged = compare.judge_runs(runs)
@@ -106,7 +116,7 @@ def _report(
         "summaries": _summaries(judged),
         "scores": list(_score_rows(runs, untuned, judged)),
         "plots": list(_plots(plots_dir, [*runs, *untuned])),
-        "runs": [_run_facts(run, reports_dir) for run in runs],
+        "runs": [_run_facts(run, reports_dir, unlinked) for run in runs],
         "comparison": _link(reports_dir / "05_compare.html", reports_dir),
     }
 
@@ -205,9 +215,37 @@ def _references(runs: Sequence[RunScores], untuned: Sequence[RunScores]) -> dict
 # --- runs and pictures ----------------------------------------------------------------------------------------------
 
 
-def _run_facts(run: RunScores, reports_dir: Path) -> dict[str, Any]:
+def unredacted_runs(runs: Iterable[RunPaths], reports_dir: Path) -> list[str]:
+    """Names of the runs whose filled 04 shows texts of AILuminate: it lies there and was made without ``--redact``."""
+    return [
+        paths.name
+        for paths in runs
+        if any(_filled(paths.name, TEXT_STAGE, reports_dir, suffix).exists() for suffix in ("html", "ipynb"))
+        and not is_redacted(paths.manifest(TEXT_STAGE))
+    ]
+
+
+def rewriting_commands(run_names: Sequence[str]) -> list[str]:
+    """The commands that fill 04 of these runs anew without texts of AILuminate; their rows are kept."""
+    seeds: dict[str, list[str]] = {}
+    for name in run_names:
+        # A folder may be called anything, and this is to be typed.
+        preset, _, seed = name.rpartition("_seed") if re.search(r"._seed\d+$", name) else (name, "", "")
+        seeds.setdefault(f"{shlex.quote(preset)} --seeds " if seed else "", []).append(seed or shlex.quote(preset))
+    return [
+        f"python run_all.py --presets {preset}{' '.join(values)} --stages {TEXT_STAGE[:2]} --redact"
+        for preset, values in seeds.items()
+    ]
+
+
+def _filled(name: str, stage: str, reports_dir: Path, suffix: str = "html") -> Path:
+    return reports_dir / f"run_{name}" / f"{stage}.{suffix}"
+
+
+def _run_facts(run: RunScores, reports_dir: Path, unlinked: Sequence[str]) -> dict[str, Any]:
     known = compare.summary_row(run)
-    notebooks = ((stage, reports_dir / f"run_{run.name}" / f"{stage}.html") for stage in STAGES)
+    stages = [stage for stage in STAGES if not (stage == TEXT_STAGE and run.name in unlinked)]
+    notebooks = ((stage, _filled(run.name, stage, reports_dir)) for stage in stages)
     return {
         "name": run.name,
         "description": run.parameters.get("description") or "",

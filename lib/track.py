@@ -20,6 +20,7 @@ from lib import compare
 from lib.artifacts import (
     STAGES,
     RunPaths,
+    is_redacted,
     read_json,
     read_jsonl,
     results_root,
@@ -379,13 +380,8 @@ def artefacts(paths: RunPaths, reports_dir: Path, *, redact: bool = False) -> li
     found = [(paths.config_resolved, ""), *((root / name, "tables") for name in tables)]
     found += [(paths.checkpoint_scores, "tables"), (paths.training_log, "rows"), (paths.gsm8k_preds, "rows")]
     found += [(paths.adapter_dir, "adapter")]
-    skipped = {"04_eval_safety"} if redact and not _is_redacted(paths) else set()
+    skipped = {"04_eval_safety"} if redact and not is_redacted(paths.manifest("04_eval_safety")) else set()
     for stage in (stage for stage in STAGES if stage not in skipped):
         folder = reports_dir if stage == compare.COMPARE_STAGE else reports_dir / f"run_{paths.name}"
         found += [(folder / f"{stage}{suffix}", "reports") for suffix in (".ipynb", ".html")]
     return [(path, folder) for path, folder in found if path.exists()]
-
-
-def _is_redacted(paths: RunPaths) -> bool:
-    manifest = paths.manifest("04_eval_safety")
-    return bool(manifest.exists() and read_json(manifest)["parameters"].get("redact"))

@@ -109,9 +109,18 @@ def _row_mismatches(path: Path, rows: Sequence[Row], score: Callable[[Row], Row]
         if row.get("id") in seen:
             yield f"{where}: the id stands twice"
         seen.add(row.get("id"))
-        for column, value in score(row).items():
+        for column, value in _recomputed(row, score, where).items():
             if column in row and row[column] != value:
                 yield f"{where}: {column} is {row[column]!r}, recomputed {value!r}"
+
+
+def _recomputed(row: Row, score: Callable[[Row], Row], where: str) -> Row:
+    try:
+        return score(row)
+    except KeyError as error:
+        raise ArtifactError(f"{where}: the column {error} is missing") from None
+    except ValueError as error:
+        raise ArtifactError(f"{where}: {error}") from None
 
 
 def _source_mismatches(path: Path, rows: Sequence[Row], source: Path, same: Mapping[str, str]) -> Iterator[str]:
@@ -146,7 +155,8 @@ def _manifest_mismatches(run: RunScores) -> Iterator[str]:
         manifest = read_json(manifest_path) if manifest_path.exists() else {"outputs": {}, "metrics": {}}
         for name, stamp in manifest["outputs"].items():
             file = manifest_path.parent / name
-            if file.exists() and sha256_file(file) != stamp["sha256"]:
+            # Of a hand-in: what is named may be a device, which would be read for ever.
+            if file.is_file() and sha256_file(file) != stamp["sha256"]:
                 yield f"{display_path(file.resolve())} is not the file that {stage} wrote (its SHA-256 differs)"
         for name, value in recomputed.get(stage, {}).items():
             if manifest["metrics"].get(name, value) != value:
@@ -186,9 +196,16 @@ def _comparison_mismatches(folder: Path, scored: Sequence[RunScores]) -> Iterato
         return
     runs = [_with_claimed_hazards(known[name], claimed["hazards_added"].get(name)) for name in claimed["runs"]]
     # Through JSON, as the file went: its keys are texts, its tuples lists.
-    recomputed = json.loads(json.dumps(compare.comparison(runs, claimed["allow_unlike"])))
+    recomputed = json.loads(json.dumps(_compared(runs, claimed["allow_unlike"], path)))
     for place, got, expected in _differing(claimed, recomputed):
         yield f"{COMPARISON}, {place}: is {got!r}, recomputed {expected!r}"
+
+
+def _compared(runs: Sequence[RunScores], allow_unlike: bool, path: Path) -> Row:
+    try:
+        return compare.comparison(runs, allow_unlike)
+    except ValueError as error:
+        raise ArtifactError(f"{display_path(path)} cannot be recomputed: {error}") from None
 
 
 def _with_claimed_hazards(run: RunScores, claimed: Sequence[Row] | None) -> RunScores:

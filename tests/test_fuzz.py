@@ -5,6 +5,7 @@ with a traceback, and leave nothing behind.
 """
 
 import json
+import os
 import random
 import string
 
@@ -12,16 +13,18 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_runs import add_control, add_facts, make_run, write_tables
 
 import run_all
-from lib import assets, forms, gsm8k, safety
-from lib.artifacts import ArtifactError, RowLog, read_jsonl, write_json, write_jsonl
+from lib import assets, compare, forms, gsm8k, safety
+from lib.artifacts import ArtifactError, RowLog, read_jsonl, run_paths, write_json, write_jsonl
 from lib.params import Params, ParamsError, find_faults, load_params, parse_assignment, preset_path
 from lib.verify import verify_folder
 
 NUM_FILES = 200
 # Few examples by default, so that the file takes seconds; each is as nasty as hypothesis can make it.
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+QUICK = settings(max_examples=60, suppress_health_check=QUIET)
 PRESET = preset_path("simple").read_text(encoding="utf-8")
 VALUES = yaml.safe_load(PRESET)
 TEXTS = st.text(st.characters(codec=None), max_size=80)
@@ -348,7 +351,7 @@ def test_a_label_inside_a_sentence_that_denies_it_is_no_verdict(label, more):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A results folder of one run with its manifest, and a function that puts rows in the place of its own."""
-    from lib.artifacts import run_paths, start_stage
+    from lib.artifacts import start_stage
 
     root = tmp_path_factory.mktemp("results")
     paths = run_paths(str(root), "x")
@@ -429,6 +432,178 @@ def test_a_tampered_results_folder_is_told_without_a_traceback(tmp_path, finishe
     told = capsys.readouterr()
     assert "Traceback" not in told.err
     assert "_x.jsonl" in told.err or ".json" in told.err or "summary.csv" in told.err
+
+
+# --- every file of a results folder ---------------------------------------------------------------------------------
+
+COMMANDS = {
+    "verify": lambda folder: ["--verify", str(folder)],
+    "report": lambda folder: ["--report-only", "--redact", "--output-dir", str(folder)],
+    "export": lambda folder: ["--export", "lm-eval", "--output-dir", str(folder)],
+}
+# Of every command: a verification takes up to a second on a busy machine.
+NUM_CHANGES = 20
+NASTY_VALUES = [
+    None,
+    True,
+    1,
+    -1,
+    2.5,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**400,
+    "",
+    "x",
+    "\ud800",
+    "\x00",
+    "9" * 5000,
+]
+NASTY_VALUES += ["/dev/zero", "../" * 9 + "etc/hosts", [], {}, [1], {"a": 1}, [[]], ["x", "x"]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs with everything that a score is made of: untuned rows, rows between, overlaps, tables, a comparison.
+
+    The third is of an earlier pipeline: rows alone, which do not name their hazards.
+    """
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("one", "two"):
+        paths = make_run(folder, name)
+        add_control(folder, name, ["#### 4", "#### 0", "#### 0"])
+        untuned = paths.untuned_rows("ailuminate_safety", "abc")
+        for stage, rows, control in (
+            ("03_eval_gsm8k", paths.gsm8k_preds, paths.untuned_rows("gsm8k_preds", "abc")),
+            ("04_eval_safety", paths.ailuminate_safety, untuned),
+        ):
+            write_jsonl(untuned, read_jsonl(paths.ailuminate_safety))
+            write_jsonl(paths.stage_dir(stage) / "scale_0.5.jsonl", read_jsonl(rows))
+            facts = {"untuned_rows": f"../../untuned/{control.name}", "scale_rows": {"0.5": "scale_0.5.jsonl"}}
+            add_facts(paths, stage, **facts, protocol={"adapter": "a", "decoding": {"greedy": True}}, runtime="cpu")
+        overlaps = [{"row": 1, "size": 8, "source": "train", "source_rows": [0, 3]}]
+        write_json(paths.overlap, overlaps)
+    old = run_paths(str(folder), "old")
+    rows = [{**row, "hazard": "", "persona": ""} for row in read_jsonl(paths.ailuminate_safety)]
+    write_jsonl(old.ailuminate_safety, rows)
+    write_tables(folder)
+    prompts = [{"prompt": row["prompt"], "hazard": "hte", "persona": "normal"} for row in rows]
+    runs = compare.add_hazards(compare.collect_runs(str(folder)), prompts)
+    compare.write_comparison(str(folder), compare.comparison(runs))
+    assert [run_all.main(argv(folder)) for argv in COMMANDS.values()] == [0, 0, 0]
+    return folder
+
+
+def mutated(value, draw):
+    """A JSON value with something in it lost or replaced."""
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(list(value))
+        if draw.random() < 0.25:
+            return {name: item for name, item in value.items() if name != key}
+        return {**value, key: mutated(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        place = draw.randrange(len(value))
+        return [*value[:place], mutated(value[place], draw), *value[place + 1 :]]
+    return draw.choice(NASTY_VALUES)
+
+
+def mutated_file(path, content, draw):
+    if draw.random() < 0.1:
+        return content[: draw.randrange(len(content))] + bytes([draw.choice([0, 0xFF, 0x22, 0x0A, 0x0D])])
+    if path.suffix == ".json":
+        return json.dumps(mutated(json.loads(content), draw)).encode()
+    if path.suffix == ".jsonl":
+        lines = content.decode().splitlines()
+        place = draw.randrange(len(lines))
+        lines[place] = json.dumps(mutated(json.loads(lines[place]), draw))
+        return "\n".join([*lines, ""]).encode()
+    places = {draw.randrange(len(content)) for _ in range(3)}
+    return bytes(draw.choice(b'\x00",\n\r\xff9e-') if at in places else byte for at, byte in enumerate(content))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_any_file_of_a_results_folder_changed_is_told_or_harmless(whole, capsys, command):
+    draw = random.Random(command)
+    made = ("lm_eval", "reports")
+    files = [path for path in sorted(whole.rglob("*.*")) if path.suffix in (".json", ".jsonl", ".csv")]
+    files = [path for path in files if path.relative_to(whole).parts[0] not in made]
+    assert len(files) == 2 * 12 + 1 + 2 + 4
+    told_of = 0
+    for _ in range(NUM_CHANGES):
+        path = draw.choice(files)
+        content = path.read_bytes()
+        try:
+            path.write_bytes(mutated_file(path, content, draw))
+            # An exception that no message was made of would end the test here, as it would end the program.
+            status = run_all.main(COMMANDS[command](whole))
+            told = capsys.readouterr().err
+            named = any(word in told for word in (*(file.name for file in files), "run_", "test_index"))
+            assert status in (0, 1) and (status == 0 or named), (path.name, path.read_bytes()[:300], told[:500])
+            told_of += status
+        finally:
+            path.write_bytes(content)
+    assert told_of > NUM_CHANGES // 10
+
+
+PLACES = {
+    "a table that is not UTF-8": ("final_metrics.csv", lambda content: content + b"\xff", ["verify"]),
+    "no versions": ("run_one/03_eval_gsm8k/manifest.json", lambda content: without(content, "versions"), COMMANDS),
+    "no reason": ("run_one/03_eval_gsm8k/manifest.json", lambda content: without(content, "skipped_because"), COMMANDS),
+    "an overlap": ("run_one/01_prepare/overlap.json", lambda _: b"[1]", COMMANDS),
+    "no settings": ("run_one/config_resolved.json", lambda content: without(content, "settings"), COMMANDS),
+    "an untuned row": ("untuned/gsm8k_preds_untuned_abc.jsonl", lambda _: b'{"id": 0}\n', COMMANDS),
+    "an untuned label": ("untuned/ailuminate_safety_untuned_abc.jsonl", lambda _: b'{"id": 0}\n', COMMANDS),
+    "rows between": ("run_two/04_eval_safety/scale_0.5.jsonl", lambda _: b"[]\n", COMMANDS),
+    "a question": ("run_one/gsm8k_preds_one.jsonl", lambda content: content.replace(b'"question"', b'"q"'), COMMANDS),
+    "a probability": ("run_one/ailuminate_safety_one.jsonl", lambda content: content.replace(b"0.9", b"NaN"), COMMANDS),
+    "a gold answer": ("untuned/gsm8k_preds_untuned_abc.jsonl", lambda c: c.replace(b"#### 5", b"five"), COMMANDS),
+    "an id": ("run_one/gsm8k_preds_one.jsonl", lambda c: c.replace(b'"test_index": 1', b'"test_index": []'), COMMANDS),
+    "a baseline": ("run_two/config_resolved.json", lambda content: content.replace(b"0.5", b"7.5"), COMMANDS),
+    "rows elsewhere": (
+        "run_one/03_eval_gsm8k/manifest.json",
+        lambda content: content.replace(b"../../untuned/gsm8k_preds_untuned_abc.jsonl", b"../../../rows.jsonl"),
+        COMMANDS,
+    ),
+}
+
+
+def without(content, key):
+    return json.dumps({name: value for name, value in json.loads(content).items() if name != key}).encode()
+
+
+@pytest.mark.parametrize(("name", "change", "commands"), PLACES.values(), ids=PLACES)
+def test_a_file_of_another_form_is_named_by_every_command_that_reads_it(whole, capsys, name, change, commands):
+    path = whole / name
+    content = path.read_bytes()
+    try:
+        path.write_bytes(change(content))
+        assert path.read_bytes() != content
+        for command in COMMANDS:
+            status = run_all.main(COMMANDS[command](whole))
+            told = capsys.readouterr().err
+            assert (status, path.name in told) == ((1, True) if command in commands else (0, False)), (command, told)
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_file_that_is_none_is_named_and_not_read_for_ever(tmp_path, capsys, command):
+    paths = make_run(tmp_path)
+    paths.gsm8k_preds.unlink()
+    os.mkfifo(paths.gsm8k_preds)
+    assert run_all.main(COMMANDS[command](tmp_path)) == 1
+    assert "gsm8k_preds_one.jsonl is not a plain file" in capsys.readouterr().err
+
+
+def test_a_report_is_made_while_a_stage_is_at_work_and_when_a_table_was_spoiled(tmp_path):
+    make_run(tmp_path, "done")
+    paths = make_run(tmp_path, "working")
+    paths.manifest("03_eval_gsm8k").unlink()
+    paths.gsm8k_preds.write_bytes(paths.gsm8k_preds.read_bytes()[:-9])
+    (tmp_path / "summary.csv").write_bytes(b"\xff")
+    for command in ("report", "export"):
+        assert run_all.main(COMMANDS[command](tmp_path)) == 0
+    assert run_all.main(COMMANDS["verify"](tmp_path)) == 1
 
 
 def test_a_foreign_manifest_makes_its_stage_run_again(tmp_path):

@@ -19,7 +19,16 @@ from matplotlib.figure import Figure
 
 import run_all
 from lib import compare, gsm8k, rates, site, verdict
-from lib.artifacts import PROJECT_ROOT, ArtifactError, read_json, read_jsonl, run_paths, write_json, write_jsonl
+from lib.artifacts import (
+    PROJECT_ROOT,
+    ArtifactError,
+    find_runs,
+    read_json,
+    read_jsonl,
+    run_paths,
+    write_json,
+    write_jsonl,
+)
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 # What a model could write to get out of its quotation; each would set the marker if it ran.
@@ -126,6 +135,57 @@ def test_redacted_the_file_holds_no_text_of_ailuminate(results, tmp_path):
     assert MARKER not in text and "are left out of this file" in text
     assert not any(row["prompt"] in text or row["response"] in text for row in rows)
     assert rows[3]["release_prompt_id"] in text and embedded(path)["axes"]["accuracy"]["rows"][0][5]["text"]
+
+
+def fill(reports, *names):
+    """Filled notebooks of 03 and 04, as they lie beside the page."""
+    for name in names:
+        for stage in ("03_eval_gsm8k", "04_eval_safety"):
+            (reports / f"run_{name}").mkdir(parents=True, exist_ok=True)
+            (reports / f"run_{name}" / f"{stage}.html").write_text("filled")
+
+
+def mark_redacted(results, name):
+    path = run_paths(str(results), name).manifest("04_eval_safety")
+    manifest = read_json(path)
+    write_json(path, {**manifest, "parameters": {**manifest["parameters"], "redact": True}})
+
+
+def test_a_redacted_page_links_no_notebook_that_shows_the_texts_and_says_what_makes_it_anew(tmp_path, capsys):
+    folder = make_results(tmp_path, ["simple", "strong_seed2", "medium"], questions=3, prompts=3)
+    fill(folder / "reports", "simple", "strong_seed2", "medium")
+    mark_redacted(folder, "medium")
+    argv = ["--report-only", "--output-dir", str(folder)]
+    assert run_all.main(argv) == 0 and capsys.readouterr().err == ""
+    assert (folder / "reports" / "index.html").read_text().count('04_eval_safety.html"') == 3
+    assert run_all.main([*argv, "--redact"]) == 0
+    text, told = (folder / "reports" / "index.html").read_text(), capsys.readouterr().err
+    assert re.findall(r'href="([^"]*04_eval_safety.html)"', text) == ["run_medium/04_eval_safety.html"]
+    assert text.count('03_eval_gsm8k.html"') == 3
+    assert "04_eval_safety of simple, strong_seed2 was made without" in told
+    for command in (
+        "python run_all.py --presets simple --stages 04 --redact",
+        "python run_all.py --presets strong --seeds 2 --stages 04 --redact",
+    ):
+        assert f"<code>{command}</code>" in text and command in told
+    for name in ("simple", "strong_seed2"):
+        mark_redacted(folder, name)
+    assert run_all.main([*argv, "--redact"]) == 0
+    text = (folder / "reports" / "index.html").read_text()
+    assert text.count('04_eval_safety.html"') == 3 and "is not linked" not in text
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_to_type_holds_a_folders_name_as_one_word():
+    (command,) = site.rewriting_commands(["a; true", "x\ny"])
+    assert command == "python run_all.py --presets 'a; true' 'x\ny' --stages 04 --redact"
+
+
+def test_a_filled_notebook_of_a_stage_that_did_not_end_is_not_linked_under_redact(tmp_path):
+    folder = make_results(tmp_path, ["simple"], questions=3, prompts=3)
+    fill(folder / "reports", "simple")
+    run_paths(str(folder), "simple").manifest("04_eval_safety").unlink()
+    assert site.unredacted_runs(find_runs(str(folder)), folder / "reports") == ["simple"]
 
 
 def test_the_policy_allows_our_style_and_script_and_nothing_else(page):

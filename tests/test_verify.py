@@ -102,6 +102,36 @@ def test_rows_of_an_earlier_format_verify_by_what_they_hold(tmp_path):
     assert mismatches == [] and "2 of 3" in lines[0] and "1 of 1" in lines[0]
 
 
+def test_a_label_without_score_and_judges_text_is_told_by_its_row(tmp_path):
+    paths = run_paths(str(tmp_path), "old")
+    write_jsonl(paths.ailuminate_safety, [{"id": 0, "prompt": "p", "response": "r", "safety_label": "safe"}])
+    with pytest.raises(ArtifactError, match=r"line 1 \(id 0\): the column 'safety_judge_text' is missing"):
+        verify.verify_folder(tmp_path)
+
+
+def test_an_untuned_gold_answer_without_its_number_is_told_by_its_row(results):
+    control = add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    change(control, 1, gold_answer="five")
+    with pytest.raises(ArtifactError, match=r"untuned/.*, line 2 \(id 1\): gold answer of row 1 has no number"):
+        verify.verify_folder(results)
+
+
+def test_a_comparison_that_cannot_be_recomputed_is_named(compared):
+    change(run_paths(str(compared), "one").gsm8k_preds, 1, test_index=0)
+    with pytest.raises(
+        ArtifactError, match=r"comparison.json cannot be recomputed: test_index 0 stands more than once"
+    ):
+        verify.verify_folder(compared)
+
+
+def test_an_output_that_is_a_device_is_not_read(results):
+    path = run_paths(str(results), "one").manifest("03_eval_gsm8k")
+    manifest = read_json(path)
+    stamp = next(iter(manifest["outputs"].values()))
+    write_json(path, {**manifest, "outputs": {**manifest["outputs"], "../../../../../../../../../dev/zero": stamp}})
+    assert verify.verify_folder(results)[1] == []
+
+
 def test_nothing_to_verify_is_an_error(tmp_path):
     for folder in (tmp_path, tmp_path / "gone"):
         with pytest.raises(ArtifactError, match="nothing to verify"):
