@@ -266,13 +266,22 @@ class StageWatch:
     def _total(self, file: RowFile) -> int:
         if file.is_training:
             return self._num_steps(file.last)
+        if self.stage == "02_train":
+            return self._num_asked(file.path.stem)
         known = file.path.stem.startswith(tuple(start for start, _ in KINDS))
-        if self.stage == "02_train" and "correct" in file.last:
-            return count_lines(self.paths.dev_rows)
         # The training questions that are asked stand in no file yet.
         if not known or self.stage == "01_prepare":
             return 0
         return count_lines(self.paths.gsm8k_eval_rows if "question" in file.last else self.paths.ailuminate_rows)
+
+    def _num_asked(self, name: str) -> int:
+        """How many rows each checkpoint of a sweep is asked; 0 for another file."""
+        on_test = self.parameters.get("sweep_on_test")
+        if name.startswith("answers"):
+            return count_lines(self.paths.gsm8k_eval_rows if on_test else self.paths.dev_rows)
+        if name.startswith(("responses", "verdicts")):
+            return count_lines(self.paths.ailuminate_rows) if on_test else self.parameters.get("dev_safety_rows", 0)
+        return 0
 
     def _num_steps(self, row: Mapping[str, Any]) -> int:
         if not row.get("epoch") or not self.parameters.get("num_epochs"):

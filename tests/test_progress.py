@@ -180,6 +180,22 @@ def test_development_answers_and_unknown_row_files_are_followed_too(paths):
     assert (look.kind, look.total, look.score) == ("new kind", 0, "")
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters", "total"),
+    [
+        ("answers", {"sweep_on_test": False, "dev_safety_rows": 3}, 4),
+        ("verdicts", {"sweep_on_test": False, "dev_safety_rows": 3}, 3),
+        ("answers", {"sweep_on_test": True, "dev_safety_rows": 3}, 8),
+        ("responses", {"sweep_on_test": True, "dev_safety_rows": 3}, 5),
+    ],
+)
+def test_a_sweep_counts_against_the_rows_that_it_asks(paths, name, parameters, total):
+    write_jsonl(paths.ailuminate_rows, [{"prompt": f"p{number}"} for number in range(5)])
+    looked = watch(paths, "02_train", **parameters)
+    RowLog(paths.stage_dir("02_train") / "sweep" / f"{name}_checkpoint-4.jsonl", "hash").append({"id": 0})
+    assert looked.look(0.0).total == total
+
+
 def test_the_models_own_answers_are_followed_without_a_number_that_nothing_says(paths):
     looked = watch(paths, "01_prepare")
     log = RowLog(paths.untuned_rows("distil_samples", "0123456789abcdef"), "hash")
