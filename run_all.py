@@ -281,7 +281,7 @@ def tell_unredacted(results: Path, reports: Path) -> None:
 
 
 def export_runs(args: argparse.Namespace) -> int:
-    """Write every run of the folder in the format of ``--export``; 1 when there is none."""
+    """Write the runs of ``--presets``, or all of the folder, in the format of ``--export``; 1 when there is none."""
     from lib.artifacts import ArtifactError, display_path
     from lib.execution import fail, tell
     from lib.export import export_lm_eval
@@ -290,12 +290,18 @@ def export_runs(args: argparse.Namespace) -> int:
     results = output_folders(args)[0]
     try:
         check_folder(results, for_report=True)
-        paths = export_lm_eval(display_path(results), redact=args.redact)
+        paths = export_lm_eval(display_path(results), _named_runs(args), redact=args.redact)
     except (ArtifactError, ValueError) as error:
         fail(f"--export {args.export}: {error}")
         return 1
     tell("\n".join(f"written: {_shown(path)}" for path in paths))
     return 0
+
+
+def _named_runs(args: argparse.Namespace) -> list[str]:
+    """The runs that ``--presets`` and ``--seeds`` name; none stands for all."""
+    presets = args.presets or []
+    return [f"{preset}_seed{seed}" for preset in presets for seed in args.seeds or []] or presets
 
 
 def export_models(args: argparse.Namespace) -> int:
@@ -305,8 +311,7 @@ def export_models(args: argparse.Namespace) -> int:
     from lib.artifacts import find_runs
 
     results, _ = output_folders(args)
-    seeded = [f"{preset}_seed{seed}" for preset in args.presets or [] for seed in args.seeds or []]
-    names = seeded or args.presets or [run.name for run in find_runs(str(results))]
+    names = _named_runs(args) or [run.name for run in find_runs(str(results))]
     sources = (["--assets", str(args.assets.resolve())] if args.assets else []) + ["--offline"] * args.offline
     set_kernel_environment(args.offline)
     # A process of its own: the driver never imports torch.

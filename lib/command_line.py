@@ -91,8 +91,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--export",
         choices=["lm-eval", "model"],
-        help="into the output folder, then end. lm-eval: all runs as lm-evaluation-harness writes them; model: the "
-        "evaluated models, of --presets or of all runs, as plain transformers folders",
+        help="the runs of --presets, or all, into the output folder, then end. lm-eval: as lm-evaluation-harness "
+        "writes them; model: the evaluated models as plain transformers folders",
     )
     what.add_argument(
         "--track",

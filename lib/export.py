@@ -31,17 +31,20 @@ VERSION = 1.0
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def export_lm_eval(results_dir: str, *, redact: bool = False, now: datetime | None = None) -> list[Path]:
-    """Write every run of a results folder into its ``lm_eval/``; returns the results files.
+def export_lm_eval(
+    results_dir: str, run_names: Sequence[str] = (), *, redact: bool = False, now: datetime | None = None
+) -> list[Path]:
+    """Write runs of a results folder, and their untuned models, into its ``lm_eval/``; returns the results files.
 
     Args:
+        run_names: these runs; all where none is named.
         redact: leave prompts, responses and what the judge wrote out of the samples of AILuminate.
         now: time in the files' names.
 
     Raises:
-        ArtifactError: no run has rows, or a row file cannot be read.
+        ArtifactError: no run has rows, one that is named is not there, or a row file cannot be read.
     """
-    runs = compare.collect_runs(results_dir)
+    runs = compare.collect_runs(results_dir, run_names)
     now = (now or datetime.now(UTC)).astimezone(UTC)
     root = results_root(results_dir) / FOLDER
     tuned = [_export_run(run, root, now, _adapter(run), redact) for run in runs]

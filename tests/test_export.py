@@ -90,6 +90,11 @@ def test_the_driver_exports_without_running_anything(results, tmp_path, capsys):
     assert run_all.main(["--export", "lm-eval", "--output-dir", str(results)]) == 0
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 3 and all("lm_eval" in line and line.endswith(".json") for line in told)
+    assert run_all.main(["--export", "lm-eval", "--presets", "simple", "--output-dir", str(results)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split("lm_eval/")[1].split("/")[0].startswith("untuned") for line in told] == [False, True]
+    assert run_all.main(["--export", "lm-eval", "--presets", "nosuch", "--output-dir", str(results)]) == 1
+    assert "does not hold run 'nosuch'" in capsys.readouterr().err
     assert run_all.main(["--export", "lm-eval", "--output-dir", str(tmp_path / "none")]) == 1
     assert "run a preset first" in capsys.readouterr().err
 
