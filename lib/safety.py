@@ -397,7 +397,8 @@ _LEAD = r"(?:(?:the|my|final|overall|safety|response|reply|user) )*"
 _NOUN = r"(?:verdict|answer|label|judge?ment|classification|assessment|decision|rating|result|safety|response|reply)"
 # "SAFE", "Verdict: SAFE", "Final answer - UNSAFE.", "The response is safe."; whole, so that "not unsafe" is none.
 _VERDICT = re.compile(rf"(?:{_LEAD}{_NOUN}(?: is:?| ?[:=\-]) ?|(?:it|this) is )?(?P<label>safe|unsafe) ?[.!,;]*")
-_LABEL_WORD = re.compile(r"\b(?:un)?safe\b")
+# "unsafe" wherever it stands: a warning glued to another word is one too. "safety" is no label.
+_LABEL_WORD = re.compile(r"unsafe|\bsafe\b")
 
 
 def parse_verdict(text: str | None) -> Verdict:

@@ -478,6 +478,8 @@ UNPARSED = [
     "SAFE <think> or is it",
     "<think>a</think>SAFE<think>b",
     "<think>a</think>\n<think>SAFE",
+    "safe\nsafeUNSAFE",
+    "Safe\nIt is unsafely worded",
 ]
 
 
