@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from chromium import Chromium, find_chromium
 
 from lib import execution, report
 from lib.artifacts import PROJECT_ROOT, STAGES
@@ -51,15 +50,6 @@ def filled(tmp_path_factory):
     """A notebook of each stage, filled: stage -> its path."""
     folder = tmp_path_factory.mktemp("reports")
     return {stage: fill(stage, folder / f"{stage}.ipynb") for stage in STAGES}
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not find_chromium():
-        pytest.skip("no chromium on this machine")
-    with Chromium() as browser:
-        browser.offline()
-        yield browser
 
 
 def faults(browser):

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from chromium import Chromium, find_chromium
 from made_up import make_results
 from matplotlib.figure import Figure
 
@@ -269,15 +268,6 @@ def test_the_site_needs_no_torch():
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not find_chromium():
-        pytest.skip("no chromium on this machine")
-    with Chromium() as browser:
-        browser.offline()
-        yield browser
 
 
 @pytest.fixture
