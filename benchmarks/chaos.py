@@ -293,13 +293,15 @@ def _essence(path: Path) -> Any:
 
 
 def _without_times(value: Any) -> Any:
-    """A JSON value without seconds, speeds, memory, and stamps of files (their bytes are compared themselves)."""
+    """A JSON value without seconds, speeds, memory, threads, and stamps of files (their bytes are compared)."""
     if isinstance(value, dict):
         left_out = {
             "inputs",
             "outputs",
             "finished_at",
             "speed",
+            # How many threads a run had: --jobs shares them out.
+            "runtime",
             "model_work_s",
             "results_dir",
             "source",
