@@ -333,6 +333,23 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a table of runs, as ``write_csv`` writes it.
+
+    Raises:
+        ArtifactError: it is no CSV in UTF-8, has no column ``run_name``, or a row with more cells than the header.
+    """
+    where, again = display_path(path), "delete it, 05 writes it anew"
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ArtifactError(f"{where} is not a CSV table in UTF-8 ({error}); {again}") from None
+    # Cells beyond the header stand under None.
+    if not all("run_name" in row and None not in row for row in rows):
+        raise ArtifactError(f"{where}: not a table with a column run_name; {again}")
+    return rows
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in ``path``.
 

@@ -5,8 +5,6 @@ and nothing else (an earlier pipeline's) will do: what it does not say about its
 plots, and needs no model. ``lib.verify`` checks what is written here.
 """
 
-import csv
-import io
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +18,7 @@ from lib.artifacts import (
     RunPaths,
     display_path,
     find_runs,
+    read_csv,
     read_json,
     read_jsonl,
     results_root,
@@ -146,8 +145,14 @@ def score_run(paths: RunPaths) -> RunScores:
 
 def facts_of(paths: RunPaths, stage: str) -> Row:
     """What a stage noted beside its metrics; empty where it left no manifest."""
-    manifest_path = paths.manifest(stage)
-    return read_json(manifest_path)["facts"] if manifest_path.exists() else {}
+    manifest = manifest_of(paths, stage)
+    return manifest["facts"] if manifest else {}
+
+
+def manifest_of(paths: RunPaths, stage: str) -> Row:
+    """A stage's manifest; empty where it left none."""
+    path = paths.manifest(stage)
+    return read_json(path) if path.exists() else {}
 
 
 def selected_on_test(paths: RunPaths) -> str:
@@ -623,13 +628,6 @@ def write_final_metrics(results_dir: str, runs: Sequence[RunScores]) -> tuple[Pa
     write_json(root / METRICS_JSON, rows)
     write_csv(root / METRICS_CSV, rows)
     return root / METRICS_JSON, root / METRICS_CSV
-
-
-def read_csv(path: Path) -> list[Row]:
-    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
-    if not all("run_name" in row and None not in row for row in rows):
-        raise ArtifactError(f"{display_path(path)}: not a table with a column run_name; delete it, 05 writes it anew")
-    return rows
 
 
 # --- in words --------------------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ told with its name, the place in it and what was expected there, before anything
 values mean, but for that without which they are none: a probability of 7, a gold answer without its number.
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -23,6 +21,7 @@ from lib.artifacts import (
     display_path,
     kind_name,
     manifest_faults,
+    read_csv,
     read_json,
     read_jsonl,
     wrong_kinds,
@@ -335,16 +334,10 @@ def _csv_faults(path: Path) -> Iterator[str]:
     yield from _file_faults(path)
     if not path.is_file():
         return
-    where, again = display_path(path), "delete it, 05 writes it anew"
     try:
-        text = path.read_bytes().decode()
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        yield f"{where} is not a CSV table in UTF-8 ({error}); {again}"
-        return
-    # Cells beyond the header stand under None.
-    if not all("run_name" in row and None not in row for row in rows):
-        yield f"{where}: not a table with a column run_name; {again}"
+        read_csv(path)
+    except ArtifactError as error:
+        yield str(error)
 
 
 def _picture_faults(folder: Path) -> Iterator[str]:

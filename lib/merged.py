@@ -155,7 +155,7 @@ def _check_room(folder: Path, dense: PreTrainedModel) -> None:
 
 def _facts(run: Evaluated, base: assets.ModelSource) -> card.CardFacts:
     paths = run.paths
-    prepared, trained = (_manifest(paths, stage) for stage in ("01_prepare", "02_train"))
+    prepared, trained = (compare.manifest_of(paths, stage) for stage in ("01_prepare", "02_train"))
     train, made_elsewhere = trained["facts"], bool(trained["parameters"].get("checkpoint"))
     scores = compare.score_run(paths)
     metrics = {
@@ -179,11 +179,6 @@ def _facts(run: Evaluated, base: assets.ModelSource) -> card.CardFacts:
         benchmark=bool(run.parameters["benchmark"]),
         adapter_sha256=sha256_file(paths.adapter_dir / "adapter_model.safetensors"),
     )
-
-
-def _manifest(paths: RunPaths, stage: str) -> dict[str, Any]:
-    path = paths.manifest(stage)
-    return read_json(path) if path.exists() else {}
 
 
 # --- command line -------------------------------------------------------------------------------------------------

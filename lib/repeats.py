@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from scipy.stats import chi2
 
+from lib import rates
 from lib.artifacts import LOCATION_PARAMETERS
 from lib.stats import wilson_interval
 
@@ -115,9 +116,9 @@ def seed_spread(group: SeedGroup, axis: str) -> SeedSpread | None:
     if len(measured) < 2:
         return None
     counts = [counts for _, _, counts in measured]
-    rates = [successes / total for successes, total in counts]
-    mean, sd, total = statistics.fmean(rates), statistics.stdev(rates), min(total for _, total in counts)
-    sd_low, sd_high = _sd_interval(sd, len(rates))
+    shares = [successes / total for successes, total in counts]
+    mean, sd, total = statistics.fmean(shares), statistics.stdev(shares), min(total for _, total in counts)
+    sd_low, sd_high = _sd_interval(sd, len(shares))
     low, high = wilson_interval(mean * total, total)
     return SeedSpread(
         name=group.name,
@@ -125,8 +126,8 @@ def seed_spread(group: SeedGroup, axis: str) -> SeedSpread | None:
         seeds=[seed for seed, _, _ in measured],
         counts=counts,
         mean=mean,
-        minimum=min(rates),
-        maximum=max(rates),
+        minimum=min(shares),
+        maximum=max(shares),
         sd=sd,
         sd_low=sd_low,
         sd_high=sd_high,
@@ -164,12 +165,12 @@ def spread_rows(spreads: Sequence[SeedSpread]) -> list[dict[str, Any]]:
             "preset": spread.name,
             "axis": spread.axis,
             "seeds": ", ".join(map(str, spread.seeds)),
-            "mean": f"{100 * spread.mean:.1f} %",
-            "lowest to highest": f"{100 * spread.minimum:.1f} to {100 * spread.maximum:.1f} %",
-            "SD over seeds": f"{100 * spread.sd:.1f} points",
-            "95 % interval of the SD": f"{100 * spread.sd_low:.1f} to {100 * spread.sd_high:.1f}",
-            "SD of the sample alone": f"{100 * spread.sampling_sd:.1f} points",
-            "95 % interval of one run": f"{100 * spread.low:.1f} to {100 * spread.high:.1f} %",
+            "mean": rates.percent(spread.mean),
+            "lowest to highest": f"{rates.interval(spread.minimum, spread.maximum)} %",
+            "SD over seeds": f"{rates.points(spread.sd)} points",
+            "95 % interval of the SD": rates.interval(spread.sd_low, spread.sd_high),
+            "SD of the sample alone": f"{rates.points(spread.sampling_sd)} points",
+            "95 % interval of one run": f"{rates.interval(spread.low, spread.high)} %",
             "rows of a run": spread.num_rows,
             "same rows": spread.same_rows,
         }
@@ -180,16 +181,11 @@ def spread_rows(spreads: Sequence[SeedSpread]) -> list[dict[str, Any]]:
 def spread_sentence(spread: SeedSpread) -> str:
     """What the spread says and what it does not."""
     unit = AXES[spread.axis] + "s"
-    mean, lowest, highest, low, high = (
-        f"{100 * share:.1f}" for share in (spread.mean, spread.minimum, spread.maximum, spread.low, spread.high)
-    )
-    sd, sd_low, sd_high, sampling_sd = (
-        f"{100 * share:.1f}" for share in (spread.sd, spread.sd_low, spread.sd_high, spread.sampling_sd)
-    )
     measured = (
-        f"{spread.name}, {spread.axis}: {mean} % on average over {spread.num_seeds} seeds, from {lowest} to "
-        f"{highest} %, SD {sd} points (95 % interval of the SD {sd_low} to {sd_high}); a run's sample of "
-        f"{spread.num_rows:,} {unit} alone leaves {low} to {high} %."
+        f"{spread.name}, {spread.axis}: {rates.percent(spread.mean)} on average over {spread.num_seeds} seeds, from "
+        f"{rates.interval(spread.minimum, spread.maximum)} %, SD {rates.points(spread.sd)} points (95 % interval of "
+        f"the SD {rates.interval(spread.sd_low, spread.sd_high)}); a run's sample of {spread.num_rows:,} {unit} alone "
+        f"leaves {rates.interval(spread.low, spread.high)} %."
     )
     if spread.same_rows:
         return (
@@ -198,5 +194,5 @@ def spread_sentence(spread: SeedSpread) -> str:
         )
     return (
         f"{measured} The seeds were asked different {unit}, so the spread holds their draw too, which alone gives an "
-        f"SD of {sampling_sd} points."
+        f"SD of {rates.points(spread.sampling_sd)} points."
     )

@@ -17,6 +17,7 @@ from lib.artifacts import (
     RunPaths,
     display_path,
     find_runs,
+    read_csv,
     read_json,
     read_jsonl,
     sha256_file,
@@ -166,8 +167,8 @@ def _manifest_mismatches(run: RunScores) -> Iterator[str]:
 def _table_mismatches(folder: Path, runs: Sequence[RunScores]) -> Iterator[str]:
     """Cells of the tables at the top of a results folder that the row files do not give."""
     tables: list[tuple[str, Callable[[Path], list[Row]], Callable[[RunScores], Row]]] = [
-        (SUMMARY, compare.read_csv, compare.summary_row),
-        (METRICS_CSV, compare.read_csv, compare.final_metrics_row),
+        (SUMMARY, read_csv, compare.summary_row),
+        (METRICS_CSV, read_csv, compare.final_metrics_row),
         (METRICS_JSON, read_json, compare.final_metrics_row),
     ]
     for name, read, expected_row in tables:
