@@ -84,8 +84,10 @@ def forget_run(plan: Plan) -> None:
 
 def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: bool) -> None:
     """Run one stage unless its manifest still holds, and say why in a line."""
+    from lib import kernel_server
     from lib.artifacts import NOT_RUN, stale_reason
     from lib.execution import execute, is_whole
+    from lib.locks import held_descriptors
     from lib.progress import Display, Relay, StageWatch
 
     parameters = stage_parameters(stage, plan)
@@ -96,6 +98,9 @@ def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: boo
         _tell_stage(plan, f"{label}: unchanged, kept")
         return
     _tell_stage(plan, f"{label}: running" + (f" ({reason})" if reason != NOT_RUN else ""))
+    if stage != COMPARE:
+        # 05 imports no torch: alone it starts faster without.
+        kernel_server.start(held_descriptors())
     watch = StageWatch(f"{plan.preset} {stage[:2]}", plan.paths, stage, parameters)
     channel = plan.channel
     display = Relay(watch, channel.show, live=channel.live, quiet=plan.quiet) if channel else None
@@ -465,6 +470,8 @@ def run_command(args: argparse.Namespace) -> int:
     Raises:
         UsageError: it cannot be done; nothing was started.
     """
+    from lib import kernel_server
+
     if args.verify:
         return verify(args.verify)
     if args.list:
@@ -479,7 +486,12 @@ def run_command(args: argparse.Namespace) -> int:
     results, reports = output_folders(args)
     with locked(results, args.typed, args.wait), places(args, plans) as environments:
         check_writable(reports)
-        return track_runs(args, [plan.preset for plan in plans], run_all(args, plans, environments))
+        try:
+            status = run_all(args, plans, environments)
+        finally:
+            # It inherited the lock, which then goes with this driver.
+            kernel_server.stop()
+        return track_runs(args, [plan.preset for plan in plans], status)
 
 
 def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> int:
@@ -548,6 +560,7 @@ def run_at_once(args: argparse.Namespace, plans: list[Plan], environments: list[
 
 def run_as_job(plan: Plan, rerun: bool, channel: "Channel") -> dict[str, Any]:
     """One preset in a process of its own; returns what became of it, for the driver's plan."""
+    from lib import kernel_server
     from lib.artifacts import ArtifactError
 
     plan = replace(plan, channel=channel)
@@ -557,6 +570,8 @@ def run_as_job(plan: Plan, rerun: bool, channel: "Channel") -> dict[str, Any]:
         plan.interrupted, plan.failure = True, plan.failure or "interrupted"
     except (ArtifactError, OSError) as error:
         plan.failure = _os_words(error)
+    finally:
+        kernel_server.stop()
     return {name: getattr(plan, name) for name in ("failure", "interrupted", "wall_s", "ran")}
 
 

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Literal
 
-from lib.kernels import die_with
+from lib.kernel_server import die_with
 from lib.progress import Board, Look
 
 LOOK_AGAIN_S = 0.5

@@ -3,22 +3,26 @@
 Knows nothing about notebooks. Imports jupyter_client, so it is imported only where a notebook is run.
 """
 
-import ctypes
 import os
+import select
 import signal
-import sys
+import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
+from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
 
+from lib import kernel_server
+from lib.kernel_server import die_with
 from lib.locks import held_descriptors
 
-PR_SET_PDEATHSIG = 1
 # What an idle kernel says to a signal that it ignores, and to the driver's frozen modules.
 IDLE_WORDS = ("[IPKernelApp] KeyboardInterrupt", "0.00s - ")
 MAX_LAST_WORDS = 400
@@ -26,6 +30,65 @@ MAX_LAST_WORDS = 400
 
 class StopAsked(Exception):
     """A stop was asked for while no cell was at work."""
+
+
+class ForkedKernel:
+    """A kernel that is no child of this process, as jupyter_client expects a process: it is watched through a pidfd."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode = pid, None
+        self._handle = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        """0 where it has ended, however: its exit status is its server's to know."""
+        if self.returncode is None:
+            watch = select.poll()
+            watch.register(self._handle, select.POLLIN)
+            if watch.poll(0):
+                os.close(self._handle)
+                self.returncode = 0
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not come within ``timeout`` seconds.
+        """
+        started = time.monotonic()
+        while self.poll() is None:
+            if timeout is not None and time.monotonic() - started > timeout:
+                raise subprocess.TimeoutExpired("kernel", timeout)
+            time.sleep(0.02)
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; a kernel that has ended gets none."""
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._handle, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkingProvisioner(LocalProvisioner):
+    """Has the kernel forked from the server of this process; started plainly where there is none or it refuses."""
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
+        """As ``LocalProvisioner``'s; ``stdout`` in ``kwargs`` is the log's open file."""
+        environment = {**(kwargs.get("env") or os.environ), "JPY_PARENT_PID": str(os.getpid())}
+        folder = str(kwargs.get("cwd") or Path.cwd())
+        pid = kernel_server.fork_kernel(self.parent.connection_file, kwargs["stdout"].name, environment, folder)
+        if not pid:
+            return await super().launch_kernel(cmd, **kwargs)
+        # A session of its own makes its number that of its group, too.
+        self.process, self.pid, self.pgid, self.cwd = ForkedKernel(pid), pid, pid, folder
+        return self.connection_info
 
 
 class OwnKernelManager(AsyncKernelManager):
@@ -43,6 +106,12 @@ class OwnKernelManager(AsyncKernelManager):
         self._folder = tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True)
         self.transport = "ipc"
         self.connection_file = str(Path(self._folder.name) / "kernel.json")
+
+    async def _async_pre_start_kernel(self, **kw: Any) -> tuple[list[str], dict[str, Any]]:
+        if self.provisioner is None:
+            spec = self.kernel_spec
+            self.provisioner = ForkingProvisioner(kernel_id=self.kernel_id, kernel_spec=spec, parent=self)
+        return await super()._async_pre_start_kernel(**kw)
 
     async def _async_cleanup_resources(self, restart: bool = False) -> None:
         await super()._async_cleanup_resources(restart=restart)
@@ -70,24 +139,6 @@ def last_words() -> str:
     log = OwnKernelManager.log_file
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
     return "\n".join(line for line in lines if line.strip() and not line.startswith(IDLE_WORDS))[-MAX_LAST_WORDS:]
-
-
-def die_with(parent: int) -> Callable[[], None] | None:
-    """What a new process does first: ask Linux for its own end when its parent ends.
-
-    Elsewhere ipykernel looks for its parent once a second, which a long call into C can hold up.
-    """
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def before_start() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            # The parent was gone before the wish was heard.
-            os._exit(1)
-
-    return before_start
 
 
 class Interrupts:
