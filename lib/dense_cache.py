@@ -7,7 +7,7 @@ about quantisation: the caller names what the weights depend on and makes them.
 
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ NOTE = "made_from.json"
 
 def identity(weight_files: list[Path], **more: Any) -> dict[str, Any]:
     """What dequantised weights depend on: the weight files' bytes, and what the caller adds (dtype, versions)."""
-    return {"weights": {path.name: sha256_file(path) for path in weight_files}, **more}
+    return {"weights": {path.name: _sha256(path, *_state(path)) for path in weight_files}, **more}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    # A stage loads the same base up to five times, and gigabytes take seconds to hash.
+    return sha256_file(path)
 
 
 def load_or_make(
