@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+import lib.kernel_server  # before torch, which many tests import first: it sets how OpenMP's threads wait
+
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
+FORK_VARIABLE = lib.kernel_server.SERVER_VARIABLE
 # What a kernel must not inherit: the notebooks' own defaults are what is tested.
 DROPPED_IN_KERNELS = ("ASSETS_DIR", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "PRESET")
+# Of a worker of these tests; a notebook has the whole machine on a laptop.
+DROPPED_IN_KERNELS += ("OMP_NUM_THREADS",)
 SET_IN_KERNELS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Nobody looks at a notebook that is tested: no bar is shown in it.
 SET_IN_KERNELS |= {"RUN_BY_DRIVER": "1"}
@@ -29,9 +34,26 @@ settings.load_profile("unhurried")
 
 def pytest_configure(config: pytest.Config) -> None:
     """One results folder a session: notebook 02 finds what notebook 01 wrote, and nothing older."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores, and tiny models have nothing for a second thread.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = tempfile.TemporaryDirectory(prefix="results-of-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ[RESULTS_VARIABLE] = folder.name
+    # Their small notebooks import nothing slow; tests of forked kernels ask for them.
+    os.environ[FORK_VARIABLE] = "0"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one worker runs, in its order: the notebooks, each of which reads what the one before wrote, or a file."""
+    for item in items:
+        is_notebook = Path(item.path).suffix == ".ipynb"
+        item.add_marker(pytest.mark.xdist_group("notebooks" if is_notebook else item.path.name))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for processes of their own."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(wrapper=True)
