@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -44,16 +45,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[FORK_VARIABLE] = "0"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one worker runs, in its order: the notebooks, each of which reads what the one before wrote, or a file."""
-    for item in items:
-        is_notebook = Path(item.path).suffix == ".ipynb"
-        item.add_marker(pytest.mark.xdist_group("notebooks" if is_notebook else item.path.name))
-
-
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for processes of their own."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers take whole files, and one of them all notebooks: each reads what the one before it wrote."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "notebooks" if nodeid.startswith("notebooks/") else nodeid.split("::")[0]
+
+    return Files(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

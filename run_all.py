@@ -173,8 +173,8 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
     Raises:
         UsageError: other drivers hold every GPU.
     """
-    from lib.devices import VISIBLE_VARIABLE, DevicesInUse, cpu_shares, held_gpus, visible_gpus
-    from lib.execution import fail
+    from lib.devices import VISIBLE_VARIABLE, DevicesInUse, cpu_shares, held_gpus, slow_cpu_note, visible_gpus
+    from lib.execution import fail, tell
 
     most = min(args.jobs, len(plans))
     computing = any(plan.params.device != "cpu" and set(plan.stages) - {COMPARE} for plan in plans)
@@ -190,6 +190,8 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
             # A machine's only GPU needs no name, and not every system knows its devices by UUID.
             yield [{VISIBLE_VARIABLE: gpu} if len(gpus) > 1 else {} for gpu in held]
         else:
+            if set(plans[0].stages) - {COMPARE} and (note := slow_cpu_note()):
+                tell(note)
             yield [cpu_shares(most)] * most
 
 

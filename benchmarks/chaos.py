@@ -183,7 +183,7 @@ class Driver:
 
 def _is_kernel(process: psutil.Process) -> bool:
     try:
-        return "ipykernel_launcher" in " ".join(process.cmdline())
+        return "ipykernel" in " ".join([process.name(), *process.cmdline()])
     except psutil.NoSuchProcess:
         # Ended, or ended and not yet waited for.
         return False

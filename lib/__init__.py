@@ -4,9 +4,9 @@ import logging
 import os
 import warnings
 
-# OpenMP reads this once, when torch is loaded: its threads wait for each other asleep and not spinning. Beside other work
-# on the same cores a spinning thread keeps the one that it waits for from running, and a run takes ten times as long.
-# The short spin before sleep keeps an idle machine as fast as before (benchmarks/bench_busy.py).
+# OpenMP reads both once, when torch is loaded. Its threads wait for each other asleep: beside other work on the same
+# cores a spinning thread keeps the one that it waits for from running, and a run takes ten times as long. The short
+# spin before the sleep keeps an idle machine as fast as before (benchmarks/bench_busy.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 

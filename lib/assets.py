@@ -819,9 +819,10 @@ def _convert_beside(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Parse a GGUF file once, from memory: transformers parses it for configuration, weights and tokenizer, entry by entry.
+    """Parse a GGUF file once and from memory; the result is the same.
 
-    That is some 400,000 slices of a memory map each time, half a minute for a file of 98 MB; the result is the same.
+    transformers parses it for the configuration, the weights and the tokenizer, each time by some 400,000 slices of a
+    memory map: half a minute for a file of 98 MB.
     """
     import gguf
     import numpy as np

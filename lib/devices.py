@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import takewhile
+from pathlib import Path
 
 from lib.locks import LOOK_AGAIN_S, FolderInUse, hold, machine_folder
 
@@ -108,6 +109,14 @@ def _identities(gpus: Sequence[str]) -> list[str]:
     uuids = _listed_uuids() if any(name.isdigit() for name in gpus) else []
     known = {str(index): uuid for index, uuid in enumerate(uuids)}
     return [re.sub(r"[^\w-]", "_", known.get(name, name)) for name in gpus]
+
+
+def slow_cpu_note(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
+    """What to expect of a CPU without bfloat16 units; "" where it has them, or the system does not say."""
+    flags = re.search(r"^flags\s*:(.*)", cpu_info.read_text(), re.MULTILINE) if cpu_info.exists() else None
+    if flags is None or {"avx512_bf16", "amx_bf16"} & set(flags[1].split()):
+        return ""
+    return "this CPU has no bfloat16 units: it computes in float32, and takes 2 to 4 times as long as one that has them"
 
 
 def cpu_shares(num_jobs: int) -> dict[str, str]:

@@ -19,9 +19,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 # "0" in the environment: every kernel is started plainly.
 SERVER_VARIABLE = "FORK_KERNELS"
 # Read when a library is loaded: pictures in the notebook, as ipykernel asks for them; and no thread of OpenBLAS or of
@@ -85,13 +86,15 @@ def preload() -> str:
     # The collector would write to every page that kernels share with their server.
     gc.collect()
     gc.freeze()
-    num_threads = len(os.listdir("/proc/self/task"))
+    num_threads = len(list(Path("/proc/self/task").iterdir()))
     return f"{num_threads} threads run" if num_threads > 1 else ""
 
 
 def become_kernel(request: Mapping[str, Any], server: int) -> None:
     """Turn this forked process into the kernel that ``request`` describes, and end it with that."""
     die_with(server)()
+    # As what it is shown by top; its command line stays the server's.
+    ctypes.CDLL(None).prctl(PR_SET_NAME, b"ipykernel")
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _redirect(0, os.devnull, os.O_RDONLY)
@@ -100,12 +103,13 @@ def become_kernel(request: Mapping[str, Any], server: int) -> None:
     os.environ.clear()
     os.environ |= request["environment"]
     os.chdir(request["folder"])
+    import ipykernel_launcher
     import numpy as np
     from ipykernel.kernelapp import launch_new_instance
 
     # Else every kernel would draw the same numbers; Python's own generator is seeded again by the fork.
     np.random.seed()
-    sys.argv = ["ipykernel_launcher", "-f", request["connection_file"]]
+    sys.argv = [ipykernel_launcher.__file__, "-f", request["connection_file"]]
     launch_new_instance()
     # What is registered for the end is done; taking every loaded module apart would take seconds.
     atexit._run_exitfuncs()

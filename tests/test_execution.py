@@ -27,7 +27,7 @@ from small_notebooks import (
 )
 
 import run_all
-from lib import execution
+from lib import execution, kernel_server
 from lib.artifacts import PROJECT_ROOT, DiskFull, write_text
 
 
@@ -47,9 +47,10 @@ def execute(folder, **more):
     return execution.execute("01_prepare", folder / "reports" / "01_prepare.ipynb", parameters, **more)
 
 
-@pytest.fixture
-def start_driver():
+@pytest.fixture(params=["0", pytest.param("1", marks=pytest.mark.slow)], ids=["plain kernels", "forked kernels"])
+def start_driver(request, monkeypatch):
     """A function that starts a driver over a folder of notebooks; what a failing test leaves is ended."""
+    monkeypatch.setenv(kernel_server.SERVER_VARIABLE, request.param)
     started = []
 
     def start(notebooks, output, *argv):
@@ -242,9 +243,9 @@ def test_a_killed_driver_takes_its_kernel_with_it(tmp_path, notebook, start_driv
 
 def kernel_of(driver):
     """The process of the driver's kernel; None while there is none. Others below it, as nvidia-smi, come and go."""
-    for child in psutil.Process(driver.pid).children():
+    for child in psutil.Process(driver.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "ipykernel_launcher" in child.cmdline():
+            if "ipykernel" in " ".join([child.name(), *child.cmdline()]):
                 return child
     return None
 
