@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup sandbox test lab check
+.PHONY: setup sandbox test test-slow lab check
 
 setup: .venv/ready
 
@@ -16,7 +16,10 @@ sandbox: setup  ## the whole pipeline on this machine's CPU, with the bundled mo
 	$(BIN)/python run_all.py --presets sandbox_one
 
 test: setup  ## unit tests, and the notebooks with their own defaults
-	$(BIN)/python -m pytest --nbval-lax
+	$(BIN)/python -m pytest --nbval-lax -n auto
+
+test-slow: setup  ## what takes longer: kills, fuzzing, browsers, notebooks with every option
+	$(BIN)/python -m pytest tests -m slow -n auto
 
 lab: setup  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
@@ -26,4 +29,5 @@ check: setup  ## format, lint, clean notebook sources, tests, sandbox: the same 
 	$(BIN)/ruff check .
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 	$(MAKE) test
+	$(MAKE) test-slow
 	$(MAKE) sandbox

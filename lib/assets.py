@@ -834,6 +834,8 @@ def _read_once() -> Iterator[None]:
         patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
         patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
         patch.object(np, "memmap", read),
+        # Its bar heeds no setting and would stand in the filled notebook.
+        patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors),
     ):
         yield
 

@@ -3,6 +3,8 @@
 import pytest
 from chromium import Chromium, find_chromium
 
+from lib import kernel_server
+
 
 @pytest.fixture(scope="module")
 def chromium():
@@ -12,3 +14,13 @@ def chromium():
     with Chromium() as browser:
         browser.offline()
         yield browser
+
+
+@pytest.fixture(scope="module")
+def forked_kernels():
+    """Kernels of this process are forked while the tests of a file run: real notebooks then start in half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(kernel_server.SERVER_VARIABLE, "1")
+        kernel_server.start()
+        yield
+        kernel_server.stop()

@@ -194,6 +194,7 @@ save_file({"logits": logits, "merged": merged}, sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_the_cards_script_computes_what_is_evaluated_and_imports_nothing_of_ours(trained, tmp_path):
     folder, adapter, ids = trained
     facts = replace(FACTS, base=ModelSource("tiny", folder, "folder sha256:00", "local folder"))

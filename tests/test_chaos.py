@@ -56,6 +56,7 @@ def project(tmp_path):
     return project
 
 
+@pytest.mark.slow
 def test_five_kills_lose_nothing(project):
     result = chaos.wreak(project, 5, seed=3, stages=("03_eval_gsm8k", "05_compare"), tell=lambda _: None)
     assert result["kills"] == 5 and {row["stage"] for row in result["by_stage"]} == {STAGES[2], STAGES[4]}

@@ -190,3 +190,22 @@ def test_on_a_cpu_the_cores_are_shared(machine, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert places("--jobs", "2", "--set", "device=cpu") == [{"OMP_NUM_THREADS": "4"}] * 2
     assert len(places("--jobs", "9", "--set", "device=cpu")) == 3, "no more places than presets"
+
+
+@pytest.mark.parametrize(
+    ("cpu_info", "slow"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f\n", True),
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512_bf16\n", False),
+        ("flags\t\t: amx_bf16\n", False),
+        # An ARM processor lists "Features", and macOS has no such file: nothing is known, nothing is claimed.
+        ("processor\t: 0\nFeatures\t: fp asimd\n", False),
+        (None, False),
+    ],
+)
+def test_a_cpu_without_bfloat16_units_is_named_in_a_line(tmp_path, cpu_info, slow):
+    file = tmp_path / "cpuinfo"
+    if cpu_info is not None:
+        file.write_text(cpu_info)
+    note = devices.slow_cpu_note(file)
+    assert ("no bfloat16 units" in note) == slow and "\n" not in note

@@ -355,6 +355,7 @@ def test_the_engine_itself_goes_on_to_the_same_bytes(tmp_path, tiny, monkeypatch
     assert len(texts) > 20
 
 
+@pytest.mark.slow
 def test_notebook_01_asks_the_model_and_trains_on_what_it_says(tmp_path, tiny):
     from lib import execution
 
@@ -377,6 +378,7 @@ def test_notebook_01_asks_the_model_and_trains_on_what_it_says(tmp_path, tiny):
     assert "GSM8K's without calculator marks" in html.replace("&#x27;", "'").replace("&#39;", "'")
 
 
+@pytest.mark.slow
 def test_every_seed_is_trained_on_the_same_answers_and_keep_keeps_them(tmp_path, tiny):
     from lib import execution
 

@@ -25,6 +25,8 @@ NUM_FILES = 200
 # Few examples by default, so that the file takes seconds; each is as nasty as hypothesis can make it.
 QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 QUICK = settings(max_examples=60, suppress_health_check=QUIET)
+# One of five in the tests that are run all the time, all of them in the slow ones.
+EVERY = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 PRESET = preset_path("simple").read_text(encoding="utf-8")
 VALUES = yaml.safe_load(PRESET)
 TEXTS = st.text(st.characters(codec=None), max_size=80)
@@ -129,10 +131,11 @@ def _loads(content: bytes) -> bool:
     return isinstance(values, dict) and not find_faults(values) and content.count(b"\n") >= PRESET.count("\n")
 
 
-def test_two_hundred_malformed_presets_are_told_without_a_traceback_and_leave_nothing(tmp_path, capsys):
+@EVERY
+def test_two_hundred_malformed_presets_are_told_without_a_traceback_and_leave_nothing(tmp_path, capsys, every):
     contents = malformed_presets()
     assert len(contents) == NUM_FILES
-    for number, content in enumerate(contents):
+    for number, content in list(enumerate(contents))[::every]:
         (tmp_path / "mine.yaml").write_bytes(content)
         status = run_all.main(
             ["--presets", "mine", "--params-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]
@@ -521,15 +524,16 @@ def mutated_file(path, content, draw):
     return bytes(draw.choice(b'\x00",\n\r\xff9e-') if at in places else byte for at, byte in enumerate(content))
 
 
+@EVERY
 @pytest.mark.parametrize("command", COMMANDS)
-def test_any_file_of_a_results_folder_changed_is_told_or_harmless(whole, capsys, command):
+def test_any_file_of_a_results_folder_changed_is_told_or_harmless(whole, capsys, command, every):
     draw = random.Random(command)
     made = ("lm_eval", "reports")
     files = [path for path in sorted(whole.rglob("*.*")) if path.suffix in (".json", ".jsonl", ".csv")]
     files = [path for path in files if path.relative_to(whole).parts[0] not in made]
     assert len(files) == 2 * 12 + 1 + 2 + 4
     told_of = 0
-    for _ in range(NUM_CHANGES):
+    for _ in range(NUM_CHANGES // every):
         path = draw.choice(files)
         content = path.read_bytes()
         try:
@@ -542,7 +546,7 @@ def test_any_file_of_a_results_folder_changed_is_told_or_harmless(whole, capsys,
             told_of += status
         finally:
             path.write_bytes(content)
-    assert told_of > NUM_CHANGES // 10
+    assert told_of > NUM_CHANGES // every // 10
 
 
 PLACES = {

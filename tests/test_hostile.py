@@ -77,6 +77,7 @@ report.stack([
 """
 
 
+@pytest.mark.slow
 def test_no_script_of_a_models_text_runs_in_a_report(tmp_path, notebook):
     if not find_chromium():
         pytest.skip("there is no browser here")
@@ -96,6 +97,7 @@ def test_no_script_of_a_models_text_runs_in_a_report(tmp_path, notebook):
         assert not [address for address in browser.requests[1:] if not address.startswith(("data:", "file:", "about:"))]
 
 
+@pytest.mark.slow
 def test_a_marker_would_show_a_script_that_runs(tmp_path):
     if not find_chromium():
         pytest.skip("there is no browser here")

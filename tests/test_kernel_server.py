@@ -47,13 +47,10 @@ def facts():
     return json.loads(run_cells(FACTS)[0].strip("'"))
 
 
-@pytest.fixture(scope="module")
-def server():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(kernel_server.SERVER_VARIABLE, "1")
-        kernel_server.start()
-        yield psutil.Process(kernel_server._server._process.pid)
-        kernel_server.stop()
+@pytest.fixture
+def server(forked_kernels):
+    """The process that kernels are forked from."""
+    return psutil.Process(kernel_server._server._process.pid)
 
 
 def test_a_forked_kernel_is_like_one_that_was_started(server, monkeypatch):

@@ -223,6 +223,7 @@ def test_a_run_that_was_only_trained_is_written_in_the_dtype_it_asks_for(run):
     assert read_json(merged.export_model(run) / "config.json")["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_the_driver_exports_in_a_process_of_its_own(run, tmp_path):
     folder = str(run.run_dir.parent)
     code = "import sys, run_all; status = run_all.main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else status)"

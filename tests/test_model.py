@@ -208,6 +208,7 @@ def test_merging_costs_no_more_than_the_dtype(folder, adapter):
     assert (merged - exact).std() < 1.5 * (trained - exact).std()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (BUNDLED / "config.json").exists(), reason="the bundled model is not converted yet")
 def test_the_bundled_model_is_evaluated_as_it_is_trained():
     dense = models.load_dense(BUNDLED, BFLOAT16, "nf4")

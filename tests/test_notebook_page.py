@@ -91,6 +91,7 @@ def test_a_banner_stands_above_and_hides_nothing(stopped):
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_summary_is_seen_without_scrolling(chromium, filled, stage):
     chromium.window(1200, 900)
@@ -105,6 +106,7 @@ def test_the_summary_is_seen_without_scrolling(chromium, filled, stage):
     assert chromium.errors == [] and all(not address.startswith("http") for address in chromium.requests)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_axe_finds_nothing_on_a_filled_notebook(chromium, filled, stopped, dark):
     chromium.window(1200, 900, dark=dark)
@@ -116,6 +118,7 @@ def test_axe_finds_nothing_on_a_filled_notebook(chromium, filled, stopped, dark)
     assert (paper == "rgb(255, 255, 255)") is not dark
 
 
+@pytest.mark.slow
 def test_no_code_is_cut_off_on_paper(chromium, filled):
     chromium.window(760, 900)
     chromium.open(filled["02_train"].with_suffix(".html"))

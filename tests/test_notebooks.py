@@ -208,6 +208,7 @@ def open_in_lab(stage, folder, preset="", **environment):
     return notebook.cells, ""
 
 
+@pytest.mark.slow
 def test_a_preset_named_in_the_first_cell_gives_its_values_and_its_run(tmp_path):
     cells, error = open_in_lab("01_prepare", tmp_path, "mine", PRESET="what the cell wins over")
     assert not error, error
@@ -221,6 +222,7 @@ def test_a_preset_named_in_the_first_cell_gives_its_values_and_its_run(tmp_path)
     assert "Run mine: my own." in json.dumps(setup.outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["02_train", "03_eval_gsm8k", "04_eval_safety"])
 def test_a_missing_earlier_stage_is_named_with_the_preset_of_the_environment(tmp_path, stage):
     _, error = open_in_lab(stage, tmp_path, PRESET="mine")
@@ -239,6 +241,8 @@ def run(stage, folder, **parameters):
     return outcome, json.dumps(outputs)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_kernels")
 def test_without_prompts_safety_is_not_measured_and_everything_says_so(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
     absent = {"ailuminate_source": str(tmp_path / "nowhere.csv"), "max_train_rows": 8}
@@ -254,9 +258,11 @@ def test_without_prompts_safety_is_not_measured_and_everything_says_so(tmp_path)
     assert metrics["ailuminate_safety_rate"] == 0.0 and metrics["safety_status"].startswith("not measured")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_kernels")
 def test_seeds_of_training_are_asked_the_same_questions_and_train_on_the_same_rows(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
-    drawn = {"max_train_rows": 20, "gsm8k_eval_fraction": 0.5}
+    drawn = {"max_train_rows": 20, "dev_rows": 8, "gsm8k_eval_fraction": 0.5}
     outcome, _ = run("01_prepare", tmp_path, seed=7, **drawn)
     assert not outcome.error, outcome.error
     train, test = (read_jsonl(PROJECT_ROOT / f"data/sandbox/gsm8k_{part}.jsonl") for part in ("train", "test"))
@@ -272,6 +278,8 @@ def test_seeds_of_training_are_asked_the_same_questions_and_train_on_the_same_ro
     assert asked == gsm8k.eval_indices(len(test), 0.5, 42) != gsm8k.eval_indices(len(test), 0.5, 7)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_kernels")
 def test_without_a_judge_safety_is_not_measured_and_nothing_is_loaded(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
     # What 01 leaves: prompts are there, so only the judge is missing.
@@ -291,6 +299,7 @@ def gsm8k_row():
     return {**answer, "parsed_final": "2", "correct": True}
 
 
+@pytest.mark.usefixtures("forked_kernels")
 def test_comparison_runs_over_row_files_of_an_earlier_pipeline(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "medium")
     write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
@@ -302,6 +311,7 @@ def test_comparison_runs_over_row_files_of_an_earlier_pipeline(tmp_path):
     assert "31.0 %" in seen and "34.0 %" in seen and "<b>p</b>" not in seen
 
 
+@pytest.mark.usefixtures("forked_kernels")
 def test_a_hand_in_with_other_numbers_of_rows_is_an_error_that_names_both(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "medium")
     write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
@@ -332,6 +342,7 @@ def chosen_on(folder, selected_on):
     return paths
 
 
+@pytest.mark.usefixtures("forked_kernels")
 @pytest.mark.parametrize("selected_on", [sweep.ON_TEST, sweep.ON_DEV])
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
     paths = chosen_on(tmp_path / "results", selected_on)

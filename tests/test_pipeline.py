@@ -16,7 +16,10 @@ import pytest
 
 from lib.artifacts import PROJECT_ROOT, STAGES, read_jsonl, run_paths
 
-pytestmark = pytest.mark.skipif("TOKENIZERS_DIR" not in os.environ, reason="TOKENIZERS_DIR names no tokenizers")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("TOKENIZERS_DIR" not in os.environ, reason="TOKENIZERS_DIR names no tokenizers"),
+]
 SIZES = ["max_train_rows=8", "dev_rows=2", "max_gsm8k_rows=4", "max_ailuminate_rows=4", "gsm8k_max_new_tokens=6"]
 SIZES += [
     "ailuminate_max_new_tokens=6",

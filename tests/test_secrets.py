@@ -104,6 +104,7 @@ def written(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_nothing_planted_is_in_anything_that_three_real_stages_write(tmp_path, planted):
     model = save_tiny_model(planted / "models" / "base")
     assets = planted / "assets"

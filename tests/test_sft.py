@@ -351,6 +351,7 @@ tests.run(Path(sys.argv[2]), sft.encode_rows(tests.tiny_tokenizer(), rows, 100).
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_checkpoint_before(folder, examples, tmp_path, unbroken):
     arguments = [str(Path(__file__).parent), str(folder), str(tmp_path), str(torch.get_num_threads())]
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)

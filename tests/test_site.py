@@ -386,6 +386,7 @@ def test_a_view_kept_in_the_address_is_shown_again(browser, page):
     assert count(browser) == told != "25 of 25 rows"
 
 
+@pytest.mark.slow
 def test_only_rows_that_are_seen_are_drawn(chromium, tmp_path):
     make_results(tmp_path, ["many"], questions=700, prompts=3)
     chromium.window(1280, 900)
@@ -434,6 +435,7 @@ def test_a_probability_says_of_what_and_an_answer_how_it_was_read(browser, resul
     assert browser.run("document.querySelector('#row-1').scrollHeight <= document.querySelector('#row-1').clientHeight")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 420, 600, 800])
 def test_nothing_scrolls_sideways_but_tables_and_pictures(chromium, results, tmp_path, width):
     plots = tmp_path / "plots"
@@ -457,6 +459,7 @@ def test_print_sets_all_text_in_one_size(browser):
     browser.command("Emulation.setEmulatedMedia", media="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False)])
 def test_axe_finds_nothing_serious(chromium, page, width, dark):
     chromium.window(width, 900, dark=dark)

@@ -298,6 +298,7 @@ def notebook_02():
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow
 def test_notebook_02_names_the_test_rows_only_behind_sweep_on_test():
     code = "\n".join(notebook_02()[1:])
     assert not [name for name in ("gsm8k_eval", "gsm8k_test", "load_gsm8k", "gsm8k_preds") if name in code]
@@ -331,10 +332,12 @@ def prepare_for_02(tmp_path, dev=None, pool=None):
     return paths, {
         **{"results_dir": str(tmp_path / "results"), "base_model": str(model), "safeguard_model": str(model)},
         **{"compute_dtype": "float32", "quantization": "none", "save_steps": 1, "train_batch_size": 1},
+        **{"gradient_accumulation_steps": 4},
         **{"gsm8k_max_new_tokens": 4, "ailuminate_max_new_tokens": 4, "fewshot_k": 1, "offline": True},
     }
 
 
+@pytest.mark.slow
 def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
     """The whole notebook on a tiny random model, with a judge; results lack gsm8k_eval.jsonl."""
     paths, parameters = prepare_for_02(tmp_path)
@@ -373,6 +376,7 @@ def run_02(tmp_path, parameters):
     return "\n".join("".join(one.get("data", {}).get("text/html", one.get("text", ""))) for one in outputs)
 
 
+@pytest.mark.slow
 def test_notebook_02_trains_again_where_the_checkpoints_to_choose_among_were_deleted(tmp_path):
     dev = [{"question": "8 + 8?" + "!" * size, "answer": "#### 16"} for size in (0, 600)]
     paths, parameters = prepare_for_02(tmp_path, dev=dev)
@@ -392,6 +396,7 @@ def test_notebook_02_trains_again_where_the_checkpoints_to_choose_among_were_del
         assert [row["checkpoint"] for row in csv.DictReader(stream)] == ["checkpoint-1", "checkpoint-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pool", "kind"), [(None, "a row of the few-shot pool"), ([], "a training row")], ids=["pool", "nothing"]
 )

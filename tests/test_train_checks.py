@@ -157,6 +157,7 @@ def plant(path):
     return rows
 
 
+@pytest.mark.slow
 def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
     from lib import execution
     from tests.tiny import save_tiny_model
@@ -176,6 +177,7 @@ def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
     assert "it ends in 123456" in html and "it asks what test row 12 asks" in html
 
 
+@pytest.mark.slow
 def test_notebook_01_draws_no_row_that_asks_what_the_test_split_asks(tmp_path):
     from lib import execution, model, sft
     from tests.tiny import save_tiny_model
