@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
 from lib.artifacts import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT
+from lib.text_files import decode_text
 
 PARAMS_DIR = PROJECT_ROOT / "params"
 # Characters of a wrong value that a message repeats.
@@ -260,12 +261,12 @@ def load_params(
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = yaml.load(decode_text(path.read_bytes(), "it"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: there is no such file in {path.parent.name}/") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ParamsError(f"{path.name}: cannot be read ({type(error).__name__})") from None
-    # The constructors of dates and of very long numbers raise plain ValueErrors.
+    # The constructor of very long numbers raises a plain ValueError, and a file that is no text a TextFileError.
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
