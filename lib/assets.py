@@ -30,6 +30,7 @@ from lib.artifacts import (
     read_json,
     sha256_file,
     sha256_json,
+    share,
     write_json,
     write_text,
 )
@@ -883,7 +884,7 @@ def _split_digits(tokenizer: Any) -> None:
 
 
 def _finish_folder(folder: Path) -> None:
-    # The libraries write the weights for their owner alone; the folder may serve several users.
     write_json(folder / NOTE_FILE, BUNDLED_NOTE)
+    # The folder may serve several users.
     for file in folder.iterdir():
-        file.chmod(0o644)
+        share(file)
