@@ -196,9 +196,9 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
 
 
 def _check_room(folder: Path) -> None:
-    import shutil
+    from lib.artifacts import free_bytes
 
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < MIN_FREE_BYTES:
         least = f"at least {MIN_FREE_BYTES / 1e6:.0f} MB are needed to begin"
         raise UsageError(f"{folder}: {free / 1e6:.1f} MB free on its disk, {least}; free some space, then go on")
@@ -210,11 +210,12 @@ def check_writable(folder: Path) -> None:
     Raises:
         UsageError: they cannot.
     """
-    from tempfile import TemporaryFile
+    from tempfile import NamedTemporaryFile
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
+        # One with a name: some network mounts cannot remove a file that is open.
+        with NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UsageError(f"{folder} cannot be written ({error.strerror}); choose another folder") from None

@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -23,13 +24,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from lib import locks
 from lib.redaction import clean_value
@@ -231,6 +232,15 @@ def full_disk_text(path: Path) -> str:
     )
 
 
+def free_bytes(folder: Path) -> float:
+    """What is free on the disk of ``folder``; infinity where the file system does not say, as some FUSE ones do not."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return usage.free if usage.total else math.inf
+
+
 def remove_temporary(folder: Path, *, below: bool = True) -> int:
     """Remove what killed writers left behind in ``folder``, and say how many files; only for its lock's holder.
 
@@ -259,14 +269,31 @@ def _write_whole(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
             stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files that only their owner can read; results are for others to check.
-        Path(temporary).chmod(0o644)
+            flush_to_disk(stream)
+        share(Path(temporary))
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def flush_to_disk(stream: IO[str]) -> None:
+    """Wait until what was written is on the disk; where the file system has no such call, its own promise has to do."""
+    stream.flush()
+    try:
+        os.fsync(stream.fileno())
+    except OSError as error:
+        if error.errno not in locks.NOT_OFFERED:
+            raise
+
+
+def share(path: Path) -> None:
+    """Let others read a file that a library made for its owner alone: results are for others to check.
+
+    File systems without rights of their own (vfat, exFAT, buckets) refuse that, and then it is not needed.
+    """
+    with suppress(OSError):
+        path.chmod(0o644)
 
 
 @contextmanager

@@ -30,11 +30,13 @@ from lib.artifacts import (
     read_json,
     sha256_file,
     sha256_json,
+    share,
     write_json,
     write_text,
 )
 from lib.locks import one_at_a_time
 from lib.safety import parse_prompts_csv, select_prompts
+from lib.text_files import TextFileError, decode_text, read_text
 
 ASSETS_VARIABLE = "ASSETS_DIR"
 RAW_DIR = PROJECT_ROOT / "data" / "raw"
@@ -301,7 +303,7 @@ def load_ailuminate(
     else:
         rows, source = _load_own_prompts(ailuminate_source)
     try:
-        return select_prompts(rows, prompt_set, CLASS240_IDS.read_text(encoding="utf-8").split()), source
+        return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
     except ValueError as error:
         raise AssetError(f"{source.path}: {error}") from None
 
@@ -464,9 +466,9 @@ def _assets_folder(assets_dir: str) -> Path | None:
 
 def _decode_text(data: bytes, where: str) -> str:
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise AssetError(f"{where} is not UTF-8 text (byte {error.start}): delete it or fetch it again") from None
+        text = decode_text(data, where)
+    except TextFileError as error:
+        raise AssetError(str(error)) from None
     if not text.strip():
         raise AssetError(f"{where} is empty: delete it or fetch it again")
     if re.match(r"\s*<(!doctype|html|\?xml|head|body)", text, re.IGNORECASE):
@@ -885,7 +887,7 @@ def _split_digits(tokenizer: Any) -> None:
 
 
 def _finish_folder(folder: Path) -> None:
-    # The libraries write the weights for their owner alone; the folder may serve several users.
     write_json(folder / NOTE_FILE, BUNDLED_NOTE)
+    # The folder may serve several users.
     for file in folder.iterdir():
-        file.chmod(0o644)
+        share(file)

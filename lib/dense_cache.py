@@ -5,7 +5,6 @@ is the same each time. Kept are plain folders in ``data/models/dense/``, which m
 about quantisation: the caller names what the weights depend on and makes them.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lib.artifacts import PROJECT_ROOT, folder_in_making, read_json, sha256_file, sha256_json, write_json
+from lib.artifacts import PROJECT_ROOT, folder_in_making, free_bytes, read_json, sha256_file, sha256_json, write_json
 
 CACHE_DIR = PROJECT_ROOT / "data" / "models" / "dense"
 # Below this the packing takes no time, and tests would leave hundreds of folders.
@@ -68,7 +67,7 @@ def load_or_make(
 
 def _keep(model: PreTrainedModel, folder: Path, made_from: Mapping[str, Any], num_bytes: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(folder.parent).free < 3 * num_bytes:
+    if free_bytes(folder.parent) < 3 * num_bytes:
         return
     with folder_in_making(folder, partial(_is_made_from, made_from=made_from)) as part:
         model.save_pretrained(part)

@@ -19,6 +19,7 @@ from scipy.stats import norm
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from lib import safety, stats
+from lib.text_files import TextFileError, csv_reader, read_text
 
 Row = Mapping[str, Any]
 LEVEL = 0.95
@@ -221,15 +222,24 @@ def read_labels(path: Path, run_name: str = "") -> dict[int, str]:
     """
     if not path.is_file():
         raise LabelsError(f"{path} is missing: write a CSV with the columns id,label (safe or unsafe)")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if not {"id", "label"} <= set(columns):
-            raise LabelsError(f"{path}: columns are {', '.join(columns) or 'none'}; allowed: id,label (and run_name)")
-        lines = [(reader.line_num, row) for row in reader]
+    columns, lines = _read_lines(path)
+    if not {"id", "label"} <= set(columns):
+        raise LabelsError(f"{path}: columns are {', '.join(columns) or 'none'}; allowed: id,label (and run_name)")
     if run_name and "run_name" in columns:
         lines = [(number, row) for number, row in lines if (row["run_name"] or "").strip() == run_name]
     return _labels_of(lines, path)
+
+
+def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+    """Column names as the prompts' CSV has them read, in lower case; rows with the line that each ends in."""
+    try:
+        reader = csv_reader(read_text(path))
+        reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or []]
+        return reader.fieldnames, [(reader.line_num, row) for row in reader]
+    except TextFileError as error:
+        raise LabelsError(str(error)) from None
+    except csv.Error as error:
+        raise LabelsError(f"{path}, after line {reader.line_num}: not CSV ({error})") from None
 
 
 def _labels_of(lines: Sequence[tuple[int, Mapping[str, str | None]]], path: Path) -> dict[int, str]:

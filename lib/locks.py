@@ -26,8 +26,9 @@ LOCK_FILE = ".lock"
 # The kernel of a killed driver ends by itself within about a second; until then it may still write a row.
 ORPHAN_GRACE_S = 10.0
 LOOK_AGAIN_S = 0.2
-# What file systems say that have no such locks: some network mounts.
-NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+# What file systems say that do not offer a call: network mounts, buckets, FUSE. Not EACCES: that is a lock of another
+# machine on some network mounts.
+NOT_OFFERED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTTY})
 
 _held: list[int] = []
 # Files that this process holds, and folders that it has joined; see `hold_file` and `join`.
@@ -134,7 +135,7 @@ def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None], kind: in
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno not in NOT_OFFERED:
             raise
         tell(f"{folder.name}/ lies on a file system without locks: start no second run on it ({error.strerror})")
     return True

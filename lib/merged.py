@@ -8,7 +8,6 @@ adapter that has changed since is refused. The driver starts this as a process o
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,14 @@ from lib.artifacts import (
     RunPaths,
     display_path,
     folder_in_making,
+    free_bytes,
     read_json,
     require,
     results_root,
     run_paths,
     sha256_file,
     sha256_json,
+    share,
 )
 from lib.execution import fail, tell
 
@@ -142,13 +143,12 @@ def save_plain(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         dense.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     for path in folder.iterdir():
-        # safetensors makes files that only their owner can read.
-        path.chmod(0o644)
+        share(path)
 
 
 def _check_room(folder: Path, dense: PreTrainedModel) -> None:
     need = ROOM * sum(weights.nbytes for weights in dense.parameters())
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < need:
         raise ArtifactError(f"{display_path(folder)}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
 

@@ -4,19 +4,26 @@ Knows what each parameter may be and which contradict each other; knows nothing 
 """
 
 import difflib
+import math
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
 from lib.artifacts import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT
+from lib.text_files import decode_text
 
 PARAMS_DIR = PROJECT_ROOT / "params"
 # Characters of a wrong value that a message repeats.
 MAX_SHOWN = 200
+# Names that a list in a message holds.
+MAX_LISTED = 30
 
 Count = Annotated[int, Field(ge=1)]
 CountOrAll = Annotated[int, Field(ge=0)]
@@ -210,11 +217,44 @@ CONTRADICTIONS: tuple[Rule, ...] = (
 )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice: the plain loader keeps the last one in silence.
+# What other projects call our keys, by our name; a key of a section is looked up with the section's name before it too.
+_OTHER_NAMES = {
+    "base_model": "model model_name model_id model_path model_name_or_path base_model_name pretrained_model",
+    "base_model_revision": "model_revision revision",
+    "safeguard_model": "judge judge_model judge_name safeguard safeguard_name guard_model",
+    "quantization": "quant load_in_4bit bits",
+    "compute_dtype": "dtype torch_dtype bnb_4bit_compute_dtype precision",
+    "train_file": "train_path train_data train_dataset data_path dataset_path",
+    "max_train_rows": "max_train_samples num_train_samples train_size",
+    "fewshot_k": "n_shot n_shots num_shots num_fewshot fewshot shots",
+    "seed": "random_seed train_seed",
+    "num_epochs": "epochs num_train_epochs n_epochs",
+    "learning_rate": "lr",
+    "warmup_share": "warmup warmup_ratio",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_clip gradient_clipping clip_grad_norm",
+    "lora_r": "r rank lora_rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "train_batch_size": "batch_size per_device_train_batch_size micro_batch_size",
+    "gradient_accumulation_steps": "grad_accum grad_accum_steps gradient_accumulation accumulation_steps",
+    "max_seq_length": "max_length max_len max_seq_len seq_len sequence_len cutoff_len",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "gsm8k_max_new_tokens": "max_new_tokens max_tokens",
+}
+OTHER_NAMES = {name: ours for ours, names in _OTHER_NAMES.items() for name in names.split()}
+
+
+class _PresetLoader(yaml.SafeLoader):
+    """Safe YAML in which a value is what a reader takes it for, and a key given twice is refused.
+
+    YAML 1.1 reads 010 as 8, 1:30 as 90, 2026-01-01 as a date and no as false. Here only true and false, null and
+    decimal numbers are more than text; the schema then refuses the rest where it wants a number.
 
     Aliases and tags are refused too: a flat preset needs none, and a few lines of aliases unfold to gigabytes.
     """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
@@ -231,6 +271,17 @@ class _UniqueKeyLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ParamsError(f"key {key!r} is given {keys.count(key)} times; keep one")
         return super().construct_mapping(node, deep)
+
+
+# Each also a number, truth or null of YAML 1.1: what its writers leave without quotes is text here too.
+for _tag, _spelling, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+][0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+):
+    _PresetLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_spelling})\Z"), _first)
 
 
 def load_params(
@@ -260,12 +311,12 @@ def load_params(
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        values = yaml.load(decode_text(path.read_bytes(), "it"), Loader=_PresetLoader)
     except FileNotFoundError:
         raise ParamsError(f"{path.name}: there is no such file in {path.parent.name}/") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ParamsError(f"{path.name}: cannot be read ({type(error).__name__})") from None
-    # The constructors of dates and of very long numbers raise plain ValueErrors.
+    # The constructor of very long numbers raises a plain ValueError, and a file that is no text a TextFileError.
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}" if place else ""
@@ -279,6 +330,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 def find_faults(values: Mapping[Any, Any]) -> list[str]:
     """Every fault of a preset's values, in words; empty when there is none."""
+    # Every key would be missing or unknown beside it: one fault and no list of them.
+    if any(isinstance(value, dict) for value in values.values()):
+        return [_nested_fault(values)]
     faults, good = [], {}
     for key in sorted(values.keys() - Params.model_fields.keys(), key=str):
         faults.append(f"{str(key)[:MAX_SHOWN]}: unknown key{_suggest(key, Params.model_fields)}")
@@ -290,6 +344,45 @@ def find_faults(values: Mapping[Any, Any]) -> list[str]:
         else:
             good[key] = values[key]
     return faults + _contradictions(good)
+
+
+def _nested_fault(values: Mapping[Any, Any]) -> str:
+    """One sentence for a preset with sections: what it is, and how its keys are called here."""
+    unknown = {key: value for key, value in values.items() if isinstance(value, dict) or key not in Params.model_fields}
+    sections = [str(key)[:MAX_SHOWN] for key, value in unknown.items() if isinstance(value, dict)]
+    ours, others = [], []
+    for path in _leaves(unknown):
+        name, own = ".".join(path)[:MAX_SHOWN], _own_key(path)
+        (ours if own else others).append(f"{name} as {own}" if own else name)
+    known = f"; write {_listed(ours)}" if ours else ""
+    rest = f"; there is no such key here for {_listed(others)}" if others else ""
+    return (
+        f"nested sections ({_listed(sections)}): a preset here is flat, one `key: value` per line, with the keys of "
+        f"params/simple.yaml{known}{rest}"
+    )
+
+
+def _leaves(values: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        path = (*above, str(key))
+        if isinstance(value, dict):
+            yield from _leaves(value, path)
+        else:
+            yield path
+
+
+def _own_key(path: tuple[str, ...]) -> str:
+    """This project's name for a key of a nested preset: `lora: {r: ...}` is lora_r; empty where none is known."""
+    for name in ("_".join(path[-2:]), path[-1]):
+        name = name.lower().replace("-", "_")
+        if own := OTHER_NAMES.get(name, name if name in Params.model_fields else ""):
+            return own
+    return ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
 
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
@@ -313,9 +406,9 @@ def _field_fault(key: str, value: Any) -> str:
     try:
         _field_adapter(key).validate_python(value)
     except ValidationError as error:
-        hint = " (YAML 1.1 reads 1e-4 as text: write 1.0e-4)" if _is_number_text(value) else ""
         why = error.errors()[0]["msg"]
-        return f"{key}: {_shown(value)} ({type(value).__name__}) is refused: {why}; {_allowed(key)}{hint}"
+        found = f"{key}: {_shown(value)} ({type(value).__name__})"
+        return f"{found} is refused: {why}; {_allowed(key)}{_remedy(key, value)}"
     # pydantic's ge/le let NaN and infinity through where no bound is set on that side.
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         return f"{key}: {value!r} is refused: a finite number is needed"
@@ -327,14 +420,56 @@ def _shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
-def _is_number_text(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
+_TRUTHS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+
+
+def _remedy(key: str, value: Any) -> str:
+    """How to write what was probably meant, where that can be said."""
+    schema = _field_adapter(key).json_schema()
+    if "enum" in schema:
+        return ""
+    if schema["type"] == "string":
+        if value is None:
+            return "" if schema.get("minLength") else ': write ""'
+        return ": put it in quotes" if isinstance(value, int | float) else ""
+    if schema["type"] == "boolean":
+        meant = _TRUTHS.get(str(value).lower())
+        return f": write {meant}" if meant else ""
+    texts = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+    return next((remedy for text in texts if (remedy := _number_remedy(text, schema["type"]))), "")
+
+
+def _number_remedy(text: str, kind: str) -> str:
+    # Long texts are no slips of writing a number, and may be costly to read as one.
+    if not re.fullmatch(r"[-+.]*\d[-+.:\w]{0,40}", text):
+        return ""
+    meant = _numbers_meant(text, kind)
+    reading = _yaml_1_1(text)
+    why = "without quotes" if str(reading) == text else f"(YAML 1.1 reads {text} as {reading})"
+    if isinstance(reading, str):
+        why = f"(YAML 1.1 reads {text} as text)"
+    return f": write {' or '.join(meant)} {why}" if meant else ""
+
+
+def _numbers_meant(text: str, kind: str) -> list[str]:
+    """Decimal spellings of what a reader takes ``text`` for, then of what YAML 1.1 does; empty for no number."""
+    if kind != "integer" and (found := re.fullmatch(r"([-+]?\d+)(\.\d*)?[eE]([-+]?)(\d+)", text)):
+        return [f"{found[1]}{found[2] or '.0'}e{found[3] or '+'}{found[4]}"]
+    wanted, meant = int if kind == "integer" else int | float, []
+    for read in (int, float, _yaml_1_1, partial(int, base=0)):
+        with suppress(ValueError):
+            number = read(text)
+            number = int(number) if isinstance(number, float) and number.is_integer() else number
+            if isinstance(number, wanted) and abs(number) < math.inf:
+                meant.append(str(number))
+    return list(dict.fromkeys(meant))
+
+
+def _yaml_1_1(text: str) -> Any:
     try:
-        float(value)
-    except ValueError:
-        return False
-    return True
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _allowed(key: str) -> str:
@@ -371,7 +506,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if "string" in str(_field_adapter(key).json_schema().get("type")):
         return key, value
     try:
-        return key, yaml.load(value, Loader=_UniqueKeyLoader)
+        return key, yaml.load(value, Loader=_PresetLoader)
     except (yaml.YAMLError, RecursionError, ValueError, ParamsError):
         # The schema tells what is wrong with it as a text.
         return key, value

@@ -14,6 +14,7 @@ from lib.artifacts import (
     ArtifactError,
     RunPaths,
     display_path,
+    project_path,
     results_root,
     run_paths,
 )
@@ -153,6 +154,8 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoints: dict[str, str
     stages = chosen_stages(args)
     if "01_prepare" in stages:
         _check_train_file(preset, params, settings)
+    if "04_eval_safety" in stages:
+        _check_texts(preset, params)
     try:
         run = run_paths(str(results), name)
     except ArtifactError as error:
@@ -187,6 +190,21 @@ def _check_train_file(preset: str, params: "Params", settings: dict[str, Any]) -
             check_train_file(params.train_file, params.train_file_url, settings["assets_dir"], settings["offline"])
         except AssetError as error:
             raise UsageError(f"preset {preset!r}: {error}") from None
+
+
+def _check_texts(preset: str, params: "Params") -> None:
+    """Read the guidelines and a person's labels as 04 will: it comes last, hours after the command was typed."""
+    from lib.safety import other_wordings, read_guidelines
+    from lib.text_files import TextFileError, read_text
+
+    guidelines, labels = project_path(params.guidelines_file), project_path(params.judge_labels_file)
+    try:
+        read_guidelines(guidelines)
+        other_wordings(guidelines)
+        if labels.is_file():
+            read_text(labels)
+    except TextFileError as error:
+        raise UsageError(f"preset {preset!r}: {error}") from None
 
 
 def _overrides(args: argparse.Namespace, params: "Params") -> dict[str, tuple[Any, str]]:

@@ -7,14 +7,14 @@ harm: nothing here prints one, and errors name rows by id.
 
 import csv
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lib.artifacts import RowLog, sha256_json
+from lib.artifacts import RowLog, display_path, sha256_json
+from lib.text_files import TextFileError, csv_reader, read_text
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch, scoring must not
     from lib.generate import Completion, Engine
@@ -71,7 +71,7 @@ def parse_prompts_csv(text: str) -> list[Row]:
     Raises:
         ValueError: the text is no CSV, has no prompt column or no rows, or a row is short, long or without a prompt.
     """
-    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
+    reader = csv_reader(text.removeprefix("\ufeff"))
     try:
         raw_rows = list(reader)
     except csv.Error as error:
@@ -351,10 +351,26 @@ def judge_again(
     return judged
 
 
+def read_guidelines(path: Path) -> str:
+    """The text that the judge gets, whole.
+
+    Raises:
+        TextFileError: the file cannot be read, is not UTF-8 text, or is empty.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise TextFileError(f"{display_path(path)} is empty: write what the judge is to call unsafe")
+    return text
+
+
 def other_wordings(guidelines_file: Path) -> dict[str, str]:
-    """Name -> text of the guidelines in other words: files ``<its name>_*.txt`` beside the guidelines, by name."""
+    """Name -> text of the guidelines in other words: files ``<its name>_*.txt`` beside the guidelines, by name.
+
+    Raises:
+        TextFileError: as ``read_guidelines``, for one of them.
+    """
     files = sorted(guidelines_file.parent.glob(f"{guidelines_file.stem}_*{guidelines_file.suffix}"))
-    return {path.stem: path.read_text(encoding="utf-8") for path in files}
+    return {path.stem: read_guidelines(path) for path in files}
 
 
 def _likelier(shares: Sequence[float]) -> tuple[float, str]:

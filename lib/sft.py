@@ -439,7 +439,8 @@ def _has_adapter(output_dir: Path, sha256: str) -> bool:
         return False
     adapter_dir.mkdir(exist_ok=True)
     for file in latest[0].glob("adapter_*"):
-        shutil.copy2(file, adapter_dir / file.name)
+        # The bytes alone: not every file system takes the times and rights that copy2 sets.
+        shutil.copyfile(file, adapter_dir / file.name)
     return True
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from lib import gsm8k, safety
 from lib.artifacts import PROJECT_ROOT, RowLog, RunPaths, read_jsonl, require, sha256_file, sha256_json
 from lib.stats import wilson_interval
+from lib.text_files import read_text
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch
     from lib.control import LazyGenerator
@@ -148,7 +149,7 @@ def draw_prompts(
     Raises:
         SweepError: fewer are left than asked for.
     """
-    class_ids = CLASS240_IDS.read_text(encoding="utf-8").split() if class_ids is None else class_ids
+    class_ids = read_text(CLASS240_IDS).split() if class_ids is None else class_ids
     # A CSV of one's own may have no ids: its prompts are told apart by their texts alone.
     ids = ({row["release_prompt_id"] for row in evaluated} | set(class_ids)) - {""}
     texts = {_text(row) for row in [*evaluated, *(row for row in pool if row["release_prompt_id"] in ids)]}

@@ -1,16 +1,21 @@
 """Files of a run: whole or not at all, torn lines, garbage, manifests and when they stop holding."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from lib import artifacts
+import run_all
+from lib import artifacts, locks
 from lib.artifacts import PROJECT_ROOT, ArtifactError, RowLog, read_jsonl, run_paths
 
 NASTY_TEXTS = ["", "plain", "\u2028line\u2029", "\x00\x1b[31m", "\ud800 lone surrogate", "<script>x</script>", "é\r\n"]
@@ -43,6 +48,54 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [{"id": number, "text": text} for number, text in enumerate(NASTY_TEXTS)]
     artifacts.write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL], ids=errno.errorcode.get)
+def poor_file_system(request, monkeypatch):
+    """Reading, writing and renaming, and nothing else: vfat, buckets, some FUSE mounts."""
+
+    def refuse(*_, **__):
+        raise OSError(request.param, os.strerror(request.param))
+
+    for name in ("chmod", "chown", "utime", "link", "symlink", "fsync", "setxattr"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    # What libfuse answers for a file system that does not say.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
+
+
+def test_a_folder_is_used_where_nothing_but_files_can_be_made(tmp_path, poor_file_system):
+    artifacts.write_text(tmp_path / "plain.txt", "old")
+    artifacts.write_text(tmp_path / "plain.txt", "new")
+    assert (tmp_path / "plain.txt").read_text() == "new"
+    log = RowLog(tmp_path / "rows.jsonl", "protocol")
+    log.append({"id": 1})
+    assert log.finish([1]) == read_jsonl(tmp_path / "rows.jsonl")
+    with artifacts.folder_in_making(tmp_path / "made", lambda _: True) as part:
+        artifacts.write_json(part / "note.json", {})
+        artifacts.share(part / "note.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "plain.txt", "rows.jsonl"]
+
+
+def test_a_driver_holds_a_folder_where_nothing_but_files_can_be_made(tmp_path, poor_file_system, capsys):
+    with run_all.locked(tmp_path, "python run_all.py"), locks.one_at_a_time(tmp_path / "asset"):
+        run_all.check_writable(tmp_path / "reports")
+    assert "without locks: start no second run" in capsys.readouterr().err
+
+
+def test_a_broken_disk_is_no_missing_courtesy(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        artifacts.write_text(tmp_path / "plain.txt", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_written_files_are_for_others_to_read(tmp_path):
+    artifacts.write_text(tmp_path / "plain.txt", "text")
+    assert (tmp_path / "plain.txt").stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,24 @@ def test_labels_of_several_runs_are_kept_apart(tmp_path):
     assert judge_card.read_labels(path, "medium") == {}
 
 
+@pytest.mark.parametrize("text", ["id;label;note\n0;safe;a, b\n", "id\tlabel\n0\tsafe\n", "ID, Label \r\n0,safe\r\n"])
+def test_labels_of_any_spreadsheet_are_read(tmp_path, text):
+    assert judge_card.read_labels(write(tmp_path, text)) == {0: "safe"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "place"), [("cp1252", "line 3: byte 31 of the file is 0xE9"), ("utf-16", "it is UTF-16")]
+)
+def test_labels_in_another_encoding_are_refused_with_place_and_remedy(tmp_path, encoding, place):
+    path = tmp_path / "judge_labels.csv"
+    path.write_bytes("id,label,note\n0,safe,fine\n1,café,\n".encode(encoding))
+    with pytest.raises(LabelsError, match=rf"judge_labels\.csv is not UTF-8 text \({place}\): save it as UTF-8"):
+        judge_card.read_labels(path)
+
+
 BAD_LABELS = [
-    ("id;label\n0;safe\n", "columns are id;label; allowed: id,label"),
+    ("id label\n0 safe\n", "columns are id label; allowed: id,label"),
+    ('id,label,note\n0,safe,"open\n1,unsafe,\n', "after line 1: not CSV (unexpected end of data)"),
     ("", "columns are none; allowed: id,label"),
     ("id,label\n0,safe\n1,maybe\n", "line 3: label is 'maybe'; allowed: safe, unsafe"),
     ("id,label\nx,safe\n-1,safe\n", "line 2: id is 'x'; allowed: a row's number, from 0; line 3: id is '-1'"),

@@ -1,6 +1,7 @@
 """Presets: what stands in them, and that every fault is told at once, with key, value and what is allowed."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -163,6 +164,7 @@ def test_three_faults_in_one_file_are_all_listed(tmp_path):
         ("seed: [1\n", "not YAML"),
         ("seed: 1\nseed: 2\n", "'seed' is given 2 times"),
         ("seed: !!python/object/apply:os.getcwd []\n", "not YAML"),
+        ("seed: 1\n'seed': 2\n", "'seed' is given 2 times"),
         ("\x00", "not YAML"),
     ],
 )
@@ -172,6 +174,136 @@ def test_a_file_that_is_no_preset_is_refused(tmp_path, text, words):
     with pytest.raises(ParamsError, match=r"mine\.yaml") as caught:
         load_params(path)
     assert words in str(caught.value)
+
+
+# What was typed, the key, and the remedy; YAML 1.1 reads each as another value than it looks like, or as text.
+MISREAD = [
+    ("seed", "010", "write 10 or 8 (YAML 1.1 reads 010 as 8)"),
+    ("max_train_rows", "1:30", "write 90 (YAML 1.1 reads 1:30 as 90)"),
+    ("max_train_rows", "1:00:00", "write 3600 ("),
+    ("max_train_rows", "1_000", "write 1000 ("),
+    ("seed", "0x10", "write 16 ("),
+    ("seed", "0b1", "write 1 ("),
+    ("seed", "0o10", "write 8 ("),
+    ("seed", "08", "write 8 (YAML 1.1 reads 08 as text)"),
+    ("seed", "007", "write 7 ("),
+    ("max_train_rows", "1e3", "write 1000 ("),
+    ("seed", "'42'", "write 42 without quotes"),
+    ("seed", "2026-01-01", "'2026-01-01' (str) is refused"),
+    ("seed", "yes", "'yes' (str) is refused"),
+    ("learning_rate", "2e-5", "write 2.0e-5 (YAML 1.1 reads 2e-5 as text)"),
+    ("learning_rate", "5E-5", "write 5.0e-5 ("),
+    ("learning_rate", "0:30.5", "write 30.5 ("),
+    ("learning_rate", "0_0.5", "write 0.5 ("),
+    ("learning_rate", "00", "write 0 ("),
+    ("adapter_scales", "[0.5, 01]", "write 1 ("),
+    ("adapter_scales", "[1e-1]", "write 1.0e-1 ("),
+    ("benchmark", "yes", "write true"),
+    ("benchmark", "off", "write false"),
+    ("benchmark", "'true'", "write true"),
+    ("quantization", "no", "'no' (str) is refused"),
+]
+
+
+@pytest.mark.parametrize(("key", "typed", "words"), MISREAD)
+def test_a_value_that_yaml_reads_otherwise_is_refused_in_files_and_assignments(tmp_path, key, typed, words):
+    text = re.sub(rf"(?m)^{key}: .*$", f"{key}: {typed}", preset_path("simple").read_text())
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ParamsError, match="1 fault") as in_a_file:
+        load_params(tmp_path / "mine.yaml")
+    with pytest.raises(ParamsError, match="1 fault") as assigned:
+        load_params(preset_path("simple"), dict([parse_assignment(f"{key}={typed}")]))
+    assert words in str(in_a_file.value) and words in str(assigned.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "value"),
+    [
+        ("seed", "+5", 5),
+        ("seed", "0", 0),
+        ("learning_rate", ".5", 0.5),
+        ("learning_rate", "1.", 1.0),
+        ("learning_rate", "1.5e-05", 1.5e-5),
+        ("learning_rate", "1", 1),
+        ("benchmark", "FALSE", False),
+        # Texts, though they look like numbers, dates and truths: a commit, a branch, a folder.
+        ("base_model_revision", "0123456", "0123456"),
+        ("base_model_revision", "1e5", "1e5"),
+        ("base_model_revision", "2026-01-01", "2026-01-01"),
+        ("base_model", "no", "no"),
+        ("base_model", "1:30", "1:30"),
+    ],
+)
+def test_a_value_is_what_it_looks_like(tmp_path, key, typed, value):
+    text = re.sub(rf"(?m)^{key}: .*$", f"{key}: {typed}", preset_path("simple").read_text())
+    (tmp_path / "mine.yaml").write_text(text)
+    assert getattr(load_params(tmp_path / "mine.yaml"), key) == value
+    assert parse_assignment(f"{key}={typed}") == (key, value)
+
+
+@pytest.mark.parametrize(("key", "typed"), [("base_model_revision", "1234567"), ("base_model", "true")])
+def test_a_text_that_looks_like_a_number_belongs_in_quotes(tmp_path, key, typed):
+    text = re.sub(rf"(?m)^{key}: .*$", f"{key}: {typed}", preset_path("simple").read_text())
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ParamsError, match=r"1 fault.*\n.*: put it in quotes"):
+        load_params(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 5000, "0x" + "f" * 5000, "1e" + "9" * 5000, "1:" * 3000 + "1", "1" + "_" * 5000]
+)
+def test_a_long_text_is_no_number(text):
+    fault = params.find_faults({**SIMPLE, "seed": text, "learning_rate": text})[0]
+    assert "write" not in fault and len(fault) < 500
+
+
+NESTED = """
+name: mine
+seed: 42
+model:
+  name: Qwen/Qwen2.5-1.5B-Instruct
+  max_length: 2048
+train_hparams: {lr: 1e-4, epochs: 1, batch-size: 4, weight_decay: 0.0, optimizer: {name: adamw}}
+lora: {r: 8, alpha: 16, dropout: 0.05}
+judge: {model: Qwen/Qwen3-4B-SafeRL}
+"""
+
+
+def test_a_nested_preset_is_named_in_a_sentence_with_our_keys(tmp_path):
+    (tmp_path / "mine.yaml").write_text(NESTED)
+    with pytest.raises(ParamsError, match="1 fault") as caught:
+        load_params(tmp_path / "mine.yaml")
+    (fault,) = str(caught.value).splitlines()[1:]
+    assert "nested sections (model, train_hparams, lora, judge): a preset here is flat" in fault
+    known = {"model.name": "base_model", "model.max_length": "max_seq_length", "train_hparams.lr": "learning_rate"}
+    known |= {"train_hparams.epochs": "num_epochs", "train_hparams.batch-size": "train_batch_size"}
+    known |= {"train_hparams.weight_decay": "weight_decay", "judge.model": "safeguard_model"}
+    known |= {"lora.r": "lora_r", "lora.alpha": "lora_alpha", "lora.dropout": "lora_dropout"}
+    assert [name for name, ours in known.items() if f"{name} as {ours}" not in fault] == []
+    assert "no such key here for name, train_hparams.optimizer.name" in fault
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"base_model": {"name": "x", "revision": "main"}},
+            ["(base_model)", "base_model.revision as base_model_revision"],
+        ),
+        ({"lora_r": ..., "lora": {"r": 8}}, ["(lora)", "lora.r as lora_r"]),
+        ({"lr": 1e-4, "data": {}}, ["(data)", "lr as learning_rate"]),
+        ({"much": {str(n): n for n in range(1000)}}, ["(much)", "much.0, much.1,", "and 970 more"]),
+    ],
+)
+def test_a_single_section_is_named_too(tmp_path, changes, words):
+    with pytest.raises(ParamsError, match="1 fault") as caught:
+        load_params(write_preset(tmp_path, **changes))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_every_other_name_leads_to_a_key():
+    assert set(params.OTHER_NAMES.values()) <= set(Params.model_fields)
+    assert not params.OTHER_NAMES.keys() & Params.model_fields.keys()
 
 
 def test_overrides_are_checked_like_the_file_and_remembered():

@@ -147,6 +147,23 @@ def test_a_checkpoint_folder_that_is_no_adapter_of_this_base_is_refused(tmp_path
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["guidelines_file", "judge_labels_file"])
+def test_texts_of_the_judge_are_read_before_anything_starts(tmp_path, capsys, key):
+    (tmp_path / "mine.csv").write_bytes("id,label,note\n0,safe,café\n".encode("cp1252"))
+    command = ["--presets", "simple", "--output-dir", str(tmp_path / "out"), "--set", f"{key}={tmp_path / 'mine.csv'}"]
+    assert run_all.main(command) == 2
+    told = capsys.readouterr().err
+    assert "mine.csv is not UTF-8 text (line 2: byte 24 of the file is 0xE9): save it as UTF-8" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_guidelines_are_refused_where_they_are_needed(capsys):
+    command = ["--presets", "simple", "--list", "--set", "guidelines_file=params/none.txt"]
+    assert run_all.main(command) == 2
+    assert "params/none.txt cannot be read (No such file or directory)" in capsys.readouterr().err
+    assert run_all.main([*command, "--skip-ailuminate"]) == 0
+
+
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path / "file" / "out")]) == 2

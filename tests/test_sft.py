@@ -1,5 +1,6 @@
 """lib.sft: what carries a label, the same update however a step is cut, a resumed run that equals an unbroken one."""
 
+import errno
 import json
 import math
 import os
@@ -391,6 +392,19 @@ def test_a_final_adapter_that_was_replaced_comes_back(folder, examples, tmp_path
     again = run(folder, examples, tmp_path)
     assert again.reused
     assert all(torch.equal(final[name], tensor) for name, tensor in adapter(again).items())
+
+
+def test_training_needs_no_rights_and_times_of_files(folder, examples, tmp_path, monkeypatch):
+    """As on vfat and in buckets: training, and an adapter that comes back from its checkpoint."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for name in ("chmod", "utime", "link", "fsync"):
+        monkeypatch.setattr(os, name, refuse)
+    first = run(folder, examples, tmp_path)
+    (first.adapter_dir / "adapter_model.safetensors").write_bytes(b"another one")
+    assert run(folder, examples, tmp_path).reused
 
 
 def test_a_final_adapter_that_is_lost_is_written_again(folder, examples, tmp_path, unbroken):
