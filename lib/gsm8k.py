@@ -177,7 +177,7 @@ def extract_answer(text: str | None) -> str | None:
 
 
 def extract_answer_flexible(text: str | None) -> str | None:
-    """Flexible reading: the strict one where there is one, else the last number anywhere in the text.
+    """Flexible reading: the strict one or, where no ``####`` has a number that is read, the last number anywhere.
 
     None without a number, or where the notation of the last one is not known.
     """
