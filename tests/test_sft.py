@@ -141,11 +141,11 @@ def test_answers_that_cannot_be_learnt_are_refused_by_row(answer, said):
 
 
 def test_rows_that_cannot_be_learnt_are_all_collected():
-    # The tiny tokenizer never merges tokens: the template does it here, as real ones do with thinking blocks.
+    # As where a tokenizer has one token for the line break of the prompt and the blank of the answer.
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message.content }}", "{{ message.content.strip() }}")
-    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>{% endif")
-    rows = [conversation(0, "<think>1"), conversation(1, " 12"), conversation(2, "<think>2"), conversation(3, " ")]
+    merged = "{{ '' if message.content.startswith(' ') else '\n' }}{{ message.content }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n{{ message.content }}", merged)
+    rows = [conversation(0), conversation(1, " 12"), conversation(2), conversation(3, " ")]
     tried = sft.try_rows(tokenizer, rows, 200)
     assert tried.kept == [0, 2] and list(tried.faults) == [1, 3]
     assert "' 12'" in tried.faults[1] and "beginning" in tried.faults[3]
