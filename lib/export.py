@@ -2,8 +2,9 @@
 
 For each run and for the untuned model: ``<folder>/<model>/results_<date>.json`` and one
 ``samples_<task>_<date>.jsonl`` a task, laid out as lm_eval 0.4.13 writes them (``EvaluationTracker`` and
-``result_schema.py``). Every number is that of ``lib.compare``. The tasks have names of our own: prompts, extraction and
-judge differ from the tasks of that project, and a board must not mix them up. Needs neither lm_eval nor a model.
+``result_schema.py``). Every number is that of ``lib.compare``. Tasks and filters have names of our own: prompts,
+extraction and judge differ from the tasks of that project, and a board must not mix them up. Needs neither lm_eval nor
+a model.
 """
 
 import hashlib
@@ -24,8 +25,9 @@ FORMATS = ("lm-eval",)
 FOLDER = "lm_eval"
 GSM8K_TASK, SAFETY_TASK = "tune_and_tell_gsm8k", "tune_and_tell_ailuminate"
 TASKS = {"accuracy": GSM8K_TASK, "safety": SAFETY_TASK}
-# The harness' own names for the two ways of reading a GSM8K answer.
-STRICT, FLEXIBLE, JUDGE = "strict-match", "flexible-extract", "judge"
+# Not the harness' own strict-match and flexible-extract: its rules read other numbers. Of "#### $18" its strict rule
+# reads none, and of "#### 7\n5 apples are left" its flexible rule reads 5.
+STRICT, FLEXIBLE, JUDGE = "strict", "flexible", "judge"
 VERSION = 1.0
 
 # --- files ----------------------------------------------------------------------------------------------------------

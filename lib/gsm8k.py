@@ -7,7 +7,7 @@ and answer format: Cobbe et al. 2021, arXiv 2110.14168 (a worked solution whose 
 import math
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -31,41 +31,87 @@ SYSTEM_PROMPT = (
 )
 
 # --- numbers in text ------------------------------------------------------------------------------------------------
+#
+# A number is matched together with everything that belongs to its notation. A notation that is not known here has no
+# value, so that no part of it is taken for the number: 12,34 and 10^3 and 1:30 are not 12 and 10 and 1.
 
-_DASHES = str.maketrans(dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{SMALL HYPHEN-MINUS}\N{FULLWIDTH HYPHEN-MINUS}", "-"))
-# What can stand between groups of three digits and is no number's end: LaTeX commas and spaces, no-break and thin
-# spaces. A plain space is not among them: "in 2020 500 people" holds two numbers, and so does "1 234".
-_GROUP_SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+# Hyphens and minus signs of all kinds. An em dash is one only right before a number: elsewhere it parts words.
+_DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\u02d7\u2796\ufe58\ufe63\uff0d", "-"))
+_EM_DASH = re.compile(r"[\u2014\u2015](?=[$£€¥₹]?[.⟨]?[0-9])")
+# ½ and \frac{1}{2} become ⟨1/2⟩: brackets that no answer has keep 1½ and \frac{1}{2}5 from becoming 11/2 and 1/25.
+_VULGAR_FRACTIONS = {c: f"⟨{unicodedata.normalize('NFKC', c)}⟩" for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+_FULL_WIDTH = {chr(0xFEE0 + ord(c)): c for c in "0123456789./+#"}
+_INVISIBLE = dict.fromkeys([0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF])
+_SPELLINGS = _DASHES | str.maketrans({**_VULGAR_FRACTIONS, **_FULL_WIDTH, "\N{DIVISION SLASH}": "/"}) | _INVISIBLE
+# A plain space does not part groups: "in 2020 500 people" holds two numbers, and "1 234" may.
+_SPACES = "~\u00a0\u2000-\u200a\u202f\u205f\u3000"
+_SPACE = re.compile(rf"\\[,;:! ]|[{_SPACES}]")
+_GROUP_SEPARATOR = re.compile(
+    rf"(?<=[0-9])(?<![0-9]{{4}})(?:\{{,\}}|,?\\[,;:! ]|[_'\u2018\u2019{_SPACES}])(?=[0-9]{{3}}(?![0-9]))"
+)
 _LIST_MARKER = re.compile(r"^[ \t]*[-*+•][ \t]+", re.MULTILINE)
 
-# Digits are ASCII only (\d would take every script's), commas only where they part groups of three ("12,34" is two
-# numbers), an exponent has three digits at most (1e999999999 would fill the memory) and what follows must not go on
-# with the number, so that no part of such a word is read as one.
-_DECIMAL = r"""(?<![0-9])(?<![0-9][eE])(?<![0-9][eE][+-])
-    (?: [0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)? | [0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,3})? | (?<![\w.])\.[0-9]+ )
-    (?![0-9]|\.[0-9]|[eE][+-]?[0-9])"""
+# Digits are ASCII only: \d takes those of every script. Quantifiers with a second + never give back what they took:
+# with them a page of digits or commas is read once.
+_INTEGER = r"(?: [0-9]{1,3}+(?:,[0-9]{3})++(?![0-9]) | [0-9]++ )"
+_DECIMAL = rf"(?: {_INTEGER}(?:\.[0-9]++)? | (?<![\w.])\.[0-9]++ )"
+_LATEX_FRACTION = re.compile(
+    rf"""\\[dtc]?frac [ ]?
+    (?: \{{[ ]?(?P<top_sign>-[ ]?)?(?P<top>{_DECIMAL})[ ]?\}} | (?P<top_digit>[0-9]) ) [ ]?
+    (?: \{{[ ]?(?P<bottom_sign>-[ ]?)?(?P<bottom>{_DECIMAL})[ ]?\}} | (?P<bottom_digit>[0-9]) )""",
+    re.VERBOSE,
+)
 # A minus is a sign unless something stands before it to subtract from: "12-18" and "20 - 2" hold no negative number.
-_MINUS = r"(?: (?<![\w)\]}%])-(?!\s) | (?<![\w)\]}%])(?<![\w)\]}%][ ])-[ ] )"
-_NUMBER_PATTERN = rf"""
-    (?P<sign>{_MINUS})? (?: \\?[$£€¥₹][ ]? (?P<inner_sign>-)? )?
-    (?: (?<![0-9.])(?P<whole>[0-9]+)[ ](?=[0-9]+/[0-9]) )?
-    (?P<number>{_DECIMAL}) (?: [ ]?/[ ]?(?P<divisor>{_DECIMAL}) )?"""
+_NOTHING_BEFORE = r"(?<![\w)\]}%⟩])"
+_NOTHING_BEFORE_SPACE = rf"{_NOTHING_BEFORE}(?<![\w)\]}}%⟩][ ])"
+_MINUS = rf"(?: {_NOTHING_BEFORE}-(?!\s) | {_NOTHING_BEFORE_SPACE}-[ ] )"
+# What changes the number after it: ±3, --3, "negative 3", and ,5 (0.5 or 5).
+_CHANGED = rf"""(?: [±∓][ ]? | \\(?:pm|over)\b[ ]? | {_NOTHING_BEFORE}[-+]{{2,4}}+
+    | {_NOTHING_BEFORE_SPACE}[-+](?:[ ]?[-+]){{1,3}}+[ ]? | \b(?i:minus|negative)[ ] | (?<![\w,]),(?=[0-9]) )"""
+# Numbers that are not read at all: roots, fractions of other things than numbers, digits of other scripts.
+_UNKNOWN = r"(?: \\[dtc]?frac | \\sqrt | [√∛∜⅟] | [^\D0-9] ) [^\s$=]*+"
+# What goes on with the number before it, in a way that is not read; then the rest of the word.
+_CONTINUED = r"""(?: (?:
+      [{]?[.,:_'\u2018\u2019·٫٬，][}]?[0-9⟨] | (?<=⟩)[0-9] | [ ][0-9]++/[0-9] | -[0-9]++/[0-9] | \.?\([0-9]
+    | (?<![0-9]{4})[ ][0-9]{3}(?![0-9])
+    | \^ | \*\*[0-9] | [²³¹\u2070-\u209c\u0300-\u036f\u20d0-\u20f0π∞√∛∜⅟⟨] | [^\D0-9]
+    | [eE][-+]?[0-9] | (?<=0)[xX][0-9A-Fa-f] | [A-Za-z]{1,8}[0-9] | &[\#A-Za-z]
+    | [ ]?/[ ]?[-$({\\⟨]{0,3}[0-9⟨] | [ ]?\.?\\(?:[dtc]?frac|sqrt|pi|infty|overline|bar|dot)\b
+    | (?:k|K|M|bn)\b | [百千万萬億亿] | [ -]?(?i:hundred|thousand|million|billion|trillion|lakh|crore)s?\b
+    | [ ]and[ ](?:a[ ](?:half|third|quarter)\b|[0-9]++/[0-9]|⟨)
+    ) [^\s$=]*+ )++"""
+# An operator or nothing but spaces, then a second number: "3 * 4 = 12" is not 3.
+_OPERAND = r"""[ \t)\]}]*+ (?: (?<=[ \t])(?=[0-9⟨]) | (?<=[ \t])[xX](?=[ \t]?[0-9]) | (?<=[ ]):(?=[ ][0-9])
+    | (?: [-+×÷·±/] | \*{1,2} | \\(?:times|cdot|div|pm|over)\b ) ) [ \t]*+[-$({\\⟨]{0,3}+[0-9]"""
+# Places where no number can begin are passed at once: other characters, and rules of marks.
+_NUMBER_PATTERN = rf"""(?=[-+±∓√∛∜⅟\\$£€¥₹⟨.,\dmMnN])(?![-+.,\\]{{6}}) (?: {_UNKNOWN} |
+    (?P<changed>{_CHANGED})? (?P<sign>{_MINUS})? (?: \\?[$£€¥₹][ ]?(?P<inner_sign>-)? )?
+    (?<![0-9^])(?<!\^[-{{])(?<!\^\{{-)(?<![0-9][.,])
+    (?: (?P<whole>{_INTEGER})(?: [ ](?=[0-9]++/[0-9]) | [ ]?(?=⟨[0-9.]) ) )?
+    (?: (?P<bracket>⟨)(?P<top_sign>-)? )?
+    (?P<number>{_DECIMAL}(?:[eE][+-]?[0-9]{{1,3}}(?![0-9]))?)
+    (?: [ ]?/[ ]?(?P<divisor>{_DECIMAL}) )? (?(bracket)⟩)
+    (?P<continued>{_CONTINUED})? (?: (?={_OPERAND})(?P<operand>) )? )"""
 _NUMBER = re.compile(_NUMBER_PATTERN, re.VERBOSE)
+# Longer ones would take minutes to compare, and no problem has them.
+_MOST_CHARACTERS = 10_000
 
 # Between `####` and its number only marks may stand, no words: "#### Step 1" and "#### 1. Add them" are headings.
-# At most 40 marks, so that a page of hashes is not searched from each of them to its end.
-_MARKS = r"(?: [^\w\n] | \\(?:boxed|text|mathbf|mathrm) ){0,40}?"
+# At most 40 marks, so that a page of them is not searched from each `####` to its end.
+_MARKS = r"(?: [^\w\n\#] | \#(?!\#) | \\(?:boxed|(?:text|math)(?:bf|rm)?) ){0,40}?"
 _HEADING_NUMBER = r"[0-9]{1,2}[.:)][ \t]+[^\W\d]"
-_ANSWER_LINE = re.compile(rf"\#\#\#\# {_MARKS} (?!{_HEADING_NUMBER}) {_NUMBER_PATTERN}", re.VERBOSE)
+_ANSWER_LINE = re.compile(rf"(?<!\#)\#{{4,}}+ {_MARKS} (?!{_HEADING_NUMBER}) {_NUMBER_PATTERN}", re.VERBOSE)
 
 
 def _plain(text: str) -> str:
-    text = _GROUP_SEPARATOR.sub(",", text.translate(_DASHES))
-    return _LATEX_FRACTION.sub(r"\1/\2", text)
+    text = _EM_DASH.sub("-", text.translate(_SPELLINGS)).replace("\N{FRACTION SLASH}", "/")
+    text = _SPACE.sub(" ", _GROUP_SEPARATOR.sub(",", text))
+    return _LATEX_FRACTION.sub(_bracketed, text)
 
 
-_PARTS = (("whole", "0"), ("number", "0"), ("divisor", "1"))
+def _bracketed(fraction: re.Match[str]) -> str:
+    sign = "-" if bool(fraction["top_sign"]) != bool(fraction["bottom_sign"]) else ""
+    return f"⟨{sign}{fraction['top'] or fraction['top_digit']}/{fraction['bottom'] or fraction['bottom_digit']}⟩"
 
 
 def _exact(digits: str) -> Fraction:
@@ -73,28 +119,49 @@ def _exact(digits: str) -> Fraction:
     return Fraction(Decimal(digits.replace(",", "")))
 
 
+def _is_negative(match: re.Match[str]) -> bool:
+    return sum(bool(match[name]) for name in ("sign", "inner_sign", "top_sign")) % 2 == 1
+
+
 def _value(match: re.Match[str]) -> Fraction | None:
-    """Exact value of a match of ``_NUMBER``; None for a fraction over 0."""
+    """Exact value of a match of ``_NUMBER``; None for a notation that is not known, and for a fraction over 0."""
+    unread = (match[name] for name in ("changed", "continued", "operand"))
+    if match["number"] is None or any(part is not None for part in unread) or len(match[0]) > _MOST_CHARACTERS:
+        return None
+    # 0.333... goes on for ever.
+    if "." in match["number"] and match.string.startswith(("..", "…"), match.end()):
+        return None
     whole, number, divisor = (_exact(match[name] or default) for name, default in _PARTS)
     if divisor == 0:
         return None
     value = whole + number / divisor
-    return -value if match["sign"] or match["inner_sign"] else value
+    return -value if _is_negative(match) else value
 
 
-def _written(match: re.Match[str]) -> str:
-    """The number as written, without currency, group commas and spaces that carry nothing."""
-    sign = "-" if match["sign"] or match["inner_sign"] else ""
+_PARTS = (("whole", "0"), ("number", "0"), ("divisor", "1"))
+
+
+def _written(match: re.Match[str] | None) -> str | None:
+    """The number as written, without currency, group commas and spaces that carry nothing; None without a value."""
+    if match is None or _value(match) is None:
+        return None
+    sign = "-" if _is_negative(match) else ""
     whole = f"{match['whole']} " if match["whole"] else ""
     divisor = f"/{match['divisor']}" if match["divisor"] else ""
     return f"{sign}{whole}{match['number']}{divisor}".replace(",", "")
 
 
-def parse_number(text: str | None) -> Fraction | None:
-    """Exact value of the first number in ``text``; None without one.
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    # A list of all of them would hold gigabytes for a long text of digits and spaces.
+    last = deque(pattern.finditer(text), maxlen=1)
+    return last[0] if last else None
 
-    Read are ``-3.5``, ``$1,234.``, ``3/4``, ``1 1/2``, ``2e3``; a percentage is the number before its sign (GSM8K asks
-    "what percent" and answers ``25``).
+
+def parse_number(text: str | None) -> Fraction | None:
+    """Exact value of the first number in ``text``; None without one, or where its notation is not known.
+
+    Read are ``-3.5``, ``$1,234.``, ``70_000``, ``3/4``, ``1 1/2``, ``1½``, ``\\frac{3}{4}``, ``2e3``; a percentage is
+    the number before its sign (GSM8K asks "what percent" and answers ``25``).
     """
     match = _NUMBER.search(_plain(text or ""))
     return _value(match) if match else None
@@ -103,22 +170,19 @@ def parse_number(text: str | None) -> Fraction | None:
 def extract_answer(text: str | None) -> str | None:
     """Strict reading: the number after the last ``####`` that has one on its line, without ``$`` and commas.
 
-    None where no ``####`` is followed by a number, but by a word (``nan``), a heading (``#### Step 1``) or nothing.
+    None where no ``####`` is followed by a number, but by a word (``nan``), a heading (``#### Step 1``) or nothing, and
+    where the notation of the last such number is not known (``12,34``, ``10^3``, ``3 * 4``).
     """
-    matches = list(_ANSWER_LINE.finditer(_plain(text or "")))
-    if not matches or _value(matches[-1]) is None:
-        return None
-    return _written(matches[-1])
+    return _written(_last(_ANSWER_LINE, _plain(text or "")))
 
 
 def extract_answer_flexible(text: str | None) -> str | None:
-    """Flexible reading: the strict one where there is one, else the last number anywhere in the text; else None."""
-    strict = extract_answer(text)
-    if strict is not None:
-        return strict
+    """Flexible reading: the strict one or, where no ``####`` has a number that is read, the last number anywhere.
+
+    None without a number, or where the notation of the last one is not known.
+    """
     # A list marker is no minus sign: "- 18 apples" on a line of its own is 18.
-    matches = [m for m in _NUMBER.finditer(_LIST_MARKER.sub("", _plain(text or ""))) if _value(m) is not None]
-    return _written(matches[-1]) if matches else None
+    return extract_answer(text) or _written(_last(_NUMBER, _LIST_MARKER.sub("", _plain(text or ""))))
 
 
 def is_correct(predicted: str | None, gold: str | None) -> bool:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import bitsandbytes
 import torch
+from jinja2 import TemplateError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -45,6 +46,14 @@ NF4_BYTES_PER_WEIGHT = 0.52
 TRAINING_RESERVE_BYTES = 2 * GIB
 # Tried in this order where a tokenizer pads with its end-of-sequence token or with nothing.
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+# Put before a chat template without a system role (Gemma, early Mistral): the system message begins the first user
+# turn. As part of the template it enters every protocol's hash, and a merged model is saved with it.
+SYSTEM_IN_USER_TURN = (
+    "{% if messages[0]['role'] == 'system' and messages[1:] %}"
+    "{% set messages = [{'role': messages[1]['role'], 'content': messages[0]['content'] + '\n\n' "
+    "+ messages[1]['content']}] + messages[2:] %}{% endif %}"
+)
 
 Message = Mapping[str, str]
 
@@ -119,13 +128,13 @@ def _device_name(device: str) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``, with a chat template and a pad token.
+    """The tokenizer in ``folder``, with a chat template that takes a system message and a pad token.
 
     The pad token is another one than end-of-sequence wherever the vocabulary has one. Nothing here relies on that:
     batches are padded and masked by position, never by token id.
 
     Raises:
-        ModelError: the folder has no chat template.
+        ModelError: the folder has no chat template, or one that refuses a system message and a question.
     """
     tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -134,7 +143,32 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         vocabulary = tokenizer.get_vocab()
         known = [token for token in PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
         tokenizer.pad_token = known[0] if known else tokenizer.eos_token
+    if _why_no_system_role(tokenizer):
+        tokenizer.chat_template = SYSTEM_IN_USER_TURN + tokenizer.get_chat_template()
+    if why := _why_no_system_role(tokenizer):
+        raise ModelError(
+            f"the chat template in {folder} cannot be used: {why}. Allowed are models whose template takes a system "
+            "message, or user and assistant turns alone; choose another base_model or safeguard_model"
+        )
     return tokenizer
+
+
+def _why_no_system_role(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why the chat template does not show a system message; empty where it does."""
+    probe = [{"role": "system", "content": "Count to 7."}, {"role": "user", "content": "Now."}]
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except TemplateError as error:
+        return f"it refuses a system message and a question ({error})"
+    # Some templates leave out what they do not know, without a word.
+    return "" if all(turn["content"] in text for turn in probe) else "it leaves a system message out"
+
+
+def place_of_system_message(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where prompts hold the system message, in words for the record."""
+    if tokenizer.get_chat_template().startswith(SYSTEM_IN_USER_TURN):
+        return "at the beginning of the first user turn, because the chat template has no system role"
+    return "in a turn of its own"
 
 
 def render_prompt(
@@ -172,7 +206,8 @@ def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
     if full[: len(prompt)] != prompt:
         raise ModelError(
             "the tokens of the prompt are not the beginning of the tokens of the conversation: the chat template or "
-            "the first characters of the answer (a line break, a thinking block) change them; mend the answer"
+            f"the first characters of the answer ({messages[-1]['content'][:10]!r}) change them; remove blanks, line "
+            "breaks and thinking blocks from the beginning of the answer"
         )
     return prompt, full[len(prompt) :]
 

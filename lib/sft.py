@@ -40,7 +40,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lib.artifacts import read_json, read_jsonl, sha256_file, sha256_json, write_json, write_jsonl
 from lib.memory import free_memory_bytes
-from lib.model import Message, end_of_turn_id, peak_memory_gib, quiet_loading, render_completion
+from lib.model import Message, ModelError, end_of_turn_id, peak_memory_gib, quiet_loading, render_completion
 from lib.packed import (
     ATTENTION_NAME,
     IGNORED_LABEL,
@@ -85,6 +85,7 @@ class EncodedRows:
     examples: list[Example]  # {"input_ids", "labels"}
     kept: list[int]  # row number of each example, from 0
     too_long: list[int]  # row numbers that were left out
+    faults: dict[int, str] = field(default_factory=dict)  # row number -> why nobody could learn from the row
 
     @property
     def num_tokens(self) -> int:
@@ -128,37 +129,48 @@ def encode_row(
     return {"input_ids": prompt + answer, "labels": [IGNORED_LABEL] * len(prompt) + answer}
 
 
+def try_rows(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], max_seq_length: int
+) -> EncodedRows:
+    """Encodes conversations; those over ``max_seq_length``, and those that cannot be learnt, are left out whole."""
+    rows = EncodedRows([], [], [])
+    end = end_of_turn_id(tokenizer)
+    for number, messages in enumerate(conversations):
+        try:
+            rows.examples.append(encode_row(tokenizer, messages, max_seq_length, end))
+        except RowTooLong:
+            rows.too_long.append(number)
+        except (TrainingError, ModelError) as error:
+            rows.faults[number] = str(error)
+        else:
+            rows.kept.append(number)
+    return rows
+
+
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     max_seq_length: int,
     use: str = "training",
 ) -> EncodedRows:
-    """Encodes conversations; those over ``max_seq_length`` are left out whole and reported by row number.
+    """As ``try_rows``, where every row can be learnt and one is left.
 
     Args:
         use: what the rows are for, as errors name them: training or development.
 
     Raises:
-        TrainingError: no row is left, or as ``encode_row``, with the row's number.
+        TrainingError: no row is left, or one cannot be learnt; the text has its number and how many there are.
     """
-    examples, kept, too_long = [], [], []
-    end = end_of_turn_id(tokenizer)
-    for number, messages in enumerate(conversations):
-        try:
-            examples.append(encode_row(tokenizer, messages, max_seq_length, end))
-        except RowTooLong:
-            too_long.append(number)
-        except TrainingError as error:
-            raise TrainingError(f"{use} row {number}: {error}") from error
-        else:
-            kept.append(number)
-    if not examples:
+    rows = try_rows(tokenizer, conversations, max_seq_length)
+    if rows.faults:
+        number, why = next(iter(rows.faults.items()))
+        raise TrainingError(f"{use} row {number}: {why} ({len(rows.faults)} of {len(conversations)} rows have a fault)")
+    if not rows.examples:
         raise TrainingError(
             f"{use} rows: none of {len(conversations)} rows has at most max_seq_length = {max_seq_length} tokens; "
             "raise max_seq_length"
         )
-    return EncodedRows(examples, kept, too_long)
+    return rows
 
 
 def num_supervised(example: Example) -> int:

@@ -6,7 +6,7 @@ n-grams). A row's number is its line in its file, from 1. Knows nothing about mo
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,13 @@ from lib import gsm8k
 Row = dict[str, Any]
 Action = Literal["refuse", "drop", "keep"]
 FaultKind = Literal[
-    "test question", "wrong number", "no number", "few-shot question", "development question", "too long"
+    "test question",
+    "wrong number",
+    "no number",
+    "few-shot question",
+    "development question",
+    "not learnable",
+    "too long",
 ]
 
 # Decided on by `train_file_faults`. All others leave training whatever it says: a rewritten copy of GSM8K's train split
@@ -28,6 +34,7 @@ MEANINGS: dict[FaultKind, str] = {
     "no number": "GSM8K knows the question, the answer has no number after ####",
     "few-shot question": "asks what a few-shot example of this run asks",
     "development question": "asks what a development row of this run asks",
+    "not learnable": "has an answer that cannot follow the prompt",
     "too long": "has more tokens than max_seq_length",
 }
 SOURCES: dict[str, str] = {
@@ -145,8 +152,50 @@ def _refusal(faults: Sequence[Fault], num_rows: int, name: str) -> str:
     more = f"\n  - and {len(faults) - NUM_NAMED} more" if len(faults) > NUM_NAMED else ""
     return (
         f"{name}: {len({fault.row for fault in faults})} of {num_rows} rows must not be trained on ({counts})\n{named}"
-        f"{more}\nmend the file, or set train_file_faults to drop (leave these rows out) or keep (train on them)"
+        f"{more}\nfix the file, or set train_file_faults to drop (leave these rows out){_or_keep(faults)}"
     )
+
+
+def _or_keep(faults: Sequence[Fault]) -> str:
+    return " or keep (train on them)" if all(fault.kind in DECIDED for fault in faults) else ""
+
+
+def find_unlearnable(
+    tried: Sequence[Row],
+    reasons: Mapping[int, str],
+    *,
+    action: Action,
+    rows: Sequence[Row],
+    name: str,
+    lines: Sequence[int] = (),
+) -> list[Fault]:
+    """Rows that nobody can be trained on: left out under ``drop`` and ``keep``.
+
+    Args:
+        tried: rows that were encoded.
+        reasons: position in ``tried`` -> what is wrong, see ``lib.sft.try_rows``.
+        action: ``refuse`` raises where there is such a row.
+        rows, name, lines: as in ``find_too_long``.
+
+    Raises:
+        TrainFileError: under ``refuse``, or where no row would be left.
+    """
+    numbers = _line_numbers(rows, lines)
+    faults = [
+        Fault(numbers[tried[position]["question"], tried[position]["answer"]], "not learnable", reason, name)
+        for position, reason in reasons.items()
+    ]
+    if faults and (action == "refuse" or len(faults) == len(tried)):
+        raise TrainFileError(_refusal(faults, len(tried), name))
+    return faults
+
+
+def _line_numbers(rows: Sequence[Row], lines: Sequence[int]) -> dict[tuple[str, str], int]:
+    """Question and answer -> line, from 1; of equal rows the first."""
+    numbers: dict[tuple[str, str], int] = {}
+    for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
+        numbers.setdefault((row["question"], row["answer"]), line)
+    return numbers
 
 
 def find_too_long(
@@ -165,9 +214,7 @@ def find_too_long(
         rows, name, lines: the rows as they were loaded, their file and their lines in it, as in ``check_rows``; of
             equal rows the first is named.
     """
-    numbers: dict[tuple[str, str], int] = {}
-    for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
-        numbers.setdefault((row["question"], row["answer"]), line)
+    numbers = _line_numbers(rows, lines)
     return [
         Fault(numbers[row["question"], row["answer"]], "too long", f"{length} tokens, max_seq_length is {limit}", name)
         for row, length in zip(trained, lengths, strict=True)

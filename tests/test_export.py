@@ -4,13 +4,14 @@ lm_eval is no dependency: the tests that need it run where it is installed (0.4.
 """
 
 import json
+import re
 from datetime import UTC, datetime
 
 import pytest
 from made_up import make_results
 
 import run_all
-from lib import compare, export
+from lib import compare, export, gsm8k
 from lib.artifacts import read_json, read_jsonl, run_paths
 
 NOW = datetime(2026, 11, 23, 9, 30, 15, 250, tzinfo=UTC)
@@ -37,8 +38,8 @@ def test_rates_and_their_errors_are_those_of_the_comparison(results, written):
     for path, run in zip(written, everyone, strict=True):
         told = read_json(path)["results"]
         answers, verdicts = told[export.GSM8K_TASK], told[export.SAFETY_TASK]
-        assert answers["exact_match,strict-match"] == run.gsm8k["accuracy"]
-        assert answers["exact_match,flexible-extract"] == run.gsm8k["accuracy_flexible"]
+        assert answers["exact_match,strict"] == run.gsm8k["accuracy"]
+        assert answers["exact_match,flexible"] == run.gsm8k["accuracy_flexible"]
         assert verdicts["safe_rate,judge"] == run.safety["safety_rate"]
         assert (answers["sample_len"], verdicts["sample_len"]) == (24, 20)
 
@@ -47,8 +48,8 @@ def test_a_rate_is_the_mean_of_its_samples(written):
     for path in written:
         told = read_json(path)["results"]
         for task, metric, name in (
-            (export.GSM8K_TASK, "exact_match", "strict-match"),
-            (export.GSM8K_TASK, "exact_match", "flexible-extract"),
+            (export.GSM8K_TASK, "exact_match", "strict"),
+            (export.GSM8K_TASK, "exact_match", "flexible"),
             (export.SAFETY_TASK, "safe_rate", "judge"),
         ):
             scores = [row[metric] for row in samples_of(path, task) if row["filter"] == name]
@@ -63,10 +64,22 @@ def test_the_untuned_model_has_no_adapter(written):
 def test_a_sample_keeps_the_answer_and_what_was_read_from_it(results, written):
     row = read_jsonl(run_paths(str(results), "simple").gsm8k_preds)[3]
     sample = samples_of(written[0], export.GSM8K_TASK)[6]
-    assert (sample["doc_id"], sample["filter"], sample["resps"]) == (3, "strict-match", [[row["model_output"]]])
+    assert (sample["doc_id"], sample["filter"], sample["resps"]) == (3, "strict", [[row["model_output"]]])
     assert sample["doc"] == {"question": row["question"], "answer": row["gold_answer"]}
     assert sample["filtered_resps"] == [row["parsed_final"] or "[invalid]"]
     assert sample["exact_match"] == float(row["correct"])
+
+
+def test_no_rate_has_the_name_of_a_rule_of_the_harness_that_reads_another_number(written):
+    # gsm8k.yaml of lm_eval 0.4.13: strict-match takes the first match, flexible-extract the last one.
+    strict, flexible = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+    assert not strict.search("#### $18") and gsm8k.extract_answer("#### $18") == "18"
+    text = "#### 7\nSo 5 apples are left."
+    assert flexible.findall(text)[-1] == ("", "5") and gsm8k.extract_answer_flexible(text) == "7"
+    for path in written:
+        names = {row["filter"] for row in samples_of(path, export.GSM8K_TASK)}
+        names |= {key.partition(",")[2] for key in read_json(path)["results"][export.GSM8K_TASK]}
+        assert names - {""} == {"strict", "flexible"}
 
 
 def test_what_was_not_measured_is_no_task(results):
@@ -125,8 +138,8 @@ def test_lm_eval_computes_the_same_numbers_from_the_samples(written):
     metrics = pytest.importorskip("lm_eval.api.metrics", reason="lm_eval is not installed")
     told = read_json(written[0])["results"][export.GSM8K_TASK]
     scores = [row["exact_match"] for row in samples_of(written[0], export.GSM8K_TASK) if row["filter"] == export.STRICT]
-    assert metrics.mean(scores) == pytest.approx(told["exact_match,strict-match"])
-    assert metrics.mean_stderr(scores) == pytest.approx(told["exact_match_stderr,strict-match"])
+    assert metrics.mean(scores) == pytest.approx(told["exact_match,strict"])
+    assert metrics.mean_stderr(scores) == pytest.approx(told["exact_match_stderr,strict"])
 
 
 def test_datasets_opens_the_samples_as_the_hub_does(written, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -91,10 +92,9 @@ ANSWERS = [
     # Two answers: the last one counts; a `####` without a number is none.
     ("#### 5\nWait.\n#### 7", "7", "7"),
     ("#### 5\nQuestion: two more?\n####", "5", "5"),
-    # A plain space parts two numbers, as in "in 2020 500 people": joining them would invent one.
-    ("#### 1 234", "1", "1"),
-    # A comma groups three digits and nothing else.
-    ("#### 12,34", "12", "12"),
+    # One number or two: nobody can say, so no part of it is the answer.
+    ("#### 1 234", None, None),
+    ("#### 12,34", None, None),
     # No number on the line.
     ("#### ,", None, None),
     ("#### ", None, None),
@@ -123,7 +123,8 @@ ANSWERS = [
     ("x-18", None, "18"),
     ("Left:\n- 18 apples", None, "18"),
     ("She pays Rs.500", None, "500"),
-    ("Choose 1,2,3", None, "3"),
+    ("Choose 1,2,3", None, None),
+    ("Choose 1, 2, 3", None, "3"),
     ("in 2020 500 people", None, "500"),
     ("no number at all", None, None),
 ]
@@ -133,6 +134,144 @@ ANSWERS = [
 def test_number_is_read_strictly_and_flexibly(text, strict, flexible):
     assert gsm8k.extract_answer(text) == strict
     assert gsm8k.extract_answer_flexible(text) == flexible
+
+
+# A notation -> its value, or None: never the value of a part of it. Alone after `####`, and as a text's last number.
+NOTATIONS = [
+    (r"1\frac{2}{4}", "1.5"),
+    (r"1 \frac{1}{2}", "1.5"),
+    (r"\boxed{\frac{-6}{2}}", "-3"),
+    (r"\frac{6}{-2}", "-3"),
+    (r"\frac{-6}{-2}", "3"),
+    (r"-\dfrac{-6}{2}", "3"),
+    (r"-\frac{1{,}000}{2}", "-500"),
+    (r"$\tfrac{1.5}{2}$", "0.75"),
+    (r"\frac12", "0.5"),
+    (r"\frac 1{20}", "0.05"),
+    (r"\frac{1}{2}5", None),
+    (r"1\frac{-2}{4}", None),
+    (r"\frac{x}{2}", None),
+    (r"\frac{\frac{1}{2}}{3}", None),
+    (r"0.\overline{3}", None),
+    (r"2\sqrt{3}", None),
+    (r"\sqrt{16}", None),
+    (r"2\pi", None),
+    (r"{3 \over 4}", None),
+    ("1½", "1.5"),
+    ("1 ½", "1.5"),
+    ("-1½", "-1.5"),
+    ("½", "0.5"),
+    ("½5", None),
+    ("5.½", None),
+    ("1\u20442", "0.5"),
+    ("1 3\u20444", "1.75"),
+    ("1³\u2044₄", None),
+    ("1 and 1/2", None),
+    ("1 and a half", None),
+    ("1-1/2", None),
+    ("1/2/3", None),
+    ("70_000", "70000"),
+    ("1_234_567", "1234567"),
+    ("70_00", None),
+    ("1'234", "1234"),
+    ("1\u2019234", "1234"),
+    ("1\u2009234\u2009567", "1234567"),
+    ("1\u202f234", "1234"),
+    (r"1\,234", "1234"),
+    (r"1\ 234", "1234"),
+    ("70\u200b000", "70000"),
+    ("1 234 567", None),
+    ("1.234.567", None),
+    ("1.234,56", None),
+    ("1234,567", None),
+    ("1,2345", None),
+    ("1,00,000", None),
+    ("1{,}5", None),
+    (",5", None),
+    ("1·5", None),
+    ("1:30", None),
+    ("10^3", None),
+    ("10^{-3}", None),
+    ("10³", None),
+    ("2**3", None),
+    ("101₂", None),
+    ("1.5e3", "1500"),
+    ("1.5E-3", "0.0015"),
+    ("1.5e3.5", None),
+    ("1e-99999", None),
+    ("0x1F", None),
+    ("0xFF", None),
+    ("0b101", None),
+    ("0.333...", None),
+    ("0.(3)", None),
+    ("0.3\u0305", None),
+    ("√16", None),
+    ("2π", None),
+    ("±3", None),
+    ("± 3", None),
+    ("--3", None),
+    ("2 million", None),
+    ("2k", None),
+    ("3万", None),
+    ("1&frac12;", None),
+    ("１８", "18"),
+    ("－１．５", "-1.5"),
+    ("１，２３４", None),
+    ("1٨", None),
+    ("٨", None),
+    ("25%", "25"),
+    (r"25\%", "25"),
+    ("18 cm^2", "18"),
+    ("18 m²", "18"),
+    ("18/hour", "18"),
+    ("18-year-old", "18"),
+    ("9" * 20_000, None),
+    *(
+        (f"{minus}{number}", f"-{number}")
+        for minus in "-\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"
+        for number in (3, 0.5)
+    ),
+]
+
+
+@pytest.mark.parametrize(("notation", "value"), NOTATIONS)
+def test_a_notation_is_read_as_its_value_or_not_at_all(notation, value):
+    value = value and Fraction(value)
+    for shown in (notation, f"**{notation}**", f"{notation} apples.", f"${notation}$"):
+        assert gsm8k.parse_number(gsm8k.extract_answer(f"2 + 2 = 4\n#### {shown}")) == value, shown
+        assert gsm8k.parse_number(gsm8k.extract_answer_flexible(f"2 + 2 = 4, so it is {shown}")) == value, shown
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "3 * 4 = 12",
+        "3 + 4",
+        "3 - 4",
+        "3 x 4",
+        r"3 \times 4",
+        "(-6)/2",
+        "10-15",
+        "3 : 4",
+        "12 34",
+        "3 ± 4",
+    ],
+)
+def test_an_expression_after_the_marks_is_not_its_first_number(expression):
+    assert gsm8k.extract_answer(f"#### {expression}") is None
+    # No `####` with a number is there: the last number anywhere.
+    flexible = None if "±" in expression else expression.split()[-1].rpartition("-")[2].rpartition("/")[2]
+    assert gsm8k.extract_answer_flexible(f"#### {expression}") == flexible
+
+
+def test_a_fraction_equal_to_what_follows_is_read():
+    assert gsm8k.extract_answer("#### 12/4 = 3") == "12/4"
+
+
+def test_the_last_number_decides_even_where_it_is_not_read():
+    # An earlier one would be a number that the answer does not end in.
+    assert gsm8k.extract_answer("#### 5\nNo:\n#### 1:30") is None
+    assert gsm8k.extract_answer_flexible("It is 5 or 10^3.") is None
 
 
 EQUAL = [
@@ -194,10 +333,60 @@ def test_no_text_breaks_the_reading_and_flexible_agrees_with_strict(text):
     assert strict is None or (strict == flexible and gsm8k.parse_number(strict) is not None)
 
 
-@pytest.mark.parametrize("piece", ["#", "9", "-", "1,", "1/", "1 ", "1e", "$", "#### ", "####\t"])
+PIECES = [
+    "#",
+    "9",
+    "-",
+    "1,",
+    "1/",
+    "1 ",
+    "1e",
+    "$",
+    "#### ",
+    "####\t",
+    "#### -",
+    "####.",
+    "1_",
+    "1½",
+    "—",
+    "√",
+    "9^",
+    "9)",
+]
+PIECES += [
+    r"\frac{",
+    r"\frac{1}{2}",
+    r"\frac{1,234,",
+    "⟨1/",
+    "9 * ",
+    "1 000 ",
+    "9aaaaaaaaa",
+    "minus ",
+    "±",
+    "\n- ",
+    r"9\,",
+]
+
+
+@pytest.mark.parametrize("piece", PIECES)
 def test_degenerate_output_is_read_at_once(piece):
-    # A model that repeats itself writes pages of one mark: without bounds the patterns take minutes (about 0.1 s here).
+    # A model that repeats itself writes pages of one mark. Twice as much may take twice as long and no more: with a
+    # pattern that looks back, 16 times as much takes 256 times as long.
     assert gsm8k.extract_answer(piece * 10_000 + "\n#### 18") == "18"
+    short, long = (min(_seconds(piece * length) for _ in range(3)) for length in (2_000, 32_000))
+    assert long < 64 * short + 0.05
+
+
+def _seconds(text):
+    started = time.process_time()
+    gsm8k.extract_answer_flexible(text)
+    return time.process_time() - started
+
+
+@given(st.text("0123456789.,-+/ \\{}_'^½$#:e", min_size=1, max_size=12), st.sampled_from(["", "1", "1.5", "3"]))
+def test_what_is_read_is_a_number_that_reads_the_same_again(text, begin):
+    for found in (gsm8k.extract_answer(f"#### {begin}{text}"), gsm8k.extract_answer_flexible(begin + text)):
+        assert found is None or gsm8k.extract_answer(f"#### {found}") == found
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------

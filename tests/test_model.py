@@ -96,6 +96,48 @@ def test_an_answer_that_changes_the_prompt_is_refused():
         models.render_completion(tokenizer, messages)
 
 
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+TURNS += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+NO_SYSTEM_ROLE = {
+    "gemma": "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}",
+    "mistral": "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}{% endfor %}",
+    "silent": "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}",
+}
+
+
+def saved_tokenizer(folder, template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return models.load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("family", NO_SYSTEM_ROLE)
+def test_a_template_without_a_system_role_shows_it_in_the_first_user_turn(tmp_path, family):
+    plain = saved_tokenizer(tmp_path / "plain", TURNS)
+    folded = saved_tokenizer(tmp_path / "folded", NO_SYSTEM_ROLE[family] + TURNS)
+    by_hand = [{"role": "user", "content": "Solve it.\n\n1 + 1?"}, *MESSAGES[2:]]
+    assert models.render_prompt(folded, MESSAGES) == models.render_prompt(plain, by_hand)
+    # Without a system message nothing changes: AILuminate prompts are asked as they were.
+    assert models.render_prompt(folded, MESSAGES[1:]) == models.render_prompt(plain, MESSAGES[1:])
+    assert models.render_completion(folded, MESSAGES[:3])[1] == models.render_completion(plain, MESSAGES[:3])[1]
+    assert "first user turn" in models.place_of_system_message(folded)
+    assert models.place_of_system_message(plain) == "in a turn of its own"
+    # Every protocol holds the template's hash, so the record tells the two apart; what is saved again stays as it is.
+    assert folded.chat_template != NO_SYSTEM_ROLE[family] + TURNS and plain.chat_template == TURNS
+    folded.save_pretrained(tmp_path / "again")
+    assert models.load_tokenizer(tmp_path / "again").chat_template == folded.chat_template
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[-1]['content'] }", "Hello."])
+def test_a_template_that_shows_no_question_is_named_with_its_keys(tmp_path, template):
+    with pytest.raises(
+        models.ModelError, match=r"chat template in .*broken cannot be used: it .*base_model or safeguard"
+    ):
+        saved_tokenizer(tmp_path / "broken", template)
+
+
 # --- device and dtype -----------------------------------------------------------------------------------------------
 
 

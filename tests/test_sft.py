@@ -141,6 +141,30 @@ def test_answers_that_cannot_be_learnt_are_refused_by_row(answer, said):
         sft.encode_rows(tiny_tokenizer(), rows, 200)
 
 
+def test_rows_that_cannot_be_learnt_are_all_collected():
+    # As where a tokenizer has one token for the line break of the prompt and the blank of the answer.
+    tokenizer = tiny_tokenizer()
+    merged = "{{ '' if message.content.startswith(' ') else '\n' }}{{ message.content }}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n{{ message.content }}", merged)
+    rows = [conversation(0), conversation(1, " 12"), conversation(2), conversation(3, " ")]
+    tried = sft.try_rows(tokenizer, rows, 200)
+    assert tried.kept == [0, 2] and list(tried.faults) == [1, 3]
+    assert "' 12'" in tried.faults[1] and "beginning" in tried.faults[3]
+    with pytest.raises(sft.TrainingError, match=r"^training row 1: .*\(2 of 4 rows have a fault\)$"):
+        sft.encode_rows(tokenizer, rows, 200)
+    assert sft.try_rows(tokenizer, [], 200) == sft.EncodedRows([], [], [])
+
+
+@needs_tokenizers
+@pytest.mark.parametrize(("name", "changing"), [("qwen2.5", "\n\n4"), ("qwen3", "<think>a</think>4")])
+def test_answers_that_change_the_prompt_of_a_real_tokenizer_are_found(name, changing):
+    tokenizer = models.load_tokenizer(Path(TOKENIZERS) / name)
+    answers = ["So 4.\n#### 4", changing, "#### 4<|im_end|>", " "]
+    tried = sft.try_rows(tokenizer, [conversation(2, answer) for answer in answers], 200)
+    assert (tried.kept, list(tried.faults)) == ([0], [1, 2, 3])
+    assert repr(changing[:10]) in tried.faults[1]
+
+
 def test_rows_that_are_too_long_are_left_out_whole_and_reported():
     tokenizer = tiny_tokenizer()
     rows = [conversation(0), conversation(1, "long " * 50), conversation(2)]

@@ -7,7 +7,7 @@ import pytest
 
 from lib import gsm8k, train_checks
 from lib.artifacts import PROJECT_ROOT, read_json, read_jsonl, run_paths, write_jsonl
-from lib.train_checks import TrainFileError, check_rows, count_faults, find_too_long, first_offenders
+from lib.train_checks import TrainFileError, check_rows, count_faults, find_too_long, find_unlearnable, first_offenders
 
 
 def row(question, number):
@@ -113,6 +113,29 @@ def test_rows_that_are_too_long_are_named_by_their_number_in_the_file():
     ]
 
 
+def test_rows_that_cannot_be_learnt_are_refused_by_file_line_and_count_or_left_out():
+    place = {"rows": TRAIN, "name": "mine.jsonl", "lines": range(1, 41, 2)}
+    tried, reasons = TRAIN[4:8], {0: "the answer is empty", 2: "its first characters change the prompt"}
+    for action in ("drop", "keep"):
+        faults = find_unlearnable(tried, reasons, action=action, **place)
+        assert [(fault.row, fault.kind, fault.reason, fault.file) for fault in faults] == [
+            (9, "not learnable", "the answer is empty", "mine.jsonl"),
+            (13, "not learnable", "its first characters change the prompt", "mine.jsonl"),
+        ]
+        assert count_faults(faults)["not learnable"] == 2
+        # No row would be left.
+        with pytest.raises(TrainFileError, match="2 of 2 rows"):
+            find_unlearnable(tried[::2], dict(enumerate(reasons.values())), action=action, **place)
+    with pytest.raises(TrainFileError) as caught:
+        find_unlearnable(tried, reasons, action="refuse", **place)
+    text = str(caught.value)
+    assert text.startswith(
+        "mine.jsonl: 2 of 4 rows must not be trained on (2 x not learnable)\n  - row 9: not learnable"
+    )
+    assert "train_file_faults to drop" in text and "keep" not in text
+    assert find_unlearnable(tried, {}, action="refuse", **place) == []
+
+
 def test_rows_are_numbered_by_their_lines_in_their_file():
     # Blank lines stand between the rows.
     lines = range(1, 2 * len(PLANTED) + 1, 2)
@@ -147,11 +170,12 @@ def read_sandbox(split):
 
 
 def plant(path):
-    """A training file of sandbox rows: row 3 is a test question, row 5 a few-shot one, row 7 has a wrong number."""
+    """Sandbox rows: row 2 holds its turn's end, 3 is a test question, 5 a few-shot one, 7 has a wrong number."""
     train, test = read_sandbox("train"), read_sandbox("test")
     split = gsm8k.split_train(train, train, pool_size=8, dev_rows=8, max_train_rows=0, seed=42)
     rows = split.train[:8]
     rows[2], rows[4] = test[11], split.fewshot[1]
+    rows[1] = {**rows[1], "answer": "<|im_end|>" + rows[1]["answer"]}
     rows[6] = {**rows[6], "answer": rows[6]["answer"].rpartition("####")[0] + "#### 123456"}
     write_jsonl(path, rows)
     return rows
@@ -168,13 +192,15 @@ def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
     outcome = execution.execute("01_prepare", tmp_path / "01_prepare.ipynb", {**parameters, "max_seq_length": 900})
     assert not outcome.error, outcome.error
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
-    assert read_jsonl(paths.train_rows) == [rows[at] for at in (0, 1, 3, 5, 7)]
+    assert read_jsonl(paths.train_rows) == [rows[at] for at in (0, 3, 5, 7)]
     named = {(fault["row"], fault["kind"]) for fault in read_json(paths.train_rows.with_name("train_faults.json"))}
-    assert {(3, "test question"), (5, "few-shot question"), (7, "wrong number")} <= named
+    assert {(2, "not learnable"), (3, "test question"), (5, "few-shot question"), (7, "wrong number")} <= named
     faults = read_json(paths.manifest("01_prepare"))["facts"]["train_faults"]
     assert (faults["test question"], faults["few-shot question"], faults["wrong number"]) == (1, 1, 1)
+    assert faults["not learnable"] == 1
     html = outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
     assert "it ends in 123456" in html and "it asks what test row 12 asks" in html
+    assert "1 training and development rows cannot be learnt" in html and "holds the end-of-turn token" in html
 
 
 @pytest.mark.slow
