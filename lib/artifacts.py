@@ -32,7 +32,7 @@ from types import FrameType
 from typing import Any
 
 from lib import locks
-from lib.redaction import clean_value
+from lib.redaction import clean, clean_value
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
@@ -68,6 +68,15 @@ def project_path(path: str | Path) -> Path:
 def display_path(path: Path) -> str:
     """``path`` relative to the project where that is shorter to read, so that no report shows a home folder."""
     return os.path.relpath(path, PROJECT_ROOT)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether ``name`` can be written as UTF-8: other bytes of a file's name are lone surrogates to Python."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --- where things lie -------------------------------------------------------------------------------------------
@@ -620,6 +629,14 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def interpreter() -> dict[str, str]:
+    """Which Python this is, and its environment: relative to the project, else the end of its path without a home."""
+    prefix = Path(sys.prefix)
+    inside = prefix.is_relative_to(PROJECT_ROOT)
+    environment = display_path(prefix) if inside else "/".join(Path(clean(sys.prefix)).parts[-2:])
+    return {"implementation": platform.python_implementation(), "environment": environment}
+
+
 def git_commit() -> str:
     """The project's commit, with ``+changes`` where the tree differs from it; ``unknown`` outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
@@ -677,6 +694,7 @@ class StageRecord:
             "outputs": _stamps(outputs, self.manifest_path.parent),
             "code_sha256": self.code_sha256,
             "versions": package_versions(),
+            "interpreter": interpreter(),
             "git_commit": self.git_commit,
             "wall_s": round(time.perf_counter() - self.started, 2),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

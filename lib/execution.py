@@ -153,10 +153,12 @@ def _run_once(
     try:
         papermill.execute_notebook(
             # Relative paths: papermill writes them into the notebook, and a home folder is nobody's business.
-            display_path(source_notebook(stage)),
-            display_path(output),
+            _as_typed(display_path(source_notebook(stage))),
+            _as_typed(display_path(output)),
             parameters=parameters,
+            # Words of the protocol, whatever the notebook was last saved with; no kernelspec is looked up.
             kernel_name="python3",
+            language="python",
             cwd=str(PROJECT_ROOT),
             progress_bar=False,
             start_timeout=KERNEL_START_TIMEOUT_S,
@@ -188,6 +190,11 @@ def _run_once(
         error = f"a cell took over {cell_timeout_s} s (--cell-timeout), its kernel was ended"
         return _Stop(error, headline=f"A cell took over {cell_timeout_s} s (--cell-timeout): its kernel was ended.")
     return _Stop()
+
+
+def _as_typed(path: str) -> str:
+    # papermill fills parameters into `{name}`.
+    return path.replace("{", "{{").replace("}", "}}")
 
 
 DEAD_KERNEL = (
