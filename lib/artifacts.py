@@ -32,7 +32,7 @@ from types import FrameType
 from typing import Any
 
 from lib import locks
-from lib.redaction import clean, clean_value
+from lib.redaction import clean, clean_value, home_folder
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
@@ -44,6 +44,8 @@ DRIVER_VARIABLE = "RUN_BY_DRIVER"
 PRESET_VARIABLE = "PRESET"
 # Written into every manifest: the packages whose version can change a number.
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
+# Facts that name row files of the results folder, for who reads them.
+NAMED_FILES = ("untuned_rows", "scale_rows")
 # Where a stage's files lie says nothing about what it computes: these never make a stage run again.
 LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
 
@@ -255,6 +257,8 @@ def remove_temporary(folder: Path, *, below: bool = True) -> int:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
 
+    A lone surrogate, which UTF-8 cannot spell, becomes a question mark.
+
     Raises:
         DiskFull: there is no room for it; an older file of that name is still there.
     """
@@ -266,7 +270,7 @@ def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -314,7 +318,12 @@ def _publish_folder(made: Path, folder: Path, is_whole: Callable[[Path], bool]) 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=2))
+
+
+def json_text(value: Any, indent: int) -> str:
+    """``value`` as indented JSON with every letter as it is, but a lone surrogate, for which JSON has an escape."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -689,7 +698,7 @@ class StageRecord:
             # For others to read: a folder or an address that was typed may hold a home, a name or a token.
             "parameters": clean_value(self.parameters),
             "metrics": dict(metrics or {}),
-            "facts": clean_value(dict(facts)),
+            "facts": clean_value(dict(facts), keep=NAMED_FILES),
             "inputs": _stamps(inputs, self.manifest_path.parent),
             "outputs": _stamps(outputs, self.manifest_path.parent),
             "code_sha256": self.code_sha256,
@@ -755,12 +764,13 @@ def _files_below(folder: Path) -> list[Path]:
 def _stamp_name(file: Path, base: Path) -> str:
     # A relative path that climbs out of the project and into a home folder would name whose it is.
     name = os.path.relpath(file, base)
-    in_home = clean_value(name) != name and file.is_relative_to(Path.home())
-    return f"~/{file.relative_to(Path.home()).as_posix()}" if in_home else name
+    home = home_folder()
+    in_home = home and clean(name) != name and file.is_relative_to(home)
+    return f"~/{file.relative_to(home).as_posix()}" if in_home else name
 
 
 def _stamped_file(name: str, base: Path) -> Path:
-    return Path(name).expanduser() if name.startswith("~/") else base / name
+    return Path(home_folder(), name[2:]) if name.startswith("~/") else base / name
 
 
 def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:
