@@ -68,8 +68,20 @@ def project_path(path: str | Path) -> Path:
 
 
 def display_path(path: Path) -> str:
-    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder."""
-    return os.path.relpath(path, PROJECT_ROOT)
+    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder.
+
+    A folder of the project that is called ``~`` becomes ``./~``, for ``expand_home``.
+    """
+    relative = os.path.relpath(path, PROJECT_ROOT)
+    return f"./{relative}" if relative.startswith("~") else relative
+
+
+def expand_home(name: str) -> Path:
+    """``name`` with the home folder for a leading ``~``; as it is where the system knows of no such home."""
+    try:
+        return Path(name).expanduser() if name.startswith("~") else Path(name)
+    except RuntimeError:
+        return Path(name)
 
 
 def is_utf8(name: str) -> bool:

@@ -359,12 +359,14 @@ def fail(message: str) -> None:
 def _print(message: str, stream: TextIO) -> None:
     try:
         print(visible(message), file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         lose_reader(stream)
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            fail(f"the standard output cannot be written ({error.strerror}): what follows is not shown")
 
 
 def lose_reader(stream: TextIO) -> None:
-    """Let ``stream`` lead nowhere: its reader has gone (``| head``), and a run of hours goes on without one."""
+    """Let ``stream`` lead nowhere: its reader has gone (``| head``) or its disk is full, and a run of hours goes on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -6,6 +6,7 @@ harm: nothing here prints one, and errors name rows by id.
 """
 
 import csv
+import glob
 import hashlib
 import io
 import re
@@ -353,7 +354,7 @@ def judge_again(
 
 def other_wordings(guidelines_file: Path) -> dict[str, str]:
     """Name -> text of the guidelines in other words: files ``<its name>_*.txt`` beside the guidelines, by name."""
-    files = sorted(guidelines_file.parent.glob(f"{guidelines_file.stem}_*{guidelines_file.suffix}"))
+    files = sorted(guidelines_file.parent.glob(f"{glob.escape(guidelines_file.stem)}_*{guidelines_file.suffix}"))
     return {path.stem: path.read_text(encoding="utf-8") for path in files}
 
 
