@@ -311,7 +311,14 @@ def write_html(notebook: Path) -> Path:
     injected = any("injected-parameters" in cell.metadata.get("tags", []) for cell in content.cells)
     unread = {"parameters"} if injected else set()
     config = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": unread})
-    exporter = HTMLExporter(config=config, template_name="lab", template_file=str(PAGE_TEMPLATE), embed_images=True)
+    exporter = HTMLExporter(
+        config=config,
+        template_name="lab",
+        template_file=str(PAGE_TEMPLATE),
+        embed_images=True,
+        # Before those of $JUPYTER_PATH and of the home folder, which belong to another nbconvert.
+        extra_template_basedirs=[str(Path(sys.prefix, "share", "jupyter", "nbconvert", "templates"))],
+    )
     # Two assets that the template would load from a network: reports are read on machines without one.
     exporter.require_js_url = exporter.mathjax_url = ""
     content.metadata["title"] = _title(content, notebook.stem)

@@ -281,6 +281,18 @@ def test_the_kernel_is_the_drivers_python_whatever_kernelspecs_say(tmp_path, not
     assert python_of(execute(tmp_path)) == sys.executable
 
 
+def test_the_page_is_of_this_environments_templates(tmp_path, notebook, monkeypatch):
+    template = tmp_path / "jupyter" / "nbconvert" / "templates" / "lab"
+    template.mkdir(parents=True)
+    (template / "conf.json").write_text('{"base_template": "base"}')
+    (template / "index.html.j2").write_text("theirs")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    notebook("print('fine')")
+    page = execute(tmp_path).notebook.with_suffix(".html").read_text(encoding="utf-8")
+    assert "fine" in page and "theirs" not in page
+
+
 def test_a_notebook_of_another_kernel_and_language_is_run_all_the_same(tmp_path, notebook):
     folder = notebook(SHOW_PYTHON)
     content = json.loads((folder / "01_prepare.ipynb").read_text())
