@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.artifacts import PROJECT_ROOT
-from lib.command_line import UsageError, build_parser
+from lib.command_line import UsageError, build_parser, check_names, settle_streams
 from lib.plans import Plan, make_plans, output_folders
 
 if TYPE_CHECKING:
@@ -434,6 +434,7 @@ def verify(folder: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the return value is the exit status."""
+    settle_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(argv)
     args.params_dir = args.params_dir.resolve()
@@ -442,6 +443,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lib.execution import fail
 
     try:
+        check_names(argv)
         return run_command(args)
     except UsageError as error:
         fail(f"run_all.py: {error}")
@@ -594,6 +596,7 @@ def set_kernel_environment(offline: bool) -> None:
     """What the kernels inherit: no bars that flood a notebook, no telemetry, no network where it is forbidden."""
     from lib.artifacts import DRIVER_VARIABLE
 
+    ensure_home()
     os.environ[DRIVER_VARIABLE] = "1"
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
@@ -601,6 +604,18 @@ def set_kernel_environment(offline: bool) -> None:
     os.environ["PYTHONHASHSEED"] = "0"
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def ensure_home() -> None:
+    """Give the libraries a folder where HOME is not set and the user has no account: many end without one."""
+    from lib.execution import fail
+    from lib.locks import machine_folder
+    from lib.redaction import home_folder
+
+    if not home_folder():
+        folder = machine_folder()
+        fail(f"HOME is not set and user {os.getuid()} has no account: libraries keep their files in {folder}")
+        os.environ["HOME"] = str(folder)
 
 
 if __name__ == "__main__":

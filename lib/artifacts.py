@@ -33,7 +33,7 @@ from types import FrameType
 from typing import IO, Any
 
 from lib import locks
-from lib.redaction import clean_value
+from lib.redaction import clean, clean_value, home_folder
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
@@ -45,6 +45,8 @@ DRIVER_VARIABLE = "RUN_BY_DRIVER"
 PRESET_VARIABLE = "PRESET"
 # Written into every manifest: the packages whose version can change a number.
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
+# Facts that name row files of the results folder, for who reads them.
+NAMED_FILES = ("untuned_rows", "scale_rows")
 # Where a stage's files lie says nothing about what it computes: these never make a stage run again.
 LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
 
@@ -67,8 +69,29 @@ def project_path(path: str | Path) -> Path:
 
 
 def display_path(path: Path) -> str:
-    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder."""
-    return os.path.relpath(path, PROJECT_ROOT)
+    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder.
+
+    A folder of the project that is called ``~`` becomes ``./~``, for ``expand_home``.
+    """
+    relative = os.path.relpath(path, PROJECT_ROOT)
+    return f"./{relative}" if relative.startswith("~") else relative
+
+
+def expand_home(name: str) -> Path:
+    """``name`` with the home folder for a leading ``~``; as it is where the system knows of no such home."""
+    try:
+        return Path(name).expanduser() if name.startswith("~") else Path(name)
+    except RuntimeError:
+        return Path(name)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether ``name`` can be written as UTF-8: other bytes of a file's name are lone surrogates to Python."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --- where things lie -------------------------------------------------------------------------------------------
@@ -256,6 +279,8 @@ def remove_temporary(folder: Path, *, below: bool = True) -> int:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
 
+    A lone surrogate, which UTF-8 cannot spell, becomes a question mark.
+
     Raises:
         DiskFull: there is no room for it; an older file of that name is still there.
     """
@@ -267,7 +292,7 @@ def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as stream:
             stream.write(text)
             flush_to_disk(stream)
         share(Path(temporary))
@@ -332,7 +357,12 @@ def _publish_folder(made: Path, folder: Path, is_whole: Callable[[Path], bool]) 
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=2))
+
+
+def json_text(value: Any, indent: int) -> str:
+    """``value`` as indented JSON with every letter as it is, but a lone surrogate, for which JSON has an escape."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -647,6 +677,14 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def interpreter() -> dict[str, str]:
+    """Which Python this is, and its environment: relative to the project, else the end of its path without a home."""
+    prefix = Path(sys.prefix)
+    inside = prefix.is_relative_to(PROJECT_ROOT)
+    environment = display_path(prefix) if inside else "/".join(Path(clean(sys.prefix)).parts[-2:])
+    return {"implementation": platform.python_implementation(), "environment": environment}
+
+
 def git_commit() -> str:
     """The project's commit, with ``+changes`` where the tree differs from it; ``unknown`` outside a checkout."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
@@ -699,11 +737,12 @@ class StageRecord:
             # For others to read: a folder or an address that was typed may hold a home, a name or a token.
             "parameters": clean_value(self.parameters),
             "metrics": dict(metrics or {}),
-            "facts": clean_value(dict(facts)),
+            "facts": clean_value(dict(facts), keep=NAMED_FILES),
             "inputs": _stamps(inputs, self.manifest_path.parent),
             "outputs": _stamps(outputs, self.manifest_path.parent),
             "code_sha256": self.code_sha256,
             "versions": package_versions(),
+            "interpreter": interpreter(),
             "git_commit": self.git_commit,
             "wall_s": round(time.perf_counter() - self.started, 2),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -764,12 +803,13 @@ def _files_below(folder: Path) -> list[Path]:
 def _stamp_name(file: Path, base: Path) -> str:
     # A relative path that climbs out of the project and into a home folder would name whose it is.
     name = os.path.relpath(file, base)
-    in_home = clean_value(name) != name and file.is_relative_to(Path.home())
-    return f"~/{file.relative_to(Path.home()).as_posix()}" if in_home else name
+    home = home_folder()
+    in_home = home and clean(name) != name and file.is_relative_to(home)
+    return f"~/{file.relative_to(home).as_posix()}" if in_home else name
 
 
 def _stamped_file(name: str, base: Path) -> Path:
-    return Path(name).expanduser() if name.startswith("~/") else base / name
+    return Path(home_folder(), name[2:]) if name.startswith("~/") else base / name
 
 
 def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:

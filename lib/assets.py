@@ -25,6 +25,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from lib.artifacts import (
     PROJECT_ROOT,
+    expand_home,
     folder_in_making,
     project_path,
     read_json,
@@ -452,7 +453,7 @@ def _load_own(file: Path, parse: Callable[[bytes, str], list[Row]], allowed: str
 
 
 def _own_path(path: str) -> Path:
-    return project_path(Path(path).expanduser()).resolve()
+    return project_path(expand_home(path)).resolve()
 
 
 def _assets_folder(assets_dir: str) -> Path | None:

@@ -7,13 +7,13 @@ about models; what it tells is handed to it.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lib.artifacts import PROJECT_ROOT, sha256_file, write_text
 from lib.assets import ModelSource, shown_path
-from lib.redaction import clean
+from lib.redaction import clean, clean_value
 
 CARD = "README.md"
 # What a reader needs to train the same again; the rest is in the run's config_resolved.json.
@@ -175,8 +175,14 @@ def data_table(sources: Mapping[str, Mapping[str, Any]], files: Mapping[str, Pat
 def write_card(folder: Path, facts: CardFacts) -> Path:
     """Writes the card beside the adapter in ``folder``."""
     path = folder / CARD
-    write_text(path, clean(adapter_card(facts, sha256_file(folder / "adapter_model.safetensors"))))
+    write_text(path, adapter_card(_cleaned(facts), sha256_file(folder / "adapter_model.safetensors")))
     return path
+
+
+def _cleaned(facts: CardFacts) -> CardFacts:
+    # Before the card is laid out: the words of its YAML and of its code are no user's name.
+    texts = {field.name: clean_value(getattr(facts, field.name)) for field in fields(facts) if field.name != "base"}
+    return replace(facts, **texts)
 
 
 def adapter_card(facts: CardFacts, adapter_sha256: str) -> str:
@@ -206,7 +212,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
     """Writes the card beside a merged model's weights in ``folder``."""
     path = folder / CARD
     hashes = {file.name: f"sha256 {sha256_file(file)}" for file in sorted(folder.glob("model*.safetensors"))}
-    write_text(path, clean(merged_card(facts, hashes)))
+    write_text(path, merged_card(_cleaned(facts), hashes))
     return path
 
 
@@ -249,7 +255,7 @@ def _front_matter(facts: CardFacts, library: str = "peft") -> str:
 
 def _base_name(base: ModelSource) -> str:
     # The folders above a local model may be named after a person.
-    return Path(base.name).name if base.origin == "local folder" else base.name
+    return clean(Path(base.name).name) if base.origin == "local folder" else base.name
 
 
 def _is_published(base: ModelSource) -> bool:
@@ -289,7 +295,7 @@ def _base_argument(facts: CardFacts) -> str:
         folder = facts.base.folder
         inside = folder.is_relative_to(PROJECT_ROOT)
         # A folder above it may be named after a person.
-        return json.dumps(shown_path(folder) if inside else f"path/to/{folder.name}", ensure_ascii=False)
+        return json.dumps(clean(shown_path(folder) if inside else f"path/to/{folder.name}"), ensure_ascii=False)
     commit = facts.base.identity.rpartition("@")[2] if facts.base.origin == "hub" else facts.revision
     return f"{json.dumps(facts.base.name)}, revision={json.dumps(commit)}"
 

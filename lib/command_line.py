@@ -5,11 +5,13 @@ Only the standard library is needed: ``--help`` works before anything is install
 
 import argparse
 import difflib
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lib.artifacts import PROJECT_ROOT, STAGES
+from lib.artifacts import PROJECT_ROOT, RESULTS_VARIABLE, STAGES, is_utf8
 
 DESCRIPTION = """\
 Fine-tune, evaluate and compare: five notebooks a preset, kept as a record that others can check.
@@ -27,6 +29,31 @@ STAGE_NUMBERS = tuple(stage[:2] for stage in STAGES)
 
 class UsageError(Exception):
     """The command line asks for something that cannot be done; nothing was started."""
+
+
+def settle_streams() -> None:
+    """A letter that the terminal's encoding lacks is shown as a question mark, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        # None where it was closed.
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def check_names(typed: Sequence[str]) -> None:
+    """Refuse names that cannot be written into a record, which is UTF-8, nor read by every library.
+
+    Raises:
+        UsageError: something typed, the project's folder or the working directory has such a name.
+    """
+    places = [str(PROJECT_ROOT), str(Path.cwd()), os.environ.get(RESULTS_VARIABLE, "")]
+    for name in [*typed, *places]:
+        if is_utf8(name):
+            continue
+        try:
+            os.fsencode(name).decode("utf-8")
+        except UnicodeDecodeError:
+            raise UsageError(f"{name}: this name is not UTF-8; rename it, or name another folder") from None
+        raise UsageError(f"{name}: Python takes names for {sys.getfilesystemencoding()} here; set PYTHONUTF8=1")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,10 +18,20 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lib.artifacts import PRESET_VARIABLE, PROJECT_ROOT, display_path, full_disk_text, write_text
-from lib.redaction import clean, visible
+from lib.artifacts import (
+    PRESET_VARIABLE,
+    PROJECT_ROOT,
+    ArtifactError,
+    display_path,
+    full_disk_text,
+    json_text,
+    write_text,
+)
+from lib.redaction import clean, clean_notebook, visible
 
-if TYPE_CHECKING:  # for the reader only: it imports jupyter_client
+if TYPE_CHECKING:  # for the reader only: they import jupyter_client and jsonschema
+    from nbformat import NotebookNode
+
     from lib.kernels import Interrupts
 
 NOTEBOOKS_DIR = PROJECT_ROOT / "notebooks"
@@ -108,6 +118,7 @@ def execute(
 
     Raises:
         DiskFull: the notebook cannot be saved.
+        ArtifactError: what was saved is no valid notebook.
     """
     from lib.kernels import Interrupts
 
@@ -153,10 +164,12 @@ def _run_once(
     try:
         papermill.execute_notebook(
             # Relative paths: papermill writes them into the notebook, and a home folder is nobody's business.
-            display_path(source_notebook(stage)),
-            display_path(output),
+            _as_typed(display_path(source_notebook(stage))),
+            _as_typed(display_path(output)),
             parameters=parameters,
+            # Words of the protocol, whatever the notebook was last saved with; no kernelspec is looked up.
             kernel_name="python3",
+            language="python",
             cwd=str(PROJECT_ROOT),
             progress_bar=False,
             start_timeout=KERNEL_START_TIMEOUT_S,
@@ -190,6 +203,11 @@ def _run_once(
     return _Stop()
 
 
+def _as_typed(path: str) -> str:
+    # papermill fills parameters into `{name}`.
+    return path.replace("{", "{{").replace("}", "}}")
+
+
 DEAD_KERNEL = (
     "The kernel died while a cell was running. The operating system often ends it when memory runs out: "
     "a smaller eval_batch_size, train_batch_size or model needs less."
@@ -215,7 +233,7 @@ class _RecordFiles:
         return (PROJECT_ROOT / path).read_text(encoding="utf-8")
 
     def write(self, content: str, path: str) -> None:
-        _save(PROJECT_ROOT / path, content)
+        _save(PROJECT_ROOT / path, json.loads(content))
 
     def pretty_path(self, path: str) -> str:
         return path
@@ -225,9 +243,8 @@ class _RecordFiles:
         return folder
 
 
-def _save(path: Path, notebook: str) -> None:
-    # A lone surrogate that a model wrote becomes the escape that JSON has for it.
-    write_text(path, clean(notebook).encode("utf-8", "backslashreplace").decode())
+def _save(path: Path, notebook: dict[str, Any]) -> None:
+    write_text(path, json_text(clean_notebook(notebook), indent=1))
 
 
 def _keep(notebook: Path, stop: _Stop, go_on: str) -> None:
@@ -236,11 +253,11 @@ def _keep(notebook: Path, stop: _Stop, go_on: str) -> None:
     _hide_setup(content["cells"])
     if stop.headline:
         content["cells"].insert(0, _banner(stop.headline, go_on))
-    _save(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    _save(notebook, content)
     write_html(notebook)
     if not stop.error:
         content["metadata"][COMPLETE_MARK] = {"complete": True}
-        _save(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _save(notebook, content)
 
 
 def _hide_setup(cells: list[dict[str, Any]]) -> None:
@@ -279,26 +296,51 @@ def _with_free_space(error: str, output: Path) -> str:
 
 
 def write_html(notebook: Path) -> Path:
-    """The filled notebook as one self-contained HTML file beside it."""
+    """The filled notebook, which was cleaned when it was saved, as one self-contained HTML file beside it.
+
+    Raises:
+        ArtifactError: it is no valid notebook.
+    """
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
     content = nbformat.read(notebook, as_version=4)
+    _check_form(content, notebook)
     # Defaults that injected values replaced would only be read as this run's own; the notebook keeps them.
     injected = any("injected-parameters" in cell.metadata.get("tags", []) for cell in content.cells)
     unread = {"parameters"} if injected else set()
     config = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": unread})
-    exporter = HTMLExporter(config=config, template_name="lab", template_file=str(PAGE_TEMPLATE), embed_images=True)
+    exporter = HTMLExporter(
+        config=config,
+        template_name="lab",
+        template_file=str(PAGE_TEMPLATE),
+        embed_images=True,
+        # Before those of $JUPYTER_PATH and of the home folder, which belong to another nbconvert.
+        extra_template_basedirs=[str(Path(sys.prefix, "share", "jupyter", "nbconvert", "templates"))],
+    )
     # Two assets that the template would load from a network: reports are read on machines without one.
     exporter.require_js_url = exporter.mathjax_url = ""
     content.metadata["title"] = _title(content, notebook.stem)
     body, _ = exporter.from_notebook_node(content)
     body = CONTENTS_LIST.sub(FOLDED_CONTENTS, EMPTY_TABLE_HEAD.sub("", body), count=1)
+    # The notebook is cleaned, and nothing of this machine is added to it.
     target = notebook.with_suffix(".html")
-    # No encoding holds a lone surrogate; a browser would show a question mark too.
-    write_text(target, clean(body).encode("utf-8", "replace").decode())
+    write_text(target, body)
     return target
+
+
+def _check_form(content: "NotebookNode", notebook: Path) -> None:
+    from nbformat import ValidationError, validate
+
+    try:
+        validate(content)
+    except ValidationError as error:
+        where = ".".join(map(str, error.absolute_path))
+        fault = error.message.partition("\n")[0][:MAX_ERROR_LENGTH]
+        raise ArtifactError(
+            f"{display_path(notebook)} is no valid notebook at {where}: {fault}; run its stage again"
+        ) from None
 
 
 def _title(content: Mapping[str, Any], stage: str) -> str:
@@ -324,12 +366,14 @@ def fail(message: str) -> None:
 def _print(message: str, stream: TextIO) -> None:
     try:
         print(visible(message), file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         lose_reader(stream)
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            fail(f"the standard output cannot be written ({error.strerror}): what follows is not shown")
 
 
 def lose_reader(stream: TextIO) -> None:
-    """Let ``stream`` lead nowhere: its reader has gone (``| head``), and a run of hours goes on without one."""
+    """Let ``stream`` lead nowhere: its reader has gone (``| head``) or its disk is full, and a run of hours goes on."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

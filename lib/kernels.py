@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -16,16 +17,24 @@ from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
 from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 
 from lib import kernel_server
+from lib.artifacts import is_utf8
 from lib.kernel_server import die_with
 from lib.locks import held_descriptors
 
 # What an idle kernel says to a signal that it ignores, and to the driver's frozen modules.
 IDLE_WORDS = ("[IPKernelApp] KeyboardInterrupt", "0.00s - ")
 MAX_LAST_WORDS = 400
+# What a path of a Unix socket may have in bytes: sun_path holds 108 with the NUL at its end.
+MAX_SOCKET_PATH = 107
+# The longest name below a kernel's folder: jupyter_client numbers the five sockets.
+SOCKET_NAME = "kernel-ipc-5"
+# Where sockets go when $TMPDIR is too long for them; the second one has room also where a container's disk is full.
+SHORT_FOLDERS = ("/tmp", "/dev/shm")
 
 
 class StopAsked(Exception):
@@ -103,9 +112,20 @@ class OwnKernelManager(AsyncKernelManager):
         super().__init__(**kwargs)
         # Sockets in a folder of this kernel alone: TCP ports can be listened to by anyone and raced for, and where no
         # folder is named jupyter_client puts them into the working directory, which two drivers may share.
-        self._folder = tempfile.TemporaryDirectory(prefix="kernel-", ignore_cleanup_errors=True)
+        self._folder = _socket_folder()
         self.transport = "ipc"
         self.connection_file = str(Path(self._folder.name) / "kernel.json")
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """Never looked up: a ``python3`` of a cluster's module, a hub or a home folder is another interpreter."""
+        return KernelSpec(display_name="Python 3", language="python")
+
+    def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+        """The interpreter of this process; paths are taken as they are, where jupyter_client fills in ``{prefix}``."""
+        # As ipykernel's own kernelspec: the debugger cannot see into frozen modules.
+        command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", self.connection_file]
+        return [*command, *(extra_arguments or [])]
 
     async def _async_pre_start_kernel(self, **kw: Any) -> tuple[list[str], dict[str, Any]]:
         if self.provisioner is None:
@@ -132,6 +152,23 @@ class OwnKernelManager(AsyncKernelManager):
                 **kw,
             )
         OwnKernelManager.running_pid = self.provisioner.pid
+
+
+def _socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder whose path leaves room for sockets and can be spelt in an address, which is UTF-8.
+
+    Raises:
+        OSError: there is none.
+    """
+    for place in (tempfile.gettempdir(), *SHORT_FOLDERS):
+        name = f"{place}/kernel-12345678/{SOCKET_NAME}"
+        if is_utf8(place) and len(os.fsencode(name)) <= MAX_SOCKET_PATH and os.access(place, os.W_OK | os.X_OK):
+            return tempfile.TemporaryDirectory(prefix="kernel-", dir=place, ignore_cleanup_errors=True)
+    allowed = MAX_SOCKET_PATH - len(f"/kernel-12345678/{SOCKET_NAME}")
+    raise OSError(
+        f"there is no folder for a kernel's sockets: {tempfile.gettempdir()} is longer than {allowed} bytes or not "
+        f"UTF-8, and {' and '.join(SHORT_FOLDERS)} cannot be written; set TMPDIR to a short folder"
+    )
 
 
 def last_words() -> str:

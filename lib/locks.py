@@ -192,7 +192,7 @@ def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
     if path in _files:
         return
     # Not beside it: a folder of data holds data, and may be one that nobody can write to.
-    name = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     folder, told = machine_folder(), False
     stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
     # Looked at again and again, not waited for inside the system: Ctrl-C is heard at once.
@@ -215,10 +215,15 @@ def machine_folder() -> Path:
     """Where locks lie that are of this machine and user, and of no folder.
 
     Raises:
-        PermissionError: the folder is somebody else's.
+        PermissionError: the folder cannot be made, or is somebody else's.
     """
     folder = Path(tempfile.gettempdir()) / f"tune-and-tell-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(
+            f"{folder} cannot be made ({error.strerror}): set TMPDIR to a folder of your own"
+        ) from None
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
         raise PermissionError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
     return folder

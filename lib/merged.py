@@ -21,6 +21,7 @@ from lib.artifacts import (
     ArtifactError,
     RunPaths,
     display_path,
+    expand_home,
     folder_in_making,
     free_bytes,
     read_json,
@@ -70,7 +71,7 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
     run = read_evaluated(paths)
     name = run.parameters["base_model"]
     # In the record, a home folder is written as ~.
-    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    name = str(expand_home(name)) if name.startswith("~") else name
     assets_dir = assets_dir or run.settings.get("assets_dir", "")
     base = assets.resolve_model(name, run.parameters["base_model_revision"], assets_dir, offline)
     check_unchanged(run, base.identity)

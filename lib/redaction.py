@@ -1,13 +1,15 @@
 """What never leaves this machine in a report: tokens, home folders, user names; and what never reaches a terminal.
 
-``clean`` is put over every text that is saved for others (filled notebooks, HTML, manifests, messages); ``visible``
-over what is printed. Knows nothing about the files that it is used on. Row files are not cleaned: they are the record.
+``clean`` is put over every text that is saved for others, ``clean_value``, ``clean_markup`` and ``clean_notebook``
+over the texts inside a format, whose own words stay: a user may be called ``code`` or ``div``. ``visible`` is put over
+what is printed. Knows nothing about the files that it is used on. Row files are not cleaned: they are the record.
 """
 
+import html
 import os
 import pwd
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,30 +28,141 @@ GENERIC_USERS = frozenset(
 )
 MIN_USER_LENGTH = 3
 # A picture's letters can spell anything.
-PICTURES = re.compile(r"(base64,[A-Za-z0-9+/=]+)")
+PICTURES = re.compile(r"((?:data:[\w.+/-]*;)?base64,[A-Za-z0-9+/=]+)")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# In HTML: styles, scripts, comments and tags; what is between them is text. "<" begins a tag only before a name.
+MARKUP = re.compile(
+    r"""(<style\b.*?</style\s*>|<script\b.*?</script\s*>|</?[a-z][\w-]*(?=[\s/>])(?:[^>"']|"[^"]*"|'[^']*')*>)""",
+    re.IGNORECASE | re.DOTALL,
+)
+ATTRIBUTE = re.compile(r"""(\s)([\w:-]+)(\s*=\s*)("[^"]*"|'[^']*')""")
+# Attributes whose values are words of HTML, of CSS, or names inside the page.
+FORMAT_ATTRIBUTES = frozenset(
+    ["class", "id", "style", "type", "role", "for", "name", "rel", "scope", "lang", "headers", "d", "media", "xmlns"]
+)
+STRING_LITERAL = re.compile(r""""(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""")
+# Of a notebook's metadata: how its language is called, in words of the format.
+FORMAT_METADATA = frozenset(["kernelspec", "language_info"])
+
 Rule = Callable[[str], str]
+Machine = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def clean(text: str) -> str:
     """``text`` without tokens, home folder (``~`` in its place) and user name; pictures are left as they are."""
-    rules = _rules(*_machine())
-    pieces = PICTURES.split(text)
-    # re.split gives what was between the pictures at the even places.
-    pieces[::2] = [_apply(rules, piece) for piece in pieces[::2]]
+    return _cleaner()(text)
+
+
+def clean_value(value: Any, keep: Collection[str] = ()) -> Any:
+    """A JSON value with every text in it cleaned.
+
+    Args:
+        keep: keys whose values stay as they are: names that something else refers to.
+    """
+    return _clean_value(value, _cleaner(), keep)
+
+
+def clean_markup(text: str) -> str:
+    """HTML, or Markdown with HTML in it, cleaned between its tags, in string literals of scripts and in attributes.
+
+    Names of tags and attributes, styles, and attributes that refer to these stay.
+    """
+    return _clean_markup(text, _cleaner())
+
+
+def clean_notebook(notebook: dict[str, Any]) -> dict[str, Any]:
+    """A notebook of format 4, as JSON, with its sources, outputs and metadata's values cleaned."""
+    change = _cleaner()
+    metadata = notebook["metadata"]
+    kept = {name: metadata[name] for name in FORMAT_METADATA & metadata.keys()}
+    cells = [_clean_cell(cell, change) for cell in notebook["cells"]]
+    return {**notebook, "cells": cells, "metadata": {**_clean_value(metadata, change), **kept}}
+
+
+def _clean_cell(cell: dict[str, Any], change: Rule) -> dict[str, Any]:
+    in_markup = cell["cell_type"] == "markdown"
+    source = _clean_lines(cell["source"], lambda text: _clean_markup(text, change) if in_markup else change(text))
+    if "outputs" not in cell:
+        return {**cell, "source": source}
+    return {**cell, "source": source, "outputs": [_clean_output(output, change) for output in cell["outputs"]]}
+
+
+def _clean_output(output: dict[str, Any], change: Rule) -> dict[str, Any]:
+    """A stream has ``text``, an error ``evalue`` and ``traceback``, every other output ``data``."""
+    found = {name: _clean_lines(output[name], _cleaner(lines=True)) for name in ("text", "evalue") if name in output}
+    found |= {"traceback": [change(line) for line in output["traceback"]]} if "traceback" in output else {}
+    if "data" in output:
+        found["data"] = {kind: _clean_data(kind, data, change) for kind, data in output["data"].items()}
+        found["metadata"] = _clean_value(output["metadata"], change)
+    return {**output, **found}
+
+
+def _clean_data(kind: str, data: Any, change: Rule) -> Any:
+    """Data of the MIME type ``kind``: text, lines of text, or JSON; pictures but SVG are letters without a meaning."""
+    if kind.startswith("image/") and kind != "image/svg+xml":
+        return data
+    if kind == "application/javascript":
+        return _clean_lines(data, lambda text: _clean_script(text, change))
+    if kind in ("text/html", "text/markdown", "image/svg+xml"):
+        return _clean_lines(data, lambda text: _clean_markup(text, change))
+    return _clean_value(data, change) if kind.endswith("json") else _clean_lines(data, change)
+
+
+def _clean_lines(text: str | list[str], change: Rule) -> str | list[str]:
+    # On disk a text is a list of its lines; what is searched for may have several.
+    return change(text) if isinstance(text, str) else change("".join(text)).splitlines(keepends=True)
+
+
+def _clean_value(value: Any, change: Rule, keep: Collection[str] = ()) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: item if key in keep else _clean_value(item, change, keep) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean_value(item, change, keep) for item in value]
+    return value
+
+
+def _clean_markup(text: str, change: Rule) -> str:
+    if _clean_escaped(text, change) == text:
+        # As nearly always: the parts need not be looked at one by one.
+        return text
+    pieces = MARKUP.split(text)
+    # re.split gives what was between the tags at the even places.
+    pieces[::2] = [_clean_escaped(piece, change) for piece in pieces[::2]]
+    pieces[1::2] = [_clean_tag(tag, change) for tag in pieces[1::2]]
     return "".join(pieces)
 
 
-def clean_value(value: Any) -> Any:
-    """A JSON value with every text in it cleaned, keys included."""
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, dict):
-        return {clean_value(key): clean_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean_value(item) for item in value]
-    return value
+def _clean_tag(tag: str, change: Rule) -> str:
+    if tag[:6].lower() == "<style":
+        return tag
+    if tag[:7].lower() == "<script":
+        return _clean_script(tag, change)
+    return ATTRIBUTE.sub(lambda found: _clean_attribute(*found.groups(), change), tag)
+
+
+def _clean_attribute(space: str, name: str, equals: str, quoted: str, change: Rule) -> str:
+    if name.lower() in FORMAT_ATTRIBUTES or name.lower().endswith("-mime-type"):
+        return f"{space}{name}{equals}{quoted}"
+    # Without its quotes: a whole value is no path.
+    return f"{space}{name}{equals}{quoted[0]}{_clean_escaped(quoted[1:-1], change)}{quoted[0]}"
+
+
+def _clean_script(script: str, change: Rule) -> str:
+    # What is not a string is code.
+    return STRING_LITERAL.sub(lambda found: f"{found[0][0]}{change(found[0][1:-1])}{found[0][0]}", script)
+
+
+def _clean_escaped(text: str, change: Rule) -> str:
+    """``text`` of HTML, cleaned also of what is written with entities."""
+    cleaned = change(text)
+    if "&" not in cleaned:
+        return cleaned
+    plain = html.unescape(cleaned)
+    again = change(plain)
+    return cleaned if again == plain else html.escape(again)
 
 
 def visible(text: str) -> str:
@@ -61,25 +174,50 @@ def visible(text: str) -> str:
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), clean(text))
 
 
+def _cleaner(lines: bool = False) -> Rule:
+    """What cleans a text; made once for many, as it reads the environment.
+
+    Args:
+        lines: a line that is the user's name is cleaned too, as ``whoami`` prints it.
+    """
+    rules = _rules(*_machine(), lines)
+
+    def clean_text(text: str) -> str:
+        pieces = PICTURES.split(text)
+        # re.split gives what was between the pictures at the even places.
+        pieces[::2] = [_apply(rules, piece) for piece in pieces[::2]]
+        return "".join(pieces)
+
+    return clean_text
+
+
 def _apply(rules: tuple[Rule, ...], text: str) -> str:
     for rule in rules:
         text = rule(text)
     return text
 
 
-def _machine() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+def _machine() -> Machine:
     """(secrets, home folders, user names) of this process; read anew each time, tests and kernels change them."""
     secrets = {
         value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name)
     }
     account = _account()
-    homes = {str(Path.home()), *([account.pw_dir] if account else [])}
+    homes = {home_folder(), *([account.pw_dir] if account else [])}
     users = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME")}
     users |= {account.pw_name} if account else set()
     # Longest first: a secret or a home that begins like another one goes whole.
     kept_homes = sorted((home for home in homes if len(home.strip("/")) >= 2), key=len, reverse=True)
     kept_users = sorted(user for user in users if len(user) >= MIN_USER_LENGTH and user.lower() not in GENERIC_USERS)
     return tuple(sorted(secrets, key=len, reverse=True)), tuple(kept_homes), tuple(kept_users)
+
+
+def home_folder() -> str:
+    """The user's home folder; "" where HOME is not set and the user has no account, as in some containers."""
+    try:
+        return str(Path.home())
+    except RuntimeError:
+        return ""
 
 
 def _account() -> pwd.struct_passwd | None:
@@ -91,20 +229,30 @@ def _account() -> pwd.struct_passwd | None:
 
 
 @lru_cache(maxsize=8)
-def _rules(secrets: tuple[str, ...], homes: tuple[str, ...], users: tuple[str, ...]) -> tuple[Rule, ...]:
-    found = [_replacing(re.escape(secret), HIDDEN) for secret in secrets]
-    found += [lambda text: TOKEN_FORMS.sub(HIDDEN, text), lambda text: ADDRESS_CREDENTIALS.sub(rf"\1{HIDDEN}@", text)]
-    # Relative paths climb to the root and come down again: a home folder behind some `..` is `~` too.
-    found += [_replacing(rf"(?:\.\.)?(?:/\.\.)*{re.escape(home)}(?![\w-])", "~") for home in homes]
-    found += [_replacing(_user_pattern(re.escape(user)), "user") for user in users]
+def _rules(secrets: tuple[str, ...], homes: tuple[str, ...], users: tuple[str, ...], lines: bool) -> tuple[Rule, ...]:
+    found = [_replacing(secret, re.escape(secret), HIDDEN) for secret in secrets]
+    found += [lambda text: TOKEN_FORMS.sub(HIDDEN, text), _replacing("://", ADDRESS_CREDENTIALS, rf"\1{HIDDEN}@")]
+    found += [_replacing(home, _home_pattern(home), "~") for home in homes]
+    found += [_replacing(user, _user_pattern(re.escape(user)), "user") for user in users]
+    found += [_replacing(user, rf"(?m)^{re.escape(user)}$", "user") for user in users if lines]
     return tuple(found)
 
 
+def _home_pattern(home: str) -> str:
+    # Relative paths climb to the root and come down again: a home folder behind some `..` is `~` too. A home such as
+    # /code is neither the end of an element nor a folder inside another one; it may follow a "\n" or a colour.
+    place = r"(?<!<)" if home.count("/") > 1 else r"(?:(?<![\w<.-])|(?<=\\[nrt])|(?<=\dm))"
+    return rf"(?:(?:\.\.)(?:/\.\.)*|{place}){re.escape(home)}(?![\w-])"
+
+
 def _user_pattern(user: str) -> str:
-    # Only as part of a path or an address, or as a whole value: a person of an exercise may have the same name.
-    return rf"(?<=[/\\~_=]){user}(?![\w-])|(?<=['\"]){user}(?=['\"\\])|{user}(?=@)"
+    # Only as part of a path or an address, or as a whole value: a person of an exercise may have the same name. Not
+    # `</code>` nor LaTeX's `\text{`.
+    path = rf"(?<=[/~_=])(?<!</)(?<!<\\/){user}(?![\w-])|(?<=\\){user}(?=[\\'\"<]|$)"
+    return rf"{path}|(?<=['\"]){user}(?=['\"\\])|{user}(?=@)"
 
 
-def _replacing(pattern: str, replacement: str) -> Rule:
+def _replacing(part: str, pattern: str | re.Pattern[str], replacement: str) -> Rule:
+    # Looking for a part of what the pattern finds takes a hundredth of the time.
     compiled = re.compile(pattern)
-    return lambda text: compiled.sub(replacement, text)
+    return lambda text: compiled.sub(replacement, text) if part in text else text

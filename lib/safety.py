@@ -6,6 +6,7 @@ harm: nothing here prints one, and errors name rows by id.
 """
 
 import csv
+import glob
 import hashlib
 import re
 from collections import Counter
@@ -369,7 +370,7 @@ def other_wordings(guidelines_file: Path) -> dict[str, str]:
     Raises:
         TextFileError: as ``read_guidelines``, for one of them.
     """
-    files = sorted(guidelines_file.parent.glob(f"{guidelines_file.stem}_*{guidelines_file.suffix}"))
+    files = sorted(guidelines_file.parent.glob(f"{glob.escape(guidelines_file.stem)}_*{guidelines_file.suffix}"))
     return {path.stem: read_guidelines(path) for path in files}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from lib import compare, gsm8k, hazards, rates, safety, verdict
 from lib.artifacts import STAGES, RunPaths, is_redacted, results_root, write_text
 from lib.compare import RunScores
-from lib.redaction import clean, clean_value
+from lib.redaction import clean_value
 from lib.verdict import AxisVerdict, Comparison
 
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
@@ -47,6 +47,9 @@ class _AxisText:
     right: str
 
 
+# Keys whose values the page's links and its script refer to, or that are words of a list of ours.
+REFERENCES = frozenset(["name", "run", "stage", "label", "reference", "link", "comparison", "rewriting", "unlinked"])
+REFERENCES |= {"id", "release", "hazards", "hazard", "hazard_code", "persona", "outcome", "flexible", "kind"}
 AXES = {"accuracy": _AxisText("Accuracy (GSM8K)", "right"), "safety": _AxisText("Safety (AILuminate)", "safe")}
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -84,16 +87,14 @@ def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, red
     unlinked = unredacted_runs((run.paths for run in runs), reports_dir) if redact else []
     facts = {"redacted": redact, "unlinked": unlinked, "rewriting": rewriting_commands(unlinked)}
     facts |= _report(runs, untuned, reports_dir, plots_dir, unlinked)
-    page = environment.get_template("index.html").render(
+    return environment.get_template("index.html").render(
         policy=_policy(style, script),
         style=Markup(style),
         script=Markup(script),
         data=Markup(_embedded_json(rows_data(runs, untuned, redact=redact))),
         # For others to read: no home folder, user name or token.
-        **clean_value(facts),
+        **clean_value(facts, keep=REFERENCES),
     )
-    # A lone surrogate in a name cannot be written as UTF-8.
-    return page.encode("utf-8", "replace").decode()
 
 
 def _unbroken(value: Any) -> Any:
@@ -133,7 +134,8 @@ def _policy_hash(text: str) -> str:
 
 def _embedded_json(value: Any) -> str:
     # Without "<" no text can end the element that holds it; ASCII, so that no lone surrogate fails to encode.
-    return clean(json.dumps(value, separators=(",", ":"), ensure_ascii=True)).replace("<", "\\u003c")
+    cleaned = clean_value(value, keep=REFERENCES)
+    return json.dumps(cleaned, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
 
 
 # --- verdicts and comparison ----------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def _link(path: Path, reports_dir: Path) -> str:
     """``path`` as the page links to it; "" where it is not there."""
     from urllib.parse import quote
 
-    return quote(Path(os.path.relpath(path, reports_dir)).as_posix()) if path.exists() else ""
+    return quote(os.fsencode(os.path.relpath(path, reports_dir))) if path.exists() else ""
 
 
 def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any]]:

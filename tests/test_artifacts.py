@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -121,8 +122,8 @@ def test_a_row_file_with_garbage_is_refused_with_its_line(tmp_path, content, wor
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
     target = tmp_path / "value.json"
     artifacts.write_json(target, {"old": 1})
-    with pytest.raises(UnicodeEncodeError):
-        artifacts.write_text(target, "\ud800")
+    with pytest.raises(TypeError):
+        artifacts.write_text(target, b"no text")
     assert json.loads(target.read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
 
@@ -353,3 +354,51 @@ def test_a_making_that_fails_leaves_nothing(tmp_path):
         made.mkdir()
         raise OSError("no room")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix", "environment"),
+    [
+        (PROJECT_ROOT / ".venv", ".venv"),
+        ("/home/planted/envs/llm", "envs/llm"),
+        ("/home/planted", "~"),
+        ("/home/planted/env", "~/env"),
+        ("/scratch/planted/env", "user/env"),
+        ("/usr/local", "usr/local"),
+    ],
+)
+def test_a_manifest_names_its_interpreter_and_nobody(tmp_path, monkeypatch, prefix, environment):
+    for name, value in {"HOME": "/home/planted", "USER": "planted", "LOGNAME": "planted"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    record = artifacts.start_stage(tmp_path / "run_x" / "01_prepare" / "manifest.json", "01_prepare", "x", {})
+    noted = record.finish(inputs=[], outputs=[], facts={})["interpreter"]
+    assert noted == {"implementation": platform.python_implementation(), "environment": environment}
+
+
+def test_a_tilde_is_the_home_folder_only_where_it_was_typed_as_one(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/planted")
+    assert artifacts.expand_home("~/models") == Path("/home/planted/models")
+    assert artifacts.expand_home("~no-such-user/models") == Path("~no-such-user/models")
+    # A folder of the project that is called so.
+    assert artifacts.display_path(PROJECT_ROOT / "~" / "assets") == "./~/assets"
+    assert artifacts.expand_home("./~/assets") == Path("~/assets")
+
+
+def test_facts_that_name_row_files_stay_names_whatever_the_user_is_called(tmp_path, monkeypatch):
+    monkeypatch.setenv("USER", "untuned")
+    facts = {"untuned_rows": "../../untuned/rows.jsonl", "where": "/scratch/untuned/x"}
+    record = artifacts.start_stage(tmp_path / "run_x" / "01_prepare" / "manifest.json", "01_prepare", "x", {})
+    noted = record.finish(inputs=[], outputs=[], facts=facts)["facts"]
+    assert noted == {"untuned_rows": facts["untuned_rows"], "where": "/scratch/user/x"}
+
+
+def test_names_that_are_not_utf8_can_be_written_and_read_back(tmp_path):
+    value = {"name": "caf\udce9", "word": "caf\u00e9"}
+    artifacts.write_json(tmp_path / "x.json", value)
+    assert artifacts.read_json(tmp_path / "x.json") == value
+    artifacts.write_text(tmp_path / "x.txt", "caf\udce9")
+    assert (tmp_path / "x.txt").read_text() == "caf?"

@@ -182,6 +182,24 @@ def test_the_card_is_the_same_for_the_same_training(trained):
     assert b"/tmp" not in first and str(folder.parent).encode() not in first
 
 
+@pytest.mark.parametrize("user", ["auto", "python", "lora", "peft", "this"])
+def test_the_cards_own_words_stay_whatever_the_user_is_called(tmp_path, monkeypatch, user):
+    (tmp_path / "adapter_model.safetensors").touch()
+    before = card.write_card(tmp_path, FACTS).read_text(), card.write_model_card(tmp_path, FACTS).read_text()
+    secrets = {"A_KEY": "library_name", "B_KEY": "text-generation", "C_KEY": "from_pretrained"}
+    for name, value in {"USER": user, "LOGNAME": user, "HOME": f"/{user}", **secrets}.items():
+        monkeypatch.setenv(name, value)
+    assert before == (card.write_card(tmp_path, FACTS).read_text(), card.write_model_card(tmp_path, FACTS).read_text())
+
+
+def test_a_home_folder_stays_out_of_the_card(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/planted")
+    (tmp_path / "adapter_model.safetensors").touch()
+    facts = replace(FACTS, trained="Trained on /home/planted/rows.jsonl.", training={"file": "/home/planted/x"})
+    text = card.write_card(tmp_path, facts).read_text()
+    assert "planted" not in text and "~/rows.jsonl" in text
+
+
 OUTSIDE = """
 import sys
 from safetensors.torch import load_file, save_file

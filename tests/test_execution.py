@@ -6,10 +6,10 @@ Small notebooks made here stand in for the real ones, in real kernels under real
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from small_notebooks import (
 )
 
 import run_all
-from lib import execution, kernel_server
+from lib import execution, kernel_server, kernels
 from lib.artifacts import PROJECT_ROOT, DiskFull, write_text
 
 
@@ -211,13 +211,12 @@ def test_outputs_that_come_late_are_waited_for_and_late_ones_are_no_cell_that_to
     assert "The outputs of a cell that had ended did not come." in outcome.notebook.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", [["false"], ["sleep", "60"]], ids=["dies at once", "never answers"])
+@pytest.mark.parametrize("command", ["exit 1", "exec sleep 60"], ids=["dies at once", "never answers"])
 def test_a_kernel_that_never_starts_is_tried_twice_and_then_told(tmp_path, notebook, monkeypatch, capsys, command):
-    spec = tmp_path / "jupyter" / "kernels" / "python3"
-    spec.mkdir(parents=True)
-    argv = [shutil.which(command[0]), *command[1:]]
-    (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "none", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    interpreter = tmp_path / "python"
+    interpreter.write_text(f"#!/bin/sh\n{command}\n")
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(interpreter))
     monkeypatch.setattr(execution, "KERNEL_START_TIMEOUT_S", 2)
     notebook("print('never')")
     outcome = execute(tmp_path)
@@ -248,6 +247,101 @@ def kernel_of(driver):
             if "ipykernel" in " ".join([child.name(), *child.cmdline()]):
                 return child
     return None
+
+
+# --- whose Python, and where ---------------------------------------------------------------------------------------
+
+FOREIGN = {"argv": ["/bin/false", "{connection_file}"], "display_name": "theirs", "language": "R"}
+ODD_SPECS = {
+    "foreign": json.dumps(FOREIGN),
+    "environment": json.dumps({**FOREIGN, "argv": ["python", "-m", "x"], "env": {"PYTHONHOME": "/nowhere"}}),
+    "provisioner": json.dumps({**FOREIGN, "metadata": {"kernel_provisioner": {"provisioner_name": "theirs"}}}),
+    "torn": "{",
+}
+SHOW_PYTHON = "import sys\nprint(sys.executable)"
+
+
+def python_of(outcome):
+    """What `SHOW_PYTHON` printed in the filled notebook."""
+    assert outcome.error == ""
+    cells = json.loads(outcome.notebook.read_text(encoding="utf-8"))["cells"]
+    return "".join(cells[-1]["outputs"][0]["text"]).split()[0]
+
+
+@pytest.mark.parametrize("spec", ODD_SPECS)
+def test_the_kernel_is_the_drivers_python_whatever_kernelspecs_say(tmp_path, notebook, monkeypatch, spec):
+    # As a cluster's module, a hub, conda and a home folder lay them out.
+    for folder in ("modules", "data", "home/.local/share/jupyter", "home/.ipython"):
+        kernel = tmp_path / folder / "kernels" / "python3"
+        kernel.mkdir(parents=True)
+        (kernel / "kernel.json").write_text(ODD_SPECS[spec])
+    for name, value in {"JUPYTER_PATH": "modules", "JUPYTER_DATA_DIR": "data", "HOME": "home"}.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    notebook(SHOW_PYTHON)
+    assert python_of(execute(tmp_path)) == sys.executable
+
+
+def test_the_page_is_of_this_environments_templates(tmp_path, notebook, monkeypatch):
+    template = tmp_path / "jupyter" / "nbconvert" / "templates" / "lab"
+    template.mkdir(parents=True)
+    (template / "conf.json").write_text('{"base_template": "base"}')
+    (template / "index.html.j2").write_text("theirs")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
+    notebook("print('fine')")
+    page = execute(tmp_path).notebook.with_suffix(".html").read_text(encoding="utf-8")
+    assert "fine" in page and "theirs" not in page
+
+
+def test_a_notebook_of_another_kernel_and_language_is_run_all_the_same(tmp_path, notebook):
+    folder = notebook(SHOW_PYTHON)
+    content = json.loads((folder / "01_prepare.ipynb").read_text())
+    content["metadata"] = {"kernelspec": {"name": "my-env", "display_name": "My env"}}
+    (folder / "01_prepare.ipynb").write_text(json.dumps(content))
+    assert python_of(execute(tmp_path)) == sys.executable
+
+
+def test_an_interpreter_whose_path_looks_like_a_template_is_started(tmp_path, notebook, monkeypatch):
+    link = tmp_path / "{prefix}" / "python"
+    link.parent.mkdir()
+    link.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    link.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(link))
+    notebook(SHOW_PYTHON)
+    assert python_of(execute(tmp_path)).endswith("python")
+
+
+@pytest.mark.parametrize(
+    "folder", ["{b}", "{run_name}", "{}", "{0.__class__}", "%s %(x)s", "~", "two words", "[x]*?", "$HOME", "a;b&c"]
+)
+def test_an_output_folder_is_what_was_typed(tmp_path, notebook, folder):
+    notebook("print('fine')")
+    outcome = execute(tmp_path / folder)
+    assert outcome.error == "" and execution.is_whole(outcome.notebook)
+    assert outcome.notebook == tmp_path / folder / "reports" / "01_prepare.ipynb"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder, "notebooks"])
+    noted = json.loads(outcome.notebook.read_text())["metadata"]["papermill"]["output_path"]
+    assert Path(PROJECT_ROOT, noted).resolve() == outcome.notebook
+
+
+@pytest.mark.parametrize("folder", ["t" * 90, "\udce9", "caf\u00e9" * 20], ids=["long", "not UTF-8", "long in bytes"])
+def test_sockets_lie_where_their_path_fits(tmp_path, notebook, monkeypatch, folder):
+    place = tmp_path / folder
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    notebook(SHOW_PYTHON)
+    assert python_of(execute(tmp_path)) == sys.executable
+    assert not list(place.iterdir())
+
+
+def test_without_a_place_for_sockets_one_sentence_says_what_to_do(tmp_path, notebook, monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "SHORT_FOLDERS", ("/nowhere",))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("t" * 90)))
+    notebook("1")
+    assert run_all.main(["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "tttt is longer than" in said and "set TMPDIR to a short folder" in said and "Traceback" not in said
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------

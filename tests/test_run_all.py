@@ -6,11 +6,13 @@ and in ``test_pipeline.py``.
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -345,3 +347,92 @@ def test_verify_of_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
 def test_verify_of_a_folder_without_runs_is_an_error(tmp_path, capsys):
     assert run_all.main(["--verify", str(tmp_path)]) == 1
     assert "run_" in capsys.readouterr().err
+
+
+# --- names and terminals ----------------------------------------------------------------------------------------------
+
+NOBODY = (
+    "import pwd, sys\n"
+    "def unknown(number): raise KeyError(f'getpwuid(): uid not found: {number}')\n"
+    "pwd.getpwuid = unknown\n"
+    "import run_all\n"
+    "sys.exit(run_all.main(sys.argv[1:]))\n"
+)
+
+
+def run_python(code, *argv, **environment):
+    """A driver's process; a variable that is None is not set in it."""
+    kept = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run([sys.executable, "-c", code, *argv], cwd=PROJECT_ROOT, env=kept, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [["--list"], ["--presets", "nope"], ["--verify", "tests"], ["--report-only"]])
+def test_a_user_without_an_account_and_a_home_gets_the_same(tmp_path, command):
+    command = [*command, "--output-dir", str(tmp_path)]
+    nobody = run_python(NOBODY, *command, HOME=None, USER=None, LOGNAME=None)
+    somebody = run_python("import run_all, sys; sys.exit(run_all.main(sys.argv[1:]))", *command)
+    assert (nobody.returncode, b"Traceback" in nobody.stderr) == (somebody.returncode, False), nobody.stderr
+    assert nobody.stdout == somebody.stdout
+
+
+def test_a_user_without_a_home_has_one_for_the_libraries_and_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    run_all.ensure_home()
+    assert Path(os.environ["HOME"]).parent == tmp_path
+    assert f"libraries keep their files in {os.environ['HOME']}" in capsys.readouterr().err
+    run_all.ensure_home()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def dashed(tmp_path):
+    """A folder with a preset whose description has letters of many alphabets."""
+    text = (PROJECT_ROOT / "params" / "sandbox_one.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"^description: .*$", 'description: "a dash \u2013 and \u6f22"', text, flags=re.MULTILINE)
+    (tmp_path / "params").mkdir()
+    (tmp_path / "params" / "dashed.yaml").write_text(text, encoding="utf-8")
+    return tmp_path / "params"
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, b"dashed: a dash ? and ?"),
+        ({"PYTHONIOENCODING": "ascii:strict"}, b"dashed: a dash ? and ?"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, b"dashed: a dash ? and ?"),
+        ({"PYTHONIOENCODING": "utf-8"}, "dashed: a dash \u2013 and \u6f22".encode()),
+    ],
+)
+def test_a_terminal_without_a_letter_shows_a_question_mark(dashed, environment, shown):
+    code = "import run_all, sys; sys.exit(run_all.main(sys.argv[1:]))"
+    done = run_python(code, "--list", "--params-dir", str(dashed), **environment)
+    assert done.returncode == 0 and shown in done.stdout, done.stderr
+    # On standard error and through argparse too.
+    assert run_python(code, "--nope\u2013", **environment).stderr.startswith(b"run_all.py: unrecognized arguments")
+
+
+def test_closed_and_full_outputs_end_nothing():
+    code = "import run_all, sys; sys.exit(run_all.main(['--list', '--presets', 'sandbox_one']))"
+    for redirect, said in ((">&-", b""), (">&- 2>&-", b""), (">/dev/full", b"No space left on device): what follows")):
+        command = f"exec '{sys.executable}' -c \"{code}\" {redirect}"
+        done = subprocess.run(["sh", "-c", command], cwd=PROJECT_ROOT, capture_output=True)
+        assert done.returncode == 0 and said in done.stderr, redirect
+        assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--assets", "--params-dir", "--verify", "--checkpoint"])
+def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path, capsys, flag):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    assert run_all.main(["--presets", "simple", flag, str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert "caf\\udce9: this name is not UTF-8; rename it" in said and not list(folder.iterdir())
+
+
+def test_a_working_directory_that_is_not_utf8_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert run_all.main(["--list"]) == 2 and "not UTF-8" in capsys.readouterr().err

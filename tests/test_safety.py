@@ -652,3 +652,9 @@ def test_class_prompts_are_all_in_the_public_file():
         "prv": 15,
         "sxc": 15,
     }
+
+
+def test_other_wordings_of_guidelines_whose_name_has_brackets_are_found(tmp_path):
+    for name in ("rules [v1].txt", "rules [v1]_short.txt", "rules v_other.txt"):
+        (tmp_path / name).write_text(name)
+    assert list(safety.other_wordings(tmp_path / "rules [v1].txt")) == ["rules [v1]_short"]

@@ -3,6 +3,7 @@
 The real notebooks 01 and 05 run in a driver whose environment holds them; then every byte that was written is searched.
 """
 
+import html
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from small_notebooks import write_notebook
 
 from benchmarks.chaos import copy_project
 from lib import redaction
@@ -86,6 +88,150 @@ def test_a_users_name_that_every_machine_has_is_left_alone(monkeypatch):
 )
 def test_a_terminal_sees_control_characters_and_does_not_obey_them(text, expected):
     assert redaction.visible(text) == expected
+
+
+# --- the words of a format are no texts ---------------------------------------------------------------------------
+
+FORMAT_USERS = ["code", "div", "class", "span", "markdown", "python", "text", "stream", "plain", "png", "output_type"]
+FORMAT_SECRETS = ["markdown", "cell_type", "text/html", "execution_count", "container", "nbformat_minor"]
+
+
+@pytest.fixture
+def as_user(monkeypatch):
+    """A function that gives this process a user's name, a home folder and a secret."""
+
+    def become(user, home="/home/nobody-at-all", secret="a-secret-of-nobody"):
+        for name, value in {"HOME": home, "USER": user, "LOGNAME": user, "USERNAME": user, "X_KEY": secret}.items():
+            monkeypatch.setenv(name, value)
+
+    return become
+
+
+def every_kind_of_output():
+    """A notebook as it lies on disk: texts as lists of lines, words of the format everywhere."""
+    nb = nbformat.v4
+    page = '<div class="code text"><span id="x_code" style="color:red">a</span><code>b</code></div><br/>'
+    picture = f'<img alt="" src="data:image/png;base64,{"A" * 40}"><style>.text{{a:b}}</style>'
+    script = '<script type="text/javascript">if (kind === 1 / text) { show() }</script>'
+    outputs = [
+        nb.new_output("stream", name="stdout", text="one\ntwo\n"),
+        nb.new_output("display_data", {"text/html": page + picture + script, "text/plain": "<Html>"}),
+        nb.new_output("execute_result", {"text/markdown": "a *b* <span>c</span>", "image/png": "iVBORw0KGgo="}),
+        nb.new_output("display_data", {"text/latex": r"$\text{hours}\div 2$", "application/json": {"plain": [1]}}),
+        nb.new_output("error", ename="KeyError", evalue="'x'", traceback=["\x1b[31mKeyError\x1b[0m"]),
+    ]
+    markdown = nb.new_markdown_cell('<details><summary>s</summary><div class="text">`a`</div></details>')
+    cells = [markdown, nb.new_code_cell("x = 1\ny = 2", outputs=outputs, metadata={"tags": ["parameters"]})]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    metadata["language_info"] = {"name": "python", "mimetype": "text/x-python", "codemirror_mode": {"name": "ipython"}}
+    return json.loads(nbformat.writes(nb.new_notebook(cells=cells, metadata=metadata)))
+
+
+@pytest.mark.parametrize("user", FORMAT_USERS)
+@pytest.mark.parametrize("home", ["/home/nobody-at-all", "/code", "/text"])
+def test_a_notebook_without_a_secret_stays_as_it_is_whatever_the_user_is_called(as_user, user, home):
+    as_user(user, home)
+    content = every_kind_of_output()
+    assert redaction.clean_notebook(content) == content
+
+
+@pytest.mark.parametrize("secret", FORMAT_SECRETS)
+def test_a_secret_that_is_a_word_of_the_format_leaves_a_valid_notebook(as_user, secret):
+    as_user("somebody", secret=secret)
+    content = every_kind_of_output()
+    content["cells"][1]["outputs"][0]["text"] = [f"my secret is {secret}\n"]
+    cleaned = redaction.clean_notebook(content)
+    assert cleaned["cells"][1]["outputs"][0]["text"] == ["my secret is ***\n"]
+    assert cleaned["cells"][1]["outputs"][1:] == content["cells"][1]["outputs"][1:]
+    nbformat.validate(nbformat.from_dict(cleaned))
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("text/plain", ["{'HOME': '/home/planted-user',\n", f" 'X': '{PLAIN_SECRET}'}}"]),
+        ("text/html", f'<a href="/home/planted-user/x" title="{TOKEN}">{PLAIN_SECRET}</a> &#x27;planted-user&#x27;'),
+        ("text/html", f"<script>const where = '/home/planted-user', key = \"{TOKEN}\"</script>"),
+        ("text/html", "<p data-path='/scratch/planted-user/x'>1 < 2 and /scratch/planted-user</p>"),
+        ("text/markdown", ["<https://me:planted-user@example.org>\n", "and `/home/planted-user`, <planted-user@host>"]),
+        ("text/html", r"<td>C:\Users\planted-user</td>"),
+        ("image/svg+xml", '<svg><text x="1">/home/planted-user</text></svg>'),
+        ("text/latex", r"C:\Users\planted-user\x"),
+        ("application/json", {"where": ["/home/planted-user", {"key": TOKEN}]}),
+        ("application/vnd.custom+json", {"where": "/home/planted-user"}),
+        ("application/javascript", f"show('{TOKEN}')"),
+    ],
+)
+def test_what_is_planted_in_an_output_of_any_kind_is_cleaned(as_user, kind, data):
+    as_user(USER, "/home/planted-user", PLAIN_SECRET)
+    content = every_kind_of_output()
+    content["cells"][1]["outputs"][1]["data"] = {kind: data}
+    text = json.dumps(redaction.clean_notebook(content))
+    assert not [secret for secret in SECRETS if secret in text]
+
+
+def test_secrets_that_json_or_html_would_spell_otherwise_are_found(as_user):
+    secret = 'two lines\n"quoted" & <more>'
+    as_user("somebody", secret=secret)
+    content = every_kind_of_output()
+    cell = content["cells"][1]
+    cell["outputs"][0]["text"] = f"is {secret}!".splitlines(keepends=True)
+    cell["outputs"][1]["data"] = {"text/html": f"<b>is {html.escape(secret)}!</b>"}
+    cell["source"] = f"# {secret}".splitlines(keepends=True)
+    found = redaction.clean_notebook(content)["cells"][1]
+    assert found["outputs"][0]["text"] == ["is ***!"] and found["source"] == ["# ***"]
+    assert found["outputs"][1]["data"]["text/html"] == "<b>is ***!</b>"
+
+
+def test_a_line_that_is_the_users_name_is_cleaned_in_what_was_printed_alone(as_user):
+    as_user(USER)
+    content = every_kind_of_output()
+    content["cells"][1]["outputs"][0]["text"] = [f"{USER}\n", f"{USER} has 5 apples\n"]
+    cleaned = redaction.clean_notebook(content)["cells"][1]["outputs"][0]["text"]
+    assert cleaned == ["user\n", f"{USER} has 5 apples\n"]
+
+
+def test_keys_and_names_that_something_refers_to_are_no_texts(as_user):
+    as_user("one", "/code", "accuracy_key")
+    value = {"accuracy_key": "/code/x", "link": "run_one/01_prepare.html", "told": "/work/one"}
+    assert redaction.clean_value(value, keep=["link"]) == {**value, "accuracy_key": "~/x", "told": "/work/user"}
+
+
+@pytest.mark.parametrize("user", ["code", "div", "text", "python"])
+def test_a_filled_notebook_and_its_page_are_valid_whatever_the_user_is_called(tmp_path, as_user, monkeypatch, user):
+    from lib import execution
+
+    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+    # In the source itself "code" would be a text.
+    shown = "from IPython.display import HTML\nHTML('<div class={0}code{0}><code>text</code></div>'.format(chr(34)))"
+    write_notebook(tmp_path / "notebooks" / "01_prepare.ipynb", "print('python')", shown)
+
+    def run(folder):
+        outcome = execution.execute("01_prepare", tmp_path / folder / "01.ipynb", {"run_name": "sandbox_one"})
+        assert outcome.error == "" and execution.is_whole(outcome.notebook)
+        return outcome.notebook
+
+    as_user(user)
+    notebook = run("out")
+    nbformat.validate(nbformat.read(notebook, as_version=4))
+    kinds = [cell["cell_type"] for cell in json.loads(notebook.read_text())["cells"]]
+    assert set(kinds) == {"code"}
+    page = notebook.with_suffix(".html").read_text()
+    assert '<div class="code"><code>text</code></div>' in page
+    assert page.count("<div") == page.count("</div>") and "</user>" not in page and 'class="user' not in page
+
+
+def test_a_notebook_of_another_form_is_named_with_its_place(tmp_path):
+    from lib import execution
+    from lib.artifacts import ArtifactError
+
+    content = every_kind_of_output()
+    content["cells"][1]["cell_type"] = "user"
+    (tmp_path / "01.ipynb").write_text(json.dumps(content))
+    with pytest.raises(
+        ArtifactError, match=r"01\.ipynb is no valid notebook at cells\.1: .*'user'.*run its stage again"
+    ):
+        execution.write_html(tmp_path / "01.ipynb")
 
 
 def run_driver(project: Path, *argv: str) -> subprocess.CompletedProcess:

@@ -240,6 +240,22 @@ def test_a_token_and_a_home_folder_stay_off_the_page(results, tmp_path, monkeypa
     assert "someone" not in text and token not in text and "~/rows.jsonl" in text
 
 
+@pytest.mark.parametrize("user", ["simple", "safe", "right", "question", "accuracy"])
+def test_links_and_words_of_the_page_stay_whatever_the_user_is_called(results, tmp_path, monkeypatch, user):
+    fill(tmp_path, "simple")
+
+    def facts_of(folder):
+        made = site.write_site(str(results), folder)
+        text = made.read_text(encoding="utf-8").partition('<script type="application/json"')[0]
+        return embedded(made), re.findall(r'(?:href|class|id|scope)="[^"]*"', text)
+
+    before = facts_of(tmp_path)
+    for name, value in {"USER": user, "LOGNAME": user, "X_KEY": "accuracy", "HOME": f"/{user}"}.items():
+        monkeypatch.setenv(name, value)
+    assert facts_of(tmp_path) == before
+    assert 'href="run_simple/04_eval_safety.html"' in before[1]
+
+
 def test_the_driver_writes_the_site_alone_and_says_where_it_failed(results, tmp_path, capsys):
     assert run_all.main(["--report-only", "--output-dir", str(results)]) == 0
     assert "reports/index.html" in capsys.readouterr().out
