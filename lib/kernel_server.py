@@ -109,7 +109,7 @@ def become_kernel(request: Mapping[str, Any], server: int) -> None:
 
     # Else every kernel would draw the same numbers; Python's own generator is seeded again by the fork.
     np.random.seed()
-    sys.argv = [ipykernel_launcher.__file__, "-f", request["connection_file"]]
+    sys.argv = [ipykernel_launcher.__file__, *request["arguments"]]
     launch_new_instance()
     # What is registered for the end is done; taking every loaded module apart would take seconds.
     atexit._run_exitfuncs()
@@ -172,15 +172,21 @@ class KernelServer:
         ours.close()
         self._refusal: str | None = None
 
-    def fork(self, connection_file: str, log: str, environment: Mapping[str, str], folder: str) -> int:
-        """Process number of a new kernel; 0 where the server died or refuses: then it is to be started plainly."""
+    def fork(self, arguments: Sequence[str], log: str, environment: Mapping[str, str], folder: str) -> int:
+        """Process number of a new kernel; 0 where the server died or refuses: then it is to be started plainly.
+
+        Args:
+            arguments: of ``ipykernel_launcher``.
+            log: file that it writes to what stands in no notebook.
+            folder: its working directory.
+        """
         if self._refusal is None:
             self._refusal = self._hear().get("refusal", "it died")
         if self._refusal:
             return 0
-        request = {"connection_file": connection_file, "log": log, "environment": dict(environment)}
+        request = {"arguments": list(arguments), "log": log, "environment": dict(environment), "folder": folder}
         try:
-            print(json.dumps(request | {"folder": folder}), file=self._stream, flush=True)
+            print(json.dumps(request), file=self._stream, flush=True)
         except BrokenPipeError:
             return 0
         return self._hear().get("pid", 0)
@@ -213,9 +219,9 @@ def start(inherited: Sequence[int] = ()) -> None:
         _server = KernelServer(inherited)
 
 
-def fork_kernel(connection_file: str, log: str, environment: Mapping[str, str], folder: str) -> int:
+def fork_kernel(arguments: Sequence[str], log: str, environment: Mapping[str, str], folder: str) -> int:
     """As ``KernelServer.fork``; 0 too where there is no server."""
-    return _server.fork(connection_file, log, environment, folder) if _server else 0
+    return _server.fork(arguments, log, environment, folder) if _server else 0
 
 
 def stop() -> None:

@@ -92,7 +92,8 @@ class ForkingProvisioner(LocalProvisioner):
         """As ``LocalProvisioner``'s; ``stdout`` in ``kwargs`` is the log's open file."""
         environment = {**(kwargs.get("env") or os.environ), "JPY_PARENT_PID": str(os.getpid())}
         folder = str(kwargs.get("cwd") or Path.cwd())
-        pid = kernel_server.fork_kernel(self.parent.connection_file, kwargs["stdout"].name, environment, folder)
+        arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
+        pid = kernel_server.fork_kernel(arguments, kwargs["stdout"].name, environment, folder)
         if not pid:
             return await super().launch_kernel(cmd, **kwargs)
         # A session of its own makes its number that of its group, too.

@@ -26,7 +26,7 @@ before = sorted(name for name in sys.modules if name == "lib" or name.startswith
 import random
 import matplotlib, numpy, torch
 json.dumps({
-    "argv": sys.argv[:2], "folder": os.getcwd(), "lib": before, "backend": matplotlib.get_backend(),
+    "argv": sys.argv[:2] + sys.argv[3:], "folder": os.getcwd(), "lib": before, "backend": matplotlib.get_backend(),
     "variable": os.environ.get("ONLY_HERE"), "group": os.getpgid(0) == os.getpid(), "main": __name__,
     "path": [part for part in sys.path if "kernel_server" in part or part.endswith("/lib")],
     "threads": torch.get_num_threads(), "ignored_children": str(__import__("signal").getsignal(17)),
@@ -78,7 +78,7 @@ def test_a_server_runs_no_thread_and_no_kernel_stays(server):
 def test_a_server_that_ends_takes_its_kernels_with_it(server, tmp_path):
     # The last of the tests with this server. A kernel that finds no connection file writes one.
     connection = tmp_path / "kernel.json"
-    kernel = ForkedKernel(kernel_server.fork_kernel(str(connection), os.devnull, os.environ, str(tmp_path)))
+    kernel = ForkedKernel(kernel_server.fork_kernel(["-f", str(connection)], os.devnull, os.environ, str(tmp_path)))
     wait_for(connection.exists)
     assert kernel.poll() is None
     kernel_server.stop()
