@@ -597,6 +597,10 @@ def set_kernel_environment(offline: bool) -> None:
     from lib.artifacts import DRIVER_VARIABLE
 
     ensure_home()
+    # This project's modules also where the environment was made for another checkout: a forked kernel does not look
+    # into its working directory.
+    paths = [str(PROJECT_ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
     os.environ[DRIVER_VARIABLE] = "1"
     os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}

@@ -386,6 +386,17 @@ def test_a_user_without_a_home_has_one_for_the_libraries_and_a_sentence(tmp_path
     assert capsys.readouterr().err == ""
 
 
+def test_kernels_import_this_checkout_wherever_the_environment_leads(tmp_path):
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "__init__.py").touch()
+    code = (
+        "import run_all, subprocess, sys; run_all.set_kernel_environment(offline=True)\n"
+        "subprocess.run([sys.executable, '-P', '-c', 'import lib; print(lib.__file__)'], cwd='/', check=True)"
+    )
+    done = run_python(code, PYTHONPATH=str(tmp_path))
+    assert done.stdout.decode().strip() == str(PROJECT_ROOT / "lib" / "__init__.py"), done.stderr
+
+
 @pytest.fixture
 def dashed(tmp_path):
     """A folder with a preset whose description has letters of many alphabets."""
