@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -396,6 +396,7 @@ def _contradictions(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
+@cache
 def _field_adapter(key: str) -> TypeAdapter:
     field = Params.model_fields[key]
     annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation

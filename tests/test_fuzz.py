@@ -125,7 +125,7 @@ def malformed_presets() -> list[bytes]:
 def _loads(content: bytes) -> bool:
     # Some of what is done to a file leaves it whole: a value that is allowed, an indented comment.
     try:
-        values = yaml.safe_load(content)
+        values = yaml.load(content, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and not find_faults(values) and content.count(b"\n") >= PRESET.count("\n")

@@ -109,12 +109,12 @@ def test_none_is_started_where_it_is_not_wanted_or_a_kernel_could_not_be_watched
 @pytest.mark.parametrize(
     ("prelude", "reason"),
     [
-        ("torch.cuda.is_available = lambda: True", "torch sees a GPU"),
+        pytest.param("torch.cuda.is_available = lambda: True", "torch sees a GPU", marks=pytest.mark.slow),
         (
             "import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
             "2 threads run",
         ),
-        ("", ""),
+        pytest.param("", "", marks=pytest.mark.slow),
     ],
 )
 def test_it_refuses_where_a_fork_is_not_sound(prelude, reason):

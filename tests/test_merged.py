@@ -85,7 +85,7 @@ def outside(folder, tmp_path):
 
 
 @FAMILIES
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_transformers_alone_computes_what_was_evaluated(tmp_path, base, dtype):
     paths = make_run(tmp_path / "results", base, dtype)
     folder = merged.export_model(paths)

@@ -299,7 +299,6 @@ def gsm8k_row():
     return {**answer, "parsed_final": "2", "correct": True}
 
 
-@pytest.mark.usefixtures("forked_kernels")
 def test_comparison_runs_over_row_files_of_an_earlier_pipeline(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "medium")
     write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
@@ -311,7 +310,6 @@ def test_comparison_runs_over_row_files_of_an_earlier_pipeline(tmp_path):
     assert "31.0 %" in seen and "34.0 %" in seen and "<b>p</b>" not in seen
 
 
-@pytest.mark.usefixtures("forked_kernels")
 def test_a_hand_in_with_other_numbers_of_rows_is_an_error_that_names_both(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "medium")
     write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
@@ -342,6 +340,7 @@ def chosen_on(folder, selected_on):
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_kernels")
 @pytest.mark.parametrize("selected_on", [sweep.ON_TEST, sweep.ON_DEV])
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):

@@ -242,9 +242,13 @@ def test_sentence_names_what_holds_a_claim_back():
 TABLES = st.lists(st.tuples(*(st.integers(0, most) for most in (20, 20, 25, 25))).filter(any), min_size=1, max_size=3)
 
 
-@settings(max_examples=30)
-@given(tables=TABLES, cluster_size=st.integers(1, 3))
-def test_sentence_never_says_more_than_the_interval_or_the_tests(tables, cluster_size):
+@pytest.mark.parametrize("max_examples", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_sentence_never_says_more_than_the_interval_or_the_tests(max_examples):
+    check = given(tables=TABLES, cluster_size=st.integers(1, 3))(check_sentences)
+    settings(max_examples=max_examples)(check)()
+
+
+def check_sentences(tables, cluster_size):
     found = verdict.adjust_for_runs([_clustered(table, cluster_size) for table in tables])
     for each in found:
         told, comparison = verdict.verdict_sentence([each]), each.comparison
