@@ -45,7 +45,7 @@ def child() -> None:
     questions = [gsm8k.build_messages(row["question"], fewshot) for row in rows[8:16]]
 
     def answer() -> None:
-        # An engine of its own: the examples are read each time.
+        # A new engine, so that the examples are read each time.
         generate.Engine(weights.eval(), tokenizer).generate(questions, max_new_tokens=24)
 
     encoded = sft.encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows[:4]], 512)

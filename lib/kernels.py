@@ -96,7 +96,7 @@ class ForkingProvisioner(LocalProvisioner):
         pid = kernel_server.fork_kernel(arguments, kwargs["stdout"].name, environment, folder)
         if not pid:
             return await super().launch_kernel(cmd, **kwargs)
-        # A session of its own makes its number that of its group, too.
+        # It leads a session: its number is that of its group, too.
         self.process, self.pid, self.pgid, self.cwd = ForkedKernel(pid), pid, pid, folder
         return self.connection_info
 
