@@ -4,6 +4,7 @@ The notebooks' kernels get the environment of a stranger's laptop: no assets fol
 data see the variables that they ask for.
 """
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[RESULTS_VARIABLE] = folder.name
     # Their small notebooks import nothing slow; tests of forked kernels ask for them.
     os.environ[FORK_VARIABLE] = "0"
+
+
+def pytest_collection_finish() -> None:
+    """What torch and the tests' modules hold stays: statsmodels collects garbage in every call of ``multipletests``."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
