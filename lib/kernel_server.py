@@ -110,7 +110,8 @@ def become_kernel(request: Mapping[str, Any], server: int) -> None:
     # Else every kernel would draw the same numbers; Python's own generator is seeded again by the fork.
     np.random.seed()
     sys.argv = [ipykernel_launcher.__file__, *request["arguments"]]
-    launch_new_instance()
+    # ipykernel read the variable for it when the server imported it; without one it writes how to end it by hand.
+    launch_new_instance(parent_handle=server)
     # What is registered for the end is done; taking every loaded module apart would take seconds.
     atexit._run_exitfuncs()
     os._exit(0)
