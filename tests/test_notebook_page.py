@@ -63,6 +63,7 @@ def faults(browser):
 # --- the record -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_hidden_stands_in_the_notebook_whole(filled):
     source = nbformat.read(PROJECT_ROOT / "notebooks" / "03_eval_gsm8k.ipynb", as_version=4)
     kept = nbformat.read(filled["03_eval_gsm8k"], as_version=4)
