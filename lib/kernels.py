@@ -159,7 +159,7 @@ def _socket_folder() -> tempfile.TemporaryDirectory[str]:
     """A new folder whose path leaves room for sockets and can be spelt in an address, which is UTF-8.
 
     Raises:
-        OSError: there is none.
+        OSError: no such folder can be written.
     """
     for place in (tempfile.gettempdir(), *SHORT_FOLDERS):
         name = f"{place}/kernel-12345678/{SOCKET_NAME}"
