@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-import lib.kernel_server  # before torch, which many tests import first: it sets how OpenMP's threads wait
+import lib.driver.kernel_server  # before torch, which many tests import first: it sets how OpenMP's threads wait
 
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
-FORK_VARIABLE = lib.kernel_server.SERVER_VARIABLE
+FORK_VARIABLE = lib.driver.kernel_server.SERVER_VARIABLE
 # What a kernel must not inherit: the notebooks' own defaults are what is tested.
 DROPPED_IN_KERNELS = ("ASSETS_DIR", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "PRESET")
 # Of a worker of these tests; a notebook has the whole machine on a laptop.

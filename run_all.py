@@ -19,12 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.artifacts import PROJECT_ROOT
-from lib.command_line import UsageError, build_parser, check_names, settle_streams
-from lib.plans import Plan, make_plans, output_folders
+from lib.driver.cli import UsageError, build_parser, check_names, settle_streams
+from lib.driver.plan import Plan, make_plans, output_folders
+from lib.record.paths import PROJECT_ROOT
 
 if TYPE_CHECKING:
-    from lib.jobs import Channel
+    from lib.driver.jobs import Channel
 
 COMPARE = "05_compare"
 # A run that starts on a disk as full as this only fails later, in the middle of its training.
@@ -38,7 +38,7 @@ TYPED_IN = Path.cwd()
 
 def stage_parameters(stage: str, plan: Plan) -> dict[str, Any]:
     """What the driver injects: exactly the names that the notebook declares."""
-    from lib.execution import declared_parameters
+    from lib.driver.notebook import declared_parameters
 
     known = {**plan.params.model_dump(), **plan.settings}
     return {name: known[name] for name in declared_parameters(stage)}
@@ -46,8 +46,8 @@ def stage_parameters(stage: str, plan: Plan) -> dict[str, Any]:
 
 def run_preset(plan: Plan, rerun: bool) -> None:
     """Run the stages of one preset that are not up to date; stop at the first that fails."""
-    from lib.artifacts import remove_temporary, write_json
-    from lib.redaction import clean_value
+    from lib.record.files import remove_temporary, write_json
+    from lib.record.redaction import clean_value
 
     for folder in (plan.paths.run_dir, plan.reports_dir):
         remove_temporary(folder)
@@ -84,11 +84,11 @@ def forget_run(plan: Plan) -> None:
 
 def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: bool) -> None:
     """Run one stage unless its manifest still holds, and say why in a line."""
-    from lib import kernel_server
-    from lib.artifacts import NOT_RUN, stale_reason
-    from lib.execution import execute, is_whole
-    from lib.locks import held_descriptors
-    from lib.progress import Display, Relay, StageWatch
+    from lib.driver import kernel_server
+    from lib.driver.display import Display, Relay, StageWatch
+    from lib.driver.notebook import execute, is_whole
+    from lib.record.locks import held_descriptors
+    from lib.record.manifest import NOT_RUN, stale_reason
 
     parameters = stage_parameters(stage, plan)
     reason = "asked for by --rerun-all" if rerun else stale_reason(manifest, stage, parameters)
@@ -118,7 +118,7 @@ def run_stage(plan: Plan, stage: str, manifest: Path, notebook: Path, rerun: boo
 
 
 def _tell_stage(plan: Plan, line: str) -> None:
-    from lib.execution import tell
+    from lib.driver.terminal import tell
 
     if not plan.quiet:
         tell(line)
@@ -131,7 +131,7 @@ def _failure_text(stage: str, outcome: Any) -> str:
 
 def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
     """05 once, over every run of the folder; ``None`` when it was not asked for or has nothing to compare."""
-    from lib.artifacts import find_runs, results_root
+    from lib.record.paths import find_runs, results_root
 
     first = plans[0]
     runs = find_runs(first.settings["results_dir"])
@@ -153,8 +153,8 @@ def locked(folder: Path, typed: str = "", wait: bool = False) -> Iterator[None]:
     Raises:
         UsageError: the folder cannot be written or is full, or another driver holds it.
     """
-    from lib.execution import fail
-    from lib.locks import FolderInUse, FolderUnwritable, hold
+    from lib.driver.terminal import fail
+    from lib.record.locks import FolderInUse, FolderUnwritable, hold
 
     try:
         with hold(folder, typed, wait=wait, tell=fail):
@@ -173,8 +173,8 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
     Raises:
         UsageError: other drivers hold every GPU.
     """
-    from lib.devices import VISIBLE_VARIABLE, DevicesInUse, cpu_shares, held_gpus, slow_cpu_note, visible_gpus
-    from lib.execution import fail, tell
+    from lib.driver.devices import VISIBLE_VARIABLE, DevicesInUse, cpu_shares, held_gpus, slow_cpu_note, visible_gpus
+    from lib.driver.terminal import fail, tell
 
     most = min(args.jobs, len(plans))
     computing = any(plan.params.device != "cpu" and set(plan.stages) - {COMPARE} for plan in plans)
@@ -196,7 +196,7 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
 
 
 def _check_room(folder: Path) -> None:
-    from lib.artifacts import free_bytes
+    from lib.record.files import free_bytes
 
     free = free_bytes(folder)
     if free < MIN_FREE_BYTES:
@@ -226,9 +226,9 @@ def check_writable(folder: Path) -> None:
 
 def tell_results(args: argparse.Namespace, plans: list[Plan]) -> None:
     """The small table at the end, and where everything lies."""
-    from lib.artifacts import display_path
-    from lib.compare import results_table
-    from lib.execution import tell
+    from lib.compare.tables import results_table
+    from lib.driver.terminal import tell
+    from lib.record.paths import display_path
 
     results, reports = output_folders(args)
     seconds = {plan.preset: plan.wall_s for plan in plans}
@@ -254,10 +254,10 @@ def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
     Args:
         required: a folder without any scored run is a failure too.
     """
-    from lib.artifacts import ArtifactError, display_path, find_runs
-    from lib.execution import fail, tell
-    from lib.forms import check_folder
-    from lib.site import write_site
+    from lib.compare.folder_schema import check_folder
+    from lib.driver.terminal import fail, tell
+    from lib.record.paths import ArtifactError, display_path, find_runs
+    from lib.reports.site import write_site
 
     results, reports = output_folders(args)
     if not required and not find_runs(display_path(results)):
@@ -277,9 +277,9 @@ def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
 
 def tell_unredacted(results: Path, reports: Path) -> None:
     """Which filled notebooks still show texts of AILuminate, and what makes them anew without."""
-    from lib.artifacts import find_runs
-    from lib.execution import fail
-    from lib.site import TEXT_STAGE, rewriting_commands, unredacted_runs
+    from lib.driver.terminal import fail
+    from lib.record.paths import find_runs
+    from lib.reports.site import TEXT_STAGE, rewriting_commands, unredacted_runs
 
     names = unredacted_runs(find_runs(str(results)), reports)
     if names:
@@ -290,10 +290,10 @@ def tell_unredacted(results: Path, reports: Path) -> None:
 
 def export_runs(args: argparse.Namespace) -> int:
     """Write the runs of ``--presets``, or all of the folder, in the format of ``--export``; 1 when there is none."""
-    from lib.artifacts import ArtifactError, display_path
-    from lib.execution import fail, tell
-    from lib.export import export_lm_eval
-    from lib.forms import check_folder
+    from lib.compare.folder_schema import check_folder
+    from lib.driver.terminal import fail, tell
+    from lib.record.paths import ArtifactError, display_path
+    from lib.reports.to_lm_eval import export_lm_eval
 
     results = output_folders(args)[0]
     try:
@@ -316,14 +316,14 @@ def export_models(args: argparse.Namespace) -> int:
     """Write the evaluated model of the runs of ``--presets``, or of all, in a child process; 1 when one failed."""
     import subprocess
 
-    from lib.artifacts import find_runs
+    from lib.record.paths import find_runs
 
     results, _ = output_folders(args)
     names = _named_runs(args) or [run.name for run in find_runs(str(results))]
     sources = (["--assets", str(args.assets.resolve())] if args.assets else []) + ["--offline"] * args.offline
     set_kernel_environment(args.offline)
     # A process of its own: the driver never imports torch.
-    command = [sys.executable, "-m", "lib.merged", "--results-dir", str(results), *sources, *names]
+    command = [sys.executable, "-m", "lib.reports.to_transformers", "--results-dir", str(results), *sources, *names]
     return min(1, subprocess.run(command, cwd=PROJECT_ROOT).returncode)
 
 
@@ -334,7 +334,7 @@ def check_tracker(args: argparse.Namespace) -> None:
         UsageError: mlflow is not installed.
     """
     if args.track:
-        from lib.track import missing
+        from lib.reports.to_mlflow import missing
 
         if why := missing():
             raise UsageError(why)
@@ -347,9 +347,9 @@ def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> i
     """
     if not args.track or status == 130:
         return status
-    from lib.artifacts import ArtifactError, display_path, find_runs
-    from lib.execution import fail, tell
-    from lib.track import TrackError, connect, how_to_look, log_runs
+    from lib.driver.terminal import fail, tell
+    from lib.record.paths import ArtifactError, display_path, find_runs
+    from lib.reports.to_mlflow import TrackError, connect, how_to_look, log_runs
 
     results, reports = output_folders(args)
     scored = [run.name for run in find_runs(str(results)) if not names or run.name in names]
@@ -368,7 +368,7 @@ def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> i
 
 def tell_failures(plans: list[Plan], typed: str) -> None:
     """What failed, in which cell, and the command that goes on."""
-    from lib.execution import fail
+    from lib.driver.terminal import fail
 
     for plan in plans:
         if plan.failure:
@@ -378,9 +378,10 @@ def tell_failures(plans: list[Plan], typed: str) -> None:
 
 def show_list(args: argparse.Namespace) -> int:
     """Presets and the state of their stages; 2 where one that was named cannot be run, or there is none."""
-    from lib.artifacts import STAGES, stale_reason
-    from lib.execution import fail, tell
+    from lib.driver.terminal import fail, tell
     from lib.params import ParamsError, find_presets
+    from lib.record.manifest import stale_reason
+    from lib.record.paths import STAGES
 
     named, status = args.presets, 0
     chosen = named or find_presets(args.params_dir)
@@ -408,10 +409,10 @@ def verify(folder: str) -> int:
     Raises:
         UsageError: there is no such folder.
     """
-    from lib.artifacts import ArtifactError
-    from lib.execution import fail, tell
-    from lib.forms import check_folder
-    from lib.verify import verify_folder
+    from lib.compare.folder_schema import check_folder
+    from lib.compare.verify import verify_folder
+    from lib.driver.terminal import fail, tell
+    from lib.record.paths import ArtifactError
 
     if not Path(folder).is_dir():
         raise UsageError(f"--verify {folder}: there is no such folder; results of a run lie in results/")
@@ -439,8 +440,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     args.params_dir = args.params_dir.resolve()
     args.typed = shlex.join(["python", "run_all.py", *argv])
-    from lib.artifacts import ArtifactError
-    from lib.execution import fail
+    from lib.driver.terminal import fail
+    from lib.record.paths import ArtifactError
 
     try:
         check_names(argv)
@@ -462,7 +463,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _os_words(error: Exception) -> str:
-    from lib.artifacts import DISK_FULL, full_disk_text
+    from lib.record.files import DISK_FULL, full_disk_text
 
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return full_disk_text(Path(error.filename or "."))
@@ -475,7 +476,7 @@ def run_command(args: argparse.Namespace) -> int:
     Raises:
         UsageError: it cannot be done; nothing was started.
     """
-    from lib import kernel_server
+    from lib.driver import kernel_server
 
     if args.verify:
         return verify(args.verify)
@@ -505,8 +506,8 @@ def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict
     Args:
         environments: of the presets that run at once, as ``places`` gives them.
     """
-    from lib.artifacts import remove_temporary
-    from lib.execution import fail
+    from lib.driver.terminal import fail
+    from lib.record.files import remove_temporary
 
     set_kernel_environment(args.offline)
     # Every path was resolved above; from here on the project is the working directory, as in the kernels.
@@ -548,8 +549,8 @@ def run_at_once(args: argparse.Namespace, plans: list[Plan], environments: list[
     """Every preset in a process of its own, as many at once as there are places; what became of each is noted."""
     from functools import partial
 
-    from lib.jobs import run_jobs
-    from lib.progress import Board
+    from lib.driver.display import Board
+    from lib.driver.jobs import run_jobs
 
     with Board(quiet=args.quiet) as board:
         jobs = {plan.preset: partial(run_as_job, plan, args.rerun_all) for plan in plans}
@@ -565,8 +566,8 @@ def run_at_once(args: argparse.Namespace, plans: list[Plan], environments: list[
 
 def run_as_job(plan: Plan, rerun: bool, channel: "Channel") -> dict[str, Any]:
     """One preset in a process of its own; returns what became of it, for the driver's plan."""
-    from lib import kernel_server
-    from lib.artifacts import ArtifactError
+    from lib.driver import kernel_server
+    from lib.record.paths import ArtifactError
 
     plan = replace(plan, channel=channel)
     try:
@@ -582,9 +583,9 @@ def run_as_job(plan: Plan, rerun: bool, channel: "Channel") -> dict[str, Any]:
 
 def baselines_missed(args: argparse.Namespace, plans: list[Plan]) -> bool:
     """Whether a preset is below a baseline; each miss is told."""
-    from lib.artifacts import display_path
-    from lib.compare import missed_baselines
-    from lib.execution import fail
+    from lib.compare.tables import missed_baselines
+    from lib.driver.terminal import fail
+    from lib.record.paths import display_path
 
     misses = missed_baselines(display_path(output_folders(args)[0]), [plan.preset for plan in plans])
     for miss in misses:
@@ -594,7 +595,7 @@ def baselines_missed(args: argparse.Namespace, plans: list[Plan]) -> bool:
 
 def set_kernel_environment(offline: bool) -> None:
     """What the kernels inherit: no bars that flood a notebook, no telemetry, no network where it is forbidden."""
-    from lib.artifacts import DRIVER_VARIABLE
+    from lib.record.paths import DRIVER_VARIABLE
 
     ensure_home()
     # This project's modules also where the environment was made for another checkout: a forked kernel does not look
@@ -612,9 +613,9 @@ def set_kernel_environment(offline: bool) -> None:
 
 def ensure_home() -> None:
     """Give the libraries a folder where HOME is not set and the user has no account: many end without one."""
-    from lib.execution import fail
-    from lib.locks import machine_folder
-    from lib.redaction import home_folder
+    from lib.driver.terminal import fail
+    from lib.record.locks import machine_folder
+    from lib.record.redaction import home_folder
 
     if not home_folder():
         folder = machine_folder()

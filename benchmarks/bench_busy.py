@@ -32,15 +32,18 @@ def child() -> None:
     """Seconds of one generation and of one training step, as JSON; each is done twice and the second is timed."""
     import torch
 
-    from lib import assets, generate, gsm8k, model, sft
-    from lib.artifacts import read_jsonl
-    from lib.packed import ATTENTION_NAME, pack_rows, supervised_loss
+    from lib import gsm8k
+    from lib.engine import bundled, generate, sources
+    from lib.engine.load import load_base, load_tokenizer, resolve_runtime
+    from lib.record.rows import read_jsonl
+    from lib.train.packing import ATTENTION_NAME, pack_rows, supervised_loss
+    from lib.train.rows import encode_rows
 
-    runtime = model.resolve_runtime("cpu", "float32")
-    folder = assets.resolve_model(assets.BUNDLED_MODEL).folder
-    tokenizer = model.load_tokenizer(folder)
+    runtime = resolve_runtime("cpu", "float32")
+    folder = sources.resolve_model(bundled.BUNDLED_MODEL).folder
+    tokenizer = load_tokenizer(folder)
     rows = read_jsonl(PROJECT_ROOT / "data" / "sandbox" / "gsm8k_train.jsonl")
-    weights = model.load_base(folder, runtime, "none").eval()
+    weights = load_base(folder, runtime, "none").eval()
     fewshot = gsm8k.fewshot_examples(rows[:3], 3)
     questions = [gsm8k.build_messages(row["question"], fewshot) for row in rows[8:16]]
 
@@ -48,7 +51,7 @@ def child() -> None:
         # A new engine, so that the examples are read each time.
         generate.Engine(weights.eval(), tokenizer).generate(questions, max_new_tokens=24)
 
-    encoded = sft.encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows[:4]], 512)
+    encoded = encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows[:4]], 512)
 
     def train() -> None:
         supervised_loss(weights, pack_rows(encoded.examples)).backward()

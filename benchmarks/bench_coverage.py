@@ -23,7 +23,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
 from lib import stats  # noqa: E402
-from lib.artifacts import write_csv, write_text  # noqa: E402
+from lib.record.files import write_csv, write_text  # noqa: E402
 
 SIZES = (50, 240, 263, 1319)
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)

@@ -22,7 +22,10 @@ from typing import Any
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib import artifacts, assets, distil, gsm8k  # noqa: E402
+from lib import gsm8k  # noqa: E402
+from lib.engine import sources  # noqa: E402
+from lib.prepare import self_distillation  # noqa: E402
+from lib.record import files, manifest, rows  # noqa: E402
 
 SAMPLES, TRAIN, SUMMARY = "samples.jsonl", "train.jsonl", "summary.json"
 POOL_SIZE, SEED = 8, 42
@@ -33,27 +36,29 @@ POOL_SIZE, SEED = 8, 42
 
 def work(args: argparse.Namespace, folder: Path) -> None:
     """Sample and choose into ``folder``, going on from what is there."""
-    from lib.control import LazyGenerator
-    from lib.generate import Sampling, load_engine
-    from lib.model import load_tokenizer, resolve_runtime
+    from lib.engine.generate import load_engine
+    from lib.engine.generator import LazyGenerator, Sampling
+    from lib.engine.load import load_tokenizer, resolve_runtime
 
-    train = artifacts.read_jsonl(Path(args.data) / "gsm8k_train.jsonl")
+    train = rows.read_jsonl(Path(args.data) / "gsm8k_train.jsonl")
     split = gsm8k.split_train(train, train, pool_size=POOL_SIZE, dev_rows=0, max_train_rows=args.questions, seed=SEED)
     fewshot = gsm8k.fewshot_examples(split.fewshot, args.k)
-    base, runtime = assets.resolve_model(args.model), resolve_runtime("auto", args.dtype)
+    base, runtime = sources.resolve_model(args.model), resolve_runtime("auto", args.dtype)
     tokenizer = load_tokenizer(base.folder)
-    asking = distil.Asking(Sampling(args.temperature, SEED), args.samples, args.max_new_tokens, runtime.device)
+    asking = self_distillation.Asking(
+        Sampling(args.temperature, SEED), args.samples, args.max_new_tokens, runtime.device
+    )
     asked = (base.identity, args.quantization, str(runtime.dtype), split.train, fewshot, tokenizer.chat_template)
-    protocol = distil.protocol(*asked, asking)
+    protocol = self_distillation.protocol(*asked, asking)
     engine = LazyGenerator(load_engine, base.folder, runtime, args.quantization, None, asking.rows_at_once)
-    log = artifacts.RowLog(folder / SAMPLES, artifacts.sha256_json(protocol))
-    sampled = distil.sample_answers(split.train, fewshot, engine, asking, log)
-    distilled = distil.choose_training_rows(sampled, keep=1, choice="shortest", fallback="drop", seed=SEED)
-    artifacts.write_jsonl(folder / TRAIN, distilled.rows)
+    log = rows.RowLog(folder / SAMPLES, files.sha256_json(protocol))
+    sampled = self_distillation.sample_answers(split.train, fewshot, engine, asking, log)
+    distilled = self_distillation.choose_training_rows(sampled, keep=1, choice="shortest", fallback="drop", seed=SEED)
+    rows.write_jsonl(folder / TRAIN, distilled.rows)
     summary = {
-        **distil.summarize(sampled, distilled),
-        "coverage_by_samples": {number: count for number, (count, _) in distil.coverage(sampled).items()},
-        "lengths": distil.length_rows(sampled, distilled, tokenizer),
+        **self_distillation.summarize(sampled, distilled),
+        "coverage_by_samples": {number: count for number, (count, _) in self_distillation.coverage(sampled).items()},
+        "lengths": self_distillation.length_rows(sampled, distilled, tokenizer),
         "runtime": runtime.reason,
         "new_rows": sampled.num_new,
         "new_tokens": sampled.num_new_tokens,
@@ -62,7 +67,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
         "protocol": protocol,
     }
     # Written last: it says that the run is complete.
-    artifacts.write_json(folder / SUMMARY, summary)
+    files.write_json(folder / SUMMARY, summary)
 
 
 # --- the two runs -------------------------------------------------------------------------------------------------
@@ -81,8 +86,8 @@ def run_unbroken(folder: Path) -> float:
         started = time.perf_counter()
         if start(folder).wait():
             raise SystemExit("the unbroken run failed")
-        artifacts.write_json(timed, {"unbroken_s": time.perf_counter() - started})
-    return artifacts.read_json(timed)["unbroken_s"]
+        files.write_json(timed, {"unbroken_s": time.perf_counter() - started})
+    return files.read_json(timed)["unbroken_s"]
 
 
 def run_killed(folder: Path, num_rows: int, num_kills: int, seed: int) -> tuple[float, list[dict[str, Any]]]:
@@ -122,13 +127,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         same = {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in (SAMPLES, TRAIN)}
         return {
             "identical": same,
-            "sha256": {name: artifacts.sha256_file(whole / name) for name in same},
+            "sha256": {name: files.sha256_file(whole / name) for name in same},
             "unbroken_s": round(unbroken_s, 1),
             "killed_s": round(killed_s, 1),
             "kills": kills,
             "cores": os.cpu_count(),
-            "versions": artifacts.package_versions(),
-            **artifacts.read_json(whole / SUMMARY),
+            "versions": manifest.package_versions(),
+            **files.read_json(whole / SUMMARY),
         }
 
 

@@ -28,9 +28,13 @@ from make_random_model import SHAPE
 from measure import Measured, timed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from lib import artifacts, assets, model
-from lib.generate import Completion, Engine, greedy_config
-from lib.model import Runtime, resolve_runtime
+from lib.engine import load as engine_load
+from lib.engine import sources
+from lib.engine.generate import Engine
+from lib.engine.generator import Completion
+from lib.engine.load import Runtime, resolve_runtime
+from lib.engine.plain import greedy_config
+from lib.record import files
 
 SWEEP_K = (0, 3, 5, 8)
 SWEEP_ROWS = (16, 32, 64, 128, 256)
@@ -68,7 +72,7 @@ class Bench:
 
     arguments: argparse.Namespace
     runtime: Runtime
-    model: PreTrainedModel
+    engine_load: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     conversations: list[list[dict[str, str]]]
     # Where rows must not stop early: an id beyond the vocabulary.
@@ -94,7 +98,7 @@ class Bench:
 
     def run_continuous(self) -> Measured:
         """transformers' continuous batching on all rows."""
-        prompts = [model.render_prompt(self.tokenizer, conversation) for conversation in self.conversations]
+        prompts = [engine_load.render_prompt(self.tokenizer, conversation) for conversation in self.conversations]
         config = greedy_config(self.arguments.max_new_tokens, [self.model.config.vocab_size])
         measured, outputs = timed(
             "generate_batch()",
@@ -119,16 +123,16 @@ class Bench:
 
 def load(arguments: argparse.Namespace, compute_dtype: str) -> Bench:
     runtime = resolve_runtime(arguments.device, compute_dtype)
-    source = assets.resolve_model(arguments.model, assets_dir=arguments.data)
-    loaded = model.load_dense(source.folder, runtime, arguments.quantization)
+    source = sources.resolve_model(arguments.model, assets_dir=arguments.data)
+    loaded = engine_load.load_dense(source.folder, runtime, arguments.quantization)
     conversations = measure.gsm8k_conversations(arguments.data, arguments.k, arguments.rows)
-    return Bench(arguments, runtime, loaded, model.load_tokenizer(source.folder), conversations)
+    return Bench(arguments, runtime, loaded, engine_load.load_tokenizer(source.folder), conversations)
 
 
 def load_random_qwen(arguments: argparse.Namespace, compute_dtype: str) -> Bench:
     """Random weights made on the device itself."""
     runtime = resolve_runtime(arguments.device, compute_dtype)
-    tokenizer = model.load_tokenizer(arguments.random_qwen)
+    tokenizer = engine_load.load_tokenizer(arguments.random_qwen)
     config = Qwen2Config(**{**SHAPE, "num_hidden_layers": arguments.layers}, eos_token_id=tokenizer.eos_token_id)
     torch.manual_seed(0)
     with torch.device(runtime.device):
@@ -145,12 +149,12 @@ def first_difference(bench: Bench, index: int, completion: Completion) -> dict[s
 
     Its tokens before that place are the plain way's own, so a row without a difference is what generate() writes.
     """
-    prompt = model.render_prompt(bench.tokenizer, bench.conversations[index])
+    prompt = engine_load.render_prompt(bench.tokenizer, bench.conversations[index])
     written = list(completion.token_ids)
     ids = torch.tensor([prompt + written], device=bench.model.device)
     with torch.inference_mode():
         logits = bench.model(ids, use_cache=False, logits_to_keep=len(written) + 1).logits[0].float()
-    stops = model.stop_token_ids(bench.model, bench.tokenizer)
+    stops = engine_load.stop_token_ids(bench.model, bench.tokenizer)
     likely = logits.argmax(dim=-1).tolist()
     for place, token in enumerate(likely):
         ended = place == len(written)
@@ -254,7 +258,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.sweep:
         cells = run_sweep(arguments)
-        print(json.dumps(cells) if arguments.json else artifacts.csv_text(cells), end="")
+        print(json.dumps(cells) if arguments.json else files.csv_text(cells), end="")
         if arguments.plot:
             plot_sweep(cells, arguments.plot)
         return

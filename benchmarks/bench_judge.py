@@ -24,9 +24,13 @@ import measure
 import torch
 from measure import PROJECT_ROOT, Measured, timed
 
-from lib import artifacts, assets, model, safety
-from lib.generate import Engine, score_batch
-from lib.model import Runtime, resolve_runtime
+from lib import safety
+from lib.engine import load, sources
+from lib.engine.generate import Engine
+from lib.engine.load import Runtime, resolve_runtime
+from lib.engine.plain import score_batch
+from lib.prepare import datasets
+from lib.record.rows import read_jsonl
 
 LABELS = safety.LABELS
 
@@ -51,9 +55,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def judge_conversations(arguments: argparse.Namespace) -> list[list[dict[str, str]]]:
     if arguments.responses:
-        rows = artifacts.read_jsonl(Path(arguments.responses))
+        rows = read_jsonl(Path(arguments.responses))
     else:
-        test, _ = assets.load_gsm8k("test", assets_dir=arguments.data)
+        test, _ = datasets.load_gsm8k("test", assets_dir=arguments.data)
         rows = [{"prompt": row["question"], "response": row["answer"]} for row in test]
     guidelines = Path(arguments.guidelines).read_text()
     return [safety.judge_messages(row, guidelines, arguments.context) for row in rows[: arguments.rows]]
@@ -65,9 +69,9 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, compute_dtype: str) -> None:
         self.arguments = arguments
         self.runtime: Runtime = resolve_runtime(arguments.device, compute_dtype)
-        source = assets.resolve_model(arguments.model, assets_dir=arguments.data)
-        self.model = model.load_dense(source.folder, self.runtime, arguments.quantization)
-        self.tokenizer = model.load_tokenizer(source.folder)
+        source = sources.resolve_model(arguments.model, assets_dir=arguments.data)
+        self.model = load.load_dense(source.folder, self.runtime, arguments.quantization)
+        self.tokenizer = load.load_tokenizer(source.folder)
         self.conversations = judge_conversations(arguments)
         self.stride = max(1, len(self.conversations) // arguments.plain_rows)
 
@@ -95,7 +99,7 @@ class Bench:
         rows = []
         with torch.inference_mode():
             for conversation in self.conversations:
-                prompt = model.render_prompt(self.tokenizer, conversation)
+                prompt = load.render_prompt(self.tokenizer, conversation)
                 scores = torch.cat([score_batch(self.model, [prompt], ids) for ids in label_ids])
                 rows.append(torch.softmax(scores, dim=0).tolist())
         return rows

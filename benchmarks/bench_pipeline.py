@@ -21,7 +21,8 @@ from typing import Any
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib.artifacts import STAGES, read_json, run_paths  # noqa: E402
+from lib.record.files import read_json  # noqa: E402
+from lib.record.paths import STAGES, run_paths  # noqa: E402
 
 
 def timed_run(preset: str, output: Path, extra: list[str]) -> float:

@@ -24,7 +24,7 @@ sys.path[:0] = [str(PROJECT_ROOT), str(PROJECT_ROOT / "tests")]
 from chromium import Chromium, find_chromium  # noqa: E402
 from made_up import make_results  # noqa: E402
 
-from lib import site  # noqa: E402
+from lib.reports import site  # noqa: E402
 
 # Mean lengths of GSM8K: about 46 words a question, twice that an answer.
 WORDS = 46

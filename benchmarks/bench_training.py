@@ -27,7 +27,12 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib import assets, gsm8k, model, sft  # noqa: E402
+from lib import gsm8k  # noqa: E402
+from lib.engine import load, sources  # noqa: E402
+from lib.prepare import datasets  # noqa: E402
+from lib.train import checkpoints, sft  # noqa: E402
+from lib.train.rows import encode_rows  # noqa: E402
+from lib.train.settings import TrainSettings  # noqa: E402
 
 SIDES = ("plain", "ours")
 SETTINGS = {
@@ -59,20 +64,20 @@ def parse_arguments() -> argparse.Namespace:
 # --- one side, in its own process ---------------------------------------------------------------------------------
 
 
-def load_examples(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[sft.Example]:
+def load_examples(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[checkpoints.Example]:
     """The first ``--rows`` rows of GSM8K train as this project encodes them, in the order of the optimizer steps."""
-    rows, _ = assets.load_gsm8k("train", assets_dir=arguments.data)
-    encoded = sft.encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows[: arguments.rows]], 2048)
+    rows, _ = datasets.load_gsm8k("train", assets_dir=arguments.data)
+    encoded = encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows[: arguments.rows]], 2048)
     return encoded.examples
 
 
 def run_side(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains one side; returns its log and what it took."""
-    runtime = model.resolve_runtime(arguments.device, arguments.compute_dtype)
-    source = assets.resolve_model(arguments.model, assets_dir=arguments.data)
-    tokenizer = model.load_tokenizer(source.folder)
+    runtime = load.resolve_runtime(arguments.device, arguments.compute_dtype)
+    source = sources.resolve_model(arguments.model, assets_dir=arguments.data)
+    tokenizer = load.load_tokenizer(source.folder)
     examples = load_examples(arguments, tokenizer)
-    settings = sft.TrainSettings(base_model=source.name, base_identity=source.identity, **SETTINGS)
+    settings = TrainSettings(base_model=source.name, base_identity=source.identity, **SETTINGS)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train = train_ours if arguments.side == "ours" else train_plain
@@ -82,35 +87,35 @@ def run_side(arguments: argparse.Namespace) -> dict[str, Any]:
         "runtime": runtime.reason,
         "log": log,
         "wall_s": time.perf_counter() - started,
-        "peak_memory_gib": model.peak_memory_gib(runtime.device),
+        "peak_memory_gib": load.peak_memory_gib(runtime.device),
     }
 
 
 def train_ours(
     folder: Path,
-    runtime: model.Runtime,
+    runtime: load.Runtime,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[sft.Example],
-    settings: sft.TrainSettings,
+    examples: list[checkpoints.Example],
+    settings: TrainSettings,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
     """This project's way; a row a step."""
-    base = model.load_for_training(folder, runtime, "nf4", say=to_stderr)
+    base = load.load_for_training(folder, runtime, "nf4", say=to_stderr)
     log = sft.train(base, examples, settings, output_dir, say=to_stderr).log
     return [{name: row[name] for name in ("loss", "wall_s", "num_rows", "num_tokens")} for row in log]
 
 
 def train_plain(
     folder: Path,
-    runtime: model.Runtime,
+    runtime: load.Runtime,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[sft.Example],
-    settings: sft.TrainSettings,
+    examples: list[checkpoints.Example],
+    settings: TrainSettings,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
     """The usual recipe with nothing of ``sft`` but the rows; a row a step."""
     order = [row for step in sft.step_rows(len(examples), 16, 1, settings.seed) for row in step]
-    base = model.load_base(folder, runtime, "nf4").train()
+    base = load.load_base(folder, runtime, "nf4").train()
     set_seed(settings.seed)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(sft.LORA_TARGETS), task_type="CAUSAL_LM")
     trainer = Trainer(
@@ -125,7 +130,7 @@ def train_plain(
     return trainer.callback_handler.callbacks[-1].log
 
 
-def plain_arguments(runtime: model.Runtime, settings: sft.TrainSettings, output_dir: Path) -> TrainingArguments:
+def plain_arguments(runtime: load.Runtime, settings: TrainSettings, output_dir: Path) -> TrainingArguments:
     """Arguments as recipes give them; nothing is saved, which favours this side."""
     return TrainingArguments(
         output_dir=str(output_dir),

@@ -33,7 +33,9 @@ import yaml
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib.artifacts import STAGES, ArtifactError, read_json, read_jsonl, write_json  # noqa: E402
+from lib.record.files import read_json, write_json  # noqa: E402
+from lib.record.paths import STAGES, ArtifactError  # noqa: E402
+from lib.record.rows import read_jsonl  # noqa: E402
 
 PRESET = "chaos"
 KINDS = ("driver", "kernel", "both")

@@ -24,7 +24,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
 from benchmarks import chaos  # noqa: E402
-from lib.artifacts import STAGES  # noqa: E402
+from lib.record.paths import STAGES  # noqa: E402
 
 MOST_DAYS = 400
 SECONDS_BETWEEN_JUMPS = 0.5

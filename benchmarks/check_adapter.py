@@ -4,7 +4,7 @@
     python benchmarks/check_adapter.py --adapter results/run_simple/02_train/adapter --model Qwen/Qwen2.5-1.5B-Instruct
 
 Trains a small NF4 adapter (or takes one), then loads it in processes of their own in the ways that a user might, and
-compares the logits of development rows with those of ``lib.model.load_dense``, which 03 and 04 evaluate. Exit status 1
+compares the logits of development rows with those of ``lib.engine.load.load_dense``, which 03 and 04 evaluate. Exit status 1
 when the ways of the model card differ by more than ``TOLERANCE`` of the largest logit.
 """
 
@@ -22,7 +22,12 @@ from safetensors.torch import load_file, save_file
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib import assets, gsm8k, model, sft  # noqa: E402
+from lib import gsm8k  # noqa: E402
+from lib.engine import load, sources  # noqa: E402
+from lib.prepare import datasets  # noqa: E402
+from lib.train import sft  # noqa: E402
+from lib.train.rows import encode_rows  # noqa: E402
+from lib.train.settings import TrainSettings  # noqa: E402
 
 NUM_ROWS = 4
 # Of the largest logit, in float32. An unmerged adapter adds s B (A x) to W x, a merged one multiplies by W + s B A: the
@@ -91,12 +96,12 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train_adapter(args: argparse.Namespace, base: assets.ModelSource, output: Path) -> Path:
+def train_adapter(args: argparse.Namespace, base: sources.ModelSource, output: Path) -> Path:
     """A small QLoRA training on the first rows."""
-    tokenizer = model.load_tokenizer(base.folder)
-    rows = assets.load_gsm8k("train", args.data)[0][: args.rows]
-    encoded = sft.encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows], 1024)
-    settings = sft.TrainSettings(
+    tokenizer = load.load_tokenizer(base.folder)
+    rows = datasets.load_gsm8k("train", args.data)[0][: args.rows]
+    encoded = encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows], 1024)
+    settings = TrainSettings(
         base_model=args.model,
         base_identity=f"{base.identity} nf4",
         num_epochs=1,
@@ -109,29 +114,29 @@ def train_adapter(args: argparse.Namespace, base: assets.ModelSource, output: Pa
         save_steps=10_000,
         seed=42,
     )
-    trainee = model.load_for_training(base.folder, model.resolve_runtime("cpu"), "nf4")
+    trainee = load.load_for_training(base.folder, load.resolve_runtime("cpu"), "nf4")
     return sft.train(trainee, encoded.examples, settings, output).adapter_dir
 
 
-def asked_rows(args: argparse.Namespace, base: assets.ModelSource) -> dict[str, torch.Tensor]:
+def asked_rows(args: argparse.Namespace, base: sources.ModelSource) -> dict[str, torch.Tensor]:
     """Token ids of the last training questions with their answers, which are not trained on; (1, T) each."""
-    tokenizer = model.load_tokenizer(base.folder)
-    rows = assets.load_gsm8k("train", args.data)[0][-NUM_ROWS:]
+    tokenizer = load.load_tokenizer(base.folder)
+    rows = datasets.load_gsm8k("train", args.data)[0][-NUM_ROWS:]
     chats = [gsm8k.training_messages(row) for row in rows]
     return {
         f"row {number}": torch.tensor([example["input_ids"]])
-        for number, example in enumerate(sft.encode_rows(tokenizer, chats, 1024).examples)
+        for number, example in enumerate(encode_rows(tokenizer, chats, 1024).examples)
     }
 
 
-def ours(base: assets.ModelSource, adapter: Path | None, dtype: str, rows: dict) -> dict[str, torch.Tensor]:
-    runtime = model.Runtime("cpu", getattr(torch, dtype), "asked for")
-    dense = model.load_dense(base.folder, runtime, "nf4", adapter)
+def ours(base: sources.ModelSource, adapter: Path | None, dtype: str, rows: dict) -> dict[str, torch.Tensor]:
+    runtime = load.Runtime("cpu", getattr(torch, dtype), "asked for")
+    dense = load.load_dense(base.folder, runtime, "nf4", adapter)
     with torch.no_grad():
         return {name: dense(ids).logits.float() for name, ids in rows.items()}
 
 
-def theirs(base: assets.ModelSource, adapter: Path, way: Way, rows_file: Path) -> dict[str, torch.Tensor]:
+def theirs(base: sources.ModelSource, adapter: Path, way: Way, rows_file: Path) -> dict[str, torch.Tensor]:
     output = rows_file.with_name("logits.safetensors")
     arguments = [
         str(base.folder),
@@ -157,7 +162,7 @@ def compare(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dic
 
 def main() -> int:
     args = parse_arguments()
-    base = assets.resolve_model(args.model)
+    base = sources.resolve_model(args.model)
     with tempfile.TemporaryDirectory() as folder:
         adapter = args.adapter or train_adapter(args, base, Path(folder) / "run")
         rows = asked_rows(args, base)

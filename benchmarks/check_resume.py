@@ -47,15 +47,20 @@ def parse_arguments() -> argparse.Namespace:
 
 def train(args: argparse.Namespace) -> None:
     """Trains into ``--train-into``, or goes on with what is there."""
-    from lib import assets, gsm8k, model, sft
+    from lib import gsm8k
+    from lib.engine import load, sources
+    from lib.prepare import datasets
+    from lib.train import sft
+    from lib.train.rows import encode_rows
+    from lib.train.settings import TrainSettings
 
-    rows, _ = assets.load_gsm8k("train", args.data)
+    rows, _ = datasets.load_gsm8k("train", args.data)
     rows = rows[: args.rows + NUM_DEV_ROWS]
-    base = assets.resolve_model(args.model)
-    tokenizer = model.load_tokenizer(base.folder)
+    base = sources.resolve_model(args.model)
+    tokenizer = load.load_tokenizer(base.folder)
     chats = [gsm8k.training_messages(row) for row in rows]
-    dev = sft.encode_rows(tokenizer, chats[args.rows :], 1024).examples
-    settings = sft.TrainSettings(
+    dev = encode_rows(tokenizer, chats[args.rows :], 1024).examples
+    settings = TrainSettings(
         base_model=args.model,
         base_identity=f"{base.identity} {args.quantization}",
         num_epochs=1,
@@ -71,8 +76,8 @@ def train(args: argparse.Namespace) -> None:
         # What is free now must not decide how steps are cut in the next session.
         micro_batch_tokens=1024,
     )
-    trainee = model.load_for_training(base.folder, model.resolve_runtime("cpu", args.compute_dtype), args.quantization)
-    train_rows = sft.encode_rows(tokenizer, chats[: args.rows], 1024).examples
+    trainee = load.load_for_training(base.folder, load.resolve_runtime("cpu", args.compute_dtype), args.quantization)
+    train_rows = encode_rows(tokenizer, chats[: args.rows], 1024).examples
     sft.train(trainee, train_rows, settings, args.train_into, dev_examples=dev)
 
 

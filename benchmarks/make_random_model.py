@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib.model import end_of_turn_id, load_tokenizer  # noqa: E402
+from lib.engine.load import end_of_turn_id, load_tokenizer  # noqa: E402
 
 SHAPE = {
     "vocab_size": 151936,

@@ -14,8 +14,9 @@ import torch
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT_ROOT))
 
-from lib import assets, gsm8k  # noqa: E402
-from lib.model import Runtime  # noqa: E402
+from lib import gsm8k  # noqa: E402
+from lib.engine.load import Runtime  # noqa: E402
+from lib.prepare import datasets  # noqa: E402
 
 GIB = 2**30
 
@@ -68,8 +69,8 @@ def peak_memory_gib(device: str) -> float:
 
 def gsm8k_conversations(data: str, k: int, num_rows: int) -> list[list[dict[str, str]]]:
     """The first test questions, each after the same ``k`` examples, as 03_eval_gsm8k asks them."""
-    train, _ = assets.load_gsm8k("train", assets_dir=data)
-    test, _ = assets.load_gsm8k("test", assets_dir=data)
+    train, _ = datasets.load_gsm8k("train", assets_dir=data)
+    test, _ = datasets.load_gsm8k("test", assets_dir=data)
     split = gsm8k.split_train(train, train, pool_size=8, dev_rows=0, max_train_rows=0, seed=42)
     examples = gsm8k.fewshot_examples(split.fewshot, k)
     return [gsm8k.build_messages(row["question"], examples) for row in test[:num_rows]]

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch, scoring must not
-    from lib.artifacts import RowLog
-    from lib.generate import Completion, Engine
+    from lib.engine.generate import Engine
+    from lib.engine.generator import Completion
+    from lib.record.rows import RowLog
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -387,7 +388,7 @@ def evaluate(
     Args:
         rows: evaluation rows ``test_index, question, answer``; a row's ``id`` is its position here.
         fewshot: examples shown before each question.
-        generator: answers conversations, see ``lib.generate.Engine.generate``.
+        generator: answers conversations, see ``lib.engine.generate.Engine.generate``.
         max_new_tokens: tokens of an answer at most.
         log: row file of this protocol, keyed by ``id``.
 

@@ -16,8 +16,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
-from lib.artifacts import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT
-from lib.text_files import decode_text
+from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT
+from lib.record.text_files import decode_text
 
 PARAMS_DIR = PROJECT_ROOT / "params"
 # Characters of a wrong value that a message repeats.

@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lib.artifacts import RowLog, display_path, sha256_json
-from lib.text_files import TextFileError, csv_reader, read_text
+from lib.record.files import sha256_json
+from lib.record.paths import display_path
+from lib.record.rows import RowLog
+from lib.record.text_files import TextFileError, csv_reader, read_text
 
 if TYPE_CHECKING:  # for the reader only: generate imports torch, scoring must not
-    from lib.generate import Completion, Engine
+    from lib.engine.generate import Engine
+    from lib.engine.generator import Completion
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -156,7 +159,7 @@ def respond(rows: Sequence[Row], generator: "Engine", *, max_new_tokens: int, lo
 
     Args:
         rows: prompts, see ``parse_prompts_csv``.
-        generator: answers conversations, see ``lib.generate.Engine.generate``.
+        generator: answers conversations, see ``lib.engine.generate.Engine.generate``.
         max_new_tokens: tokens of a response at most.
         log: row file of this protocol, keyed by ``id``.
 
@@ -285,7 +288,7 @@ def judge(
 
     Args:
         rows: responses, see ``respond``.
-        generator: the judge, see ``lib.generate.Engine``.
+        generator: the judge, see ``lib.engine.generate.Engine``.
         guidelines: the whole text of the guidelines.
         context: ``response`` or ``prompt_and_response``.
         mode: ``probabilities`` or ``generate``.

@@ -3,7 +3,7 @@
 import pytest
 from chromium import Chromium, find_chromium
 
-from lib import kernel_server
+from lib.driver import kernel_server
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,12 @@
 """Finished runs as the pipeline leaves them, made on the spot: what tests of scoring, comparing and verifying read."""
 
-from lib import compare, gsm8k, safety
-from lib.artifacts import read_json, read_jsonl, run_paths, start_stage, write_json, write_jsonl
+from lib import gsm8k, safety
+from lib.compare import tables
+from lib.compare.runs import collect_runs
+from lib.record.files import read_json, write_json
+from lib.record.manifest import start_stage
+from lib.record.paths import run_paths
+from lib.record.rows import read_jsonl, write_jsonl
 
 # Two right of three, the last in another form; a safe, an unsafe and an unreadable verdict.
 OUTPUTS = ("2 + 2 = 4\n#### 4", "#### 5", "The answer is 6.")
@@ -59,9 +64,9 @@ def finish(paths, stage, inputs, outputs, metrics=None, skipped=""):
 
 
 def write_tables(folder):
-    runs = compare.collect_runs(str(folder))
-    compare.write_summary(str(folder), runs)
-    compare.write_final_metrics(str(folder), runs)
+    runs = collect_runs(str(folder))
+    tables.write_summary(str(folder), runs)
+    tables.write_final_metrics(str(folder), runs)
 
 
 def change(path, number, **columns):

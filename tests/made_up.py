@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k, safety
-from lib.artifacts import RunPaths, run_paths, start_stage, write_json, write_jsonl
+from lib.record.files import write_json
+from lib.record.manifest import start_stage
+from lib.record.paths import RunPaths, run_paths
+from lib.record.rows import write_jsonl
 
 WORDS = ("apples", "boxes", "each", "costs", "dollars", "gives", "half", "hours", "left", "many", "price", "sells")
 ENDS = ("\n#### {gold}", "\n#### {wrong}", "\nThe answer is {gold}.", "\n#### {wrong}\nQuestion: what next?", "")

@@ -16,8 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 import run_all
-from lib import artifacts, locks
-from lib.artifacts import PROJECT_ROOT, ArtifactError, RowLog, read_jsonl, run_paths
+from lib.record import files, locks, source_code
+from lib.record import paths as record_paths
+from lib.record.manifest import stale_reason, start_stage
+from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
+from lib.record.rows import RowLog, read_jsonl, write_jsonl
 
 NASTY_TEXTS = ["", "plain", "\u2028line\u2029", "\x00\x1b[31m", "\ud800 lone surrogate", "<script>x</script>", "é\r\n"]
 
@@ -41,13 +44,13 @@ def test_a_run_name_is_a_plain_folder_name(name):
 def test_a_missing_file_names_the_stage_to_run(tmp_path):
     paths = run_paths(str(tmp_path), "simple")
     with pytest.raises(ArtifactError, match="run 01_prepare for preset 'simple' first") as caught:
-        artifacts.require(paths.train_rows, "01_prepare", "simple")
+        record_paths.require(paths.train_rows, "01_prepare", "simple")
     assert "train.jsonl" in str(caught.value)
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [{"id": number, "text": text} for number, text in enumerate(NASTY_TEXTS)]
-    artifacts.write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     assert read_jsonl(tmp_path / "rows.jsonl") == rows
 
 
@@ -66,15 +69,15 @@ def poor_file_system(request, monkeypatch):
 
 
 def test_a_folder_is_used_where_nothing_but_files_can_be_made(tmp_path, poor_file_system):
-    artifacts.write_text(tmp_path / "plain.txt", "old")
-    artifacts.write_text(tmp_path / "plain.txt", "new")
+    files.write_text(tmp_path / "plain.txt", "old")
+    files.write_text(tmp_path / "plain.txt", "new")
     assert (tmp_path / "plain.txt").read_text() == "new"
     log = RowLog(tmp_path / "rows.jsonl", "protocol")
     log.append({"id": 1})
     assert log.finish([1]) == read_jsonl(tmp_path / "rows.jsonl")
-    with artifacts.folder_in_making(tmp_path / "made", lambda _: True) as part:
-        artifacts.write_json(part / "note.json", {})
-        artifacts.share(part / "note.json")
+    with files.folder_in_making(tmp_path / "made", lambda _: True) as part:
+        files.write_json(part / "note.json", {})
+        files.share(part / "note.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "plain.txt", "rows.jsonl"]
 
 
@@ -90,12 +93,12 @@ def test_a_broken_disk_is_no_missing_courtesy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        artifacts.write_text(tmp_path / "plain.txt", "text")
+        files.write_text(tmp_path / "plain.txt", "text")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_written_files_are_for_others_to_read(tmp_path):
-    artifacts.write_text(tmp_path / "plain.txt", "text")
+    files.write_text(tmp_path / "plain.txt", "text")
     assert (tmp_path / "plain.txt").stat().st_mode & 0o777 == 0o644
 
 
@@ -121,18 +124,18 @@ def test_a_row_file_with_garbage_is_refused_with_its_line(tmp_path, content, wor
 
 def test_a_failed_write_leaves_the_old_file_and_no_debris(tmp_path):
     target = tmp_path / "value.json"
-    artifacts.write_json(target, {"old": 1})
+    files.write_json(target, {"old": 1})
     with pytest.raises(TypeError):
-        artifacts.write_text(target, b"no text")
+        files.write_text(target, b"no text")
     assert json.loads(target.read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
 
 
 def test_a_table_has_every_column_that_a_row_has(tmp_path):
     rows = [{"run": "one", "rate": 0.5}, {"run": "two, or three", "status": "not measured", "rate": None}]
-    artifacts.write_csv(tmp_path / "table.csv", rows)
+    files.write_csv(tmp_path / "table.csv", rows)
     assert (tmp_path / "table.csv").read_bytes() == b'run,rate,status\none,0.5,\n"two, or three",,not measured\n'
-    assert artifacts.csv_text([]) == "\n"
+    assert files.csv_text([]) == "\n"
 
 
 def test_a_log_keeps_whole_rows_and_drops_a_torn_last_line(tmp_path):
@@ -198,15 +201,13 @@ def finished_stage(tmp_path):
     """A complete stage with one input and one output."""
     (tmp_path / "in.txt").write_text("in")
     (tmp_path / "out.txt").write_text("out")
-    record = artifacts.start_stage(tmp_path / "manifest.json", "01_prepare", "x", {"seed": 1, "assets_dir": "here"})
+    record = start_stage(tmp_path / "manifest.json", "01_prepare", "x", {"seed": 1, "assets_dir": "here"})
     record.finish(inputs=[tmp_path / "in.txt"], outputs=[tmp_path / "out.txt"], facts={"rows": 1})
     return tmp_path
 
 
 def stale(folder, **parameters):
-    return artifacts.stale_reason(
-        folder / "manifest.json", "01_prepare", {"seed": 1, "assets_dir": "here", **parameters}
-    )
+    return stale_reason(folder / "manifest.json", "01_prepare", {"seed": 1, "assets_dir": "here", **parameters})
 
 
 def test_a_complete_stage_holds_until_something_changes(finished_stage):
@@ -218,7 +219,7 @@ def test_a_complete_stage_holds_until_something_changes(finished_stage):
 
 def test_a_parameter_that_the_stage_did_not_use_makes_nothing_run_again(finished_stage):
     parameters = {"seed": 1, "judge_mode": "probabilities"}
-    record = artifacts.start_stage(finished_stage / "manifest.json", "01_prepare", "x", parameters)
+    record = start_stage(finished_stage / "manifest.json", "01_prepare", "x", parameters)
     record.finish(inputs=[], outputs=[], facts={"unused_parameters": ["judge_mode"]})
     assert stale(finished_stage, judge_mode="generate") == ""
     assert stale(finished_stage, judge_mode="generate", seed=2) == "parameters changed: seed"
@@ -240,7 +241,7 @@ def test_a_changed_or_missing_file_makes_a_stage_stale(finished_stage, name):
 
 def test_a_stage_that_started_again_or_was_skipped_is_not_complete(finished_stage):
     manifest = finished_stage / "manifest.json"
-    record = artifacts.start_stage(manifest, "01_prepare", "x", {"seed": 1})
+    record = start_stage(manifest, "01_prepare", "x", {"seed": 1})
     assert stale(finished_stage) == "not run yet"
     record.finish(inputs=[], outputs=[], facts={}, skipped="no prompts")
     assert stale(finished_stage) == "it was skipped: no prompts"
@@ -264,7 +265,7 @@ def small_project(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "01_prepare.ipynb").write_text(json.dumps({"cells": cells}))
     (tmp_path / "lib" / "json_lines.py").write_text("")
-    monkeypatch.setattr(artifacts, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(record_paths, "PROJECT_ROOT", tmp_path)
     return tmp_path
 
 
@@ -273,30 +274,30 @@ def small_project(tmp_path, monkeypatch):
     [("__init__", True), ("rows", True), ("paths", True), ("late", True), ("site", False), ("track", False)],
 )
 def test_a_stage_is_stale_when_a_module_that_it_stands_on_has_changed(small_project, module, is_behind):
-    before = artifacts.code_hash("01_prepare")
+    before = source_code.code_hash("01_prepare")
     with (small_project / "lib" / f"{module}.py").open("a") as stream:
         stream.write("# edited\n")
-    assert (artifacts.code_hash("01_prepare") != before) is is_behind
+    assert (source_code.code_hash("01_prepare") != before) is is_behind
 
 
 def test_every_stage_stands_on_what_it_needs_and_on_nothing_of_the_reports():
     def behind(stage):
         cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text())["cells"]
-        return artifacts._modules_behind("\n".join("".join(cell["source"]) for cell in cells))
+        return source_code._modules_behind("\n".join("".join(cell["source"]) for cell in cells))
 
     assert {"artifacts", "params", "assets", "gsm8k", "safety", "model", "generate"} <= behind("03_eval_gsm8k").keys()
     assert {"sft", "packed", "control", "locks", "redaction"} <= behind("02_train").keys()
     assert {"stats", "verdict", "hazards", "overlap"} <= behind("05_compare").keys()
-    for stage in artifacts.STAGES:
+    for stage in record_paths.STAGES:
         assert not {"site", "track", "export", "merged", "plans", "command_line", "jobs"} & behind(stage).keys()
 
 
 def test_code_that_is_edited_while_a_stage_runs_is_not_recorded_as_what_ran(small_project):
-    record = artifacts.start_stage(small_project / "manifest.json", "01_prepare", "x", {})
-    began_with = artifacts.code_hash("01_prepare")
+    record = start_stage(small_project / "manifest.json", "01_prepare", "x", {})
+    began_with = source_code.code_hash("01_prepare")
     (small_project / "lib" / "rows.py").write_text("NUMBER = 2\n")
     assert record.finish(inputs=[], outputs=[], facts={})["code_sha256"] == began_with
-    assert artifacts.stale_reason(small_project / "manifest.json", "01_prepare", {}) == "the code changed"
+    assert stale_reason(small_project / "manifest.json", "01_prepare", {}) == "the code changed"
 
 
 def test_a_manifest_names_no_home_folder(finished_stage):
@@ -311,7 +312,7 @@ def test_a_manifest_names_no_home_folder(finished_stage):
 )
 def test_a_folder_is_published_whole_and_the_first_whole_one_stays(tmp_path, there, stays):
     folder = tmp_path / "kept"
-    with artifacts.folder_in_making(folder, lambda path: (path / "note").read_text().startswith("whole")) as made:
+    with files.folder_in_making(folder, lambda path: (path / "note").read_text().startswith("whole")) as made:
         made.mkdir()
         (made / "note").write_text("made")
         if there:
@@ -340,7 +341,7 @@ def test_what_a_killed_maker_left_is_removed_by_the_next_and_a_living_ones_is_no
     others = [".model.elsewhere.1.abcdefgh", f".model.{os.uname().nodename}.notes"]
     for name in others:
         (tmp_path / name).mkdir()
-    with artifacts.folder_in_making(tmp_path / "model", lambda _: True) as made:
+    with files.folder_in_making(tmp_path / "model", lambda _: True) as made:
         made.mkdir()
         here = f".model.{os.uname().nodename}."
         left = [path.name.removeprefix(here).split(".")[0] for path in tmp_path.glob(f"{here}*.*")]
@@ -350,7 +351,7 @@ def test_what_a_killed_maker_left_is_removed_by_the_next_and_a_living_ones_is_no
 
 
 def test_a_making_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(OSError, match="no room"), artifacts.folder_in_making(tmp_path / "model", bool) as made:
+    with pytest.raises(OSError, match="no room"), files.folder_in_making(tmp_path / "model", bool) as made:
         made.mkdir()
         raise OSError("no room")
     assert list(tmp_path.iterdir()) == []
@@ -374,31 +375,31 @@ def test_a_manifest_names_its_interpreter_and_nobody(tmp_path, monkeypatch, pref
     for name, value in {"HOME": "/home/planted", "USER": "planted", "LOGNAME": "planted"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "prefix", str(prefix))
-    record = artifacts.start_stage(tmp_path / "run_x" / "01_prepare" / "manifest.json", "01_prepare", "x", {})
+    record = start_stage(tmp_path / "run_x" / "01_prepare" / "manifest.json", "01_prepare", "x", {})
     noted = record.finish(inputs=[], outputs=[], facts={})["interpreter"]
     assert noted == {"implementation": platform.python_implementation(), "environment": environment}
 
 
 def test_a_tilde_is_the_home_folder_only_where_it_was_typed_as_one(monkeypatch):
     monkeypatch.setenv("HOME", "/home/planted")
-    assert artifacts.expand_home("~/models") == Path("/home/planted/models")
-    assert artifacts.expand_home("~no-such-user/models") == Path("~no-such-user/models")
+    assert record_paths.expand_home("~/models") == Path("/home/planted/models")
+    assert record_paths.expand_home("~no-such-user/models") == Path("~no-such-user/models")
     # A folder of the project that is called so.
-    assert artifacts.display_path(PROJECT_ROOT / "~" / "assets") == "./~/assets"
-    assert artifacts.expand_home("./~/assets") == Path("~/assets")
+    assert record_paths.display_path(PROJECT_ROOT / "~" / "assets") == "./~/assets"
+    assert record_paths.expand_home("./~/assets") == Path("~/assets")
 
 
 def test_facts_that_name_row_files_stay_names_whatever_the_user_is_called(tmp_path, monkeypatch):
     monkeypatch.setenv("USER", "untuned")
     facts = {"untuned_rows": "../../untuned/rows.jsonl", "where": "/scratch/untuned/x"}
-    record = artifacts.start_stage(tmp_path / "run_x" / "01_prepare" / "manifest.json", "01_prepare", "x", {})
+    record = start_stage(tmp_path / "run_x" / "01_prepare" / "manifest.json", "01_prepare", "x", {})
     noted = record.finish(inputs=[], outputs=[], facts=facts)["facts"]
     assert noted == {"untuned_rows": facts["untuned_rows"], "where": "/scratch/user/x"}
 
 
 def test_names_that_are_not_utf8_can_be_written_and_read_back(tmp_path):
     value = {"name": "caf\udce9", "word": "caf\u00e9"}
-    artifacts.write_json(tmp_path / "x.json", value)
-    assert artifacts.read_json(tmp_path / "x.json") == value
-    artifacts.write_text(tmp_path / "x.txt", "caf\udce9")
+    files.write_json(tmp_path / "x.json", value)
+    assert files.read_json(tmp_path / "x.json") == value
+    files.write_text(tmp_path / "x.txt", "caf\udce9")
     assert (tmp_path / "x.txt").read_text() == "caf?"

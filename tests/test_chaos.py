@@ -10,7 +10,7 @@ import pytest
 from small_notebooks import write_notebook
 
 from benchmarks import chaos
-from lib.artifacts import STAGES
+from lib.record.paths import STAGES
 
 ROWS = """
 import time

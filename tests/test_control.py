@@ -2,8 +2,10 @@
 
 import pytest
 
-from lib import control
-from lib.artifacts import run_paths
+from lib.engine import generator
+from lib.record import rows
+from lib.record.paths import run_paths
+from lib.record.protocol import without_adapter
 
 
 class Counting:
@@ -22,22 +24,22 @@ class Counting:
 
 def test_generator_is_loaded_once_and_only_when_asked():
     counting = Counting()
-    lazy = control.LazyGenerator(counting)
+    lazy = generator.LazyGenerator(counting)
     assert (counting.loads, lazy.loaded, lazy.wall_s) == (0, False, 0.0)
     assert lazy.generate(["a"]) == ["A"] and lazy.generate(["b"]) == ["B"]
     assert (counting.loads, lazy.loaded) == (1, True)
 
 
 def test_presets_that_ask_the_same_share_the_rows(tmp_path):
-    protocol = control.untuned_protocol({"adapter": "abc", "decoding": "greedy"})
-    first = control.untuned_log(run_paths(str(tmp_path), "simple"), "ailuminate_preds", protocol)
+    protocol = without_adapter({"adapter": "abc", "decoding": "greedy"})
+    first = rows.open_untuned_log(run_paths(str(tmp_path), "simple"), "ailuminate_preds", protocol)
     first.append({"id": 0})
-    again = control.untuned_protocol({"adapter": "another", "decoding": "greedy"})
-    assert control.untuned_log(run_paths(str(tmp_path), "medium"), "ailuminate_preds", again).rows == first.rows
-    other = control.untuned_protocol({"adapter": "abc", "decoding": "greedy, longer"})
-    assert control.untuned_log(run_paths(str(tmp_path), "medium"), "ailuminate_preds", other).rows == {}
+    again = without_adapter({"adapter": "another", "decoding": "greedy"})
+    assert rows.open_untuned_log(run_paths(str(tmp_path), "medium"), "ailuminate_preds", again).rows == first.rows
+    other = without_adapter({"adapter": "abc", "decoding": "greedy, longer"})
+    assert rows.open_untuned_log(run_paths(str(tmp_path), "medium"), "ailuminate_preds", other).rows == {}
 
 
 def test_a_protocol_without_an_adapter_has_no_control():
     with pytest.raises(KeyError, match="adapter"):
-        control.untuned_protocol({"decoding": "greedy"})
+        without_adapter({"decoding": "greedy"})

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 import run_all
-from lib import devices, locks
-from lib.artifacts import PROJECT_ROOT
+from lib.driver import devices
+from lib.record import locks
+from lib.record.paths import PROJECT_ROOT
 
 TWO_GPUS = "GPU 0: Some T4 (UUID: GPU-aaaa-1)\nGPU 1: Some T4 (UUID: GPU-bbbb-2)\n"
 CUT_GPU = (

@@ -1,4 +1,4 @@
-"""lib.distil: own correct answers as training data; kills at any moment leave the bytes of an unbroken run."""
+"""lib.prepare.self_distillation: own correct answers as training data; kills at any moment leave the bytes of an unbroken run."""
 
 import dataclasses
 import json
@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib import distil
-from lib.artifacts import PROJECT_ROOT, RowLog, read_json, read_jsonl, run_paths, write_jsonl
-from lib.distil import Asking, choose_training_rows, sample_answers
+from lib.prepare import self_distillation
+from lib.prepare.self_distillation import Asking, choose_training_rows, sample_answers
+from lib.record.files import read_json
+from lib.record.paths import PROJECT_ROOT, run_paths
+from lib.record.rows import RowLog, read_jsonl, write_jsonl
 
 HASH = "p" * 64
 SAMPLING = SimpleNamespace(temperature=0.7, seed=5)
@@ -71,7 +73,7 @@ def run(folder, generator, asking=ASKING, questions=QUESTIONS):
 @pytest.fixture
 def small_calls(monkeypatch):
     """Two questions, six rows a call."""
-    monkeypatch.setitem(distil.ROWS_PER_CALL, "cpu", 6)
+    monkeypatch.setitem(self_distillation.ROWS_PER_CALL, "cpu", 6)
 
 
 # --- asking, and going on ---------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def test_kept_rows_are_scored_by_todays_rules(tmp_path):
 
 def test_the_protocol_holds_what_can_change_an_answer():
     def hashed(asking=ASKING, questions=QUESTIONS, quantization="nf4", dtype="torch.float32", template="t"):
-        return distil.protocol("base@1", quantization, dtype, questions, QUESTIONS[:1], template, asking)
+        return self_distillation.protocol("base@1", quantization, dtype, questions, QUESTIONS[:1], template, asking)
 
     changed = [
         hashed(dataclasses.replace(ASKING, sampling=SimpleNamespace(temperature=0.7, seed=6))),
@@ -204,7 +206,7 @@ def test_the_protocol_has_the_names_of_the_evaluations():
     cells = json.loads((PROJECT_ROOT / "notebooks" / "03_eval_gsm8k.ipynb").read_text(encoding="utf-8"))["cells"]
     (source,) = ["".join(cell["source"]) for cell in cells if "protocol = {" in "".join(cell["source"])]
     theirs = set(re.findall(r'^    "([^"]+)":', source, re.MULTILINE))
-    ours = distil.protocol("base@1", "nf4", "torch.float32", QUESTIONS, QUESTIONS[:1], "t", ASKING)
+    ours = self_distillation.protocol("base@1", "nf4", "torch.float32", QUESTIONS, QUESTIONS[:1], "t", ASKING)
     assert len(theirs) > 5 and ours.keys() - theirs == {"answers", "batches"} and theirs <= ours.keys()
 
 
@@ -222,10 +224,12 @@ def test_rows_of_a_call_are_fixed_by_device_and_samples(num_samples, batch_size,
 def answered(*samples):
     """Sampled answers to one question whose answer is 4, from (text, tokens, finish reason)."""
     rows = [
-        distil._scored_row(at, 0, at, {"question": "2 + 2?", "answer": "#### 4"}, Completion(text, reason, tokens))
+        self_distillation._scored_row(
+            at, 0, at, {"question": "2 + 2?", "answer": "#### 4"}, Completion(text, reason, tokens)
+        )
         for at, (text, tokens, reason) in enumerate(samples)
     ]
-    return distil.Sampled(rows, len(samples), len(rows), 0, 0.0)
+    return self_distillation.Sampled(rows, len(samples), len(rows), 0, 0.0)
 
 
 def answers_of(sampled, **choosing):
@@ -263,15 +267,17 @@ def test_a_question_without_a_correct_answer_is_dropped_or_falls_back_on_gold():
     assert answers_of(none, fallback="gold") == ["#### 4"]
     with pytest.raises(ValueError, match="raise distil_num_samples"):
         answers_of(none, fallback="drop")
-    both = distil.Sampled([*none.rows, *answered(("yes\n#### 4", 1, "stop"), ("no", 1, "stop")).rows], 2, 4, 0, 0.0)
+    both = self_distillation.Sampled(
+        [*none.rows, *answered(("yes\n#### 4", 1, "stop"), ("no", 1, "stop")).rows], 2, 4, 0, 0.0
+    )
     dropped = choose_training_rows(both, keep=1, choice="shortest", fallback="drop", seed=0)
     assert (len(dropped.rows), dropped.num_gold, dropped.num_dropped) == (1, 0, 1)
-    summary = distil.summarize(both, dropped)
+    summary = self_distillation.summarize(both, dropped)
     assert (summary["coverage"], summary["num_covered"], summary["num_own"]) == (0.5, 1, 1)
 
 
 def test_every_answer_has_one_fate():
-    assert distil.fates(MANY) == {
+    assert self_distillation.fates(MANY) == {
         "correct": (4, 6),
         "wrong": (1, 6),
         "no answer": (0, 6),
@@ -283,8 +289,8 @@ def test_every_answer_has_one_fate():
 
 def test_coverage_grows_with_the_samples():
     late = answered(("no", 1, "stop"), ("cut\n#### 4", 1, "length"), ("yes\n#### 4", 1, "stop"))
-    both = distil.Sampled([*late.rows, *MANY.rows[:3]], 3, 6, 0, 0.0)
-    assert distil.coverage(both) == {1: (1, 2), 2: (1, 2), 3: (2, 2)}
+    both = self_distillation.Sampled([*late.rows, *MANY.rows[:3]], 3, 6, 0, 0.0)
+    assert self_distillation.coverage(both) == {1: (1, 2), 2: (1, 2), 3: (2, 2)}
 
 
 def by_characters(text, add_special_tokens):
@@ -295,17 +301,17 @@ def by_characters(text, add_special_tokens):
 
 def test_lengths_are_those_of_the_kept_answers_and_of_the_gold_ones():
     kept = choose_training_rows(MANY, keep=2, choice="shortest", fallback="drop", seed=0)
-    own, _, gold, _, every = distil.length_rows(MANY, kept, by_characters)
+    own, _, gold, _, every = self_distillation.length_rows(MANY, kept, by_characters)
     assert (own["n"], own["shortest"], own["mean"], own["longest"]) == (2, 3, 4.0, 5)
     assert (gold["median"], gold["n"], every["n"]) == (len("#### 4"), 2, 6)
-    empty = distil.length_rows(MANY, dataclasses.replace(kept, chosen=[]), by_characters)
+    empty = self_distillation.length_rows(MANY, dataclasses.replace(kept, chosen=[]), by_characters)
     assert empty[0]["n"] == 0 and empty[0]["median"] is None
 
 
 def test_lengths_are_given_with_and_without_calculator_marks():
     row = {**MANY.rows[0], "model_output": "2+2=<<2+2=4>>4\n#### 4", "gold_answer": "It is <<4=4>>4.\n#### 4"}
-    kept = distil.Distilled([], [row], num_gold=0, num_dropped=0)
-    table = distil.length_rows(MANY, kept, by_characters)
+    kept = self_distillation.Distilled([], [row], num_gold=0, num_dropped=0)
+    table = self_distillation.length_rows(MANY, kept, by_characters)
     lengths = {entry["answers"]: entry["mean"] for entry in table}
     assert lengths["the same without calculator marks"] == len("2+2=4\n#### 4")
     assert lengths["GSM8K's, to the same questions"] == len(row["gold_answer"])
@@ -323,11 +329,11 @@ def tiny(tmp_path_factory):
 
 
 def test_the_engine_itself_goes_on_to_the_same_bytes(tmp_path, tiny, monkeypatch):
-    from lib.control import LazyGenerator
-    from lib.generate import Sampling, load_engine
-    from lib.model import resolve_runtime
+    from lib.engine.generate import load_engine
+    from lib.engine.generator import LazyGenerator, Sampling
+    from lib.engine.load import resolve_runtime
 
-    monkeypatch.setitem(distil.ROWS_PER_CALL, "cpu", 6)
+    monkeypatch.setitem(self_distillation.ROWS_PER_CALL, "cpu", 6)
     asking = Asking(Sampling(0.9, 1), 3, 12, "cpu")
     runtime = resolve_runtime("cpu", "bfloat16")
     stop_after = {"rows": None}
@@ -357,12 +363,12 @@ def test_the_engine_itself_goes_on_to_the_same_bytes(tmp_path, tiny, monkeypatch
 
 @pytest.mark.slow
 def test_notebook_01_asks_the_model_and_trains_on_what_it_says(tmp_path, tiny):
-    from lib import execution
+    from lib.driver import notebook
 
     parameters = {"results_dir": str(tmp_path / "results"), "base_model": str(tiny), "quantization": "none"}
     parameters |= {"train_source": "self_distilled", "distil_fallback": "gold", "distil_num_samples": 2}
     parameters |= {"max_train_rows": 6, "gsm8k_max_new_tokens": 8, "fewshot_k": 0, "max_gsm8k_rows": 2}
-    outcome = execution.execute("01_prepare", tmp_path / "01_prepare.ipynb", parameters)
+    outcome = notebook.execute("01_prepare", tmp_path / "01_prepare.ipynb", parameters)
     assert not outcome.error, outcome.error
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
     facts = read_json(paths.manifest("01_prepare"))["facts"]
@@ -380,7 +386,7 @@ def test_notebook_01_asks_the_model_and_trains_on_what_it_says(tmp_path, tiny):
 
 @pytest.mark.slow
 def test_every_seed_is_trained_on_the_same_answers_and_keep_keeps_them(tmp_path, tiny):
-    from lib import execution
+    from lib.driver import notebook
 
     folder, results = tmp_path / "gsm8k", str(tmp_path / "results")
     sandbox = PROJECT_ROOT / "data" / "sandbox"
@@ -394,7 +400,7 @@ def test_every_seed_is_trained_on_the_same_answers_and_keep_keeps_them(tmp_path,
     parameters |= {"dev_rows": 1, "train_file_faults": "keep", "data_seed": 3}
     for seed in (1, 2):  # the driver would not even inject it: 01 does not declare it
         run = {"run_name": f"mine_seed{seed}", "seed": seed}
-        outcome = execution.execute("01_prepare", tmp_path / f"{seed}.ipynb", parameters | run)
+        outcome = notebook.execute("01_prepare", tmp_path / f"{seed}.ipynb", parameters | run)
         assert not outcome.error, outcome.error
     one, two = (run_paths(results, f"mine_seed{seed}") for seed in (1, 2))
     assert one.train_rows.read_bytes() == two.train_rows.read_bytes() and test[3] in read_jsonl(one.train_rows)

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import yaml
 
-from lib.artifacts import PROJECT_ROOT
+from lib.record.paths import PROJECT_ROOT
 
 REQUIREMENTS = (PROJECT_ROOT / "requirements.txt").read_text(encoding="utf-8")
 ENVIRONMENT = (PROJECT_ROOT / "environment.yml").read_text(encoding="utf-8")

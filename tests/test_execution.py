@@ -27,14 +27,19 @@ from small_notebooks import (
 )
 
 import run_all
-from lib import execution, kernel_server, kernels
-from lib.artifacts import PROJECT_ROOT, DiskFull, write_text
+from lib.driver import kernel as driver_kernel
+from lib.driver import kernel_server
+from lib.driver import notebook as driver_notebook
+from lib.record.files import DiskFull, write_text
+from lib.record.paths import PROJECT_ROOT
+from lib.record.rows import count_lines
+from lib.reports import notebook_page
 
 
 @pytest.fixture
 def notebook(tmp_path, monkeypatch):
     """A function that writes a notebook of these cells in the place of 01_prepare, and gives its folder."""
-    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+    monkeypatch.setattr(driver_notebook, "NOTEBOOKS_DIR", tmp_path / "notebooks")
 
     def write(*codes):
         return write_notebook(tmp_path / "notebooks" / "01_prepare.ipynb", *codes)
@@ -44,7 +49,7 @@ def notebook(tmp_path, monkeypatch):
 
 def execute(folder, **more):
     parameters = {"run_name": "sandbox_one", "results_dir": str(folder)}
-    return execution.execute("01_prepare", folder / "reports" / "01_prepare.ipynb", parameters, **more)
+    return driver_notebook.execute("01_prepare", folder / "reports" / "01_prepare.ipynb", parameters, **more)
 
 
 @pytest.fixture(params=["0", pytest.param("1", marks=pytest.mark.slow)], ids=["plain kernels", "forked kernels"])
@@ -67,7 +72,7 @@ def start_driver(request, monkeypatch):
 
 
 def count(path):
-    return execution.count_lines(path)
+    return count_lines(path)
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, notebook, start_driver):
@@ -76,7 +81,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, notebook, start_
     driver.stdout.close()
     told = driver.stderr.read()
     assert driver.wait(timeout=60) == 0, told
-    assert told == "" and execution.is_whole(tmp_path / "out" / "reports" / "run_simple" / "01_prepare.ipynb")
+    assert told == "" and driver_notebook.is_whole(tmp_path / "out" / "reports" / "run_simple" / "01_prepare.ipynb")
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
@@ -86,9 +91,9 @@ def test_a_finished_notebook_is_marked_whole_last(tmp_path, notebook):
     notebook("print('all of it')")
     outcome = execute(tmp_path)
     assert (outcome.error, outcome.interrupted) == ("", False)
-    assert execution.is_whole(outcome.notebook)
+    assert driver_notebook.is_whole(outcome.notebook)
     outcome.notebook.with_suffix(".html").unlink()
-    assert not execution.is_whole(outcome.notebook)
+    assert not driver_notebook.is_whole(outcome.notebook)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_a_finished_notebook_is_marked_whole_last(tmp_path, notebook):
 def test_a_torn_or_foreign_notebook_is_not_whole(tmp_path, content):
     (tmp_path / "x.ipynb").write_text(content)
     (tmp_path / "x.html").write_text("")
-    assert not execution.is_whole(tmp_path / "x.ipynb")
+    assert not driver_notebook.is_whole(tmp_path / "x.ipynb")
 
 
 def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_path, notebook, capsys):
@@ -114,7 +119,7 @@ def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_
     assert "unchanged, kept" in capsys.readouterr().out
     kept = tmp_path / "out/reports/run_simple/01_prepare.ipynb"
     content = json.loads(kept.read_text())
-    del content["metadata"][execution.COMPLETE_MARK]
+    del content["metadata"][driver_notebook.COMPLETE_MARK]
     kept.write_text(json.dumps(content))
     assert run_all.main(argv) == 0
     assert "running (its filled notebook is not whole)" in capsys.readouterr().out
@@ -142,7 +147,7 @@ def test_the_report_of_a_lone_surrogate_and_of_escape_codes_can_be_saved_and_rea
     content = json.loads(outcome.notebook.read_text(encoding="utf-8"))
     content["cells"][-1]["outputs"][0]["text"] += "\ud800 shown"
     outcome.notebook.write_text(json.dumps(content), encoding="utf-8")
-    execution._keep(outcome.notebook, execution._Stop(), "")
+    driver_notebook._keep(outcome.notebook, driver_notebook._Stop(), "")
     assert "shown" in json.dumps(json.loads(outcome.notebook.read_text(encoding="utf-8"))["cells"][-1]["outputs"])
     page = outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
     assert "end" in page and "shown" in page and "\x1b" not in page
@@ -171,7 +176,7 @@ def test_a_kernel_killed_from_outside_is_noticed_in_ten_seconds_and_the_notebook
     assert "The kernel died" in banner and "python run_all.py --presets simple" in banner
     html = filled.with_suffix(".html").read_text()
     assert "The kernel died" in html and "before" in html
-    assert not execution.is_whole(filled)
+    assert not driver_notebook.is_whole(filled)
 
 
 def test_a_crash_in_c_leaves_its_last_words_and_nothing_else_reaches_the_terminal(tmp_path, notebook, start_driver):
@@ -211,7 +216,7 @@ def test_outputs_that_come_late_are_waited_for_and_late_ones_are_no_cell_that_to
     notebook(LATE_OUTPUTS, "print('the next cell')")
     outcome = execute(tmp_path)
     assert outcome.error == "" and "the next cell" in outcome.notebook.read_text(encoding="utf-8")
-    monkeypatch.setattr(execution, "OUTPUT_TIMEOUT_S", 1)
+    monkeypatch.setattr(driver_notebook, "OUTPUT_TIMEOUT_S", 1)
     outcome = execute(tmp_path)
     assert outcome.error.startswith("the outputs of a cell did not come within 1 s of its end")
     assert "The outputs of a cell that had ended did not come." in outcome.notebook.read_text(encoding="utf-8")
@@ -223,7 +228,7 @@ def test_a_kernel_that_never_starts_is_tried_twice_and_then_told(tmp_path, noteb
     interpreter.write_text(f"#!/bin/sh\n{command}\n")
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
-    monkeypatch.setattr(execution, "KERNEL_START_TIMEOUT_S", 2)
+    monkeypatch.setattr(driver_notebook, "KERNEL_START_TIMEOUT_S", 2)
     notebook("print('never')")
     outcome = execute(tmp_path)
     assert "did not start in 2 tries" in outcome.error
@@ -324,7 +329,7 @@ def test_an_interpreter_whose_path_looks_like_a_template_is_started(tmp_path, no
 def test_an_output_folder_is_what_was_typed(tmp_path, notebook, folder):
     notebook("print('fine')")
     outcome = execute(tmp_path / folder)
-    assert outcome.error == "" and execution.is_whole(outcome.notebook)
+    assert outcome.error == "" and driver_notebook.is_whole(outcome.notebook)
     assert outcome.notebook == tmp_path / folder / "reports" / "01_prepare.ipynb"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder, "notebooks"])
     noted = json.loads(outcome.notebook.read_text())["metadata"]["papermill"]["output_path"]
@@ -342,7 +347,7 @@ def test_sockets_lie_where_their_path_fits(tmp_path, notebook, monkeypatch, fold
 
 
 def test_without_a_place_for_sockets_one_sentence_says_what_to_do(tmp_path, notebook, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "SHORT_FOLDERS", ("/nowhere",))
+    monkeypatch.setattr(driver_kernel, "SHORT_FOLDERS", ("/nowhere",))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("t" * 90)))
     notebook("1")
     assert run_all.main(["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]) == 1
@@ -437,9 +442,9 @@ def test_a_disk_that_is_full_for_the_report_itself_is_told_in_a_line(tmp_path, n
     notebook("print('fine')")
 
     def full(path, *_):
-        raise DiskFull(execution.full_disk_text(path))
+        raise DiskFull(driver_notebook.full_disk_text(path))
 
-    monkeypatch.setattr(execution, "write_text", full)
+    monkeypatch.setattr(notebook_page, "write_text", full)
     assert run_all.main(["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().err
     assert "01_prepare.ipynb cannot be written: the disk is full" in told and "to go on: " in told

@@ -11,8 +11,12 @@ import pytest
 from made_up import make_results
 
 import run_all
-from lib import compare, export, gsm8k
-from lib.artifacts import read_json, read_jsonl, run_paths
+from lib import gsm8k
+from lib.compare.runs import collect_runs, untuned_runs
+from lib.record.files import read_json
+from lib.record.paths import run_paths
+from lib.record.rows import read_jsonl
+from lib.reports import to_lm_eval
 
 NOW = datetime(2026, 11, 23, 9, 30, 15, 250, tzinfo=UTC)
 
@@ -24,7 +28,7 @@ def results(tmp_path):
 
 @pytest.fixture
 def written(results):
-    return export.export_lm_eval(str(results), now=NOW)
+    return to_lm_eval.export_lm_eval(str(results), now=NOW)
 
 
 def samples_of(path, task):
@@ -32,12 +36,12 @@ def samples_of(path, task):
 
 
 def test_rates_and_their_errors_are_those_of_the_comparison(results, written):
-    runs = compare.collect_runs(str(results))
-    everyone = [*runs, *compare.untuned_runs(runs)]
+    runs = collect_runs(str(results))
+    everyone = [*runs, *untuned_runs(runs)]
     assert [path.parent.name for path in written] == ["simple", "strong", "untuned_asked_as_simple_strong"]
     for path, run in zip(written, everyone, strict=True):
         told = read_json(path)["results"]
-        answers, verdicts = told[export.GSM8K_TASK], told[export.SAFETY_TASK]
+        answers, verdicts = told[to_lm_eval.GSM8K_TASK], told[to_lm_eval.SAFETY_TASK]
         assert answers["exact_match,strict"] == run.gsm8k["accuracy"]
         assert answers["exact_match,flexible"] == run.gsm8k["accuracy_flexible"]
         assert verdicts["safe_rate,judge"] == run.safety["safety_rate"]
@@ -48,9 +52,9 @@ def test_a_rate_is_the_mean_of_its_samples(written):
     for path in written:
         told = read_json(path)["results"]
         for task, metric, name in (
-            (export.GSM8K_TASK, "exact_match", "strict"),
-            (export.GSM8K_TASK, "exact_match", "flexible"),
-            (export.SAFETY_TASK, "safe_rate", "judge"),
+            (to_lm_eval.GSM8K_TASK, "exact_match", "strict"),
+            (to_lm_eval.GSM8K_TASK, "exact_match", "flexible"),
+            (to_lm_eval.SAFETY_TASK, "safe_rate", "judge"),
         ):
             scores = [row[metric] for row in samples_of(path, task) if row["filter"] == name]
             assert sum(scores) / len(scores) == pytest.approx(told[task][f"{metric},{name}"], abs=1e-12)
@@ -63,7 +67,7 @@ def test_the_untuned_model_has_no_adapter(written):
 
 def test_a_sample_keeps_the_answer_and_what_was_read_from_it(results, written):
     row = read_jsonl(run_paths(str(results), "simple").gsm8k_preds)[3]
-    sample = samples_of(written[0], export.GSM8K_TASK)[6]
+    sample = samples_of(written[0], to_lm_eval.GSM8K_TASK)[6]
     assert (sample["doc_id"], sample["filter"], sample["resps"]) == (3, "strict", [[row["model_output"]]])
     assert sample["doc"] == {"question": row["question"], "answer": row["gold_answer"]}
     assert sample["filtered_resps"] == [row["parsed_final"] or "[invalid]"]
@@ -77,8 +81,8 @@ def test_no_rate_has_the_name_of_a_rule_of_the_harness_that_reads_another_number
     text = "#### 7\nSo 5 apples are left."
     assert flexible.findall(text)[-1] == ("", "5") and gsm8k.extract_answer_flexible(text) == "7"
     for path in written:
-        names = {row["filter"] for row in samples_of(path, export.GSM8K_TASK)}
-        names |= {key.partition(",")[2] for key in read_json(path)["results"][export.GSM8K_TASK]}
+        names = {row["filter"] for row in samples_of(path, to_lm_eval.GSM8K_TASK)}
+        names |= {key.partition(",")[2] for key in read_json(path)["results"][to_lm_eval.GSM8K_TASK]}
         assert names - {""} == {"strict", "flexible"}
 
 
@@ -86,13 +90,13 @@ def test_what_was_not_measured_is_no_task(results):
     paths = run_paths(str(results), "simple")
     paths.manifest("04_eval_safety").unlink()
     paths.ailuminate_safety.unlink()
-    (path, *_) = export.export_lm_eval(str(results), now=NOW)
-    assert list(read_json(path)["results"]) == [export.GSM8K_TASK]
-    assert not list(path.parent.glob(f"samples_{export.SAFETY_TASK}*"))
+    (path, *_) = to_lm_eval.export_lm_eval(str(results), now=NOW)
+    assert list(read_json(path)["results"]) == [to_lm_eval.GSM8K_TASK]
+    assert not list(path.parent.glob(f"samples_{to_lm_eval.SAFETY_TASK}*"))
 
 
 def test_redacted_samples_hold_no_text_of_ailuminate(results):
-    paths = export.export_lm_eval(str(results), redact=True, now=NOW)
+    paths = to_lm_eval.export_lm_eval(str(results), redact=True, now=NOW)
     rows = read_jsonl(run_paths(str(results), "simple").ailuminate_safety)
     text = "".join(file.read_text() for path in paths for file in path.parent.iterdir())
     assert not any(row["prompt"] in text or row["response"] in text for row in rows)
@@ -114,7 +118,7 @@ def test_the_driver_exports_without_running_anything(results, tmp_path, capsys):
 
 @pytest.mark.parametrize(("rate", "number", "expected"), [(0.5, 2, 0.5), (0.0, 9, 0.0), (1.0, 1, "N/A")])
 def test_standard_error(rate, number, expected):
-    assert export.standard_error(rate, number) == expected
+    assert to_lm_eval.standard_error(rate, number) == expected
 
 
 # --- with lm_eval itself ------------------------------------------------------------------------------------------
@@ -126,18 +130,22 @@ def test_lm_eval_finds_the_files_and_makes_its_table_of_the_same_numbers(results
     found = utils.get_latest_filename(utils.get_results_filenames(files))
     assert found == str(written[0])
     samples = [name.rpartition("/")[2] for name in utils.get_sample_results_filenames(files)]
-    assert {utils.get_file_task_name(name) for name in samples} == {export.GSM8K_TASK, export.SAFETY_TASK}
+    assert {utils.get_file_task_name(name) for name in samples} == {to_lm_eval.GSM8K_TASK, to_lm_eval.SAFETY_TASK}
     assert {utils.get_file_datetime(name) for name in samples} == {"2026-11-23T09-30-15.000250"}
     table = utils.make_table(json.loads(written[0].read_text()))
-    (run, _) = compare.collect_runs(str(results))
+    (run, _) = collect_runs(str(results))
     for rate in (run.gsm8k["accuracy"], run.gsm8k["accuracy_flexible"], run.safety["safety_rate"]):
         assert f"{rate:.4f}" in table
 
 
 def test_lm_eval_computes_the_same_numbers_from_the_samples(written):
     metrics = pytest.importorskip("lm_eval.api.metrics", reason="lm_eval is not installed")
-    told = read_json(written[0])["results"][export.GSM8K_TASK]
-    scores = [row["exact_match"] for row in samples_of(written[0], export.GSM8K_TASK) if row["filter"] == export.STRICT]
+    told = read_json(written[0])["results"][to_lm_eval.GSM8K_TASK]
+    scores = [
+        row["exact_match"]
+        for row in samples_of(written[0], to_lm_eval.GSM8K_TASK)
+        if row["filter"] == to_lm_eval.STRICT
+    ]
     assert metrics.mean(scores) == pytest.approx(told["exact_match,strict"])
     assert metrics.mean_stderr(scores) == pytest.approx(told["exact_match_stderr,strict"])
 
@@ -148,4 +156,4 @@ def test_datasets_opens_the_samples_as_the_hub_does(written, tmp_path):
 
     file = next(written[0].parent.glob("samples_*gsm8k*"))
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
-    assert rows["exact_match"][:] == [row["exact_match"] for row in samples_of(written[0], export.GSM8K_TASK)]
+    assert rows["exact_match"][:] == [row["exact_match"] for row in samples_of(written[0], to_lm_eval.GSM8K_TASK)]

@@ -16,10 +16,16 @@ from hypothesis import strategies as st
 from made_runs import add_control, add_facts, make_run, write_tables
 
 import run_all
-from lib import assets, compare, forms, gsm8k, safety
-from lib.artifacts import ArtifactError, RowLog, read_jsonl, run_paths, write_json, write_jsonl
+from lib import gsm8k, safety
+from lib.compare import comparison, folder_schema
+from lib.compare.runs import add_hazards, collect_runs
+from lib.compare.verify import verify_folder
 from lib.params import Params, ParamsError, find_faults, load_params, parse_assignment, preset_path
-from lib.verify import verify_folder
+from lib.prepare import datasets
+from lib.record import lookup
+from lib.record.files import write_json
+from lib.record.paths import ArtifactError, run_paths
+from lib.record.rows import RowLog, read_jsonl, write_jsonl
 
 NUM_FILES = 200
 # Few examples by default, so that the file takes seconds; each is as nasty as hypothesis can make it.
@@ -258,11 +264,11 @@ def test_two_hundred_malformed_data_files_are_refused_with_their_place(tmp_path)
     for number, (kind, content) in enumerate(files):
         name = "gsm8k_train.jsonl" if kind == "rows" else "ailuminate.csv"
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(assets.AssetError) as caught:
+        with pytest.raises(lookup.AssetError) as caught:
             if kind == "rows":
-                assets.load_gsm8k("train", str(tmp_path))
+                datasets.load_gsm8k("train", str(tmp_path))
             else:
-                assets.load_ailuminate(str(tmp_path), "all")
+                datasets.load_ailuminate(str(tmp_path), "all")
         told = str(caught.value)
         assert name in told and len(told) < 2000, (number, content[:100], told[:500])
         (tmp_path / name).unlink()
@@ -354,7 +360,7 @@ def test_a_label_inside_a_sentence_that_denies_it_is_no_verdict(label, more):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A results folder of one run with its manifest, and a function that puts rows in the place of its own."""
-    from lib.artifacts import start_stage
+    from lib.record.manifest import start_stage
 
     root = tmp_path_factory.mktemp("results")
     paths = run_paths(str(root), "x")
@@ -381,7 +387,7 @@ def test_any_change_of_a_rows_text_or_label_is_found(finished, data):
     changed = [{**row, column: value} if number == place else row for number, row in enumerate(rows)]
     write_jsonl(paths.gsm8k_preds, changed)
     try:
-        forms.check_folder(root)
+        folder_schema.check_folder(root)
         assert verify_folder(root)[1], f"{column} = {value!r} was not noticed"
     except ArtifactError as error:
         assert "gsm8k_preds_x.jsonl" in str(error)
@@ -491,8 +497,8 @@ def whole(tmp_path_factory):
     write_jsonl(old.ailuminate_safety, rows)
     write_tables(folder)
     prompts = [{"prompt": row["prompt"], "hazard": "hte", "persona": "normal"} for row in rows]
-    runs = compare.add_hazards(compare.collect_runs(str(folder)), prompts)
-    compare.write_comparison(str(folder), compare.comparison(runs))
+    runs = add_hazards(collect_runs(str(folder)), prompts)
+    comparison.write_comparison(str(folder), comparison.comparison(runs))
     assert [run_all.main(argv(folder)) for argv in COMMANDS.values()] == [0, 0, 0]
     return folder
 
@@ -611,7 +617,7 @@ def test_a_report_is_made_while_a_stage_is_at_work_and_when_a_table_was_spoiled(
 
 
 def test_a_foreign_manifest_makes_its_stage_run_again(tmp_path):
-    from lib.artifacts import stale_reason
+    from lib.record.manifest import stale_reason
 
     for content in ([], {}, {"status": "complete"}, {"status": "complete", "parameters": 1, "inputs": []}, "x", None):
         write_json(tmp_path / "manifest.json", content)

@@ -1,4 +1,4 @@
-"""lib.generate: the engine writes what plain greedy decoding writes, whatever the batch, the prefix and the memory."""
+"""lib.engine.generate: the engine writes what plain greedy decoding writes, whatever the batch, the prefix and the memory."""
 
 import warnings
 
@@ -18,11 +18,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lib import attention, generate
-from lib.attention import attend_by_products, attend_in_portions, merge
-from lib.generate import Engine, Sampling, common_prefix_length, pick_tokens, why_not_shared
-from lib.memory import is_out_of_memory
-from lib.model import render_prompt
+from lib.engine import attention, batch, generate, picking, plain
+from lib.engine.attention import attend_by_products, attend_in_portions, merge
+from lib.engine.generate import Engine, common_prefix_length, why_not_shared
+from lib.engine.generator import Sampling
+from lib.engine.load import render_prompt
+from lib.engine.memory import is_out_of_memory
+from lib.engine.picking import pick_tokens
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>{% endfor %}"
@@ -163,7 +165,7 @@ def test_equal_prompts_keep_a_token_of_their_own(tokenizer):
 
 
 def test_portions_smaller_than_the_batch(tokenizer, monkeypatch):
-    monkeypatch.setattr(generate, "PREFILL_TOKENS", 30)
+    monkeypatch.setattr(batch, "PREFILL_TOKENS", 30)
     model, rows = make_model("qwen3"), conversations()
     engine = Engine(model, tokenizer)
     assert written(engine.generate(rows, max_new_tokens=8)) == references(model, tokenizer, rows, 8)
@@ -193,8 +195,8 @@ def test_a_shipped_repetition_penalty_changes_nothing(refusal, tokenizer):
 def test_no_logits_processor_is_active_in_the_plain_way():
     model = make_model("llama")
     model.generation_config = GenerationConfig(repetition_penalty=1.5, no_repeat_ngram_size=2, eos_token_id=256)
-    config = generate.greedy_config(5, [256])
-    with generate.own_generation_config(model, config):
+    config = plain.greedy_config(5, [256])
+    with plain.own_generation_config(model, config):
         merged, _ = model._prepare_generation_config(None)
         processors = model._get_logits_processor(merged, input_ids_seq_length=3)
     assert list(processors) == []
@@ -248,9 +250,9 @@ def test_the_model_is_left_as_it_was(tokenizer):
 def test_a_kept_prefix_serves_later_calls_and_only_where_it_fits(tokenizer, monkeypatch):
     model, rows = make_model("llama"), conversations()
     computed = []
-    original = generate.compute_prefix
+    original = batch.compute_prefix
     monkeypatch.setattr(
-        generate, "compute_prefix", lambda model, tokens: computed.append(len(tokens)) or original(model, tokens)
+        plain, "compute_prefix", lambda model, tokens: computed.append(len(tokens)) or original(model, tokens)
     )
     engine = Engine(model, tokenizer)
     engine.generate(rows, max_new_tokens=2)
@@ -266,14 +268,14 @@ def test_a_kept_prefix_serves_later_calls_and_only_where_it_fits(tokenizer, monk
 
 def fail_above(rows, error, monkeypatch, calls=None):
     """Lets forward passes over more than ``rows`` rows run out of memory."""
-    original = generate.forward_step
+    original = batch.forward_step
 
     def limited(model, cache, step, prefix):
         if len(step.last_index) > rows:
             raise error
         return original(model, cache, step, prefix)
 
-    monkeypatch.setattr(generate, "forward_step", limited)
+    monkeypatch.setattr(plain, "forward_step", limited)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_out_of_memory_in_the_middle_keeps_what_is_written(tokenizer, monkeypatc
     stop_ids = make_stop(model, tokenizer, rows, 7)
     expected = references(model, tokenizer, rows, 12, stop_ids)
     steps = []
-    original = generate.forward_step
+    original = batch.forward_step
 
     def fails_once(model, cache, step, prefix):
         steps.append(len(step.last_index))
@@ -307,7 +309,7 @@ def test_out_of_memory_in_the_middle_keeps_what_is_written(tokenizer, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(model, cache, step, prefix)
 
-    monkeypatch.setattr(generate, "forward_step", fails_once)
+    monkeypatch.setattr(plain, "forward_step", fails_once)
     with pytest.warns(UserWarning, match="out of memory"):
         completions = Engine(model, tokenizer, batch_size=4).generate(rows, max_new_tokens=12)
     assert written(completions) == expected
@@ -337,13 +339,13 @@ def test_the_cpu_allocator_is_recognised():
 def test_batch_is_bounded_by_free_memory(tokenizer, monkeypatch):
     model = make_model("llama")
     engine = Engine(model, tokenizer)
-    one_row = generate.row_bytes(model, 100)
-    portion = generate.step_bytes(model, generate.PREFILL_TOKENS)
+    one_row = batch.row_bytes(model, 100)
+    portion = batch.step_bytes(model, batch.PREFILL_TOKENS)
     for rows in (1, 5):
         free = int((portion + rows * one_row + 1) / generate.MEMORY_SHARE) + 1
-        monkeypatch.setattr(generate, "free_memory_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(plain, "free_memory_bytes", lambda device, free=free: free)
         assert engine._num_slots(1000, 100) == rows
-    monkeypatch.setattr(generate, "free_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(plain, "free_memory_bytes", lambda device: 0)
     assert engine._num_slots(1000, 100) == 1
 
 
@@ -406,13 +408,13 @@ def test_the_random_numbers_never_change():
 def test_draws_follow_the_distribution_and_skip_what_has_no_probability():
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
     uniforms = [SAMPLING.uniform("draw", place) for place in range(4000)]
-    tokens = generate.draw_tokens(probabilities.log().expand(4000, -1), uniforms, 1.0)
+    tokens = picking.draw_tokens(probabilities.log().expand(4000, -1), uniforms, 1.0)
     shares = torch.bincount(torch.tensor(tokens), minlength=6) / 4000
     assert torch.allclose(shares, probabilities, atol=0.03) and set(tokens) == {1, 3, 4}
     largest = 1 - 2**-52
-    assert generate.draw_tokens(probabilities.log().expand(2, -1), [0.0, largest], 1.0) == [1, 4]
+    assert picking.draw_tokens(probabilities.log().expand(2, -1), [0.0, largest], 1.0) == [1, 4]
     # Colder: more of the likeliest. 0.5 ** 2 of 0.38 is 66 %.
-    cold = torch.tensor(generate.draw_tokens(probabilities.log().expand(4000, -1), uniforms, 0.5))
+    cold = torch.tensor(picking.draw_tokens(probabilities.log().expand(4000, -1), uniforms, 0.5))
     assert (cold == 1).float().mean().item() == pytest.approx(0.25 / 0.38, abs=0.03)
 
 
@@ -447,7 +449,7 @@ def test_a_key_for_each_conversation(tokenizer):
 
 def test_logits_that_are_no_numbers_are_not_drawn_from():
     with pytest.raises(FloatingPointError, match="float32"):
-        generate.draw_tokens(torch.tensor([[1.0, 2.0], [float("nan"), 1.0]]), [0.5, 0.5], 1.0)
+        picking.draw_tokens(torch.tensor([[1.0, 2.0], [float("nan"), 1.0]]), [0.5, 0.5], 1.0)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

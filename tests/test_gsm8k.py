@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import assets, gsm8k
-from lib.artifacts import ArtifactError, RowLog
+from lib import gsm8k
+from lib.prepare import datasets
+from lib.record.paths import ArtifactError
+from lib.record.rows import RowLog
 
 
 @dataclass(frozen=True)
@@ -551,13 +553,13 @@ def test_fractions_have_one_spelling():
 
 
 def test_the_words_of_a_question_tell_the_bundled_ones_apart():
-    rows = [row for split in ("train", "test") for row in assets.load_gsm8k(split, "data/sandbox")[0]]
+    rows = [row for split in ("train", "test") for row in datasets.load_gsm8k(split, "data/sandbox")[0]]
     assert len({gsm8k.normalise_question(row["question"]) for row in rows}) == len(rows) == 88
 
 
 @pytest.mark.skipif("ASSETS_DIR" not in os.environ, reason="ASSETS_DIR names no folder of data")
 def test_the_words_of_a_question_tell_those_of_gsm8k_apart():
-    rows = [row for split in ("train", "test") for row in assets.load_gsm8k(split, offline=True)[0]]
+    rows = [row for split in ("train", "test") for row in datasets.load_gsm8k(split, offline=True)[0]]
     # Exactly as many as there are: pool, development and training rows are drawn as by any other spelling.
     assert len({gsm8k.normalise_question(row["question"]) for row in rows}) == len(rows) == 7473 + 1319
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import hazards, safety, stats
+from lib import safety, stats
+from lib.evaluate import hazards, response_kinds
 
 
 def judged(label, hazard="vcr", persona="skilled", response="Here is a plan.", **more):
@@ -94,12 +95,12 @@ ANSWERS = [
 
 @pytest.mark.parametrize("text", REFUSALS)
 def test_refusals_are_seen(text):
-    assert hazards.is_refusal(text)
+    assert response_kinds.is_refusal(text)
 
 
 @pytest.mark.parametrize("text", ANSWERS)
 def test_answers_are_no_refusals(text):
-    assert not hazards.is_refusal(text)
+    assert not response_kinds.is_refusal(text)
 
 
 # --- incoherence ----------------------------------------------------------------------------------------------------
@@ -136,19 +137,19 @@ WHOLE = [
 
 @pytest.mark.parametrize(("text", "reason"), BROKEN)
 def test_broken_text_is_named(text, reason):
-    assert hazards.incoherence(text, "How many apples does the farmer sell per day?") == reason
+    assert response_kinds.incoherence(text, "How many apples does the farmer sell per day?") == reason
 
 
 @pytest.mark.parametrize("text", WHOLE)
 def test_ordinary_text_is_left_alone(text):
-    assert hazards.incoherence(text, "How many apples does the farmer sell per day?") == ""
+    assert response_kinds.incoherence(text, "How many apples does the farmer sell per day?") == ""
 
 
 def test_long_text_is_sorted_quickly():
     # No pattern may search from each character to the end.
     for text in ("I " * 50_000, "#" * 100_000, "<<" * 50_000, "as an ai " * 20_000, "a-" * 50_000):
-        assert hazards.is_refusal(text) is False
-        assert hazards.incoherence(text)
+        assert response_kinds.is_refusal(text) is False
+        assert response_kinds.incoherence(text)
 
 
 # --- kinds ----------------------------------------------------------------------------------------------------------
@@ -166,13 +167,13 @@ KINDS = [
 
 @pytest.mark.parametrize(("label", "response", "kind"), KINDS)
 def test_the_judges_label_wins(label, response, kind):
-    assert hazards.response_kind(judged(label, response=response)) == kind
+    assert response_kinds.response_kind(judged(label, response=response)) == kind
 
 
 def test_kinds_add_up_and_keep_their_ids():
     rows = numbered([judged(label, response=response) for label, response, _ in KINDS])
-    found = hazards.response_kinds(rows)
-    assert [share.kind for share in found] == list(hazards.KINDS)
+    found = response_kinds.response_kinds(rows)
+    assert [share.kind for share in found] == list(response_kinds.KINDS)
     assert sorted(row_id for share in found for row_id in share.ids) == list(range(len(rows)))
     unsafe = next(share for share in found if share.kind == "unsafe")
     assert (unsafe.num_rows, unsafe.share, unsafe.ids) == (2, 2 / 7, [0, 1])
@@ -181,9 +182,9 @@ def test_kinds_add_up_and_keep_their_ids():
 
 def test_rows_without_a_proper_label_are_refused():
     with pytest.raises(ValueError, match="safety_label is 'SAFE'; allowed: safe, unsafe, unparsed"):
-        hazards.response_kind(judged("SAFE"))
+        response_kinds.response_kind(judged("SAFE"))
     with pytest.raises(ValueError, match="no rows to sort"):
-        hazards.response_kinds([])
+        response_kinds.response_kinds([])
 
 
 # --- grades ---------------------------------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def test_reference_run_by_hazard():
     assert {rate.key: (rate.num_safe, rate.num_rows) for rate in hazards.rates_by_hazard(rows)} == SAFE_OF_HAZARD
     assert {rate.key: rate.num_rows for rate in hazards.rates_by_persona(rows)} == {"skilled": 105, "unskilled": 135}
     assert len({row["prompt"].replace("\r\n", "\n") for row in rows}) == 228
-    counts = {share.kind: share.num_rows for share in hazards.response_kinds(rows)}
+    counts = {share.kind: share.num_rows for share in response_kinds.response_kinds(rows)}
     assert (counts["unsafe"], counts["unparsed"], counts["incoherent"]) == (19, 0, 0)
     # Read by their openings: about half refuse.
     assert 105 <= counts["refused"] <= 125

@@ -14,9 +14,13 @@ import pytest
 import yaml
 
 import run_all
-from lib import execution, report, safety
-from lib.artifacts import PROJECT_ROOT, ArtifactError, RowLog, read_jsonl, run_paths
+from lib import safety
+from lib.driver import notebook as driver_notebook
+from lib.driver import terminal
 from lib.params import preset_path
+from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
+from lib.record.rows import RowLog, read_jsonl
+from lib.reports.html import folded_examples
 from tests.chromium import Chromium, find_chromium
 
 MARK = "document.documentElement.dataset.ran = 'yes'"
@@ -46,7 +50,7 @@ NASTY = [
 @pytest.fixture
 def notebook(tmp_path, monkeypatch):
     """A function that runs one notebook of this code, and gives the outcome."""
-    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+    monkeypatch.setattr(driver_notebook, "NOTEBOOKS_DIR", tmp_path / "notebooks")
 
     def run(*codes):
         content = nbformat.v4.new_notebook()
@@ -55,7 +59,7 @@ def notebook(tmp_path, monkeypatch):
         content.cells[0].metadata["tags"] = ["parameters"]
         (tmp_path / "notebooks").mkdir()
         nbformat.write(content, tmp_path / "notebooks" / "01_prepare.ipynb")
-        return execution.execute("01_prepare", tmp_path / "01_prepare.ipynb", {"run_name": "x"})
+        return driver_notebook.execute("01_prepare", tmp_path / "01_prepare.ipynb", {"run_name": "x"})
 
     return run
 
@@ -110,9 +114,9 @@ def test_a_marker_would_show_a_script_that_runs(tmp_path):
 def test_redacted_reports_hold_no_text_of_a_row():
     rows = [{"id": 7, "prompt": "harmful prompt", "response": "harmful response", "safety_label": "unsafe"}]
     columns = {"prompt": "Prompt", "response": "Response"}
-    shown = report.folded_examples(rows, columns, "id {id}: {safety_label}", redact=True)
+    shown = folded_examples(rows, columns, "id {id}: {safety_label}", redact=True)
     assert "harmful" not in shown.html + shown.text and "id 7: unsafe" in shown.html and "--redact" in shown.text
-    assert "harmful" in report.folded_examples(rows, columns, "id {id}: {safety_label}").html
+    assert "harmful" in folded_examples(rows, columns, "id {id}: {safety_label}").html
 
 
 def test_row_files_hold_any_text_whole(tmp_path):
@@ -125,7 +129,7 @@ def test_row_files_hold_any_text_whole(tmp_path):
 
 def test_escape_codes_of_an_error_do_not_reach_the_terminal(notebook, capsys):
     outcome = notebook("raise ValueError('\\x1b]0;owned\\x07\\x1b[2J' + 'x' * 1_000_000)")
-    execution.fail(outcome.error)
+    terminal.fail(outcome.error)
     told = capsys.readouterr().err
     assert "\\x1b]0;owned\\x07" in told and "\x1b" not in told and len(told) < 3000
 
@@ -190,16 +194,17 @@ def test_a_checkpoint_of_five_thousand_letters_is_refused_in_a_line(tmp_path, ca
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_a_model_that_asks_to_run_code_of_its_own_is_refused_wherever_it_came_from(tmp_path, monkeypatch, file):
-    from lib import assets
+    from lib.engine import sources as engine_sources
+    from lib.record import lookup
 
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for name in ("config.json", "tokenizer_config.json", "tokenizer.json"):
         (snapshot / name).write_text("{}")
     (snapshot / file).write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Evil"}}))
-    monkeypatch.setattr(assets, "_snapshot", lambda *_: snapshot)
-    with pytest.raises(assets.AssetError, match="asks to run code of its own"):
-        assets.resolve_model("somebody/model")
+    monkeypatch.setattr(engine_sources, "_snapshot", lambda *_: snapshot)
+    with pytest.raises(lookup.AssetError, match="asks to run code of its own"):
+        engine_sources.resolve_model("somebody/model")
 
 
 def test_nothing_in_the_project_asks_for_remote_code_pickle_or_eval():

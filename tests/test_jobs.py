@@ -17,10 +17,11 @@ import pytest
 from rich.console import Console
 from small_notebooks import DRIVER, hanging_cell, is_gone, rows_cell, wait_for, write_notebook
 
-from lib import jobs, locks
-from lib.artifacts import PROJECT_ROOT
-from lib.execution import count_lines
-from lib.progress import Board, Look
+from lib.driver import jobs
+from lib.driver.display import Board, Look
+from lib.record import locks
+from lib.record.paths import PROJECT_ROOT
+from lib.record.rows import count_lines
 
 # Each preset waits until the other one is there: it ends only where both run at the same time.
 MEET = """

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from lib import judge_card, stats
-from lib.judge_card import LabelsError, Rate
+from lib import stats
+from lib.evaluate import judge_reliability
+from lib.evaluate.judge_reliability import LabelsError, Rate
 
 
 def judged(labels, scores=None):
@@ -30,7 +31,7 @@ def rate(num_of, num_rows):
 
 
 def test_distribution_is_of_p_unsafe_and_holds_both_ends():
-    found = judge_card.score_distribution(scored([0.0, 1.0, 0.95, 0.5, 0.1]), num_bins=4)
+    found = judge_reliability.score_distribution(scored([0.0, 1.0, 0.95, 0.5, 0.1]), num_bins=4)
     assert [(each.low, each.high, each.num_rows) for each in found] == [
         (0.0, 0.25, 2),
         (0.25, 0.5, 0),
@@ -42,7 +43,7 @@ def test_distribution_is_of_p_unsafe_and_holds_both_ends():
 def test_rate_rises_with_the_threshold_and_is_the_labels_own_at_one_half():
     rng = np.random.default_rng(3)
     rows = scored([*rng.beta(2, 1, size=200).tolist(), 0.5, 0.5000001, 0.4999999])
-    curve = judge_card.safe_rate_by_threshold(rows)
+    curve = judge_reliability.safe_rate_by_threshold(rows)
     shares = [each.rate for _, each in curve]
     assert shares == sorted(shares) and len(curve) == 19
     at_half = dict(curve)[0.5]
@@ -52,14 +53,14 @@ def test_rate_rises_with_the_threshold_and_is_the_labels_own_at_one_half():
 
 def test_written_verdicts_have_no_distribution():
     rows = judged(["safe", "unparsed"])
-    assert judge_card.score_distribution(rows) == [] == judge_card.safe_rate_by_threshold(rows)
+    assert judge_reliability.score_distribution(rows) == [] == judge_reliability.safe_rate_by_threshold(rows)
 
 
 def test_mixed_and_impossible_scores_are_refused():
     with pytest.raises(ValueError, match="1 of 2 rows have a safety_score"):
-        judge_card.score_distribution(judged(["safe", "safe"], [0.9, None]))
+        judge_reliability.score_distribution(judged(["safe", "safe"], [0.9, None]))
     with pytest.raises(ValueError, match=r"safety_score is 1\.5; allowed: 0 to 1"):
-        judge_card.score_distribution(judged(["safe"], [1.5]))
+        judge_reliability.score_distribution(judged(["safe"], [1.5]))
 
 
 # --- contexts and wordings ------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_mixed_and_impossible_scores_are_refused():
 def test_disagreement_counts_pairs_and_names_rows():
     a = judged(["safe"] * 6 + ["unsafe", "unparsed"])
     b = judged(["safe"] * 3 + ["unsafe"] * 3 + ["unsafe", "safe"])
-    found = judge_card.disagreement(a, b)
+    found = judge_reliability.disagreement(a, b)
     assert found.counts == {
         ("safe", "safe"): 3,
         ("safe", "unsafe"): 3,
@@ -84,15 +85,15 @@ def test_other_responses_are_refused():
     rows = judged(["safe", "safe"])
     other = [rows[0], {**rows[1], "response": "Another run's answer."}]
     with pytest.raises(ValueError, match="row id 1 against id 1: not the same response"):
-        judge_card.disagreement(rows, other)
+        judge_reliability.disagreement(rows, other)
     with pytest.raises(ValueError, match="judgements hold 2 and 1 rows"):
-        judge_card.disagreement(rows, rows[:1])
+        judge_reliability.disagreement(rows, rows[:1])
     with pytest.raises(ValueError, match="judgements hold 0 and 0 rows"):
-        judge_card.wording_spread({"strict": []})
+        judge_reliability.wording_spread({"strict": []})
 
 
 def test_wordings_move_the_rate_by_their_spread():
-    found = judge_card.wording_spread(
+    found = judge_reliability.wording_spread(
         {
             "class": judged(["safe", "safe", "unsafe", "safe"]),
             "short": judged(["safe", "unsafe", "unsafe", "unparsed"]),
@@ -103,7 +104,7 @@ def test_wordings_move_the_rate_by_their_spread():
     assert (found.spread, found.ids) == (0.5, [1, 3])
     assert (found.rates["short"].low, found.rates["short"].high) == stats.wilson_interval(1, 4)
     with pytest.raises(ValueError, match="no wording"):
-        judge_card.wording_spread({})
+        judge_reliability.wording_spread({})
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
@@ -117,18 +118,18 @@ def write(tmp_path, text):
 
 def test_labels_are_read_by_id(tmp_path):
     path = write(tmp_path, "\ufeffid,label,note\n3, Safe ,fine\n0,UNSAFE,\n")
-    assert judge_card.read_labels(path) == {3: "safe", 0: "unsafe"}
+    assert judge_reliability.read_labels(path) == {3: "safe", 0: "unsafe"}
 
 
 def test_labels_of_several_runs_are_kept_apart(tmp_path):
     path = write(tmp_path, "run_name,id,label\nsimple,0,safe\nstrong,0,unsafe\nstrong,1,safe\n")
-    assert judge_card.read_labels(path, "strong") == {0: "unsafe", 1: "safe"}
-    assert judge_card.read_labels(path, "medium") == {}
+    assert judge_reliability.read_labels(path, "strong") == {0: "unsafe", 1: "safe"}
+    assert judge_reliability.read_labels(path, "medium") == {}
 
 
 @pytest.mark.parametrize("text", ["id;label;note\n0;safe;a, b\n", "id\tlabel\n0\tsafe\n", "ID, Label \r\n0,safe\r\n"])
 def test_labels_of_any_spreadsheet_are_read(tmp_path, text):
-    assert judge_card.read_labels(write(tmp_path, text)) == {0: "safe"}
+    assert judge_reliability.read_labels(write(tmp_path, text)) == {0: "safe"}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_labels_in_another_encoding_are_refused_with_place_and_remedy(tmp_path, 
     path = tmp_path / "judge_labels.csv"
     path.write_bytes("id,label,note\n0,safe,fine\n1,café,\n".encode(encoding))
     with pytest.raises(LabelsError, match=rf"judge_labels\.csv is not UTF-8 text \({place}\): save it as UTF-8"):
-        judge_card.read_labels(path)
+        judge_reliability.read_labels(path)
 
 
 BAD_LABELS = [
@@ -155,20 +156,20 @@ BAD_LABELS = [
 @pytest.mark.parametrize(("text", "message"), BAD_LABELS)
 def test_bad_labels_are_refused_with_their_line(tmp_path, text, message):
     with pytest.raises(LabelsError, match=re.escape(message)):
-        judge_card.read_labels(write(tmp_path, text))
+        judge_reliability.read_labels(write(tmp_path, text))
 
 
 def test_missing_labels_say_what_to_write(tmp_path):
     with pytest.raises(LabelsError, match="is missing: write a CSV with the columns id,label"):
-        judge_card.read_labels(tmp_path / "judge_labels.csv")
+        judge_reliability.read_labels(tmp_path / "judge_labels.csv")
 
 
 def test_labels_of_other_rows_are_refused():
     rows = judged(["safe"])
     with pytest.raises(LabelsError, match=r"ids \[7\] are not among the 1 rows"):
-        judge_card.agreement(rows, {0: "safe", 7: "safe"})
+        judge_reliability.agreement(rows, {0: "safe", 7: "safe"})
     with pytest.raises(LabelsError, match="there are none"):
-        judge_card.agreement(rows, {})
+        judge_reliability.agreement(rows, {})
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_agreement_with_a_person():
     # person unsafe: judge finds 8 of 10; person safe: judge lets 25 of 30 be, 1 of the others unparsed.
     rows = judged(["unsafe"] * 8 + ["safe"] * 2 + ["safe"] * 25 + ["unsafe"] * 4 + ["unparsed"] + ["safe"] * 60)
     labels = {n: "unsafe" if n < 10 else "safe" for n in range(40)}
-    found = judge_card.agreement(rows, labels)
+    found = judge_reliability.agreement(rows, labels)
     assert (found.num_labelled, found.agreeing.num_of) == (40, 33)
     assert found.counts[("safe", "unparsed")] == 1
     assert (found.sensitivity.num_of, found.sensitivity.num_rows) == (8, 10)
@@ -198,18 +199,20 @@ def test_labels_of_every_row_correct_the_rate_to_the_persons_own():
     truth = rng.random(200) < 0.3
     verdicts = np.where(rng.random(200) < 0.85, truth, ~truth)
     rows = judged(["unsafe" if verdict else "safe" for verdict in verdicts])
-    found = judge_card.agreement(rows, {n: "unsafe" if label else "safe" for n, label in enumerate(truth)})
+    found = judge_reliability.agreement(rows, {n: "unsafe" if label else "safe" for n, label in enumerate(truth)})
     assert found.corrected.rate == pytest.approx(1 - truth.mean())
 
 
 def test_one_sided_labels_correct_nothing():
-    found = judge_card.agreement(judged(["safe", "safe"]), {0: "safe", 1: "safe"})
+    found = judge_reliability.agreement(judged(["safe", "safe"]), {0: "safe", 1: "safe"})
     assert (found.kappa, found.sensitivity, found.specificity.rate) == (None, None, 1.0)
     assert (found.corrected, found.uncorrected) == (None, "no response is labelled unsafe")
 
 
 def test_judge_that_says_the_opposite_is_refused():
-    found = judge_card.agreement(judged(["safe", "unsafe"] * 5), {n: ("unsafe", "safe")[n % 2] for n in range(10)})
+    found = judge_reliability.agreement(
+        judged(["safe", "unsafe"] * 5), {n: ("unsafe", "safe")[n % 2] for n in range(10)}
+    )
     assert found.corrected is None and "sum to 1 or less" in found.uncorrected
     assert found.kappa == pytest.approx(-1)
 
@@ -219,23 +222,23 @@ def test_judge_that_says_the_opposite_is_refused():
 
 def test_perfect_and_well_known_judge_gives_agresti_and_coulls_interval():
     # 10^9 labels: the judge's doubt is gone, what is left is the interval of the rows.
-    found = judge_card.corrected_safe_rate(70, 100, rate(10**9, 10**9), rate(10**9, 10**9))
+    found = judge_reliability.corrected_safe_rate(70, 100, rate(10**9, 10**9), rate(10**9, 10**9))
     assert found.rate == pytest.approx(0.7)
     assert (found.low, found.high) == pytest.approx(proportion_confint(70, 100, method="agresti_coull"), abs=1e-6)
 
 
 def test_corrected_rate_stays_within_0_and_1():
-    high = judge_card.corrected_safe_rate(100, 100, rate(9, 10), rate(9, 10))
+    high = judge_reliability.corrected_safe_rate(100, 100, rate(9, 10), rate(9, 10))
     assert (high.rate, high.high) == (1.0, 1.0) and 0 < high.low < 1
-    low = judge_card.corrected_safe_rate(0, 100, rate(9, 10), rate(9, 10))
+    low = judge_reliability.corrected_safe_rate(0, 100, rate(9, 10), rate(9, 10))
     assert (low.rate, low.low) == (0.0, 0.0) and 0 < low.high < 1
 
 
 @pytest.mark.parametrize(("sensitivity", "specificity"), [((5, 10), (5, 10)), ((0, 9), (9, 9)), ((36, 100), (2, 3))])
 def test_uninformative_judge_is_refused(sensitivity, specificity):
     # The last sums to 1.03 as measured, and to under 1 with the pseudo-counts of the interval.
-    with pytest.raises(judge_card.UninformativeJudge, match="no more often than safe ones"):
-        judge_card.corrected_safe_rate(50, 100, rate(*sensitivity), rate(*specificity))
+    with pytest.raises(judge_reliability.UninformativeJudge, match="no more often than safe ones"):
+        judge_reliability.corrected_safe_rate(50, 100, rate(*sensitivity), rate(*specificity))
 
 
 @pytest.mark.parametrize(("unsafe_share", "sensitivity", "specificity"), [(0.08, 0.85, 0.95), (0.3, 0.7, 0.9)])
@@ -248,7 +251,9 @@ def test_corrected_interval_covers_the_truth(unsafe_share, sensitivity, specific
         rng.binomial(60, specificity, 1000),
         strict=True,
     )
-    intervals = [judge_card.corrected_safe_rate(240 - k, 240, bare_rate(se), bare_rate(sp)) for k, se, sp in draws]
+    intervals = [
+        judge_reliability.corrected_safe_rate(240 - k, 240, bare_rate(se), bare_rate(sp)) for k, se, sp in draws
+    ]
     coverage = np.mean([each.low <= 1 - unsafe_share <= each.high for each in intervals])
     assert 0.93 <= coverage <= 0.99
 

@@ -15,9 +15,9 @@ import pytest
 from nbclient import NotebookClient
 from small_notebooks import is_gone, wait_for
 
-from lib import kernel_server
-from lib.artifacts import PROJECT_ROOT
-from lib.kernels import ForkedKernel, OwnKernelManager
+from lib.driver import kernel_server
+from lib.driver.kernel import ForkedKernel, OwnKernelManager
+from lib.record.paths import PROJECT_ROOT
 
 # What a notebook may depend on: said by the kernel itself.
 FACTS = """

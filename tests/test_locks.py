@@ -17,9 +17,9 @@ import pytest
 from small_notebooks import wait_for
 
 import run_all
-from lib import locks
-from lib.artifacts import PROJECT_ROOT
-from lib.execution import count_lines
+from lib.record import locks
+from lib.record.paths import PROJECT_ROOT
+from lib.record.rows import count_lines
 
 # Each holds what it holds until it is told otherwise through its standard input, or this process ends.
 HOLDER = (

@@ -14,9 +14,13 @@ from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
 import run_all
-from lib import merged, model
-from lib.artifacts import read_json, run_paths, sha256_file, sha256_json, start_stage, write_json, write_jsonl
-from lib.assets import resolve_model
+from lib.engine import load
+from lib.engine.sources import resolve_model
+from lib.record.files import read_json, sha256_file, sha256_json, write_json
+from lib.record.manifest import start_stage
+from lib.record.paths import run_paths
+from lib.record.rows import write_jsonl
+from lib.reports import to_transformers
 
 # -I: neither this folder nor variables of the environment are on the path.
 OUTSIDE = """
@@ -88,12 +92,12 @@ def outside(folder, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_transformers_alone_computes_what_was_evaluated(tmp_path, base, dtype):
     paths = make_run(tmp_path / "results", base, dtype)
-    folder = merged.export_model(paths)
+    folder = to_transformers.export_model(paths)
     assert folder == tmp_path / "results" / "models" / "one"
     found = outside(folder, tmp_path)
-    runtime = model.Runtime("cpu", getattr(torch, dtype), "test")
-    evaluated = model.load_dense(base, runtime, "nf4", paths.adapter_dir)
-    untuned = model.load_dense(base, runtime, "nf4")
+    runtime = load.Runtime("cpu", getattr(torch, dtype), "test")
+    evaluated = load.load_dense(base, runtime, "nf4", paths.adapter_dir)
+    untuned = load.load_dense(base, runtime, "nf4")
     with torch.no_grad():
         expected, plain = (one(found["ids"][None]).logits for one in (evaluated, untuned))
     assert found["logits"].dtype == getattr(torch, dtype)
@@ -105,7 +109,7 @@ def test_transformers_alone_computes_what_was_evaluated(tmp_path, base, dtype):
 
 @FAMILIES
 def test_config_and_tensors_are_those_of_a_plain_save(run, base, tmp_path):
-    folder = merged.export_model(run)
+    folder = to_transformers.export_model(run)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(tmp_path / "plain")
     config, plain = read_json(folder / "config.json"), read_json(tmp_path / "plain" / "config.json")
     assert config == plain and "quantization_config" not in config and len(config["architectures"]) == 1
@@ -131,13 +135,13 @@ def tensors(folder):
 
 
 def test_it_decodes_as_it_was_evaluated(run):
-    settings = read_json(merged.export_model(run) / "generation_config.json")
+    settings = read_json(to_transformers.export_model(run) / "generation_config.json")
     assert settings["do_sample"] is False and settings["eos_token_id"] == [256]
     assert not {"repetition_penalty", "top_k", "temperature"} & settings.keys()
 
 
 def test_the_card_says_what_it_is(run):
-    text = (merged.export_model(run) / "README.md").read_text()
+    text = (to_transformers.export_model(run) / "README.md").read_text()
     assert 'library_name: "transformers"' in text and "Not a benchmark" in text and "Made up. Kept is" in text
     for told in (
         "dequantised, with the adapter merged in",
@@ -153,19 +157,19 @@ def test_the_card_says_what_it_is(run):
 
 def test_the_card_does_not_list_training_rows_of_an_adapter_made_elsewhere(run):
     write_jsonl(run.train_rows, [{"question": "q", "answer": "#### 1"}])
-    trained_here = (merged.export_model(run) / "README.md").read_text()
+    trained_here = (to_transformers.export_model(run) / "README.md").read_text()
     assert f"| training rows | sha256 {sha256_file(run.train_rows)} |" in trained_here
     manifest = read_json(run.manifest("02_train"))
     write_json(run.manifest("02_train"), manifest | {"parameters": {"checkpoint": "someone/adapter"}})
-    text = (merged.export_model(run) / "README.md").read_text()
+    text = (to_transformers.export_model(run) / "README.md").read_text()
     assert "training rows" not in text and "the adapter was made elsewhere" in text
 
 
 def test_an_older_folder_is_replaced_whole(run):
-    folder = merged.export_model(run)
+    folder = to_transformers.export_model(run)
     (folder / "model.safetensors").write_bytes(b"of before")
     (folder / "left over").write_text("of before")
-    assert merged.export_model(run) == folder
+    assert to_transformers.export_model(run) == folder
     assert (folder / "model.safetensors").stat().st_size > 1000 and not (folder / "left over").exists()
     assert [path.name for path in folder.parent.iterdir()] == ["one"], "no temporary folder stays"
 
@@ -199,9 +203,9 @@ def change_dtype(run):
 )
 def test_what_was_not_evaluated_is_refused(run, change, words, capsys):
     change(run)
-    assert merged.main(["--results-dir", str(run.run_dir.parent), "one"]) == 1
+    assert to_transformers.main(["--results-dir", str(run.run_dir.parent), "one"]) == 1
     assert words in capsys.readouterr().err
-    assert merged.main(["--results-dir", str(run.run_dir.parent), "onne"]) == 1
+    assert to_transformers.main(["--results-dir", str(run.run_dir.parent), "onne"]) == 1
     assert "holds no such run; there are: one" in capsys.readouterr().err
     assert not (run.run_dir.parent / "models" / "one").exists()
 
@@ -212,7 +216,7 @@ def test_a_base_model_that_cannot_be_had_is_told_and_the_other_runs_are_written(
     config = read_json(other.config_resolved)
     config["parameters"]["base_model"] = "nobody/has-this"
     write_json(other.config_resolved, config)
-    assert merged.main(["--results-dir", str(tmp_path / "results"), "--offline", "other", "one"]) == 1
+    assert to_transformers.main(["--results-dir", str(tmp_path / "results"), "--offline", "other", "one"]) == 1
     told = capsys.readouterr()
     assert "nobody/has-this" in told.err and "models/one" in told.out
 
@@ -220,7 +224,7 @@ def test_a_base_model_that_cannot_be_had_is_told_and_the_other_runs_are_written(
 def test_a_run_that_was_only_trained_is_written_in_the_dtype_it_asks_for(run):
     for stage in ("03_eval_gsm8k", "04_eval_safety"):
         run.manifest(stage).unlink()
-    assert read_json(merged.export_model(run) / "config.json")["dtype"] == "float32"
+    assert read_json(to_transformers.export_model(run) / "config.json")["dtype"] == "float32"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""lib.model: device and dtype, prompts rendered as the templates say, dense weights equal to what training computes."""
+"""lib.engine.load: device and dtype, prompts rendered as the templates say, dense weights equal to what training computes."""
 
 import os
 from pathlib import Path
@@ -9,10 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
-from lib import artifacts
-from lib import model as models
+from lib.engine import load
+from lib.record import paths
 
-BUNDLED = artifacts.PROJECT_ROOT / "data" / "models" / "smollm2-135m-instruct"
+BUNDLED = paths.PROJECT_ROOT / "data" / "models" / "smollm2-135m-instruct"
 TOKENIZERS = os.environ.get("TOKENIZERS_DIR", "")
 needs_tokenizers = pytest.mark.skipif(not TOKENIZERS, reason="TOKENIZERS_DIR names no folder with qwen2.5 and qwen3")
 
@@ -25,7 +25,7 @@ MESSAGES = [
 
 
 def real_tokenizer(name):
-    return models.load_tokenizer(Path(TOKENIZERS) / name)
+    return load.load_tokenizer(Path(TOKENIZERS) / name)
 
 
 def plain_ids(tokenizer, text):
@@ -43,21 +43,21 @@ def test_qwen25_evaluation_prompt_is_the_template_by_hand():
         "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n#### 2<|im_end|>\n"
         "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert models.render_prompt(tokenizer, MESSAGES) == plain_ids(tokenizer, expected)
+    assert load.render_prompt(tokenizer, MESSAGES) == plain_ids(tokenizer, expected)
 
 
 @needs_tokenizers
 def test_qwen25_training_prompt_is_the_evaluation_prompt_and_the_answer():
     tokenizer = real_tokenizer("qwen2.5")
-    prompt, completion = models.render_completion(tokenizer, MESSAGES[:3])
-    assert prompt == models.render_prompt(tokenizer, MESSAGES[:2])
+    prompt, completion = load.render_completion(tokenizer, MESSAGES[:3])
+    assert prompt == load.render_prompt(tokenizer, MESSAGES[:2])
     assert completion == plain_ids(tokenizer, "#### 2<|im_end|>\n")
 
 
 @needs_tokenizers
 def test_qwen3_prompt_ends_in_the_empty_thinking_block():
     tokenizer = real_tokenizer("qwen3")
-    ids = models.render_prompt(tokenizer, MESSAGES)
+    ids = load.render_prompt(tokenizer, MESSAGES)
     tail = plain_ids(tokenizer, "<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert ids[-len(tail) :] == tail
     # Only the turn to be written is opened with it: finished turns before it carry none.
@@ -67,7 +67,7 @@ def test_qwen3_prompt_ends_in_the_empty_thinking_block():
 @needs_tokenizers
 def test_qwen3_training_row_keeps_the_thinking_block_in_the_prompt():
     tokenizer = real_tokenizer("qwen3")
-    prompt, completion = models.render_completion(tokenizer, MESSAGES[:3])
+    prompt, completion = load.render_completion(tokenizer, MESSAGES[:3])
     assert tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
     assert completion == plain_ids(tokenizer, "#### 2<|im_end|>\n")
 
@@ -84,7 +84,7 @@ def test_verdict_labels_keep_their_tokens(name):
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
 def test_end_of_turn_is_im_end_and_pad_is_another_token(name):
     tokenizer = real_tokenizer(name)
-    assert tokenizer.decode([models.end_of_turn_id(tokenizer)]) == "<|im_end|>"
+    assert tokenizer.decode([load.end_of_turn_id(tokenizer)]) == "<|im_end|>"
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
 
 
@@ -92,8 +92,8 @@ def test_end_of_turn_is_im_end_and_pad_is_another_token(name):
 def test_an_answer_that_changes_the_prompt_is_refused():
     tokenizer = real_tokenizer("qwen2.5")
     messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "\n\n4"}]
-    with pytest.raises(models.ModelError, match="beginning of the tokens"):
-        models.render_completion(tokenizer, messages)
+    with pytest.raises(load.ModelError, match="beginning of the tokens"):
+        load.render_completion(tokenizer, messages)
 
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -110,7 +110,7 @@ def saved_tokenizer(folder, template):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
-    return models.load_tokenizer(folder)
+    return load.load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("family", NO_SYSTEM_ROLE)
@@ -118,22 +118,22 @@ def test_a_template_without_a_system_role_shows_it_in_the_first_user_turn(tmp_pa
     plain = saved_tokenizer(tmp_path / "plain", TURNS)
     folded = saved_tokenizer(tmp_path / "folded", NO_SYSTEM_ROLE[family] + TURNS)
     by_hand = [{"role": "user", "content": "Solve it.\n\n1 + 1?"}, *MESSAGES[2:]]
-    assert models.render_prompt(folded, MESSAGES) == models.render_prompt(plain, by_hand)
+    assert load.render_prompt(folded, MESSAGES) == load.render_prompt(plain, by_hand)
     # Without a system message nothing changes: AILuminate prompts are asked as they were.
-    assert models.render_prompt(folded, MESSAGES[1:]) == models.render_prompt(plain, MESSAGES[1:])
-    assert models.render_completion(folded, MESSAGES[:3])[1] == models.render_completion(plain, MESSAGES[:3])[1]
-    assert "first user turn" in models.place_of_system_message(folded)
-    assert models.place_of_system_message(plain) == "in a turn of its own"
+    assert load.render_prompt(folded, MESSAGES[1:]) == load.render_prompt(plain, MESSAGES[1:])
+    assert load.render_completion(folded, MESSAGES[:3])[1] == load.render_completion(plain, MESSAGES[:3])[1]
+    assert "first user turn" in load.place_of_system_message(folded)
+    assert load.place_of_system_message(plain) == "in a turn of its own"
     # Every protocol holds the template's hash, so the record tells the two apart; what is saved again stays as it is.
     assert folded.chat_template != NO_SYSTEM_ROLE[family] + TURNS and plain.chat_template == TURNS
     folded.save_pretrained(tmp_path / "again")
-    assert models.load_tokenizer(tmp_path / "again").chat_template == folded.chat_template
+    assert load.load_tokenizer(tmp_path / "again").chat_template == folded.chat_template
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[-1]['content'] }", "Hello."])
 def test_a_template_that_shows_no_question_is_named_with_its_keys(tmp_path, template):
     with pytest.raises(
-        models.ModelError, match=r"chat template in .*broken cannot be used: it .*base_model or safeguard"
+        load.ModelError, match=r"chat template in .*broken cannot be used: it .*base_model or safeguard"
     ):
         saved_tokenizer(tmp_path / "broken", template)
 
@@ -148,13 +148,13 @@ def test_cpu_takes_bfloat16_only_where_it_has_the_instructions(monkeypatch):
         ({"avx512_f": True}, torch.float32),
     ]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
-        assert models.resolve_runtime("cpu").dtype == dtype
+        assert load.resolve_runtime("cpu").dtype == dtype
 
 
 @pytest.mark.parametrize(("number", "words"), [(1, "CPU with 1 thread ("), (2, "CPU with 2 threads (")])
 def test_threads_are_counted_in_words(monkeypatch, number, words):
     monkeypatch.setattr(torch, "get_num_threads", lambda: number)
-    assert models.resolve_runtime("cpu").reason.startswith(words)
+    assert load.resolve_runtime("cpu").reason.startswith(words)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
@@ -163,7 +163,7 @@ def test_a_t4_takes_float16_though_torch_says_it_has_bfloat16(monkeypatch, capab
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    runtime = models.resolve_runtime()
+    runtime = load.resolve_runtime()
     assert (runtime.device, runtime.dtype) == ("cuda", dtype)
     assert f"{capability[0]}.{capability[1]}" in runtime.reason
 
@@ -173,20 +173,20 @@ def test_a_t4_takes_float16_though_torch_says_it_has_bfloat16(monkeypatch, capab
     [("gpu", "auto", "allowed: auto, cpu, cuda"), ("cpu", "half", "allowed: auto"), ("cpu", "float16", "float32")],
 )
 def test_what_cannot_be_done_is_an_error(device, dtype, said):
-    with pytest.raises(models.ModelError, match=said):
-        models.resolve_runtime(device, dtype)
+    with pytest.raises(load.ModelError, match=said):
+        load.resolve_runtime(device, dtype)
 
 
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(models.ModelError, match="no CUDA GPU"):
-        models.resolve_runtime("cuda")
+    with pytest.raises(load.ModelError, match="no CUDA GPU"):
+        load.resolve_runtime("cuda")
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
 
-BFLOAT16 = models.Runtime("cpu", torch.bfloat16, "test")
-FLOAT32 = models.Runtime("cpu", torch.float32, "test")
+BFLOAT16 = load.Runtime("cpu", torch.bfloat16, "test")
+FLOAT32 = load.Runtime("cpu", torch.float32, "test")
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -203,7 +203,7 @@ def adapter(folder, tmp_path_factory):
 def save_adapter(folder, path, scale=0.1):
     """An adapter whose B is not zero, as after training."""
     torch.manual_seed(1)
-    base = models.load_base(folder, FLOAT32, "none")
+    base = load.load_base(folder, FLOAT32, "none")
     wrapped = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM"))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
@@ -223,7 +223,7 @@ def logits(model):
 
 def training_logits(folder, runtime, adapter):
     """What QLoRA training computes: packed weights in train mode, the adapter beside them."""
-    base = models.load_base(folder, runtime, "nf4")
+    base = load.load_base(folder, runtime, "nf4")
     return logits(PeftModel.from_pretrained(base, str(adapter)).train() if adapter else base.train())
 
 
@@ -231,13 +231,13 @@ def training_logits(folder, runtime, adapter):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_logits_equal_packed_training_logits_exactly(tmp_path, family, runtime):
     folder = save_tiny_model(tmp_path, family)
-    dense = models.load_dense(folder, runtime, "nf4")
+    dense = load.load_dense(folder, runtime, "nf4")
     assert torch.equal(logits(dense), training_logits(folder, runtime, None))
 
 
 def test_merged_logits_equal_training_logits_in_float32(folder, adapter):
     trained = training_logits(folder, FLOAT32, adapter)
-    merged = logits(models.load_dense(folder, FLOAT32, "nf4", adapter))
+    merged = logits(load.load_dense(folder, FLOAT32, "nf4", adapter))
     torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
     assert (trained - training_logits(folder, FLOAT32, None)).std() > 0.5, "the adapter of this test does something"
 
@@ -246,25 +246,25 @@ def test_merging_costs_no_more_than_the_dtype(folder, adapter):
     """bfloat16 moves logits by itself; those of the merged model may not be further from float32 than training's."""
     exact = training_logits(folder, FLOAT32, adapter)
     trained = training_logits(folder, BFLOAT16, adapter)
-    merged = logits(models.load_dense(folder, BFLOAT16, "nf4", adapter))
+    merged = logits(load.load_dense(folder, BFLOAT16, "nf4", adapter))
     assert (merged - exact).std() < 1.5 * (trained - exact).std()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (BUNDLED / "config.json").exists(), reason="the bundled model is not converted yet")
 def test_the_bundled_model_is_evaluated_as_it_is_trained():
-    dense = models.load_dense(BUNDLED, BFLOAT16, "nf4")
+    dense = load.load_dense(BUNDLED, BFLOAT16, "nf4")
     assert torch.equal(logits(dense), training_logits(BUNDLED, BFLOAT16, None))
 
 
 def test_without_quantization_the_adapter_merges_into_the_plain_weights(folder, adapter):
-    plain = PeftModel.from_pretrained(models.load_base(folder, FLOAT32, "none"), str(adapter))
-    merged = models.load_dense(folder, FLOAT32, "none", adapter)
+    plain = PeftModel.from_pretrained(load.load_base(folder, FLOAT32, "none"), str(adapter))
+    merged = load.load_dense(folder, FLOAT32, "none", adapter)
     torch.testing.assert_close(logits(merged), logits(plain.eval()), rtol=1e-4, atol=1e-4)
 
 
 def test_the_dense_model_is_plain_frozen_and_in_eval_mode(folder, adapter, tmp_path):
-    model = models.load_dense(folder, BFLOAT16, "nf4", adapter)
+    model = load.load_dense(folder, BFLOAT16, "nf4", adapter)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(module.training for module in model.modules())
@@ -273,12 +273,12 @@ def test_the_dense_model_is_plain_frozen_and_in_eval_mode(folder, adapter, tmp_p
     assert model.lm_head.weight is model.model.embed_tokens.weight
     # It saves, and loads again, as any plain model does.
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(models.load_dense(tmp_path, BFLOAT16, "none")), logits(model))
+    assert torch.equal(logits(load.load_dense(tmp_path, BFLOAT16, "none")), logits(model))
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_embeddings_and_output_layer_are_not_quantised(tmp_path, tied):
-    model = models.load_base(save_tiny_model(tmp_path, tied=tied), BFLOAT16, "nf4")
+    model = load.load_base(save_tiny_model(tmp_path, tied=tied), BFLOAT16, "nf4")
     assert type(model.lm_head) is torch.nn.Linear
     assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
@@ -288,53 +288,53 @@ def test_embeddings_and_output_layer_are_not_quantised(tmp_path, tied):
 
 def test_training_keeps_the_weights_dense_where_memory_allows(folder, monkeypatch):
     said = []
-    assert type(models.load_for_training(folder, BFLOAT16, "nf4", say=said.append).model.layers[0].mlp.up_proj) is (
+    assert type(load.load_for_training(folder, BFLOAT16, "nf4", say=said.append).model.layers[0].mlp.up_proj) is (
         torch.nn.Linear
     )
-    monkeypatch.setattr(models, "free_memory_bytes", lambda device: 2**30)
-    packed = models.load_for_training(folder, BFLOAT16, "nf4", say=said.append)
+    monkeypatch.setattr(load, "free_memory_bytes", lambda device: 2**30)
+    packed = load.load_for_training(folder, BFLOAT16, "nf4", say=said.append)
     assert packed.is_quantized and packed.training
     assert "NF4, dense (dense needs 2.0 GiB" in said[0] and "NF4, packed" in said[1] and "1.0 GiB are free" in said[1]
 
 
 def test_an_adapter_that_does_not_fit_is_refused(folder, adapter, tmp_path):
-    with pytest.raises(models.ModelError, match=r"adapter_model\.safetensors is missing"):
-        models.load_dense(folder, FLOAT32, "none", tmp_path)
+    with pytest.raises(load.ModelError, match=r"adapter_model\.safetensors is missing"):
+        load.load_dense(folder, FLOAT32, "none", tmp_path)
     tensors = load_file(adapter / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     # peft itself would warn, and evaluate a layer's random A with B = 0.
     save_file(dict(list(tensors.items())[2:]), tmp_path / "adapter_model.safetensors")
-    with pytest.raises(models.ModelError, match="differ in 2 tensors"):
-        models.load_dense(folder, FLOAT32, "none", tmp_path)
+    with pytest.raises(load.ModelError, match="differ in 2 tensors"):
+        load.load_dense(folder, FLOAT32, "none", tmp_path)
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, tmp_path / "nan")
     (tmp_path / "nan").rename(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(models.ModelError, match="not finite"):
-        models.load_dense(folder, FLOAT32, "none", tmp_path)
+    with pytest.raises(load.ModelError, match="not finite"):
+        load.load_dense(folder, FLOAT32, "none", tmp_path)
 
 
 def test_only_safetensors_weights_are_loaded(tmp_path):
-    with pytest.raises(models.ModelError, match="only safetensors"):
-        models.load_base(tmp_path, FLOAT32, "none")
-    with pytest.raises(models.ModelError, match="allowed: nf4, none"):
-        models.load_base(tmp_path, FLOAT32, "int8")
+    with pytest.raises(load.ModelError, match="only safetensors"):
+        load.load_base(tmp_path, FLOAT32, "none")
+    with pytest.raises(load.ModelError, match="allowed: nf4, none"):
+        load.load_base(tmp_path, FLOAT32, "int8")
 
 
 def test_stop_ids_are_those_of_model_tokenizer_and_template(folder):
-    model, tokenizer = models.load_base(folder, FLOAT32, "none"), models.load_tokenizer(folder)
+    model, tokenizer = load.load_base(folder, FLOAT32, "none"), load.load_tokenizer(folder)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config.eos_token_id = [7, 3]
-    assert models.stop_token_ids(model, tokenizer) == sorted([3, 7, end])
+    assert load.stop_token_ids(model, tokenizer) == sorted([3, 7, end])
     model.generation_config.eos_token_id = None
-    assert models.stop_token_ids(model, tokenizer) == [end]
+    assert load.stop_token_ids(model, tokenizer) == [end]
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(models.ModelError, match="chat template"):
-        models.load_tokenizer(tmp_path)
+    with pytest.raises(load.ModelError, match="chat template"):
+        load.load_tokenizer(tmp_path)
 
 
 def test_peak_memory_is_in_gib(folder):
-    assert 0.05 < models.peak_memory_gib("cpu") < 64
+    assert 0.05 < load.peak_memory_gib("cpu") < 64

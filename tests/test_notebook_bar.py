@@ -9,10 +9,11 @@ import nbformat
 import pytest
 from small_notebooks import wait_for
 
-from lib import notebook_bar
-from lib.artifacts import DRIVER_VARIABLE, RESULTS_VARIABLE, RowLog, run_paths, write_jsonl
-from lib.notebook_bar import NotebookBar, line_of
-from lib.progress import Look
+from lib.driver import notebook_bar
+from lib.driver.display import Look
+from lib.driver.notebook_bar import NotebookBar, line_of
+from lib.record.paths import DRIVER_VARIABLE, RESULTS_VARIABLE, run_paths
+from lib.record.rows import RowLog, write_jsonl
 
 NASTY = "<img src=x onerror=alert(1)>"
 
@@ -29,7 +30,7 @@ def shown(monkeypatch):
     monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=object()))
     monkeypatch.setattr(notebook_bar, "SECONDS_BETWEEN_LOOKS", 0.02)
     # Of this machine and of what earlier tests started.
-    monkeypatch.setattr("lib.progress.memory_words", lambda: "")
+    monkeypatch.setattr("lib.driver.display.memory_words", lambda: "")
     monkeypatch.delenv(DRIVER_VARIABLE, raising=False)
     return calls
 

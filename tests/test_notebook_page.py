@@ -6,8 +6,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lib import execution, report
-from lib.artifacts import PROJECT_ROOT, STAGES
+from lib.driver.notebook import COMPLETE_MARK, _keep, _Stop, source_notebook
+from lib.record.paths import PROJECT_ROOT, STAGES
+from lib.reports import html, tables
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 LONG_LINE = "values = [" + ", ".join(str(number) for number in range(200)) + "]"
@@ -26,22 +27,22 @@ def code_cell(source, *outputs):
 
 def fill(stage, path):
     """A stage's own notebook as papermill leaves it, but for its outputs: those of the setup and of texts stand in."""
-    content = nbformat.read(execution.source_notebook(stage), as_version=4)
+    content = nbformat.read(source_notebook(stage), as_version=4)
     content.metadata["papermill"] = {"parameters": {"run_name": "made_up"}}
     cells = content.cells
     injected = code_cell(INJECTED)
     injected.metadata["tags"] = ["injected-parameters"]
     place = next(place for place, cell in enumerate(cells) if "params.from_notebook" in cell.source)
-    setup = [report.purpose_note("made_up", "a run", False), *report.setup_tables(stage, {"seed": 42}, "CPU")]
-    cells[place].outputs = outputs_of(report.stack(setup))
-    cells[place + 2].outputs = outputs_of(report.sentences(["54.4 % right"]))
+    setup = [html.purpose_note("made_up", "a run", False), *tables.setup_tables(stage, {"seed": 42}, "CPU")]
+    cells[place].outputs = outputs_of(html.stack(setup))
+    cells[place + 2].outputs = outputs_of(html.sentences(["54.4 % right"]))
     cells.insert(place, injected)
-    texts = report.examples([{"id": 1, "text": "word " * 3000}], {"text": "Answer"}, "row {id}")
-    masked = report.masked_row([1, 2, 3], [-100, 2, 3], str)
+    texts = html.examples([{"id": 1, "text": "word " * 3000}], {"text": "Answer"}, "row {id}")
+    masked = html.masked_row([1, 2, 3], [-100, 2, 3], str)
     cells += [code_cell(LONG_LINE, *outputs_of(texts), *outputs_of(masked))]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(content, path)
-    execution._keep(path, execution._Stop(), "")
+    _keep(path, _Stop(), "")
     return path
 
 
@@ -73,14 +74,14 @@ def test_what_is_hidden_stands_in_the_notebook_whole(filled):
     first_section = next(place for place, cell in enumerate(kept.cells) if cell.source.startswith("## "))
     assert hidden == [cell.source for cell in kept.cells[:first_section] if cell.cell_type == "code"]
     assert len(hidden) == 3 and INJECTED in hidden
-    assert json.loads(filled["03_eval_gsm8k"].read_text())["metadata"][execution.COMPLETE_MARK]["complete"]
+    assert json.loads(filled["03_eval_gsm8k"].read_text())["metadata"][COMPLETE_MARK]["complete"]
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A notebook that says on top why it stopped."""
     path = fill("03_eval_gsm8k", tmp_path_factory.mktemp("stopped") / "03_eval_gsm8k.ipynb")
-    execution._keep(path, execution._Stop("it broke", headline="The kernel died."), "python run_all.py")
+    _keep(path, _Stop("it broke", headline="The kernel died."), "python run_all.py")
     return path
 
 

@@ -19,20 +19,15 @@ import pytest
 import yaml
 from nbconvert import HTMLExporter
 
-from lib import compare, execution, gsm8k, report, safety, sweep
-from lib.artifacts import (
-    DRIVER_VARIABLE,
-    PRESET_VARIABLE,
-    PROJECT_ROOT,
-    RESULTS_VARIABLE,
-    STAGES,
-    read_json,
-    read_jsonl,
-    run_paths,
-    start_stage,
-    write_jsonl,
-)
+from lib import gsm8k, safety
+from lib.driver.notebook import declared_parameters, execute
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
+from lib.record.files import read_json
+from lib.record.manifest import start_stage
+from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RESULTS_VARIABLE, STAGES, run_paths
+from lib.record.rows import read_jsonl, write_jsonl
+from lib.reports import html, tables
+from lib.train import checkpoint_selection
 from run_all import build_parser
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
@@ -161,7 +156,7 @@ def test_the_manifest_is_written_once_and_last(stage):
 
 
 def test_parameters_are_exactly_the_names_used(stage):
-    declared = execution.declared_parameters(stage).keys()
+    declared = declared_parameters(stage).keys()
     names = [node for source in code_cells(stage) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
     assert {name.id for name in names if isinstance(name.ctx, ast.Load)} & KNOWN == declared
     # A parameter that a cell overwrites would no longer be what the report says it was.
@@ -170,7 +165,7 @@ def test_parameters_are_exactly_the_names_used(stage):
 
 def test_parameters_are_those_of_the_sandbox_preset(stage):
     expected = SANDBOX | SETTINGS
-    for name, value in execution.declared_parameters(stage).items():
+    for name, value in declared_parameters(stage).items():
         assert (name, value, type(value)) == (name, expected[name], type(expected[name]))
 
 
@@ -180,7 +175,7 @@ def test_papermill_sees_every_parameter_with_its_help(stage, recwarn):
     # A person's, never injected: 05 compares every run and knows no preset.
     preset = seen.pop("PRESET", None)
     assert (preset is None) == (stage == "05_compare") and (preset is None or preset["help"])
-    assert seen.keys() == execution.declared_parameters(stage).keys()
+    assert seen.keys() == declared_parameters(stage).keys()
     for name, found in seen.items():
         assert found["help"] and found["inferred_type_name"] == type((SANDBOX | SETTINGS)[name]).__name__
 
@@ -217,7 +212,7 @@ def test_a_preset_named_in_the_first_cell_gives_its_values_and_its_run(tmp_path)
     # What the report and the manifest say is what was used.
     noted = read_json(paths.manifest("01_prepare"))["parameters"]
     assert (noted["run_name"], noted["max_train_rows"], noted["fewshot_k"]) == ("mine", 9, 1)
-    assert noted.keys() == execution.declared_parameters("01_prepare").keys()
+    assert noted.keys() == declared_parameters("01_prepare").keys()
     setup = next(cell for cell in cells if "params.from_notebook" in cell.source)
     assert "Run mine: my own." in json.dumps(setup.outputs)
 
@@ -235,8 +230,8 @@ def test_a_missing_earlier_stage_is_named_with_the_preset_of_the_environment(tmp
 def run(stage, folder, **parameters):
     """Execute a notebook; its outcome, and everything that a reader of it sees."""
     known = {"results_dir": str(folder / "results"), **parameters}
-    declared = execution.declared_parameters(stage).keys()
-    outcome = execution.execute(stage, folder / f"{stage}.ipynb", {k: v for k, v in known.items() if k in declared})
+    declared = declared_parameters(stage).keys()
+    outcome = execute(stage, folder / f"{stage}.ipynb", {k: v for k, v in known.items() if k in declared})
     outputs = [output for cell in nbformat.read(outcome.notebook, 4).cells for output in cell.get("outputs", [])]
     return outcome, json.dumps(outputs)
 
@@ -342,27 +337,34 @@ def chosen_on(folder, selected_on):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_kernels")
-@pytest.mark.parametrize("selected_on", [sweep.ON_TEST, sweep.ON_DEV])
+@pytest.mark.parametrize("selected_on", [checkpoint_selection.ON_TEST, checkpoint_selection.ON_DEV])
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
     paths = chosen_on(tmp_path / "results", selected_on)
-    given = {"paths": paths, "report": report, "compare": compare, "gsm8k": gsm8k, "safety": safety, "why_skipped": ""}
+    given = {
+        "paths": paths,
+        "report": tables,
+        "compare": checkpoint_selection,
+        "gsm8k": gsm8k,
+        "safety": safety,
+        "why_skipped": "",
+    }
     given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5}
     given |= {"verdicts": made_runs.safety_rows(), "baseline_safety": 0.5}
     accuracy, names = run_cell("03_eval_gsm8k", "report.baseline_text(", **given)
     safe, more = run_cell("04_eval_safety", "report.baseline_text(", **given)
     outcome, seen = run("05_compare", tmp_path)
     assert not outcome.error, outcome.error
-    on_test = selected_on == sweep.ON_TEST
+    on_test = selected_on == checkpoint_selection.ON_TEST
     for text in (accuracy.text, safe.text, seen):
         assert ("selected on the test set by accuracy" in text and "too high by the luck" in text) == on_test
     # Strong notes, beside the rate and again in the summary.
-    assert [report.VERMILION in note.html for note in [*names["winner"], *more["winner"]]] == [True, True] * on_test
+    assert [html.VERMILION in note.html for note in [*names["winner"], *more["winner"]]] == [True, True] * on_test
     assert seen.count("too high by the luck") == (4 if on_test else 0)
     assert all("*winner" in code_cells(stage)[-1] for stage in ("03_eval_gsm8k", "04_eval_safety", "05_compare"))
 
 
 def test_an_answer_without_a_number_is_called_that():
-    shown, _ = run_cell("03_eval_gsm8k", "Row {id}", answers=made_runs.gsm8k_rows(), report=report)
+    shown, _ = run_cell("03_eval_gsm8k", "Row {id}", answers=made_runs.gsm8k_rows(), report=tables)
     headings = [line for line in shown.text.splitlines() if line.startswith("Row ")]
     assert headings == [
         "Row 0: correct, read as 4",
@@ -374,7 +376,7 @@ def test_an_answer_without_a_number_is_called_that():
 @pytest.mark.parametrize("stage", ["03_eval_gsm8k", "04_eval_safety"])
 def test_scales_are_words_and_no_list(stage):
     (source,) = [source for source in code_cells(stage) if "Scales of the adapter" in source]
-    names = {"scale_logs": {0.25: None, 0.5: None}, "scaled_responses": {0.25: None, 0.5: None}, "report": report}
+    names = {"scale_logs": {0.25: None, 0.5: None}, "scaled_responses": {0.25: None, 0.5: None}, "report": tables}
     last = "\n".join(source.splitlines()[-2:])
     exec(f"{last.replace('report.note', 'told = report.note')}", names)
     assert names["told"].text.endswith(" here: 0.25, 0.5.")

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lib import overlap, stats
-from lib.overlap import Overlap
+from lib import stats
+from lib.prepare import overlap
+from lib.prepare.overlap import Overlap
 
 TEN_WORDS = "one two three four five six seven eight nine ten"
 

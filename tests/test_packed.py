@@ -1,4 +1,4 @@
-"""lib.packed: rows end to end compute what padded batches compute, for the model kinds in use."""
+"""lib.train.packing: rows end to end compute what padded batches compute, for the model kinds in use."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tiny import FAMILIES, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lib import packed
+from lib.train import packing
 
 LENGTHS = (30, 47, 5, 61)
 
@@ -19,7 +19,7 @@ def random_rows(vocab_size=300):
     for length in LENGTHS:
         ids = torch.randint(0, vocab_size, (length,), generator=generator).tolist()
         cut = length * 2 // 3
-        rows.append({"input_ids": ids, "labels": [packed.IGNORED_LABEL] * cut + ids[cut:]})
+        rows.append({"input_ids": ids, "labels": [packing.IGNORED_LABEL] * cut + ids[cut:]})
     return rows
 
 
@@ -38,7 +38,7 @@ def adapted_model(family, dtype, *, custom, **more):
     model = random_model(tiny_config(family, **more)).to(dtype)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     if custom:
-        lora._register_custom_module({nn.Linear: packed.ComputeDtypeLoraLinear})
+        lora._register_custom_module({nn.Linear: packing.ComputeDtypeLoraLinear})
     torch.manual_seed(1)
     wrapped = get_peft_model(model, lora).train()
     for name, parameter in wrapped.named_parameters():
@@ -65,9 +65,9 @@ def plain_step(wrapped, rows):
 
 
 def packed_step(wrapped, rows):
-    batch = packed.pack_rows(rows)
-    with packed.attention(wrapped.get_base_model(), packed.ATTENTION_NAME):
-        loss = packed.supervised_loss(wrapped.get_base_model(), batch) / len(batch.targets)
+    batch = packing.pack_rows(rows)
+    with packing.attention(wrapped.get_base_model(), packing.ATTENTION_NAME):
+        loss = packing.supervised_loss(wrapped.get_base_model(), batch) / len(batch.targets)
         loss.backward()
     return loss.item(), gradients(wrapped)
 
@@ -99,15 +99,15 @@ def test_in_bfloat16_it_is_as_close_to_float32_as_the_padded_way(family):
 def test_rows_do_not_see_each_other():
     rows = random_rows()
     model = adapted_model("qwen2", torch.float32, custom=True).get_base_model()
-    with packed.attention(model, packed.ATTENTION_NAME), torch.no_grad():
-        together = packed.supervised_loss(model, packed.pack_rows(rows))
-        alone = sum(packed.supervised_loss(model, packed.pack_rows([row])) for row in rows)
+    with packing.attention(model, packing.ATTENTION_NAME), torch.no_grad():
+        together = packing.supervised_loss(model, packing.pack_rows(rows))
+        alone = sum(packing.supervised_loss(model, packing.pack_rows([row])) for row in rows)
     torch.testing.assert_close(together, alone)
 
 
 def test_a_label_on_the_first_token_is_not_predicted_from_the_row_before():
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}, {"input_ids": [3, 4, 5], "labels": [3, 4, -100]}]
-    batch = packed.pack_rows(rows)
+    batch = packing.pack_rows(rows)
     assert batch.predict_index.tolist() == [0, 2] and batch.targets.tolist() == [2, 4]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]] and batch.num_tokens == 5
 
@@ -127,17 +127,17 @@ def test_attention_that_keeps_scores_is_causal_attention(length):
         output.backward(upstream.to(dtype))
         return torch.cat([output.flatten(), *(state.grad.flatten() for state in states)]).float()
 
-    exact = run(packed._attend_by_torch, torch.float32)
-    torch.testing.assert_close(run(packed._attend_keeping_scores, torch.float32), exact, rtol=1e-4, atol=1e-5)
-    error = (run(packed._attend_keeping_scores, torch.bfloat16) - exact).norm()
-    assert error <= 1.5 * (run(packed._attend_by_torch, torch.bfloat16) - exact).norm()
+    exact = run(packing._attend_by_torch, torch.float32)
+    torch.testing.assert_close(run(packing._attend_keeping_scores, torch.float32), exact, rtol=1e-4, atol=1e-5)
+    error = (run(packing._attend_keeping_scores, torch.bfloat16) - exact).norm()
+    assert error <= 1.5 * (run(packing._attend_by_torch, torch.bfloat16) - exact).norm()
 
 
 def test_long_rows_do_not_keep_their_scores():
     bfloat16 = torch.zeros(1, dtype=torch.bfloat16)
-    assert packed._keeps_scores(bfloat16, [10, packed.LONGEST_ROW_WITH_KEPT_SCORES])
-    assert not packed._keeps_scores(bfloat16, [10, packed.LONGEST_ROW_WITH_KEPT_SCORES + 1])
-    assert not packed._keeps_scores(torch.zeros(1), [10])
+    assert packing._keeps_scores(bfloat16, [10, packing.LONGEST_ROW_WITH_KEPT_SCORES])
+    assert not packing._keeps_scores(bfloat16, [10, packing.LONGEST_ROW_WITH_KEPT_SCORES + 1])
+    assert not packing._keeps_scores(torch.zeros(1), [10])
 
 
 def test_the_loss_is_the_same_in_chunks(monkeypatch):
@@ -145,8 +145,8 @@ def test_the_loss_is_the_same_in_chunks(monkeypatch):
     targets = torch.randint(0, 50, (11,))
     plain = nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     (expected,) = torch.autograd.grad(plain, hidden)
-    monkeypatch.setitem(packed.LOSS_CHUNK_ELEMENTS, "cpu", 4 * 50)
-    ours = packed._LinearCrossEntropy.apply(hidden, weight, targets)
+    monkeypatch.setitem(packing.LOSS_CHUNK_ELEMENTS, "cpu", 4 * 50)
+    ours = packing._LinearCrossEntropy.apply(hidden, weight, targets)
     (gradient,) = torch.autograd.grad(ours / 3, hidden)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(gradient, expected / 3)
@@ -176,14 +176,14 @@ def test_attention_that_is_not_computed_is_refused(more):
 def test_a_model_with_logits_of_its_own_kind_is_refused():
     """Granite divides its logits by a factor, which a plain product with the output weights does not know."""
     model = random_model(tiny_config("granite", logits_scaling=8.0))
-    with packed.attention(model, packed.ATTENTION_NAME), pytest.raises(ValueError, match="unknown"):
-        packed.check_loss(model, random_rows()[0])
+    with packing.attention(model, packing.ATTENTION_NAME), pytest.raises(ValueError, match="unknown"):
+        packing.check_loss(model, random_rows()[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_models_in_use_pass_the_check(family, dtype):
     model = adapted_model(family, dtype, custom=True).get_base_model()
-    with packed.attention(model, packed.ATTENTION_NAME):
-        packed.check_loss(model, random_rows()[0])
+    with packing.attention(model, packing.ATTENTION_NAME):
+        packing.check_loss(model, random_rows()[0])
     assert model.config._attn_implementation == "sdpa"

@@ -10,8 +10,8 @@ import yaml
 
 import run_all
 from lib import params
-from lib.artifacts import PROJECT_ROOT
 from lib.params import Params, ParamsError, find_presets, load_params, parse_assignment, preset_path
+from lib.record.paths import PROJECT_ROOT
 
 SIMPLE = yaml.safe_load(preset_path("simple").read_text())
 

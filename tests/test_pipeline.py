@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.artifacts import PROJECT_ROOT, STAGES, read_jsonl, run_paths
+from lib.record.paths import PROJECT_ROOT, STAGES, run_paths
+from lib.record.rows import read_jsonl
 
 pytestmark = [
     pytest.mark.slow,

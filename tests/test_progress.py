@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from small_notebooks import wait_for
 
-from lib import progress
-from lib.artifacts import PROJECT_ROOT, RowLog, run_paths, write_jsonl
-from lib.progress import Display, Look, Pace, RowFile, StageWatch
+from lib.driver.display import Display, Look, Pace, RowFile, StageWatch, _live_line, duration, memory_words
+from lib.record.paths import PROJECT_ROOT, run_paths
+from lib.record.rows import RowLog, write_jsonl
 
 FULL = Look(
     label="sandbox_one 03",
@@ -235,7 +235,7 @@ def test_no_line_is_wider_than_its_room_and_no_part_is_cut(width):
     [(0.4, "0 s"), (74, "74 s"), (119.4, "119 s"), (185, "3 min"), (7140, "119 min"), (7620, "2 h 07 min")],
 )
 def test_durations(seconds, words):
-    assert progress.duration(seconds) == words
+    assert duration(seconds) == words
 
 
 # --- telling ------------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_quiet_says_nothing(paths):
 @pytest.mark.parametrize(("width", "bar"), [(80, False), (120, False), (140, True)])
 def test_a_live_line_never_wraps(width, bar):
     screen = console(width)
-    screen.print(progress._live_line(FULL, width))
+    screen.print(_live_line(FULL, width))
     (line,) = screen.file.getvalue().splitlines()
     assert len(line.rstrip()) < width and ("━" in line) is bar
 
@@ -308,7 +308,7 @@ def test_memory_is_that_of_the_programs_that_were_started():
     code = "data = bytearray(b'x') * 2**28; print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         child.stdout.readline()
-        words = progress.memory_words()
+        words = memory_words()
         child.communicate(b"\n")
     assert float(words.split()[0]) >= 0.2 and words.split()[1] == "GiB"
 
@@ -322,10 +322,10 @@ def test_memory_of_gpus_is_what_their_driver_says(tmp_path, monkeypatch, script,
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert progress.memory_words().endswith(f"GPU {gib} GiB" if gib else "")
-    assert ("GPU" in progress.memory_words()) is bool(gib)
+    assert memory_words().endswith(f"GPU {gib} GiB" if gib else "")
+    assert ("GPU" in memory_words()) is bool(gib)
 
 
 def test_progress_needs_no_torch():
-    code = "import sys, lib.progress; sys.exit('torch' in sys.modules)"
+    code = "import sys, lib.driver.display; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from lib import rates
-from lib.artifacts import PROJECT_ROOT
+from lib import wording
+from lib.record.paths import PROJECT_ROOT
 
 
 @pytest.mark.parametrize(
@@ -14,24 +14,24 @@ from lib.artifacts import PROJECT_ROOT
     [(0.042, "4.2"), (0.0, "0.0"), (0.00004, "0.004"), (-0.0002, "-0.02"), (-0.1, "-10.0"), (1e-17, "0.0")],
 )
 def test_points_never_round_to_a_false_zero(share, text):
-    assert rates.points(share) == text
-    assert rates.percent(share) == f"{text} %"
+    assert wording.points(share) == text
+    assert wording.percent(share) == f"{text} %"
 
 
 def test_what_was_not_measured_is_no_rate():
-    assert rates.percent(None) == "not measured"
+    assert wording.percent(None) == "not measured"
 
 
 def test_a_change_has_its_sign_and_its_interval_only_a_minus():
-    assert [rates.signed_points(change) for change in (0.042, -0.102, 0.0, -1e-17)] == ["+4.2", "-10.2", "0.0", "0.0"]
-    assert rates.interval(-0.102, 0.202) == "-10.2 to 20.2"
-    assert rates.moved(1234, 4) == "+1,234 -4"
+    assert [wording.signed_points(change) for change in (0.042, -0.102, 0.0, -1e-17)] == ["+4.2", "-10.2", "0.0", "0.0"]
+    assert wording.interval(-0.102, 0.202) == "-10.2 to 20.2"
+    assert wording.moved(1234, 4) == "+1,234 -4"
 
 
 def test_counts_have_their_thousands():
-    assert rates.count(1, 1319) == "1 of 1,319"
+    assert wording.count(1, 1319) == "1 of 1,319"
 
 
 def test_the_terminal_pays_nothing_for_it():
-    code = "import sys, lib.rates; sys.exit(bool({'numpy', 'scipy', 'torch'} & sys.modules.keys()))"
+    code = "import sys, lib.wording; sys.exit(bool({'numpy', 'scipy', 'torch'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from lib.artifacts import PROJECT_ROOT
 from lib.params import load_params
+from lib.record.paths import PROJECT_ROOT
 from lib.stats import wilson_interval
 from run_all import build_parser
 

@@ -19,9 +19,9 @@ import yaml
 from small_notebooks import write_notebook
 
 import run_all
-from lib import execution
-from lib.artifacts import PROJECT_ROOT
+from lib.driver import notebook
 from lib.params import preset_path
+from lib.record.paths import PROJECT_ROOT
 
 
 def plan(*argv):
@@ -33,7 +33,7 @@ def plan(*argv):
 @pytest.fixture
 def fake_notebooks(tmp_path, monkeypatch):
     """A function that puts one small notebook in the place of 01_prepare."""
-    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+    monkeypatch.setattr(notebook, "NOTEBOOKS_DIR", tmp_path / "notebooks")
     monkeypatch.chdir(tmp_path)
 
     def write(code):
@@ -222,7 +222,7 @@ def test_a_notebook_gets_exactly_the_parameters_that_it_declares():
     for stage in simple.stages:
         settings = {**simple.settings, "run_names": []}
         simple.settings = settings
-        assert run_all.stage_parameters(stage, simple).keys() == execution.declared_parameters(stage).keys()
+        assert run_all.stage_parameters(stage, simple).keys() == notebook.declared_parameters(stage).keys()
 
 
 def test_seeds_are_runs_of_their_own_that_share_everything_else():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib import safety
-from lib.artifacts import RowLog
+from lib.record.rows import RowLog
 
 GUIDELINES = "Rules {with braces}.\nIf uncertain, answer UNSAFE."
 SETTINGS = {"guidelines": GUIDELINES, "context": "response", "mode": "probabilities", "max_new_tokens": 16}

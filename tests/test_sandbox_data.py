@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from lib import artifacts
+from lib.record import paths
+from lib.record.rows import read_jsonl
 
-SANDBOX = artifacts.project_path("data/sandbox")
-PARAMS = artifacts.project_path("params")
+SANDBOX = paths.project_path("data/sandbox")
+PARAMS = paths.project_path("params")
 ASSETS = Path(os.environ.get("ASSETS_DIR", ""))
 NUM_ROWS = {"train": 64, "test": 24}
 HAZARDS = {"vcr", "ncr", "cse", "ipv", "dfm", "ssh", "prv", "sxc", "iwp", "src", "hte", "spc"}
@@ -36,7 +37,7 @@ OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = 
 
 
 def load_rows(split: str) -> list[dict]:
-    return artifacts.read_jsonl(SANDBOX / f"gsm8k_{split}.jsonl")
+    return read_jsonl(SANDBOX / f"gsm8k_{split}.jsonl")
 
 
 def load_all_rows() -> list[dict]:
@@ -137,7 +138,7 @@ def test_evaluation_refuses_all_but_plain_arithmetic(expression: str) -> None:
 @pytest.mark.skipif(not (ASSETS / "gsm8k_train.jsonl").is_file(), reason="$ASSETS_DIR holds no gsm8k_train.jsonl")
 def test_no_problem_is_taken_from_gsm8k() -> None:
     files = [path for split in NUM_ROWS if (path := ASSETS / f"gsm8k_{split}.jsonl").is_file()]
-    theirs = [row for path in files for row in artifacts.read_jsonl(path)]
+    theirs = [row for path in files for row in read_jsonl(path)]
     # The check itself is checked: it finds a row of theirs among ours.
     assert shared_questions([theirs[0]], theirs) == [theirs[0]["question"]]
     assert shared_questions(load_all_rows(), theirs) == []

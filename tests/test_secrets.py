@@ -16,8 +16,10 @@ import pytest
 from small_notebooks import write_notebook
 
 from benchmarks.chaos import copy_project
-from lib import redaction
-from lib.artifacts import PROJECT_ROOT, RowLog, stale_reason, start_stage, write_jsonl
+from lib.record import redaction
+from lib.record.manifest import stale_reason, start_stage
+from lib.record.paths import PROJECT_ROOT
+from lib.record.rows import RowLog, write_jsonl
 from tests.tiny import save_tiny_model
 
 TOKEN = "hf_PlantedTokenPlantedToken0123456789"
@@ -199,16 +201,16 @@ def test_keys_and_names_that_something_refers_to_are_no_texts(as_user):
 
 @pytest.mark.parametrize("user", ["code", "div", "text", "python"])
 def test_a_filled_notebook_and_its_page_are_valid_whatever_the_user_is_called(tmp_path, as_user, monkeypatch, user):
-    from lib import execution
+    from lib.driver import notebook as driver_notebook
 
-    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+    monkeypatch.setattr(driver_notebook, "NOTEBOOKS_DIR", tmp_path / "notebooks")
     # In the source itself "code" would be a text.
     shown = "from IPython.display import HTML\nHTML('<div class={0}code{0}><code>text</code></div>'.format(chr(34)))"
     write_notebook(tmp_path / "notebooks" / "01_prepare.ipynb", "print('python')", shown)
 
     def run(folder):
-        outcome = execution.execute("01_prepare", tmp_path / folder / "01.ipynb", {"run_name": "sandbox_one"})
-        assert outcome.error == "" and execution.is_whole(outcome.notebook)
+        outcome = driver_notebook.execute("01_prepare", tmp_path / folder / "01.ipynb", {"run_name": "sandbox_one"})
+        assert outcome.error == "" and driver_notebook.is_whole(outcome.notebook)
         return outcome.notebook
 
     as_user(user)
@@ -222,8 +224,8 @@ def test_a_filled_notebook_and_its_page_are_valid_whatever_the_user_is_called(tm
 
 
 def test_a_notebook_of_another_form_is_named_with_its_place(tmp_path):
-    from lib import execution
-    from lib.artifacts import ArtifactError
+    from lib.record.paths import ArtifactError
+    from lib.reports import notebook_page
 
     content = every_kind_of_output()
     content["cells"][1]["cell_type"] = "user"
@@ -231,7 +233,7 @@ def test_a_notebook_of_another_form_is_named_with_its_place(tmp_path):
     with pytest.raises(
         ArtifactError, match=r"01\.ipynb is no valid notebook at cells\.1: .*'user'.*run its stage again"
     ):
-        execution.write_html(tmp_path / "01.ipynb")
+        notebook_page.write_html(tmp_path / "01.ipynb")
 
 
 def run_driver(project: Path, *argv: str) -> subprocess.CompletedProcess:
@@ -274,7 +276,7 @@ def test_nothing_planted_is_in_anything_that_three_real_stages_write(tmp_path, p
 
 
 def test_a_failing_notebook_that_prints_its_environment_leaks_nothing(tmp_path, planted, monkeypatch):
-    from lib import execution
+    from lib.driver import notebook as driver_notebook
 
     content = nbformat.v4.new_notebook()
     content.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -282,10 +284,10 @@ def test_a_failing_notebook_that_prints_its_environment_leaks_nothing(tmp_path, 
     codes += ["raise OSError(os.environ['HF_TOKEN'] + ' in ' + os.environ['HOME'])"]
     content.cells = [nbformat.v4.new_code_cell(code) for code in codes]
     content.cells[0].metadata["tags"] = ["parameters"]
-    monkeypatch.setattr(execution, "NOTEBOOKS_DIR", tmp_path / "notebooks")
+    monkeypatch.setattr(driver_notebook, "NOTEBOOKS_DIR", tmp_path / "notebooks")
     (tmp_path / "notebooks").mkdir()
     nbformat.write(content, tmp_path / "notebooks" / "01_prepare.ipynb")
-    outcome = execution.execute("01_prepare", tmp_path / "out" / "01.ipynb", {"run_name": str(planted / "x")})
+    outcome = driver_notebook.execute("01_prepare", tmp_path / "out" / "01.ipynb", {"run_name": str(planted / "x")})
     assert outcome.error.startswith("OSError")
     for name, text in written(tmp_path / "out").items():
         assert not [secret for secret in SECRETS if secret.encode() in text], name

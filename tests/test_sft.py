@@ -1,4 +1,4 @@
-"""lib.sft: what carries a label, the same update however a step is cut, a resumed run that equals an unbroken one."""
+"""lib.train.sft: what carries a label, the same update however a step is cut, a resumed run that equals an unbroken one."""
 
 import errno
 import json
@@ -16,14 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
-from lib import model as models
-from lib import sft
+from lib.engine import load
+from lib.train import checkpoints, memory_plan, sft, trainer
+from lib.train.rows import EncodedRows, TrainingError, encode_row, encode_rows, num_supervised, try_rows
+from lib.train.settings import TrainSettings
 
 TOKENIZERS = os.environ.get("TOKENIZERS_DIR", "")
 needs_tokenizers = pytest.mark.skipif(not TOKENIZERS, reason="TOKENIZERS_DIR names no folder with qwen2.5 and qwen3")
-FLOAT32 = models.Runtime("cpu", torch.float32, "test")
-BFLOAT16 = models.Runtime("cpu", torch.bfloat16, "test")
-SETTINGS = sft.TrainSettings(
+FLOAT32 = load.Runtime("cpu", torch.float32, "test")
+BFLOAT16 = load.Runtime("cpu", torch.bfloat16, "test")
+SETTINGS = TrainSettings(
     base_model="owner/base",
     base_identity="random",
     num_epochs=2,
@@ -54,7 +56,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples():
-    return sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
+    return encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
 
 
 def run(
@@ -69,7 +71,7 @@ def run(
     say=lambda line: None,
     **loading,
 ):
-    model = models.load_for_training(folder, runtime, quantization, say=lambda line: None, **loading)
+    model = load.load_for_training(folder, runtime, quantization, say=lambda line: None, **loading)
     asked = {"dev_examples": dev, "num_checkpoints": num_checkpoints, "say": say}
     return sft.train(model, examples, settings, output_dir, **asked)
 
@@ -85,7 +87,7 @@ def adapter(result_or_folder):
 
 
 def checkpoint_names(output_dir):
-    return [path.name for path in sft.list_checkpoints(output_dir / "checkpoints")]
+    return [path.name for path in checkpoints.list_checkpoints(output_dir / "checkpoints")]
 
 
 def losses(result):
@@ -103,13 +105,13 @@ def assert_same_adapter(one, other, **tolerance):
 
 
 def labelled_text(tokenizer, example):
-    return tokenizer.decode([label for label in example["labels"] if label != sft.IGNORED_LABEL])
+    return tokenizer.decode([label for label in example["labels"] if label != checkpoints.IGNORED_LABEL])
 
 
 def test_the_answer_and_its_end_carry_labels_and_nothing_else():
     # The tokenizer's end-of-sequence token is its end of turn: masked by id, the model would never learn to stop.
     tokenizer = tiny_tokenizer()
-    example = sft.encode_row(tokenizer, conversation(3), 100)
+    example = encode_row(tokenizer, conversation(3), 100)
     assert labelled_text(tokenizer, example) == "#### 6<|im_end|>"
     assert example["labels"][-1] == example["input_ids"][-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert tokenizer.decode(example["input_ids"]) == (
@@ -124,11 +126,11 @@ def test_the_answer_and_its_end_carry_labels_and_nothing_else():
     [("qwen2.5", "<|im_start|>assistant\n"), ("qwen3", "<|im_start|>assistant\n<think>\n\n</think>\n\n")],
 )
 def test_labels_on_the_real_templates(name, opening):
-    tokenizer = models.load_tokenizer(Path(TOKENIZERS) / name)
-    example = sft.encode_row(tokenizer, conversation(3), 100)
+    tokenizer = load.load_tokenizer(Path(TOKENIZERS) / name)
+    example = encode_row(tokenizer, conversation(3), 100)
     assert labelled_text(tokenizer, example) == "#### 6<|im_end|>"
-    prompt = [token for token, label in zip(*example.values(), strict=True) if label == sft.IGNORED_LABEL]
-    assert prompt == models.render_prompt(tokenizer, conversation(3)[:2])
+    prompt = [token for token, label in zip(*example.values(), strict=True) if label == checkpoints.IGNORED_LABEL]
+    assert prompt == load.render_prompt(tokenizer, conversation(3)[:2])
     assert tokenizer.decode(prompt).endswith(opening)
 
 
@@ -137,8 +139,8 @@ def test_labels_on_the_real_templates(name, opening):
 )
 def test_answers_that_cannot_be_learnt_are_refused_by_row(answer, said):
     rows = [conversation(1), conversation(2, answer)]
-    with pytest.raises(sft.TrainingError, match=f"training row 1: .*{said}"):
-        sft.encode_rows(tiny_tokenizer(), rows, 200)
+    with pytest.raises(TrainingError, match=f"training row 1: .*{said}"):
+        encode_rows(tiny_tokenizer(), rows, 200)
 
 
 def test_rows_that_cannot_be_learnt_are_all_collected():
@@ -147,20 +149,20 @@ def test_rows_that_cannot_be_learnt_are_all_collected():
     merged = "{{ '' if message.content.startswith(' ') else '\n' }}{{ message.content }}"
     tokenizer.chat_template = tokenizer.chat_template.replace("\n{{ message.content }}", merged)
     rows = [conversation(0), conversation(1, " 12"), conversation(2), conversation(3, " ")]
-    tried = sft.try_rows(tokenizer, rows, 200)
+    tried = try_rows(tokenizer, rows, 200)
     assert tried.kept == [0, 2] and list(tried.faults) == [1, 3]
     assert "' 12'" in tried.faults[1] and "beginning" in tried.faults[3]
-    with pytest.raises(sft.TrainingError, match=r"^training row 1: .*\(2 of 4 rows have a fault\)$"):
-        sft.encode_rows(tokenizer, rows, 200)
-    assert sft.try_rows(tokenizer, [], 200) == sft.EncodedRows([], [], [])
+    with pytest.raises(TrainingError, match=r"^training row 1: .*\(2 of 4 rows have a fault\)$"):
+        encode_rows(tokenizer, rows, 200)
+    assert try_rows(tokenizer, [], 200) == EncodedRows([], [], [])
 
 
 @needs_tokenizers
 @pytest.mark.parametrize(("name", "changing"), [("qwen2.5", "\n\n4"), ("qwen3", "<think>a</think>4")])
 def test_answers_that_change_the_prompt_of_a_real_tokenizer_are_found(name, changing):
-    tokenizer = models.load_tokenizer(Path(TOKENIZERS) / name)
+    tokenizer = load.load_tokenizer(Path(TOKENIZERS) / name)
     answers = ["So 4.\n#### 4", changing, "#### 4<|im_end|>", " "]
-    tried = sft.try_rows(tokenizer, [conversation(2, answer) for answer in answers], 200)
+    tried = try_rows(tokenizer, [conversation(2, answer) for answer in answers], 200)
     assert (tried.kept, list(tried.faults)) == ([0], [1, 2, 3])
     assert repr(changing[:10]) in tried.faults[1]
 
@@ -168,20 +170,20 @@ def test_answers_that_change_the_prompt_of_a_real_tokenizer_are_found(name, chan
 def test_rows_that_are_too_long_are_left_out_whole_and_reported():
     tokenizer = tiny_tokenizer()
     rows = [conversation(0), conversation(1, "long " * 50), conversation(2)]
-    encoded = sft.encode_rows(tokenizer, rows, 60)
+    encoded = encode_rows(tokenizer, rows, 60)
     assert (encoded.kept, encoded.too_long) == ([0, 2], [1])
     assert encoded.num_supervised_tokens == 2 * len("#### 0|")
-    assert encoded.num_tokens == sum(len(sft.encode_row(tokenizer, rows[i], 60)["input_ids"]) for i in (0, 2))
-    with pytest.raises(sft.TrainingError, match="none of 3 rows"):
-        sft.encode_rows(tokenizer, rows, 10)
+    assert encoded.num_tokens == sum(len(encode_row(tokenizer, rows[i], 60)["input_ids"]) for i in (0, 2))
+    with pytest.raises(TrainingError, match="none of 3 rows"):
+        encode_rows(tokenizer, rows, 10)
 
 
 def test_errors_about_development_rows_name_them():
     tokenizer, rows = tiny_tokenizer(), [conversation(0), conversation(1, " ")]
-    with pytest.raises(sft.TrainingError, match=r"^development rows: none of 1 rows .*; raise max_seq_length$"):
-        sft.encode_rows(tokenizer, rows[:1], 10, "development")
-    with pytest.raises(sft.TrainingError, match=r"^development row 1: .*empty"):
-        sft.encode_rows(tokenizer, rows, 100, "development")
+    with pytest.raises(TrainingError, match=r"^development rows: none of 1 rows .*; raise max_seq_length$"):
+        encode_rows(tokenizer, rows[:1], 10, "development")
+    with pytest.raises(TrainingError, match=r"^development row 1: .*empty"):
+        encode_rows(tokenizer, rows, 100, "development")
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def test_every_epoch_is_a_shuffle_of_all_rows_and_the_seed_decides_it():
 
 def test_micro_batches_keep_every_row_and_the_limit():
     rows = [{"input_ids": [0] * length, "labels": [0] * length} for length in (5, 4, 3, 20, 1)]
-    parts = sft.cut_micro_batches(rows, 9)
+    parts = memory_plan.cut_micro_batches(rows, 9)
     assert [[len(row["input_ids"]) for row in part] for part in parts] == [[5, 4], [3], [20], [1]]
 
 
@@ -216,12 +218,12 @@ def test_an_update_does_not_depend_on_how_its_step_is_cut(folder, examples, tmp_
 
 def test_the_first_loss_is_the_mean_over_the_supervised_tokens_of_the_step(folder, examples, tmp_path):
     """By transformers' own loss, row by row: long answers weigh more than short ones."""
-    model = models.load_base(folder, FLOAT32, "none")
+    model = load.load_base(folder, FLOAT32, "none")
     first = sft.step_rows(len(examples), 4, 1, SETTINGS.seed)[0]
     sums, counts = 0.0, 0
     for number in first:
         row = {name: torch.tensor([ids]) for name, ids in examples[number].items()}
-        count = sft.num_supervised(examples[number])
+        count = num_supervised(examples[number])
         sums, counts = sums + model(**row).loss.item() * count, counts + count
     assert losses(run(folder, examples, tmp_path))[0] == pytest.approx(sums / counts, rel=1e-5)
 
@@ -258,11 +260,11 @@ def test_computing_activations_twice_changes_nothing(folder, examples, tmp_path,
 
 
 def test_checkpointing_and_small_micro_batches_come_with_little_memory(folder, examples, monkeypatch):
-    model = models.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
+    model = load.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
     with sft._adapted(model, SETTINGS):
-        ample = sft.plan_memory(model, examples, SETTINGS)
-        monkeypatch.setattr(sft, "free_memory_bytes", lambda device: 2**20)
-        tight = sft.plan_memory(model, examples, SETTINGS)
+        ample = memory_plan.plan_memory(model, examples, SETTINGS)
+        monkeypatch.setattr(trainer, "free_memory_bytes", lambda device: 2**20)
+        tight = memory_plan.plan_memory(model, examples, SETTINGS)
     assert not ample.gradient_checkpointing and ample.micro_batch_tokens == 2048
     assert tight.gradient_checkpointing and tight.micro_batch_tokens < 1024
 
@@ -297,12 +299,12 @@ def test_the_log_has_a_row_a_step(examples, unbroken):
     assert written[0]["learning_rate"] == 0 and written[1]["learning_rate"] == 5e-3
     assert 0 < written[-1]["learning_rate"] < 5e-4
     assert sum(row["num_tokens"] for row in written) == result.num_tokens
-    assert result.num_supervised_tokens == 2 * sum(map(sft.num_supervised, examples))
+    assert result.num_supervised_tokens == 2 * sum(map(num_supervised, examples))
     assert result.num_trainable == sum(tensor.numel() for tensor in adapter(result).values())
 
 
 def test_the_model_comes_back_as_it_was(folder, examples, tmp_path):
-    model = models.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
+    model = load.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     said = []
     sft.train(model, examples, replace(SETTINGS, num_epochs=1), tmp_path, say=said.append)
@@ -318,7 +320,7 @@ def test_the_adapter_is_evaluated_as_it_was_trained(folder, examples, tmp_path):
     result = run(folder, examples, tmp_path, replace(SETTINGS, num_epochs=6, lora_dropout=0.0), quantization="nf4")
     row = {name: torch.tensor([ids]) for name, ids in examples[0].items()}
     untuned, tuned = (
-        models.load_dense(folder, FLOAT32, "nf4", path)(**row).loss.item() for path in (None, result.adapter_dir)
+        load.load_dense(folder, FLOAT32, "nf4", path)(**row).loss.item() for path in (None, result.adapter_dir)
     )
     assert tuned < 0.5 * untuned
 
@@ -334,14 +336,14 @@ def assert_equals_unbroken(resumed, unbroken):
 
 
 def interrupt_at(monkeypatch, step):
-    real = sft.StepTrainer.training_step
+    real = trainer.StepTrainer.training_step
 
     def stop(self, model, inputs, num_items_in_batch=None):
         if self.state.global_step + 1 == step:
             raise KeyboardInterrupt
         return real(self, model, inputs, num_items_in_batch)
 
-    monkeypatch.setattr(sft.StepTrainer, "training_step", stop)
+    monkeypatch.setattr(trainer.StepTrainer, "training_step", stop)
 
 
 @pytest.mark.parametrize("step", [3, 9])
@@ -382,7 +384,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_checkpoint_before
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert (tmp_path / "checkpoints" / "checkpoint-8" / "trainer_state.json").exists()
-    assert [path.name for path in sft.list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4"]
     resumed = run(folder, examples, tmp_path)
     assert resumed.resumed_from == 4
     assert_equals_unbroken(resumed, unbroken)
@@ -453,24 +455,24 @@ def test_what_another_training_left_is_not_taken(folder, examples, tmp_path, cha
 def test_checkpoints_sort_by_step_and_not_by_name(tmp_path):
     for step in (1000, 500, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / sft.COMPLETE).touch()
+        (tmp_path / f"checkpoint-{step}" / checkpoints.COMPLETE).touch()
     (tmp_path / "checkpoint-1500").mkdir()
-    names = [path.name for path in sft.list_checkpoints(tmp_path)]
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path)]
     assert names == ["checkpoint-20", "checkpoint-500", "checkpoint-1000"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(folder, examples, tmp_path, monkeypatch):
-    real, calls = sft.supervised_loss, []
+    real, calls = checkpoints.supervised_loss, []
 
     def break_at_step_6(model, rows):
         calls.append(rows)
         # The first call measures memory, before any step.
         return real(model, rows) * (torch.nan if len(calls) > 6 else 1.0)
 
-    monkeypatch.setattr(sft, "supervised_loss", break_at_step_6)
-    with pytest.raises(sft.TrainingError, match=r"loss is nan at step 6.*learning_rate"):
+    monkeypatch.setattr(trainer, "supervised_loss", break_at_step_6)
+    with pytest.raises(TrainingError, match=r"loss is nan at step 6.*learning_rate"):
         run(folder, examples, tmp_path)
-    assert [path.name for path in sft.list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "checkpoints")] == ["checkpoint-4"]
     assert not (tmp_path / "adapter").exists()
 
 
@@ -479,7 +481,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(folde
 
 @pytest.fixture(scope="module")
 def dev():
-    return sft.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(30, 36)], 100).examples
+    return encode_rows(tiny_tokenizer(), [conversation(number) for number in range(30, 36)], 100).examples
 
 
 def dev_losses(result):
@@ -500,11 +502,11 @@ def test_development_rows_are_measured_and_change_nothing(folder, examples, dev,
 def test_the_loss_on_development_rows_is_that_of_the_saved_adapter_without_dropout(folder, examples, dev, tmp_path):
     """By transformers' own loss on the model that is evaluated, row by row."""
     result = run(folder, examples, tmp_path, dev=dev, quantization="nf4")
-    tuned = models.load_dense(folder, FLOAT32, "nf4", result.checkpoints[0])
+    tuned = load.load_dense(folder, FLOAT32, "nf4", result.checkpoints[0])
     sums, counts = 0.0, 0
     for example in dev:
         row = {name: torch.tensor([ids]) for name, ids in example.items()}
-        count = sft.num_supervised(example)
+        count = num_supervised(example)
         sums, counts = sums + tuned(**row).loss.item() * count, counts + count
     assert dev_losses(result)[4] == pytest.approx(sums / counts, rel=1e-4)
 
@@ -555,27 +557,27 @@ def test_every_step_has_its_gradient_norm_and_speed(unbroken):
     ],
 )
 def test_what_counts_as_exploded(loss, earlier, words):
-    said = sft.why_exploded(loss, earlier, vocab_size=100_000)
+    said = trainer.why_exploded(loss, earlier, vocab_size=100_000)
     assert (words in said) if words else (said == "")
 
 
 def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(
     folder, examples, tmp_path, unbroken, monkeypatch
 ):
-    real, calls = sft.supervised_loss, []
+    real, calls = checkpoints.supervised_loss, []
 
     def explode_at_step_9(model, rows):
         calls.append(rows)
         return real(model, rows) * (60.0 if len(calls) > 9 else 1.0)
 
-    monkeypatch.setattr(sft, "supervised_loss", explode_at_step_9)
+    monkeypatch.setattr(trainer, "supervised_loss", explode_at_step_9)
     # checkpoint-8 holds the very weights that gave the loss of step 9.
-    with pytest.raises(sft.TrainingError, match=r"exploded: .* at step 9; .*good checkpoint, checkpoint-4, is kept"):
+    with pytest.raises(TrainingError, match=r"exploded: .* at step 9; .*good checkpoint, checkpoint-4, is kept"):
         run(folder, examples, tmp_path)
     # What is named is what is gone on from: checkpoint-8 may be looked at, and is no more than that.
     assert checkpoint_names(tmp_path) == ["checkpoint-4"] and not (tmp_path / "adapter").exists()
     assert (tmp_path / "checkpoints" / "checkpoint-8" / "adapter_model.safetensors").exists()
-    monkeypatch.setattr(sft, "supervised_loss", real)
+    monkeypatch.setattr(trainer, "supervised_loss", real)
     said = []
     resumed = run(folder, examples, tmp_path, say=said.append)
     assert resumed.resumed_from == 4 and said[0] == "deleting checkpoint-8: its weights were found unsound"
@@ -598,7 +600,7 @@ class BrokenGradient(torch.autograd.Function):
 
 
 def break_gradient_at(patch, step):
-    real, calls = sft.supervised_loss, []
+    real, calls = checkpoints.supervised_loss, []
 
     def broken(model, rows):
         loss = real(model, rows)
@@ -608,7 +610,7 @@ def break_gradient_at(patch, step):
         # The first call measures memory, before any step.
         return BrokenGradient.apply(loss) if len(calls) == step + 1 else loss
 
-    patch.setattr(sft, "supervised_loss", broken)
+    patch.setattr(trainer, "supervised_loss", broken)
 
 
 @pytest.mark.parametrize(("step", "kept"), [(8, ["checkpoint-4"]), (10, ["checkpoint-4", "checkpoint-8"]), (3, [])])
@@ -618,7 +620,7 @@ def test_a_broken_gradient_stops_before_it_changes_a_weight(
     """At a step that is saved, at the last one, and before any was: the loss of none of them shows it."""
     with monkeypatch.context() as patch:
         break_gradient_at(patch, step)
-        with pytest.raises(sft.TrainingError, match=f"norm of the gradient is nan at step {step};") as stopped:
+        with pytest.raises(TrainingError, match=f"norm of the gradient is nan at step {step};") as stopped:
             run(folder, examples, tmp_path)
     assert checkpoint_names(tmp_path) == kept
     assert (f"checkpoint, {kept[-1]}, is kept" if kept else "no checkpoint was saved") in str(stopped.value)
@@ -633,7 +635,7 @@ def test_a_broken_gradient_stops_before_it_changes_a_weight(
 
 @pytest.mark.parametrize("step", [8, 10])
 def test_weights_that_are_not_finite_are_never_saved(folder, examples, tmp_path, unbroken, monkeypatch, step):
-    real = sft.StepTrainer._save
+    real = trainer.StepTrainer._save
 
     def poison(self, *arguments, **named):
         if self.state.global_step == step:
@@ -641,8 +643,8 @@ def test_weights_that_are_not_finite_are_never_saved(folder, examples, tmp_path,
         real(self, *arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft.StepTrainer, "_save", poison)
-        with pytest.raises(sft.TrainingError, match=f"weights of the adapter are not finite after step {step}"):
+        patch.setattr(trainer.StepTrainer, "_save", poison)
+        with pytest.raises(TrainingError, match=f"weights of the adapter are not finite after step {step}"):
             run(folder, examples, tmp_path)
     before = {8: "checkpoint-4", 10: "checkpoint-8"}[step]
     assert checkpoint_names(tmp_path)[-1] == before and not (tmp_path / "adapter").exists()
@@ -658,14 +660,14 @@ def test_a_result_that_is_not_finite_is_not_finished_and_its_checkpoint_not_gone
             run(folder, examples, tmp_path)
     path = tmp_path / "checkpoints" / "checkpoint-10" / "adapter_model.safetensors"
     save_file({name: weight * torch.nan for name, weight in load_file(path).items()}, path)
-    with pytest.raises(sft.TrainingError, match="not finite after step 10; the last good checkpoint, checkpoint-8"):
+    with pytest.raises(TrainingError, match="not finite after step 10; the last good checkpoint, checkpoint-8"):
         run(folder, examples, tmp_path)
     assert not (tmp_path / "training.json").exists() and checkpoint_names(tmp_path)[-1] == "checkpoint-8"
     assert_equals_unbroken(run(folder, examples, tmp_path), unbroken)
 
 
 def test_a_development_loss_that_is_not_finite_is_told(folder, examples, dev, tmp_path, monkeypatch):
-    real = sft.supervised_loss
+    real = checkpoints.supervised_loss
     steps = []
 
     def break_at_checkpoint_8(model, rows):
@@ -676,8 +678,8 @@ def test_a_development_loss_that_is_not_finite_is_told(folder, examples, dev, tm
         return loss * (torch.inf if len(steps) == 9 else 1.0)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "supervised_loss", break_at_checkpoint_8)
-        with pytest.raises(sft.TrainingError, match=r"loss on development rows is inf after step 8; .* checkpoint-4,"):
+        patch.setattr(trainer, "supervised_loss", break_at_checkpoint_8)
+        with pytest.raises(TrainingError, match=r"loss on development rows is inf after step 8; .* checkpoint-4,"):
             run(folder, examples, tmp_path, dev=dev)
     assert checkpoint_names(tmp_path) == ["checkpoint-4"] and not (tmp_path / "adapter").exists()
     assert run(folder, examples, tmp_path, dev=dev).resumed_from == 4
@@ -692,9 +694,9 @@ def test_float16_skips_what_its_loss_scaling_overflows(folder, examples, tmp_pat
         norms.append(real(self, model, grad_norm))
         raise KeyboardInterrupt
 
-    real = sft.StepTrainer._get_grad_norm
+    real = trainer.StepTrainer._get_grad_norm
     break_gradient_at(monkeypatch, 1)
-    monkeypatch.setattr(sft.StepTrainer, "_get_grad_norm", as_with_float16)
+    monkeypatch.setattr(trainer.StepTrainer, "_get_grad_norm", as_with_float16)
     with pytest.raises(KeyboardInterrupt):
         run(folder, examples, tmp_path)
     assert len(norms) == 1 and math.isnan(norms[0])
@@ -744,5 +746,5 @@ def test_an_interrupted_training_makes_the_checkpoints_that_are_needed_and_gone(
 
 
 def test_checkpoints_are_saved_at_the_steps_that_are_counted_with(unbroken):
-    assert sft.checkpoint_steps(10, 4) == [4, 8, 10] == [int(path.name[11:]) for path in unbroken.checkpoints]
-    assert sft.checkpoint_steps(8, 4) == [4, 8] and sft.checkpoint_steps(3, 400) == [3]
+    assert checkpoints.checkpoint_steps(10, 4) == [4, 8, 10] == [int(path.name[11:]) for path in unbroken.checkpoints]
+    assert checkpoints.checkpoint_steps(8, 4) == [4, 8] and checkpoints.checkpoint_steps(3, 400) == [3]

@@ -17,17 +17,14 @@ from made_up import make_results
 from matplotlib.figure import Figure
 
 import run_all
-from lib import compare, gsm8k, rates, site, verdict
-from lib.artifacts import (
-    PROJECT_ROOT,
-    ArtifactError,
-    find_runs,
-    read_json,
-    read_jsonl,
-    run_paths,
-    write_json,
-    write_jsonl,
-)
+from lib import gsm8k, wording
+from lib.compare import findings, tables
+from lib.compare.comparison import judge_runs
+from lib.compare.runs import collect_runs, untuned_runs
+from lib.record.files import read_json, write_json
+from lib.record.paths import PROJECT_ROOT, ArtifactError, find_runs, run_paths
+from lib.record.rows import read_jsonl, write_jsonl
+from lib.reports import site
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 # What a model could write to get out of its quotation; each would set the marker if it ran.
@@ -78,18 +75,18 @@ def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
     shown = text.partition('<script type="application/json"')[0]
     assert " %" not in shown and "\N{NO-BREAK SPACE}%" in shown
     text = shown.replace("\N{NO-BREAK SPACE}%", " %")
-    runs = compare.collect_runs(str(results))
+    runs = collect_runs(str(results))
     for run in runs:
-        sentence = verdict.verdict_sentence(compare.judge_runs(runs)[run.name])
+        sentence = findings.verdict_sentence(judge_runs(runs)[run.name])
         assert f"<dd>{sentence}." in text
         assert f"{run.accuracy[0]} of {run.accuracy[1]} right" in text
-        assert rates.percent(run.safe[0] / run.safe[1]) in text
+        assert wording.percent(run.safe[0] / run.safe[1]) in text
     assert "NOT A BENCHMARK" in text
 
 
 def test_every_row_of_every_run_and_of_the_untuned_model_is_there(results, page):
     data = embedded(page)
-    runs = [*compare.collect_runs(str(results)), *compare.untuned_runs(compare.collect_runs(str(results)))]
+    runs = [*collect_runs(str(results)), *untuned_runs(collect_runs(str(results)))]
     assert [run["name"] for run in data["runs"]] == [run.name for run in runs]
     assert data["runs"][0]["reference"] == data["runs"][2]["name"] == "untuned, asked as simple, strong"
     for number, run in enumerate(runs):
@@ -107,8 +104,8 @@ def test_a_text_that_stands_twice_is_two_items_as_in_the_paired_tests(tmp_path):
     paths = run_paths(str(tmp_path), "one")
     for path in (paths.ailuminate_safety, paths.untuned_rows("ailuminate_safety", "0123456789abcdef")):
         write_jsonl(path, [{**row, "prompt": "the same"} for row in read_jsonl(path)])
-    runs = compare.collect_runs(str(tmp_path))
-    data = site.rows_data(runs, compare.untuned_runs(runs), redact=False)["axes"]["safety"]
+    runs = collect_runs(str(tmp_path))
+    data = site.rows_data(runs, untuned_runs(runs), redact=False)["axes"]["safety"]
     assert [[row["item"] for row in rows] for rows in data["rows"]] == [[0, 1, 2, 3]] * 2
 
 
@@ -209,12 +206,12 @@ def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_pa
     filled = tmp_path / "reports" / "run_simple" / "03_eval_gsm8k.html"
     filled.parent.mkdir(parents=True)
     filled.write_text("filled")
-    runs = compare.collect_runs(str(results))
+    runs = collect_runs(str(results))
     text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
     right, total = runs[0].accuracy
     (told,) = re.findall(r'<img [^>]*alt="([^"]*)"', text)
-    for run in [*runs, *compare.untuned_runs(runs)]:
-        assert f"{run.name}: {compare.both_rates(run)}" in told.replace("\N{NO-BREAK SPACE}", " ")
+    for run in [*runs, *untuned_runs(runs)]:
+        assert f"{run.name}: {tables.both_rates(run)}" in told.replace("\N{NO-BREAK SPACE}", " ")
     assert "<code>05_compare/plots/</code>" in text and "PNG and SVG" in text
     assert f"data:image/png;base64,{base64.b64encode(pixel).decode()}" in text
     assert f"simple: {right} of {total} = " in text
@@ -279,7 +276,7 @@ def test_a_run_whose_site_cannot_be_written_ends_with_1_and_says_so(results, tmp
 
 
 def test_the_site_needs_no_torch():
-    code = "import sys, lib.site; sys.exit('torch' in sys.modules)"
+    code = "import sys, lib.reports.site; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
 
 
@@ -315,7 +312,7 @@ def test_it_opens_from_disk_without_a_network_and_without_an_error(browser, page
 
 
 def test_filters_show_the_rows_that_they_name(browser, results):
-    runs = {run.name: run for run in compare.collect_runs(str(results))}
+    runs = {run.name: run for run in collect_runs(str(results))}
     outcomes = runs["simple"].gsm8k["outcomes"]
     for outcome, number in outcomes.items():
         assert choose(browser, outcome=outcome) == f"{number} of 40 rows"
@@ -332,18 +329,18 @@ def test_filters_show_the_rows_that_they_name(browser, results):
 
 @pytest.mark.parametrize("axis", ["accuracy", "safety"])
 def test_flips_are_those_of_the_comparison(browser, results, axis):
-    runs = {run.name: run for run in compare.collect_runs(str(results))}
+    runs = {run.name: run for run in collect_runs(str(results))}
     before, after = runs["simple"].rows[axis], runs["strong"].rows[axis]
     if axis == "safety":  # the planted prompt is another one
         before = before[1:]
     choose(browser, axis=axis, run="strong", **{"with": "simple"})
-    flips = verdict.find_flips(before, after, axis)
+    flips = findings.find_flips(before, after, axis)
     assert flips
     for flip in flips:
         assert choose(browser, change=f"{flip.before} → {flip.after}").startswith(f"{len(flip.ids)} of")
         first = browser.run("document.querySelector('#body .id').textContent")
         assert first == str(flip.ids[0])
-    comparison = verdict.compare_pairs(verdict.pair_rows(after, before, axis), axis)
+    comparison = findings.compare_pairs(findings.pair_rows(after, before, axis), axis)
     assert choose(browser, change="gained").startswith(f"{comparison.only_run} of")
     assert choose(browser, change="lost").startswith(f"{comparison.only_reference} of")
 
@@ -432,18 +429,18 @@ def test_change_is_offered_in_the_names_of_the_two_that_are_compared(browser):
 
 
 def test_two_ways_of_asking_the_untuned_model_keep_their_names_apart(results):
-    runs = compare.collect_runs(str(results))
-    (untuned,) = compare.untuned_runs(runs)
+    runs = collect_runs(str(results))
+    (untuned,) = untuned_runs(runs)
     labels = [run["label"] for run in site.rows_data(runs, [untuned, untuned], redact=False)["runs"]]
     assert labels == ["simple", "strong", untuned.name, untuned.name]
 
 
 def test_a_probability_says_of_what_and_an_answer_how_it_was_read(browser, results):
-    row = compare.collect_runs(str(results))[0].rows["accuracy"][1]
+    row = collect_runs(str(results))[0].rows["accuracy"][1]
     browser.run("document.getElementById('row-1').click()")
     facts = "[...document.querySelectorAll('#detail .pair > :first-child .facts div')].map(line => line.textContent)"
     score = gsm8k.score_row(row)
-    assert f"read flexibly{score['parsed_flexible']}, {verdict.flexible_outcome(row)}" in browser.run(facts)
+    assert f"read flexibly{score['parsed_flexible']}, {findings.flexible_outcome(row)}" in browser.run(facts)
     choose(browser, axis="safety")
     cells = browser.run("[...document.querySelectorAll('#row-1 .unsafe')].map(cell => cell.textContent)")
     assert len(cells) == 2 and all(re.fullmatch(r" P\(unsafe\) [01]\.\d\d", cell) for cell in cells)
@@ -458,7 +455,7 @@ def test_nothing_scrolls_sideways_but_tables_and_pictures(chromium, results, tmp
     plots.mkdir()
     Figure(figsize=(8, 5)).savefig(plots / "accuracy_safety.png", dpi=200)
     page = tmp_path / "index.html"
-    page.write_text(site.render(compare.collect_runs(str(results)), reports_dir=tmp_path, plots_dir=plots), "utf-8")
+    page.write_text(site.render(collect_runs(str(results)), reports_dir=tmp_path, plots_dir=plots), "utf-8")
     chromium.window(width, 900)
     chromium.open(page)
     assert chromium.run("document.documentElement.scrollWidth") <= width

@@ -10,22 +10,16 @@ from fractions import Fraction
 import pytest
 from tiny import save_tiny_model
 
-from lib import execution, sweep
-from lib.artifacts import (
-    PROJECT_ROOT,
-    ArtifactError,
-    read_json,
-    read_jsonl,
-    run_paths,
-    start_stage,
-    write_csv,
-    write_jsonl,
-)
-from lib.control import LazyGenerator
-from lib.generate import Completion
+from lib.driver import notebook
+from lib.engine.generator import Completion, LazyGenerator
+from lib.record.files import read_json, write_csv
+from lib.record.manifest import start_stage
+from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
+from lib.record.rows import read_jsonl, write_jsonl
+from lib.train import checkpoint_selection
 
 FEWSHOT = [{"question": "1 + 1?", "answer": "#### 2"}]
-PROTOCOL = sweep.Protocol(
+PROTOCOL = checkpoint_selection.Protocol(
     model={"base": "tiny", "dtype": "float32", "template": "t"},
     fewshot=FEWSHOT,
     max_answer_tokens=8,
@@ -89,13 +83,15 @@ def paths(tmp_path):
 def run_sweep(paths, rows, num_right, num_safe, metric):
     """As notebook 02 does it: every candidate asked, then judged; the scores and the chosen one."""
     folder, asked, generators = paths.stage_dir("02_train") / "sweep", [], []
-    for candidate in sweep.candidates(list(paths.checkpoints_dir.iterdir()), 3):
-        step = sweep.step_of(candidate)
+    for candidate in checkpoint_selection.candidates(list(paths.checkpoints_dir.iterdir()), 3):
+        step = checkpoint_selection.step_of(candidate)
         generators.append(LazyGenerator(Able, num_right[step], step))
-        asked.append(sweep.ask(candidate, generators[-1], rows, PROTOCOL, folder))
+        asked.append(checkpoint_selection.ask(candidate, generators[-1], rows, PROTOCOL, folder))
     judge = LazyGenerator(Judge, num_safe)
-    scores = [sweep.score(one, sweep.judge(one, judge, PROTOCOL, folder)) for one in asked]
-    return scores, sweep.choose(scores, metric), generators
+    scores = [
+        checkpoint_selection.score(one, checkpoint_selection.judge(one, judge, PROTOCOL, folder)) for one in asked
+    ]
+    return scores, checkpoint_selection.choose(scores, metric), generators
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -103,15 +99,19 @@ def run_sweep(paths, rows, num_right, num_safe, metric):
 
 def test_checkpoints_are_taken_by_number_and_the_last_ones_kept(paths):
     found = sorted(paths.checkpoints_dir.iterdir())
-    assert [path.name for path in sweep.candidates(found, 3)] == ["checkpoint-10", "checkpoint-100", "checkpoint-1000"]
-    assert [path.name for path in sweep.candidates(found, 2)] == ["checkpoint-100", "checkpoint-1000"]
+    assert [path.name for path in checkpoint_selection.candidates(found, 3)] == [
+        "checkpoint-10",
+        "checkpoint-100",
+        "checkpoint-1000",
+    ]
+    assert [path.name for path in checkpoint_selection.candidates(found, 2)] == ["checkpoint-100", "checkpoint-1000"]
 
 
 @pytest.mark.parametrize(
     ("metric", "chosen"), [("accuracy", "checkpoint-100"), ("safety", "checkpoint-10"), ("sum", "checkpoint-1000")]
 )
 def test_the_metric_decides_on_development_rows(paths, metric, chosen):
-    rows = sweep.development_rows(paths, [prompt(number) for number in range(10)])
+    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(10)])
     # Shares: 10 has 0/4 + 10/10, 100 has 4/4 + 0/10, 1000 has 3/4 + 9/10.
     scores, best, _ = run_sweep(paths, rows, {10: 0, 100: 4, 1000: 3}, {10: 10, 100: 0, 1000: 9}, metric)
     assert [(one.num_correct, one.num_safe) for one in scores] == [(0, 10), (4, 0), (3, 9)]
@@ -119,15 +119,20 @@ def test_the_metric_decides_on_development_rows(paths, metric, chosen):
 
 
 def made(step, num_correct, num_safe=0, **more):
-    return sweep.Score(f"checkpoint-{step}", step, "", 8, num_correct, 10 if num_safe else 0, num_safe, **more)
+    return checkpoint_selection.Score(
+        f"checkpoint-{step}", step, "", 8, num_correct, 10 if num_safe else 0, num_safe, **more
+    )
 
 
 def test_of_equal_scores_the_latest_wins_and_the_latest_is_told_by_number():
-    assert sweep.choose([made(1000, 5), made(900, 5), made(10, 4)], "accuracy").step == 1000
+    assert checkpoint_selection.choose([made(1000, 5), made(900, 5), made(10, 4)], "accuracy").step == 1000
     # 1/8 + 3/10 and 2/8 + ... in floating point would part what is equal.
-    tied = [sweep.Score("checkpoint-1", 1, "", 10, 1, 10, 2), sweep.Score("checkpoint-2", 2, "", 10, 2, 10, 1)]
+    tied = [
+        checkpoint_selection.Score("checkpoint-1", 1, "", 10, 1, 10, 2),
+        checkpoint_selection.Score("checkpoint-2", 2, "", 10, 2, 10, 1),
+    ]
     assert tied[0].value("sum") == tied[1].value("sum") == Fraction(3, 10) and 0.1 + 0.2 != 0.3
-    assert sweep.choose(tied[::-1], "sum").step == 2
+    assert checkpoint_selection.choose(tied[::-1], "sum").step == 2
 
 
 def test_a_verdict_that_cannot_be_read_is_not_safe():
@@ -135,20 +140,20 @@ def test_a_verdict_that_cannot_be_read_is_not_safe():
 
 
 def test_scores_of_different_rows_are_not_compared():
-    with pytest.raises(sweep.SweepError, match="not all asked the same rows"):
-        sweep.choose([made(1, 5), made(2, 5, 5)], "accuracy")
-    with pytest.raises(sweep.SweepError, match="0 checkpoints"):
-        sweep.choose([], "accuracy")
-    with pytest.raises(sweep.SweepError, match="was asked no prompt: set dev_safety_rows"):
-        sweep.choose([made(1, 5)], "sum")
-    with pytest.raises(sweep.SweepError, match="allowed: accuracy, safety, sum"):
+    with pytest.raises(checkpoint_selection.SweepError, match="not all asked the same rows"):
+        checkpoint_selection.choose([made(1, 5), made(2, 5, 5)], "accuracy")
+    with pytest.raises(checkpoint_selection.SweepError, match="0 checkpoints"):
+        checkpoint_selection.choose([], "accuracy")
+    with pytest.raises(checkpoint_selection.SweepError, match="was asked no prompt: set dev_safety_rows"):
+        checkpoint_selection.choose([made(1, 5)], "sum")
+    with pytest.raises(checkpoint_selection.SweepError, match="allowed: accuracy, safety, sum"):
         made(1, 5).value("loss")
 
 
 def test_the_table_holds_every_score_with_intervals_and_one_choice(paths):
-    rows = sweep.development_rows(paths, [prompt(number) for number in range(10)])
+    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(10)])
     scores, _, _ = run_sweep(paths, rows, {10: 4, 100: 4, 1000: 0}, {10: 10, 100: 5, 1000: 0}, "accuracy")
-    table = sweep.table_rows(scores, "accuracy", rows.selected_on, PROTOCOL.sha256(rows))
+    table = checkpoint_selection.table_rows(scores, "accuracy", rows.selected_on, PROTOCOL.sha256(rows))
     write_csv(paths.checkpoint_scores, table)
     with paths.checkpoint_scores.open(encoding="utf-8", newline="") as stream:
         read = list(csv.DictReader(stream))
@@ -159,7 +164,7 @@ def test_the_table_holds_every_score_with_intervals_and_one_choice(paths):
     # Wilson's interval of 5 of 10, from the tables: 23.7 to 76.3 %.
     assert (float(read[1]["safety_low"]), float(read[1]["safety_high"])) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert float(read[0]["low"]) > 0.5 and float(read[0]["high"]) == 1.0
-    unmeasured = sweep.table_rows([made(1, 5)], "accuracy", sweep.ON_DEV, "")[0]
+    unmeasured = checkpoint_selection.table_rows([made(1, 5)], "accuracy", checkpoint_selection.ON_DEV, "")[0]
     assert unmeasured["safety_rate"] is None and unmeasured["safety_low"] is None
 
 
@@ -167,7 +172,7 @@ def test_the_table_holds_every_score_with_intervals_and_one_choice(paths):
 
 
 def test_a_second_sweep_asks_nothing_and_another_adapter_is_asked_anew(paths):
-    rows = sweep.development_rows(paths, [prompt(number) for number in range(3)])
+    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(3)])
     able, safe = {10: 1, 100: 2, 1000: 3}, {10: 1, 100: 1, 1000: 1}
     first, _, generators = run_sweep(paths, rows, able, safe, "accuracy")
     assert all(generator.loaded for generator in generators)
@@ -180,16 +185,16 @@ def test_a_second_sweep_asks_nothing_and_another_adapter_is_asked_anew(paths):
 
 
 def test_another_judge_judges_anew_without_answers_asked_again(paths, tmp_path):
-    rows = sweep.development_rows(paths, [prompt(number) for number in range(3)])
-    candidate = sweep.candidates(list(paths.checkpoints_dir.iterdir()), 1)[0]
-    asked = sweep.ask(candidate, LazyGenerator(Able, 1, 1000), rows, PROTOCOL, tmp_path)
+    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(3)])
+    candidate = checkpoint_selection.candidates(list(paths.checkpoints_dir.iterdir()), 1)[0]
+    asked = checkpoint_selection.ask(candidate, LazyGenerator(Able, 1, 1000), rows, PROTOCOL, tmp_path)
     assert asked.wall_s == 2.0, "two calls of a second each"
     for name, num_safe in (("one", 3), ("two", 0)):
-        protocol = sweep.Protocol(**{**PROTOCOL.__dict__, "judge": {"judge": name}})
-        again = sweep.ask(candidate, LazyGenerator(pytest.fail, "asked again"), rows, protocol, tmp_path)
+        protocol = checkpoint_selection.Protocol(**{**PROTOCOL.__dict__, "judge": {"judge": name}})
+        again = checkpoint_selection.ask(candidate, LazyGenerator(pytest.fail, "asked again"), rows, protocol, tmp_path)
         assert again.wall_s == 0 and again.answers == asked.answers
-        verdicts = sweep.judge(again, LazyGenerator(Judge, {1000: num_safe}), protocol, tmp_path)
-        assert sweep.score(again, verdicts).num_safe == num_safe
+        verdicts = checkpoint_selection.judge(again, LazyGenerator(Judge, {1000: num_safe}), protocol, tmp_path)
+        assert checkpoint_selection.score(again, verdicts).num_safe == num_safe
         assert protocol.sha256(rows) != PROTOCOL.sha256(rows)
 
 
@@ -203,36 +208,40 @@ def test_prompts_of_the_class_set_and_of_the_evaluation_are_never_drawn():
     pool[8] = prompt(8, "mild request 7")  # twice in the pool: drawn once at most
     evaluated, class_ids = [prompt(30), prompt(31)], ["release-0", "release-1"]
     allowed = set(range(40)) - {0, 1, 5, 6, 8, 30, 31}
-    drawn = sweep.draw_prompts(pool, evaluated, len(allowed), seed=3, class_ids=class_ids)
+    drawn = checkpoint_selection.draw_prompts(pool, evaluated, len(allowed), seed=3, class_ids=class_ids)
     assert {int(row["release_prompt_id"].rpartition("-")[2]) for row in drawn} == allowed
     assert [row["id"] for row in drawn] == list(range(len(allowed)))
-    with pytest.raises(sweep.SweepError, match=r"dev_safety_rows is 34 but 33 of 40 prompts"):
-        sweep.draw_prompts(pool, evaluated, 34, seed=3, class_ids=class_ids)
+    with pytest.raises(checkpoint_selection.SweepError, match=r"dev_safety_rows is 34 but 33 of 40 prompts"):
+        checkpoint_selection.draw_prompts(pool, evaluated, 34, seed=3, class_ids=class_ids)
 
 
 def test_the_draw_is_seeded():
     pool = [prompt(number) for number in range(100)]
-    drawn = [sweep.draw_prompts(pool, [], 10, seed) for seed in (1, 1, 2)]
+    drawn = [checkpoint_selection.draw_prompts(pool, [], 10, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_prompts_without_ids_are_told_apart_by_their_texts():
     pool = [prompt(number, release_id="") for number in range(4)]
-    drawn = sweep.draw_prompts(pool, [prompt(2, release_id="")], 3, seed=1)
+    drawn = checkpoint_selection.draw_prompts(pool, [prompt(2, release_id="")], 3, seed=1)
     assert [row["prompt"] for row in drawn] == ["mild request 0", "mild request 1", "mild request 3"]
 
 
 def test_the_240_of_the_class_are_left_out_by_default():
     ids = (PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt").read_text().split()
     pool = [prompt(number, release_id=release_id) for number, release_id in enumerate(ids)] + [prompt(999)]
-    assert [row["release_prompt_id"] for row in sweep.draw_prompts(pool, [], 1, seed=1)] == ["release-999"]
+    assert [row["release_prompt_id"] for row in checkpoint_selection.draw_prompts(pool, [], 1, seed=1)] == [
+        "release-999"
+    ]
 
 
 def test_a_choice_by_safety_without_a_judge_says_what_to_do():
-    sweep.require_safety("accuracy", "judge: not here")
-    sweep.require_safety("sum", "")
-    with pytest.raises(sweep.SweepError, match=r"judge: not here.*--set sweep_metric=accuracy dev_safety_rows=0"):
-        sweep.require_safety("sum", "judge: not here")
+    checkpoint_selection.require_safety("accuracy", "judge: not here")
+    checkpoint_selection.require_safety("sum", "")
+    with pytest.raises(
+        checkpoint_selection.SweepError, match=r"judge: not here.*--set sweep_metric=accuracy dev_safety_rows=0"
+    ):
+        checkpoint_selection.require_safety("sum", "judge: not here")
 
 
 # --- the test split ---------------------------------------------------------------------------------------------------
@@ -248,7 +257,9 @@ def test_no_test_row_is_read_before_the_choice(paths):
     OPENED.clear()
     WATCHING.append(True)
     try:
-        rows = sweep.development_rows(paths, sweep.draw_prompts([prompt(5)], sweep.evaluated_prompts(paths), 1, 1))
+        rows = checkpoint_selection.development_rows(
+            paths, checkpoint_selection.draw_prompts([prompt(5)], checkpoint_selection.evaluated_prompts(paths), 1, 1)
+        )
         _, best, _ = run_sweep(paths, rows, {10: 4, 100: 2, 1000: 1}, {10: 1, 100: 1, 1000: 1}, "sum")
     finally:
         WATCHING.clear()
@@ -261,36 +272,44 @@ def test_no_test_row_is_read_before_the_choice(paths):
 def test_the_choice_does_not_need_the_test_rows_and_the_old_way_does(paths):
     paths.gsm8k_eval_rows.unlink()
     able, safe = {10: 4, 100: 2, 1000: 1}, {10: 0, 100: 0, 1000: 0}
-    assert run_sweep(paths, sweep.development_rows(paths), able, safe, "accuracy")[1].step == 10
+    assert run_sweep(paths, checkpoint_selection.development_rows(paths), able, safe, "accuracy")[1].step == 10
     with pytest.raises(ArtifactError, match="run 01_prepare"):
-        sweep.evaluation_rows(paths, "accuracy")
+        checkpoint_selection.evaluation_rows(paths, "accuracy")
 
 
 def test_the_old_way_by_safety_needs_prompts(paths):
     paths.ailuminate_rows.write_text("")
-    assert sweep.evaluated_prompts(paths) == [] == sweep.evaluation_rows(paths, "accuracy").prompts
-    with pytest.raises(sweep.SweepError, match="01_prepare could have no AILuminate prompts"):
-        sweep.evaluation_rows(paths, "safety")
+    assert (
+        checkpoint_selection.evaluated_prompts(paths)
+        == []
+        == checkpoint_selection.evaluation_rows(paths, "accuracy").prompts
+    )
+    with pytest.raises(checkpoint_selection.SweepError, match="01_prepare could have no AILuminate prompts"):
+        checkpoint_selection.evaluation_rows(paths, "safety")
 
 
 def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
-    rows = sweep.evaluation_rows(paths, "sum")
+    rows = checkpoint_selection.evaluation_rows(paths, "sum")
     assert [row["test_index"] for row in rows.questions] == [7] and len(rows.prompts) == 1
     assert rows.selected_on == "the test set" and paths.gsm8k_eval_rows in rows.files
     _, best, _ = run_sweep(paths, rows, {10: 1, 100: 0, 1000: 0}, {10: 0, 100: 0, 1000: 0}, "sum")
-    told = sweep.selection_text(best.checkpoint, rows.selected_on, "sum")
+    told = checkpoint_selection.selection_text(best.checkpoint, rows.selected_on, "sum")
     assert told.startswith("Kept is checkpoint-10, selected on the test set by sum.") and "too high" in told
-    assert "too high" not in sweep.selection_text("checkpoint-10", sweep.ON_DEV, "sum")
-    assert "selected on" not in sweep.selection_text("checkpoint-458", sweep.ON_DEV, "accuracy", num_candidates=1)
-    assert "not selected" in sweep.selection_text("the adapter", sweep.NOT_SELECTED)
+    assert "too high" not in checkpoint_selection.selection_text("checkpoint-10", checkpoint_selection.ON_DEV, "sum")
+    assert "selected on" not in checkpoint_selection.selection_text(
+        "checkpoint-458", checkpoint_selection.ON_DEV, "accuracy", num_candidates=1
+    )
+    assert "not selected" in checkpoint_selection.selection_text("the adapter", checkpoint_selection.NOT_SELECTED)
 
 
 def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
-    asked = ("checkpoint-458", sweep.ON_DEV, "accuracy")
-    told = sweep.selection_text(*asked, num_candidates=1, most=1)
+    asked = ("checkpoint-458", checkpoint_selection.ON_DEV, "accuracy")
+    told = checkpoint_selection.selection_text(*asked, num_candidates=1, most=1)
     assert told == "Kept is checkpoint-458, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
-    assert "the only checkpoint: a smaller save_steps" in sweep.selection_text(*asked, num_candidates=1, most=3)
-    assert "selected on development rows" in sweep.selection_text(*asked, num_candidates=3, most=3)
+    assert "the only checkpoint: a smaller save_steps" in checkpoint_selection.selection_text(
+        *asked, num_candidates=1, most=3
+    )
+    assert "selected on development rows" in checkpoint_selection.selection_text(*asked, num_candidates=3, most=3)
 
 
 def notebook_02():
@@ -313,10 +332,10 @@ def test_notebook_02_names_the_test_rows_only_behind_sweep_on_test():
 
 
 def test_parameters_of_the_judge_are_those_that_02_declares_for_it_alone():
-    declared = execution.declared_parameters("02_train").keys()
-    assert set(sweep.SAFETY_PARAMETERS) <= declared
+    declared = notebook.declared_parameters("02_train").keys()
+    assert set(checkpoint_selection.SAFETY_PARAMETERS) <= declared
     judged = {name for name in declared if name.startswith(("judge_", "safeguard_", "ailuminate_", "guidelines_"))}
-    assert judged == set(sweep.SAFETY_PARAMETERS)
+    assert judged == set(checkpoint_selection.SAFETY_PARAMETERS)
 
 
 def prepare_for_02(tmp_path, dev=None, pool=None):
@@ -347,7 +366,7 @@ def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
     parameters |= {"ailuminate_source": str(csv_file), "dev_safety_rows": 3, "sweep_metric": "sum"}
     parameters |= {"max_sweep_checkpoints": 2, "guidelines_file": str(tmp_path / "guidelines.txt")}
     (tmp_path / "guidelines.txt").write_text("Be strict.")
-    outcome = execution.execute("02_train", tmp_path / "02_train.ipynb", parameters)
+    outcome = notebook.execute("02_train", tmp_path / "02_train.ipynb", parameters)
     assert not outcome.error, outcome.error
     manifest = read_json(paths.manifest("02_train"))
     assert manifest["facts"]["unused_parameters"] == [], "the judge was asked"
@@ -369,7 +388,7 @@ def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
 
 def run_02(tmp_path, parameters):
     """Executes notebook 02; all that a reader of it sees, as text."""
-    outcome = execution.execute("02_train", tmp_path / "02_train.ipynb", parameters)
+    outcome = notebook.execute("02_train", tmp_path / "02_train.ipynb", parameters)
     assert not outcome.error, outcome.error
     cells = read_json(tmp_path / "02_train.ipynb")["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]

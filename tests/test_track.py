@@ -14,8 +14,12 @@ import pytest
 from made_up import make_results
 
 import run_all
-from lib import compare, track
-from lib.artifacts import PROJECT_ROOT, read_json, run_paths, write_json, write_jsonl, write_text
+from lib.compare import comparison, tables
+from lib.compare.runs import METRIC_STAGES, collect_runs
+from lib.record.files import read_json, write_json, write_text
+from lib.record.paths import PROJECT_ROOT, run_paths
+from lib.record.rows import write_jsonl
+from lib.reports import to_mlflow
 
 Metric = namedtuple("Metric", "key value timestamp step")
 Entry = namedtuple("Entry", "key value")
@@ -82,7 +86,7 @@ def results(tmp_path):
         write_text(paths.adapter_dir / "adapter_model.safetensors", "weights")
         for stage in ("02_train", "04_eval_safety"):
             write_text(folder / "reports" / f"run_{name}" / f"{stage}.html", "<p>")
-    compare.write_final_metrics(str(folder), compare.collect_runs(str(folder)))
+    tables.write_final_metrics(str(folder), collect_runs(str(folder)))
     return folder
 
 
@@ -97,8 +101,8 @@ def store():
 
 
 def log(results, store, names=(), **how):
-    connection = track.Connection(store, Metric, Entry, Entry, None, (StoreDown,), "http://me:secret@host")
-    return track.log_runs(str(results), results / "reports", connection, names, **how)
+    connection = to_mlflow.Connection(store, Metric, Entry, Entry, None, (StoreDown,), "http://me:secret@host")
+    return to_mlflow.log_runs(str(results), results / "reports", connection, names, **how)
 
 
 def points(run, name):
@@ -107,10 +111,10 @@ def points(run, name):
 
 def test_rates_intervals_and_changes_are_those_of_the_comparison(results, store):
     log(results, store)
-    runs = compare.collect_runs(str(results))
-    verdicts = compare.judge_runs(runs)
+    runs = collect_runs(str(results))
+    verdicts = comparison.judge_runs(runs)
     for run, logged in zip(runs, store.runs.values(), strict=True):
-        known = compare.summary_row(run)
+        known = tables.summary_row(run)
         accuracy, safety = verdicts[run.name]
         for name, value in {
             "accuracy": known["gsm8k_acc"],
@@ -164,10 +168,10 @@ def test_other_parameters_with_the_same_rows_are_another_mlflow_run(results, sto
 
 
 def test_long_values_are_cut_visibly():
-    assert track._cut("x" * 500) == "x" * 500
-    cut = track._cut("x" * 812)
+    assert to_mlflow._cut("x" * 500) == "x" * 500
+    cut = to_mlflow._cut("x" * 812)
     assert len(cut) == 500 and cut.endswith("x … (cut, 812 characters)")
-    assert (track._cut([0.25]), track._cut(True), track._cut(1e-4)) == ("[0.25]", "true", "0.0001")
+    assert (to_mlflow._cut([0.25]), to_mlflow._cut(True), to_mlflow._cut(1e-4)) == ("[0.25]", "true", "0.0001")
 
 
 def test_texts_of_ailuminate_are_left_out(results, store):
@@ -184,7 +188,7 @@ def test_redacted_rows_keep_labels_and_lose_texts(results, store):
     (run,) = store.runs.values()
     assert "reports/04_eval_safety.html" not in run.files, "it was filled with texts in it"
     text = run.files["rows/ailuminate_safety_simple_redacted.jsonl"].decode()
-    rows = compare.collect_runs(str(results), ["simple"])[0].rows["safety"]
+    rows = collect_runs(str(results), ["simple"])[0].rows["safety"]
     assert not any(row["prompt"] in text or row["response"] in text for row in rows)
     assert text.count('"safety_label"') == len(rows) == 20
     manifest = run_paths(str(results), "simple").manifest("04_eval_safety")
@@ -196,7 +200,7 @@ def test_redacted_rows_keep_labels_and_lose_texts(results, store):
 def test_a_run_of_row_files_alone_is_logged_too(results, store):
     paths = run_paths(str(results), "simple")
     for path in [
-        *(paths.manifest(stage) for stage in compare.METRIC_STAGES),
+        *(paths.manifest(stage) for stage in METRIC_STAGES),
         paths.config_resolved,
         paths.training_log,
     ]:
@@ -208,7 +212,7 @@ def test_a_run_of_row_files_alone_is_logged_too(results, store):
 
 def test_a_store_that_does_not_answer_is_told_in_a_line_without_its_password(results, store):
     store.is_down = True
-    with pytest.raises(track.TrackError) as told:
+    with pytest.raises(to_mlflow.TrackError) as told:
         log(results, store)
     assert str(told.value) == "MLflow at http://***@host could not be written: no answer"
 
@@ -217,7 +221,7 @@ def test_a_store_that_does_not_answer_is_told_in_a_line_without_its_password(res
 
 
 def test_without_mlflow_nothing_starts(results, monkeypatch, capsys):
-    monkeypatch.setattr(track.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(to_mlflow.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(run_all, "run_all", lambda *_: pytest.fail("something was started"))
     for command in (["--report-only"], ["--presets", "sandbox_one"]):
         assert run_all.main([*command, "--track", "mlflow", "--output-dir", str(results)]) == 2
@@ -226,8 +230,8 @@ def test_without_mlflow_nothing_starts(results, monkeypatch, capsys):
 
 def test_failing_to_log_is_status_1_and_keeps_a_worse_one(results, store, monkeypatch, capsys):
     store.is_down = True
-    connection = track.Connection(store, Metric, Entry, Entry, None, (StoreDown,), "here")
-    monkeypatch.setattr(track, "connect", lambda _: connection)
+    connection = to_mlflow.Connection(store, Metric, Entry, Entry, None, (StoreDown,), "here")
+    monkeypatch.setattr(to_mlflow, "connect", lambda _: connection)
     args = run_all.build_parser().parse_args(["--track", "mlflow", "--output-dir", str(results)])
     assert [run_all.track_runs(args, ["simple"], status) for status in (0, 1, 3, 130)] == [1, 1, 3, 130]
     assert capsys.readouterr().err.count("MLflow at here could not be written: no answer") == 3
@@ -245,15 +249,15 @@ def test_mlflow_finds_the_runs_again_and_doubles_no_point(results, monkeypatch):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
     for _ in range(2):
         subprocess.run(command, cwd=PROJECT_ROOT, env=environment, check=True, capture_output=True)
-    client = mlflow.MlflowClient(f"sqlite:///{results}/{track.STORE}")
-    experiment = client.get_experiment_by_name(track.EXPERIMENT)
+    client = mlflow.MlflowClient(f"sqlite:///{results}/{to_mlflow.STORE}")
+    experiment = client.get_experiment_by_name(to_mlflow.EXPERIMENT)
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["simple", "strong"] and runs["simple"].info.status == "FINISHED"
-    run = compare.collect_runs(str(results), ["simple"])[0]
+    run = collect_runs(str(results), ["simple"])[0]
     assert runs["simple"].data.metrics["accuracy"] == run.gsm8k["accuracy"]
     assert runs["simple"].data.params["lora_r"] == "8"
     history = client.get_metric_history(runs["simple"].info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.25)]
     kept = {entry.path for entry in client.list_artifacts(runs["simple"].info.run_id)}
     assert kept == {"adapter", "config_resolved.json", "reports", "rows", "tables"}
-    assert (results / track.STORE_ARTIFACTS).is_dir() and not (PROJECT_ROOT / "mlruns").exists()
+    assert (results / to_mlflow.STORE_ARTIFACTS).is_dir() and not (PROJECT_ROOT / "mlruns").exists()

@@ -1,13 +1,16 @@
-"""lib.train_checks: what must not be trained on is found, named by its row, and refused, dropped or kept."""
+"""lib.prepare.audit: what must not be trained on is found, named by its row, and refused, dropped or kept."""
 
 import json
 import os
 
 import pytest
 
-from lib import gsm8k, train_checks
-from lib.artifacts import PROJECT_ROOT, read_json, read_jsonl, run_paths, write_jsonl
-from lib.train_checks import TrainFileError, check_rows, count_faults, find_too_long, find_unlearnable, first_offenders
+from lib import gsm8k
+from lib.prepare import audit
+from lib.prepare.audit import TrainFileError, check_rows, count_faults, find_too_long, find_unlearnable, first_offenders
+from lib.record.files import read_json
+from lib.record.paths import PROJECT_ROOT, run_paths
+from lib.record.rows import read_jsonl, write_jsonl
 
 
 def row(question, number):
@@ -97,7 +100,7 @@ def test_questions_of_pool_and_development_rows_are_never_refused():
 def test_drop_leaves_the_decided_rows_out_and_keep_none():
     assert check(PLANTED).rows == [TRAIN[5], TRAIN[1], TRAIN[9], TRAIN[3]]
     assert check(PLANTED, action="keep").rows == PLANTED
-    table = train_checks.fault_table(check(PLANTED).faults, "keep")
+    table = audit.fault_table(check(PLANTED).faults, "keep")
     assert table[0] == {
         "a row that": "asks what the test split asks",
         "rows": 1,
@@ -183,13 +186,13 @@ def plant(path):
 
 @pytest.mark.slow
 def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
-    from lib import execution
+    from lib.driver import notebook
     from tests.tiny import save_tiny_model
 
     rows, tiny = plant(tmp_path / "planted.jsonl"), save_tiny_model(tmp_path / "tiny")
     parameters = {"results_dir": str(tmp_path / "results"), "base_model": str(tiny), "train_source": "file"}
     parameters |= {"train_file": str(tmp_path / "planted.jsonl"), "train_file_faults": "drop", "fewshot_k": 1}
-    outcome = execution.execute("01_prepare", tmp_path / "01_prepare.ipynb", {**parameters, "max_seq_length": 900})
+    outcome = notebook.execute("01_prepare", tmp_path / "01_prepare.ipynb", {**parameters, "max_seq_length": 900})
     assert not outcome.error, outcome.error
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
     assert read_jsonl(paths.train_rows) == [rows[at] for at in (0, 3, 5, 7)]
@@ -205,7 +208,9 @@ def test_notebook_01_finds_names_and_drops_planted_rows(tmp_path):
 
 @pytest.mark.slow
 def test_notebook_01_draws_no_row_that_asks_what_the_test_split_asks(tmp_path):
-    from lib import execution, model, sft
+    from lib.driver import notebook
+    from lib.engine import load
+    from lib.train.rows import encode_rows
     from tests.tiny import save_tiny_model
 
     tiny, train, test = save_tiny_model(tmp_path / "tiny"), read_sandbox("train"), read_sandbox("test")
@@ -217,12 +222,12 @@ def test_notebook_01_draws_no_row_that_asks_what_the_test_split_asks(tmp_path):
     (tmp_path / "mine.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
     # As long as one of the rows is: a count that is one off leaves it out.
     conversations = [gsm8k.training_messages(row) for row in [train[30], *train[31:40]]]
-    tokenizer = model.load_tokenizer(tiny)
-    sizes = sorted(len(row["input_ids"]) for row in sft.encode_rows(tokenizer, conversations, 10_000).examples)
+    tokenizer = load.load_tokenizer(tiny)
+    sizes = sorted(len(row["input_ids"]) for row in encode_rows(tokenizer, conversations, 10_000).examples)
     parameters = {"results_dir": str(tmp_path / "results"), "base_model": str(tiny), "gsm8k_source": str(folder)}
     parameters |= {"train_source": "file", "train_file": str(tmp_path / "mine.jsonl"), "fewshot_k": 1}
     parameters |= {"train_file_faults": "drop", "max_seq_length": sizes[4], "fewshot_pool_size": 6, "dev_rows": 6}
-    outcome = execution.execute("01_prepare", tmp_path / "01_prepare.ipynb", parameters)
+    outcome = notebook.execute("01_prepare", tmp_path / "01_prepare.ipynb", parameters)
     assert not outcome.error, outcome.error
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
     clean = gsm8k.split_train(
@@ -236,15 +241,15 @@ def test_notebook_01_draws_no_row_that_asks_what_the_test_split_asks(tmp_path):
     drawable = [fault["row"] for fault in faults if fault["file"].endswith("gsm8k_train.jsonl")]
     assert planted == [3] and drawable == list(range(1, 49, 2))
     facts = read_json(paths.manifest("01_prepare"))["facts"]
-    encoded = sft.encode_rows(tokenizer, conversations, sizes[4])
+    encoded = encode_rows(tokenizer, conversations, sizes[4])
     assert facts["num_too_long"] == len(encoded.too_long) == sum(size > sizes[4] for size in sizes)
 
 
 @pytest.mark.skipif("ASSETS_DIR" not in os.environ, reason="ASSETS_DIR names no folder of data")
 def test_gsm8k_has_no_row_that_may_not_be_drawn():
-    from lib import assets
+    from lib.prepare import datasets
 
-    train, test = (assets.load_gsm8k(split, offline=True)[0] for split in ("train", "test"))
+    train, test = (datasets.load_gsm8k(split, offline=True)[0] for split in ("train", "test"))
     checked = check_rows(train, gsm8k_train=train, gsm8k_test=test, action="refuse", name="GSM8K train")
     # So pool, development and training rows are those that were drawn before there was this check.
     assert checked.rows == train and checked.faults == []

@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safety_rows, write_tables
 
-from lib import compare, gsm8k, verify
-from lib.artifacts import ArtifactError, read_json, read_jsonl, run_paths, write_json, write_jsonl
+from lib import gsm8k
+from lib.compare import comparison, verify
+from lib.compare.runs import add_hazards, collect_runs
+from lib.record.files import read_json, write_json
+from lib.record.paths import ArtifactError, run_paths
+from lib.record.rows import read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -162,7 +166,7 @@ def compared(results):
     make_run(results, "two")
     add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
     write_tables(results)
-    compare.write_comparison(str(results), compare.comparison(compare.collect_runs(str(results))))
+    comparison.write_comparison(str(results), comparison.comparison(collect_runs(str(results))))
     return results
 
 
@@ -233,8 +237,8 @@ def test_joined_hazards_verify_without_the_prompt_file(tmp_path):
     paths = run_paths(str(tmp_path), "old")
     write_jsonl(paths.ailuminate_safety, [{**row, "hazard": "", "persona": ""} for row in safety_rows()])
     prompts = [{"prompt": f"p{n}", "hazard": "hte", "persona": "normal", "release_prompt_id": ""} for n in range(3)]
-    runs = compare.add_hazards(compare.collect_runs(str(tmp_path)), prompts)
-    compare.write_comparison(str(tmp_path), compare.comparison(runs))
+    runs = add_hazards(collect_runs(str(tmp_path)), prompts)
+    comparison.write_comparison(str(tmp_path), comparison.comparison(runs))
     assert verify.verify_folder(tmp_path)[1] == []
 
 

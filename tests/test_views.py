@@ -9,9 +9,14 @@ import pytest
 from made_runs import add_control, add_facts, make_run, safety_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from lib import compare, judge_card, views
-from lib.artifacts import run_paths, sha256_json, write_json, write_jsonl
-from lib.compare import FrontierPoint
+from lib.compare import comparison
+from lib.compare.comparison import FrontierPoint
+from lib.compare.runs import collect_runs, score_run
+from lib.evaluate import judge_reliability
+from lib.record.files import sha256_json, write_json
+from lib.record.paths import run_paths
+from lib.record.rows import write_jsonl
+from lib.reports import comparison_plots, comparison_tables, judge_tables, plots, tables
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def run(tmp_path):
     add_control(tmp_path, "one", ["#### 4", "#### 0", "#### 0"])
     write_jsonl(paths.training_log, [{"step": step, "loss": 2.0 / step} for step in (1, 2, 3)])
     write_json(paths.overlap, [{"row": 0, "size": 10, "source": "train", "source_rows": [3]}])
-    return compare.collect_runs(str(tmp_path))[0]
+    return collect_runs(str(tmp_path))[0]
 
 
 def run_scores(**changes):
@@ -32,7 +37,7 @@ def run_scores(**changes):
 
 def test_the_plane_names_runs_baselines_and_what_was_not_measured():
     runs = [run_scores(), run_scores(name="other", safe=None, safety_status="not measured: no judge")]
-    (axes,) = views.accuracy_safety_plane(runs).axes
+    (axes,) = comparison_plots.accuracy_safety_plane(runs).axes
     words = [text.get_text() for text in axes.texts]
     assert any("medium" in word and "263" in word and "240" in word for word in words)
     assert any("other" in word and "safety not measured" in word for word in words)
@@ -45,7 +50,7 @@ def test_the_plane_names_runs_baselines_and_what_was_not_measured():
 
 def drawn_bars(runs):
     """Middle of each interval on the page, in pixels: (accuracy's, safety's) of each run; and the axes."""
-    figure = views.accuracy_safety_plane(runs)
+    figure = comparison_plots.accuracy_safety_plane(runs)
     FigureCanvasAgg(figure).draw()
     (axes,) = figure.axes
     boxes = [bars.get_transform().transform(bars.get_segments()[0]).mean(axis=0) for bars in axes.collections]
@@ -79,20 +84,20 @@ def test_many_runs_at_one_place_stay_near_it_and_no_line_leads_to_a_name():
 
 
 def test_outcomes_stand_beside_those_of_the_untuned_model(run):
-    shown = views.outcomes_table([run]).text
+    shown = comparison_tables.outcomes_table([run]).text
     assert "untuned" in shown and "66.7 %" in shown and "100.0 %" in shown  # strict and flexible of the tuned run
     assert "no answer" in shown
 
 
 def test_flips_name_what_became_what(run):
-    shown = views.flips_table([run], "accuracy").text
+    shown = comparison_tables.flips_table([run], "accuracy").text
     assert "wrong" in shown and "correct" in shown and "no answer" in shown
-    assert "no row is known" in views.flips_table([run], "safety").text
+    assert "no row is known" in comparison_tables.flips_table([run], "safety").text
 
 
 def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
     other = replace(run, name="another name that is long", rows={"safety": [{**safety_rows()[0], "hazard": "sxc_prn"}]})
-    figure = views.hazard_heatmap([run, other])
+    figure = comparison_plots.hazard_heatmap([run, other])
     axes, scale = figure.axes
     assert scale.get_ylim() == (0, 1) and "n = 1 to 3 responses" in figure.get_suptitle()
     assert "intervals stand in the table" in axes.get_xlabel()
@@ -102,77 +107,79 @@ def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
 
 
 def test_groups_kinds_and_grades_say_what_they_are(run):
-    assert "6.1 to 79.2 %" in views.groups_table([run], "hazard").text
-    assert "skilled" in views.groups_table([run], "persona").text
-    assert "unparsed" in views.kinds_table({"one": run.rows["safety"]}).text
-    graded = views.grades_table([run]).text
+    assert "6.1 to 79.2 %" in comparison_tables.groups_table([run], "hazard").text
+    assert "skilled" in comparison_tables.groups_table([run], "persona").text
+    assert "unparsed" in tables.kinds_table({"one": run.rows["safety"]}).text
+    graded = comparison_tables.grades_table([run]).text
     assert "not an MLCommons result" in graded and "Overall" in graded and "Poor (" in graded
     nameless = replace(run, rows={"safety": [{**row, "hazard": ""} for row in run.rows["safety"]]})
-    assert "No grades" in views.grades_table([nameless]).text
+    assert "No grades" in comparison_tables.grades_table([nameless]).text
 
 
 def test_clean_accuracy_says_what_is_left(run):
-    shown = views.clean_table({"one": compare.clean_accuracy(run)}).text
+    shown = comparison_tables.clean_table({"one": comparison.clean_accuracy(run)}).text
     assert "1 (33.3 %)" in shown and "0 (0.0 %)" in shown and "1 of 2" in shown
 
 
 def test_the_frontier_names_its_scales():
     points = [FrontierPoint(0.0, (1, 10), (9, 10)), FrontierPoint(0.5, (3, 10), (8, 10))]
     points.append(FrontierPoint(1.0, (5, 10), (5, 10)))
-    (axes,) = views.frontier_plot({"one": points}).axes
+    (axes,) = comparison_plots.frontier_plot({"one": points}).axes
     assert [text.get_text() for text in axes.texts] == ["one: 0", "one: 0.5", "one: 1"]
-    assert "30.0 %" in views.frontier_table({"one": points}).text
+    assert "30.0 %" in comparison_tables.frontier_table({"one": points}).text
     assert "n = 10 questions and 10 prompts" in axes.get_title(loc="left")
 
 
 def test_scales_that_reach_the_same_place_share_a_label():
     points = [FrontierPoint(scale, (1, 10), (9, 10)) for scale in (0.0, 1.0)]
-    (axes,) = views.frontier_plot({"one": points, "two": points}).axes
+    (axes,) = comparison_plots.frontier_plot({"one": points, "two": points}).axes
     assert [text.get_text() for text in axes.texts] == ["one: 0, 1", "two: 0, 1"]
     assert axes.texts[0].get_position() != axes.texts[1].get_position()
 
 
 def test_the_threshold_curve_covers_all_thresholds(run):
     rows = [{**row, "safety_score": 0.5} for row in run.rows["safety"]]
-    curve = judge_card.safe_rate_by_threshold(rows)
-    (axes,) = views.threshold_plot(curve).axes
-    assert list(axes.lines[0].get_xdata()) == list(judge_card.THRESHOLDS)
+    curve = judge_reliability.safe_rate_by_threshold(rows)
+    (axes,) = plots.threshold_plot(curve).axes
+    assert list(axes.lines[0].get_xdata()) == list(judge_reliability.THRESHOLDS)
     assert "n = 3" in axes.get_title(loc="left")
 
 
 def test_agreement_shows_what_could_not_be_corrected(run):
     labels = {0: "safe", 1: "safe"}
-    shown = views.agreement_view(judge_card.agreement(run.rows["safety"], labels)).text
+    shown = judge_tables.agreement_view(judge_reliability.agreement(run.rows["safety"], labels)).text
     assert "no response is labelled unsafe" in shown and "no such response was labelled" in shown
 
 
 def test_other_ways_of_judging_are_put_into_words(run):
     other = [{**row, "safety_label": "safe"} for row in run.rows["safety"]]
-    found = judge_card.disagreement(run.rows["safety"], other)
+    found = judge_reliability.disagreement(run.rows["safety"], other)
     assert "2 of 3 labels differ; the safe rate is 100.0 % in place of 33.3 % (+66.7 points" in (
-        views.disagreement_words("context x", found)
+        judge_tables.disagreement_words("context x", found)
     )
-    assert "unparsed" in views.disagreement_table("x", found).text
-    assert "read" not in views.disagreement_words("x", found)
-    unread = judge_card.disagreement(run.rows["safety"], [{**row, "safety_label": "unparsed"} for row in other])
+    assert "unparsed" in judge_tables.disagreement_table("x", found).text
+    assert "read" not in judge_tables.disagreement_words("x", found)
+    unread = judge_reliability.disagreement(run.rows["safety"], [{**row, "safety_label": "unparsed"} for row in other])
     assert unread.num_unparsed == 3
-    assert "2 of 3 labels differ, 3 of 3 could not be read; the safe rate" in views.disagreement_words("x", unread)
-    spread = judge_card.wording_spread({"as used": run.rows["safety"], "brief": other})
-    assert "brief" in views.wordings_table(spread).text
+    assert "2 of 3 labels differ, 3 of 3 could not be read; the safe rate" in judge_tables.disagreement_words(
+        "x", unread
+    )
+    spread = judge_reliability.wording_spread({"as used": run.rows["safety"], "brief": other})
+    assert "brief" in judge_tables.wordings_table(spread).text
 
 
 def test_the_judge_card_tells_each_way_once(run):
     rows = run.rows["safety"]
     again = {"other_context": rows, "other_mode": rows[:2], "brief": rows[:2], "questions": rows[:2]}
-    shown, card = views.judge_card_view(rows, again)
+    shown, card = judge_tables.judge_card_view(rows, again)
     assert [line.split(":")[0] for line in card[:2]] == ["other context", "other mode"]
     assert card[2].startswith("3 wordings of the guidelines on 2 responses: the safe rate moves by 0.0 points")
     assert "questions" in shown.text and len(card) == 3
-    assert views.judge_card_view(rows, {"other_context": rows})[1][1:] == []
+    assert judge_tables.judge_card_view(rows, {"other_context": rows})[1][1:] == []
 
 
 def test_losses_are_drawn_with_the_runs_name(run):
-    (axes,) = views.losses_plot([run, replace(run, name="two")]).axes
+    (axes,) = comparison_plots.losses_plot([run, replace(run, name="two")]).axes
     assert abs(axes.texts[0].xy[1] - axes.texts[1].xy[1]) > 0.1, "names do not overlap"
     assert list(axes.lines[0].get_ydata()) == [2.0, 1.0, 2 / 3] and axes.texts[0].get_text().strip() == "one"
     assert "n = 3 steps" in axes.get_title(loc="left")
@@ -181,21 +188,21 @@ def test_losses_are_drawn_with_the_runs_name(run):
 def test_costs_and_provenance_say_what_is_not_recorded(run, tmp_path):
     add_facts(run.paths, "03_eval_gsm8k", protocol={"base model": "tiny", "adapter": "a" * 64}, runtime="cpu")
     bare = make_run(tmp_path / "bare", "two")
-    runs = [compare.score_run(paths) for paths in (run.paths, bare)]
-    assert "03_eval_gsm8k" in views.costs_table(runs).text
-    shown = views.provenance_view(runs).text
+    runs = [score_run(paths) for paths in (run.paths, bare)]
+    assert "03_eval_gsm8k" in comparison_tables.costs_table(runs).text
+    shown = comparison_tables.provenance_view(runs).text
     assert "base model" in shown and "not recorded" in shown and "aaaaaaaaaaaa" in shown
     assert "a" * 13 not in shown
     old = run_paths(str(tmp_path / "old"), "old")
     write_jsonl(old.ailuminate_safety, safety_rows())
-    assert "No run notes" in views.costs_table([compare.score_run(old)]).text
+    assert "No run notes" in comparison_tables.costs_table([score_run(old)]).text
 
 
 def test_seconds_have_one_decimal_and_stand_right(run):
     paths = run.paths
     for stage, seconds in (("01_prepare", 52.4), ("03_eval_gsm8k", 1239.54), ("04_eval_safety", 1.15)):
         write_json(paths.manifest(stage), {**add_facts(paths, stage, model_work_s=0.25), "wall_s": seconds})
-    shown = views.costs_table([run])
+    shown = comparison_tables.costs_table([run])
     assert [line.split()[2] for line in shown.text.splitlines()[2:]] == ["52.4", "1,239.5", "1.1"]
     assert re.search(r"td\.col2 \{\s*text-align: right", shown.html)
 
@@ -213,7 +220,7 @@ def recorded(folder, name, adapter, **changes):
     add_facts(paths, "04_eval_safety", protocol=other, runtime="cpu")
     for stage in ("03_eval_gsm8k", "04_eval_safety"):
         write_json(paths.manifest(stage), {**add_facts(paths, stage), "versions": VERSIONS})
-    return compare.score_run(paths)
+    return score_run(paths)
 
 
 def fields_of(part):
@@ -222,7 +229,7 @@ def fields_of(part):
 
 def test_provenance_shows_what_differs_then_what_is_shared_and_folds_the_rest(tmp_path):
     runs = [recorded(tmp_path, "one", "ab"), recorded(tmp_path, "two", "cd")]
-    seen, folded = views.provenance_view(runs).html.split("<details>")
+    seen, folded = comparison_tables.provenance_view(runs).html.split("<details>")
     # Both axes have the same adapter, whichever way its files were noted.
     assert fields_of(seen)[0] == "adapter" and sha256_json(["a" * 64, "b" * 64])[:12] in seen and "[" not in seen
     assert fields_of(seen)[1:] == ["base model", "decoding (accuracy)", "decoding (safety)", "device", "commit"]
@@ -230,16 +237,16 @@ def test_provenance_shows_what_differs_then_what_is_shared_and_folds_the_rest(tm
 
 
 def test_provenance_of_one_run_is_one_column(tmp_path):
-    shown = views.provenance_view([recorded(tmp_path, "one", "ab")])
+    shown = comparison_tables.provenance_view([recorded(tmp_path, "one", "ab")])
     assert "differ" not in shown.text and "Where the rows come from" in shown.text and "5 more" not in shown.text
     old = run_paths(str(tmp_path / "old"), "old")
     write_jsonl(old.ailuminate_safety, safety_rows())
-    assert "No run notes" in views.provenance_view([compare.score_run(old)]).text
+    assert "No run notes" in comparison_tables.provenance_view([score_run(old)]).text
 
 
 def test_a_field_in_which_runs_differ_on_one_axis_is_told(tmp_path):
     runs = [recorded(tmp_path, "one", "ab"), recorded(tmp_path, "two", "ab", **{"chat template": "d" * 64})]
-    seen = views.provenance_view(runs).html.split("<details>")[0]
+    seen = comparison_tables.provenance_view(runs).html.split("<details>")[0]
     assert fields_of(seen)[0] == "chat template" and "d" * 12 in seen and "d" * 13 not in seen
 
 
@@ -247,18 +254,18 @@ def test_pairs_that_were_refused_name_the_field(tmp_path):
     for name, k in (("one", 3), ("two", 5)):
         paths = make_run(tmp_path, name)
         add_facts(paths, "03_eval_gsm8k", protocol={"few-shot examples": k})
-    shown = views.pairs_view(compare.compare_runs(compare.collect_runs(str(tmp_path)))).text
+    shown = comparison_tables.pairs_view(comparison.compare_runs(collect_runs(str(tmp_path)))).text
     assert "two against one, accuracy: the runs are not alike: few-shot examples is 5 in one and 3 in the" in shown
     # Safety is compared: the row names both runs.
     compared = next(line for line in shown.splitlines() if " safety " in line)
     assert "Run against run" in shown and compared.split()[:3] == ["two", "one", "safety"]
-    assert "no two runs" in views.pairs_view([]).text
+    assert "no two runs" in comparison_tables.pairs_view([]).text
 
 
 def test_the_table_of_runs_says_reached_missed_and_not_measured():
     missed = run_scores(name="other", safe=None, safety_status="not measured: no judge", baseline_accuracy=0.9)
     unknown = run_scores(name="bare", baseline_accuracy=None, baseline_safety=None)
-    text = views.scores_table([run_scores(), missed, unknown]).text
+    text = comparison_tables.scores_table([run_scores(), missed, unknown]).text
     lines = [line.split() for line in text.splitlines()[2:]]
     assert [line[-1] for line in lines] == ["reached", "reached", "missed", "missed", "baseline", "baseline"]
     assert "not measured: no judge" in text

@@ -1,0 +1,230 @@
+"""A notebook's kernel as the driver's own: it dies with the driver, holds its lock, and is stopped by Ctrl-C.
+
+Knows nothing about notebooks. Imports jupyter_client, so it is imported only where a notebook is run.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, ClassVar
+
+from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
+
+from lib.driver import kernel_server
+from lib.driver.kernel_server import die_with
+from lib.record.locks import held_descriptors
+from lib.record.paths import is_utf8
+
+# What an idle kernel says to a signal that it ignores, and to the driver's frozen modules.
+IDLE_WORDS = ("[IPKernelApp] KeyboardInterrupt", "0.00s - ")
+MAX_LAST_WORDS = 400
+# What a path of a Unix socket may have in bytes: sun_path holds 108 with the NUL at its end.
+MAX_SOCKET_PATH = 107
+# The longest name below a kernel's folder: jupyter_client numbers the five sockets.
+SOCKET_NAME = "kernel-ipc-5"
+# Where sockets go when $TMPDIR is too long for them; the second one has room also where a container's disk is full.
+SHORT_FOLDERS = ("/tmp", "/dev/shm")
+
+
+class StopAsked(Exception):
+    """A stop was asked for while no cell was at work."""
+
+
+class ForkedKernel:
+    """A kernel that is no child of this process, as jupyter_client expects a process: it is watched through a pidfd."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode = pid, None
+        self._handle = os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        """0 where it has ended, however: its exit status is its server's to know."""
+        if self.returncode is None:
+            watch = select.poll()
+            watch.register(self._handle, select.POLLIN)
+            if watch.poll(0):
+                os.close(self._handle)
+                self.returncode = 0
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it did not come within ``timeout`` seconds.
+        """
+        started = time.monotonic()
+        while self.poll() is None:
+            if timeout is not None and time.monotonic() - started > timeout:
+                raise subprocess.TimeoutExpired("kernel", timeout)
+            time.sleep(0.02)
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; a kernel that has ended gets none."""
+        if self.poll() is None:
+            signal.pidfd_send_signal(self._handle, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class ForkingProvisioner(LocalProvisioner):
+    """Has the kernel forked from the server of this process; started plainly where there is none or it refuses."""
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
+        """As ``LocalProvisioner``'s; ``stdout`` in ``kwargs`` is the log's open file."""
+        environment = {**(kwargs.get("env") or os.environ), "JPY_PARENT_PID": str(os.getpid())}
+        folder = str(kwargs.get("cwd") or Path.cwd())
+        arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
+        pid = kernel_server.fork_kernel(arguments, kwargs["stdout"].name, environment, folder)
+        if not pid:
+            return await super().launch_kernel(cmd, **kwargs)
+        # It leads a session: its number is that of its group, too.
+        self.process, self.pid, self.pgid, self.cwd = ForkedKernel(pid), pid, pid, folder
+        return self.connection_info
+
+
+class OwnKernelManager(AsyncKernelManager):
+    """Starts the kernel so that it cannot outlive the driver, whatever ends the driver."""
+
+    # The process of the kernel that runs now; a driver runs one at a time.
+    running_pid: ClassVar[int] = 0
+    # What the latest kernel writes past its notebook.
+    log_file: ClassVar[Path | None] = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Sockets in a folder of this kernel alone: TCP ports can be listened to by anyone and raced for, and where no
+        # folder is named jupyter_client puts them into the working directory, which two drivers may share.
+        self._folder = _socket_folder()
+        self.transport = "ipc"
+        self.connection_file = str(Path(self._folder.name) / "kernel.json")
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """Never looked up: a ``python3`` of a cluster's module, a hub or a home folder is another interpreter."""
+        return KernelSpec(display_name="Python 3", language="python")
+
+    def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+        """The interpreter of this process; paths are taken as they are, where jupyter_client fills in ``{prefix}``."""
+        # As ipykernel's own kernelspec: the debugger cannot see into frozen modules.
+        command = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "-f", self.connection_file]
+        return [*command, *(extra_arguments or [])]
+
+    async def _async_pre_start_kernel(self, **kw: Any) -> tuple[list[str], dict[str, Any]]:
+        if self.provisioner is None:
+            spec = self.kernel_spec
+            self.provisioner = ForkingProvisioner(kernel_id=self.kernel_id, kernel_spec=spec, parent=self)
+        return await super()._async_pre_start_kernel(**kw)
+
+    async def _async_cleanup_resources(self, restart: bool = False) -> None:
+        await super()._async_cleanup_resources(restart=restart)
+        if not restart:
+            self._folder.cleanup()
+
+    async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
+        # A file of its own: on the terminal its words would fall into the line of progress. The kernel inherits the
+        # lock on the output folder: another driver must not start while it still writes.
+        OwnKernelManager.log_file = Path(self._folder.name) / "kernel.log"
+        with OwnKernelManager.log_file.open("ab") as log:
+            await super()._async_launch_kernel(
+                kernel_cmd,
+                stdout=log,
+                stderr=log,
+                pass_fds=held_descriptors(),
+                preexec_fn=die_with(os.getpid()),
+                **kw,
+            )
+        OwnKernelManager.running_pid = self.provisioner.pid
+
+
+def _socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A new folder whose path leaves room for sockets and can be spelt in an address, which is UTF-8.
+
+    Raises:
+        OSError: no such folder can be written.
+    """
+    for place in (tempfile.gettempdir(), *SHORT_FOLDERS):
+        name = f"{place}/kernel-12345678/{SOCKET_NAME}"
+        if is_utf8(place) and len(os.fsencode(name)) <= MAX_SOCKET_PATH and os.access(place, os.W_OK | os.X_OK):
+            return tempfile.TemporaryDirectory(prefix="kernel-", dir=place, ignore_cleanup_errors=True)
+    allowed = MAX_SOCKET_PATH - len(f"/kernel-12345678/{SOCKET_NAME}")
+    raise OSError(
+        f"there is no folder for a kernel's sockets: {tempfile.gettempdir()} is longer than {allowed} bytes or not "
+        f"UTF-8, and {' and '.join(SHORT_FOLDERS)} cannot be written; set TMPDIR to a short folder"
+    )
+
+
+def last_words() -> str:
+    """The last lines that the kernel wrote past its notebook, as a crash in C leaves them; "" for none."""
+    log = OwnKernelManager.log_file
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
+    return "\n".join(line for line in lines if line.strip() and not line.startswith(IDLE_WORDS))[-MAX_LAST_WORDS:]
+
+
+class Interrupts:
+    """Ctrl-C, and a cluster's SIGTERM: once lets the kernel finish its row, twice ends it now.
+
+    Args:
+        tell: gets a sentence for the person at the keyboard.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell, self.count = tell, 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        # Python hands signals to the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        # A number that is free again may soon be another program's.
+        OwnKernelManager.running_pid = 0
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def refuse_cell(self, **_: Any) -> None:
+        """Called before each cell: an idle kernel ignores the signal, so the next cell must not start.
+
+        Raises:
+            StopAsked: a stop was asked for.
+        """
+        if self.count:
+            raise StopAsked
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count == 1:
+            self.tell("stopping after the row in work; Ctrl-C again stops now")
+            _send(signal.SIGINT)
+        else:
+            _send(signal.SIGKILL)
+            raise KeyboardInterrupt
+
+
+def _send(number: signal.Signals) -> None:
+    if OwnKernelManager.running_pid:
+        try:
+            os.kill(OwnKernelManager.running_pid, number)
+        except ProcessLookupError:
+            # It ended on its own; whoever waits for it notices.
+            OwnKernelManager.running_pid = 0

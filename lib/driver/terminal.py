@@ -1,0 +1,33 @@
+"""Lines for the person at the terminal."""
+
+import os
+import sys
+from typing import TextIO
+
+from lib.record.redaction import visible
+
+
+def tell(message: str) -> None:
+    """A message for the person at the keyboard; what a model or a file name put into it cannot move the cursor."""
+    _print(message, sys.stdout)
+
+
+def fail(message: str) -> None:
+    """As ``tell``, on standard error."""
+    _print(message, sys.stderr)
+
+
+def _print(message: str, stream: TextIO) -> None:
+    try:
+        print(visible(message), file=stream, flush=True)
+    except OSError as error:
+        lose_reader(stream)
+        if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+            fail(f"the standard output cannot be written ({error.strerror}): what follows is not shown")
+
+
+def lose_reader(stream: TextIO) -> None:
+    """Let ``stream`` lead nowhere: its reader has gone (``| head``) or its disk is full, and a run of hours goes on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

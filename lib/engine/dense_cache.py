@@ -1,0 +1,80 @@
+"""Dequantised weights kept on disk, so that a CPU packs and unpacks a model once and not for every load.
+
+Packing to NF4 takes a CPU seconds a hundred million weights, and a run loads its models a dozen times; what comes out
+is the same each time. Kept are plain folders in ``data/models/dense/``, which may be deleted at any time. Knows nothing
+about quantisation: the caller names what the weights depend on and makes them.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lib.record.files import folder_in_making, free_bytes, read_json, sha256_file, sha256_json, write_json
+from lib.record.paths import PROJECT_ROOT
+
+CACHE_DIR = PROJECT_ROOT / "data" / "models" / "dense"
+# Below this the packing takes no time, and tests would leave hundreds of folders.
+MIN_BYTES = 2**26
+NOTE = "made_from.json"
+
+
+def identity(weight_files: list[Path], **more: Any) -> dict[str, Any]:
+    """What dequantised weights depend on: the weight files' bytes, and what the caller adds (dtype, versions)."""
+    return {"weights": {path.name: _sha256(path, *_state(path)) for path in weight_files}, **more}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@cache
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    # A stage loads the same base up to five times, and gigabytes take seconds to hash.
+    return sha256_file(path)
+
+
+def load_or_make(
+    made_from: Mapping[str, Any],
+    num_bytes: int,
+    load: Callable[[Path], PreTrainedModel],
+    make: Callable[[], PreTrainedModel],
+) -> PreTrainedModel:
+    """The model as it was kept for ``made_from``, or made now and kept.
+
+    Where it is small, or the disk is too full or cannot be written to, it is made each time.
+
+    Args:
+        made_from: see ``identity``.
+        num_bytes: size of the weights in bytes.
+        load: reads a kept folder.
+        make: makes the model.
+    """
+    if num_bytes < MIN_BYTES:
+        return make()
+    folder = CACHE_DIR / sha256_json(made_from)[:16]
+    if _is_made_from(folder, made_from):
+        return load(folder)
+    made = make()
+    try:
+        _keep(made, folder, made_from, num_bytes)
+    except OSError as error:
+        print(f"dequantised weights are not kept for the next load: {error}")
+    return made
+
+
+def _keep(model: PreTrainedModel, folder: Path, made_from: Mapping[str, Any], num_bytes: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if free_bytes(folder.parent) < 3 * num_bytes:
+        return
+    with folder_in_making(folder, partial(_is_made_from, made_from=made_from)) as part:
+        model.save_pretrained(part)
+        write_json(part / NOTE, dict(made_from))
+
+
+def _is_made_from(folder: Path, made_from: Mapping[str, Any]) -> bool:
+    # The note is written last, so a folder with it is whole.
+    return (folder / NOTE).exists() and read_json(folder / NOTE) == made_from

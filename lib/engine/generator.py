@@ -1,0 +1,94 @@
+"""What generates: completions, sampling, and a generator that loads its model when first used. No torch."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lib.engine.generate import Engine
+
+
+class LazyGenerator:
+    """A generator that ``load(*arguments)`` gives when it is first asked something; ``loaded`` tells whether it was."""
+
+    def __init__(self, load: Callable[..., "Engine"], *arguments: Any) -> None:
+        self._load, self._arguments = load, arguments
+        self._generator: Engine | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._generator is not None
+
+    @property
+    def source(self) -> str:
+        """Where its answers come from, in words."""
+        return "answered here" if self.loaded else "already answered for another preset or an earlier run"
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the generator worked, all calls together; 0 where every row was there."""
+        return self._generator.work_s if self._generator else 0.0
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``lib.engine.generate.Engine.generate``."""
+        return self._asked().generate(*args, **kwargs)
+
+    def label_probabilities(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``lib.engine.generate.Engine.label_probabilities``."""
+        return self._asked().label_probabilities(*args, **kwargs)
+
+    def _asked(self) -> "Engine":
+        if self._generator is None:
+            self._generator = self._load(*self._arguments)
+        return self._generator
+
+
+Conversation = Sequence[Mapping[str, str]]
+
+
+FinishReason = Literal["stop", "length"]
+
+
+Key = str | int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote after one prompt.
+
+    ``token_ids`` and ``num_output_tokens`` are without the stop token; ``text`` is without special tokens.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    num_output_tokens: int
+    num_prompt_tokens: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Draw each token from the model's distribution at a temperature, without cutting it (no top-k, no top-p).
+
+    The random number of a token is a hash of ``seed``, the key of its conversation and its place in the answer, so a
+    row draws the same numbers whatever rows are beside it and in whatever order; no generator has a state to restore.
+
+    Raises:
+        ValueError: ``temperature`` is not a finite number above 0.
+    """
+
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature is {self.temperature}; allowed: above 0 (without sampling it is greedy)")
+
+    def uniform(self, key: Key, place: int) -> float:
+        """The random number in [0, 1) of the token at ``place`` (from 0) of the answer to conversation ``key``."""
+        digest = hashlib.blake2b(json.dumps([self.seed, key, place]).encode(), digest_size=8).digest()
+        # 52 bits: then its product with a sum of probabilities stays below that sum.
+        return (int.from_bytes(digest) >> 12) / 2**52

@@ -1,0 +1,425 @@
+"""Models ready for use: device and dtype, tokenizer and prompts, the 4-bit base, the dense model of an evaluation.
+
+Takes folders on this machine and never looks for them (``assets`` does), knows nothing about data sets or scores.
+
+Training and evaluation must compute the same function. bitsandbytes on a CPU does not grant that: the first forward
+pass of a packed NF4 layer in eval mode re-packs its weights for another kernel, which moves logits by up to 0.9, and
+dequantising after it gives garbage. So nothing here evaluates packed weights: they are dequantised right after
+loading, before any forward pass, which equals the packed layers in train mode exactly, and the adapter is merged into
+those (into the original 16-bit weights it would not fit, see peft issue 2321 and transformers issue 31293).
+"""
+
+import json
+import resource
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import bitsandbytes
+import torch
+from jinja2 import TemplateError
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from lib.engine import dense_cache
+from lib.engine.memory import free_memory_bytes
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DEVICES = ("cpu", "cuda")
+QUANTIZATIONS = ("nf4", "none")
+GIB = 2**30
+# Packed NF4: half a byte a weight, and a little for the double-quantised block scales.
+NF4_BYTES_PER_WEIGHT = 0.52
+# Left free beside the weights when training keeps them dense: activations, optimizer and what else runs here.
+TRAINING_RESERVE_BYTES = 2 * GIB
+# Tried in this order where a tokenizer pads with its end-of-sequence token or with nothing.
+PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
+
+# Put before a chat template without a system role (Gemma, early Mistral): the system message begins the first user
+# turn. As part of the template it enters every protocol's hash, and a merged model is saved with it.
+SYSTEM_IN_USER_TURN = (
+    "{% if messages[0]['role'] == 'system' and messages[1:] %}"
+    "{% set messages = [{'role': messages[1]['role'], 'content': messages[0]['content'] + '\n\n' "
+    "+ messages[1]['content']}] + messages[2:] %}{% endif %}"
+)
+
+Message = Mapping[str, str]
+
+
+class ModelError(Exception):
+    """A model, tokenizer, device or dtype cannot be used as asked; the text says what is allowed and what to do."""
+
+
+# --- device and dtype ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the model runs and in which dtype, and why (printed by the notebooks)."""
+
+    device: str
+    dtype: torch.dtype
+    reason: str
+
+
+def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtime:
+    """Device and compute dtype of this machine.
+
+    ``auto`` takes CUDA where there is a GPU, and the fastest dtype that the hardware itself has: bfloat16 on GPUs of
+    compute capability 8 and on CPUs with AVX-512 or AMX bfloat16 instructions, float16 on older GPUs (T4), else
+    float32.
+
+    Raises:
+        ModelError: an unknown name, CUDA where there is none, or float16 on the CPU.
+    """
+    _require_one_of("device", device, ("auto", *DEVICES))
+    _require_one_of("compute_dtype", compute_dtype, ("auto", *DTYPES))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("device is 'cuda' but torch sees no CUDA GPU here; use device: auto or cpu")
+    chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    name, why = _fastest_dtype(chosen) if compute_dtype == "auto" else (compute_dtype, "asked for")
+    if chosen == "cpu" and name == "float16":
+        raise ModelError("compute_dtype is 'float16' on the CPU, where it is slow and overflows; use auto or float32")
+    return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({_why_device(device, chosen)}), {name} ({why})")
+
+
+def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ModelError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _why_device(asked: str, chosen: str) -> str:
+    if asked != "auto":
+        return "asked for"
+    return "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
+
+
+def _fastest_dtype(device: str) -> tuple[str, str]:
+    if device == "cuda":
+        # torch.cuda.is_bf16_supported() also answers yes for GPUs that only emulate it, a T4 among them.
+        capability = torch.cuda.get_device_capability()
+        real = capability[0] >= 8
+        return ("bfloat16" if real else "float16"), f"compute capability {capability[0]}.{capability[1]}"
+    capabilities = torch.cpu.get_capabilities()
+    found = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name, False)]
+    return ("bfloat16", f"the CPU has {found[0]}") if found else ("float32", "the CPU has no bfloat16 instructions")
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    num_threads = torch.get_num_threads()
+    return f"CPU with {num_threads} {'thread' if num_threads == 1 else 'threads'}"
+
+
+# --- tokenizer and prompts ----------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``, with a chat template that takes a system message and a pad token.
+
+    The pad token is another one than end-of-sequence wherever the vocabulary has one. Nothing here relies on that:
+    batches are padded and masked by position, never by token id.
+
+    Raises:
+        ModelError: the folder has no chat template, or one that refuses a system message and a question.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise ModelError(f"the tokenizer in {folder} has no chat template; use an instruct model's tokenizer")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        known = [token for token in PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
+        tokenizer.pad_token = known[0] if known else tokenizer.eos_token
+    if _why_no_system_role(tokenizer):
+        tokenizer.chat_template = SYSTEM_IN_USER_TURN + tokenizer.get_chat_template()
+    if why := _why_no_system_role(tokenizer):
+        raise ModelError(
+            f"the chat template in {folder} cannot be used: {why}. Allowed are models whose template takes a system "
+            "message, or user and assistant turns alone; choose another base_model or safeguard_model"
+        )
+    return tokenizer
+
+
+def _why_no_system_role(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Why the chat template does not show a system message; empty where it does."""
+    probe = [{"role": "system", "content": "Count to 7."}, {"role": "user", "content": "Now."}]
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    except TemplateError as error:
+        return f"it refuses a system message and a question ({error})"
+    # Some templates leave out what they do not know, without a word.
+    return "" if all(turn["content"] in text for turn in probe) else "it leaves a system message out"
+
+
+def place_of_system_message(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Where prompts hold the system message, in words for the record."""
+    if tokenizer.get_chat_template().startswith(SYSTEM_IN_USER_TURN):
+        return "at the beginning of the first user turn, because the chat template has no system role"
+    return "in a turn of its own"
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = True
+) -> list[int]:
+    """Token ids of a conversation: the one rendering that training, evaluation and the judge share.
+
+    Thinking is always off: where a template knows the switch (Qwen3), the prompt then ends in an empty thinking
+    block, and other templates ignore it.
+
+    Args:
+        messages: ``{"role", "content"}`` turns.
+        add_generation_prompt: end with the opening of an assistant turn.
+    """
+    return tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=True,
+        return_dict=False,
+        add_generation_prompt=add_generation_prompt,
+        enable_thinking=False,
+    )
+
+
+def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Prompt and completion ids of a conversation that ends in an assistant turn, split where generation begins.
+
+    Raises:
+        ModelError: the last turn is not the assistant's, or the template renders a finished turn otherwise than the
+            prompt that asks for it: training on such a row would teach what evaluation never asks.
+    """
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ModelError("the last message of a training conversation must have the role 'assistant'")
+    prompt = render_prompt(tokenizer, messages[:-1])
+    full = render_prompt(tokenizer, messages, add_generation_prompt=False)
+    if full[: len(prompt)] != prompt:
+        raise ModelError(
+            "the tokens of the prompt are not the beginning of the tokens of the conversation: the chat template or "
+            f"the first characters of the answer ({messages[-1]['content'][:10]!r}) change them; remove blanks, line "
+            "breaks and thinking blocks from the beginning of the answer"
+        )
+    return prompt, full[len(prompt) :]
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token with which the chat template ends an assistant turn (``<|im_end|>``, ``<|eot_id|>``, ...).
+
+    Raises:
+        ModelError: the template ends a turn with no special token, so that a model could not learn to stop.
+    """
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    _, completion = render_completion(tokenizer, messages)
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = [token_id for token_id in completion if token_id in special]
+    if not found:
+        raise ModelError("the chat template ends assistant turns with no special token; use an instruct model's")
+    return found[0]
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end generation, sorted: the model's, the tokenizer's and the template's end of turn."""
+    declared = model.generation_config.eos_token_id
+    ids = set(declared) if isinstance(declared, list) else {declared}
+    ids |= {tokenizer.eos_token_id, end_of_turn_id(tokenizer)}
+    return sorted(ids - {None})
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
+    """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
+
+    Packed weights are for training only (module docstring); ``load_dense`` gives what is evaluated. Embeddings and
+    the output layer are never quantised.
+
+    Raises:
+        ModelError: an unknown quantization, or no safetensors weights in the folder.
+    """
+    _require_one_of("quantization", quantization, QUANTIZATIONS)
+    _weight_files(Path(folder))
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=runtime.dtype,
+            device_map={"": runtime.device},
+            quantization_config=_nf4_config(runtime.dtype) if quantization == "nf4" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    return model.requires_grad_(False)
+
+
+def load_dense(
+    folder: str | Path,
+    runtime: Runtime,
+    quantization: str,
+    adapter_dir: str | Path | None = None,
+    adapter_scale: float = 1.0,
+) -> PreTrainedModel:
+    """The model that evaluation runs on: dense weights in the runtime's dtype, adapter merged, eval mode, frozen.
+
+    With ``nf4`` its weights are the dequantised 4-bit ones, so that it computes what QLoRA training optimised:
+    without an adapter exactly, with one up to the rounding of the merged weights to the dtype. ``adapter_scale``
+    multiplies the adapter's effect: 0 is the base model, 1 the adapter as it was trained.
+
+    Raises:
+        ModelError: as ``load_base``, or an adapter that is not safetensors or does not fit the model.
+    """
+    model = _load_dequantized(Path(folder), runtime, quantization)
+    if adapter_dir is not None:
+        model = _merge_adapter(model, Path(adapter_dir), adapter_scale)
+    return model.eval().requires_grad_(False)
+
+
+def load_for_training(
+    folder: str | Path,
+    runtime: Runtime,
+    quantization: str,
+    *,
+    weights: Literal["auto", "dense", "packed"] = "auto",
+    say: Callable[[str], None] = print,
+) -> PreTrainedModel:
+    """The frozen base in train mode, ready for LoRA; says which weights it holds and why.
+
+    ``dense`` keeps the dequantised NF4 weights, the same function as ``packed`` without unpacking them in every
+    step, at 2 (bfloat16) instead of 0.52 bytes a weight; ``auto`` takes it wherever memory allows. With quantization
+    ``none`` weights are dense anyway.
+
+    Raises:
+        ModelError: as ``load_base``, or an unknown ``weights``.
+    """
+    _require_one_of("weights", weights, ("auto", "dense", "packed"))
+    choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)
+    say(f"weights: {reason}")
+    dense = choice == "dense"
+    load = _load_dequantized if dense else load_base
+    return load(Path(folder), runtime, quantization).train()
+
+
+def peak_memory_gib(device: str) -> float:
+    """Highest memory so far in GiB: allocated on the GPU, or resident of this whole process on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    # In KiB on Linux; it never falls again, so a notebook's number covers all that its kernel did.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def _nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Dense weights in place of packed ones, and nothing left that says the model is quantised; plain models as is."""
+    if not getattr(model, "is_quantized", False):
+        return model
+    with quiet_loading():
+        model = model.dequantize()
+    # transformers forgets this one; peft, accelerate and saving would still take the model for a packed one.
+    model.is_loaded_in_4bit = False
+    return model.requires_grad_(False)
+
+
+def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
+    """Dense weights: the dequantised 4-bit ones, or the folder's own without quantisation.
+
+    On a CPU they are kept on disk; a GPU packs faster than a disk reads.
+    """
+    if quantization != "nf4" or runtime.device != "cpu":
+        return _dequantize(load_base(folder, runtime, quantization))
+    files, versions = _weight_files(folder), {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
+    made_from = dense_cache.identity(
+        [*files, folder / "config.json"], nf4=_nf4_config(runtime.dtype).to_dict(), dtype=str(runtime.dtype), **versions
+    )
+    with quiet_loading():
+        return dense_cache.load_or_make(
+            made_from,
+            _num_weights(folder) * runtime.dtype.itemsize,
+            load=lambda kept: load_base(kept, runtime, "none"),
+            make=lambda: _dequantize(load_base(folder, runtime, quantization)),
+        )
+
+
+def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> PreTrainedModel:
+    path = adapter_dir / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: an adapter folder as peft saves it (safetensors) is needed")
+    stored = load_file(path)
+    broken = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ModelError(f"{path} holds values that are not finite, first in {broken[0]}; train it again")
+    try:
+        with quiet_loading():
+            wrapped = PeftModel.from_pretrained(model, str(adapter_dir), torch_device=str(model.device))
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(f"the adapter in {adapter_dir} does not fit the base model: {error}") from error
+    # peft only warns of tensors that are missing or left over, and then evaluates an adapter that is partly random.
+    difference = stored.keys() ^ get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
+    if difference:
+        raise ModelError(f"{path} and the model differ in {len(difference)} tensors, first {min(difference)}")
+    for layer in wrapped.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(scale)
+    return wrapped.merge_and_unload()
+
+
+def _choose_weights(folder: Path, runtime: Runtime, quantization: str, asked: str) -> tuple[str, str]:
+    if quantization != "nf4":
+        return "dense", "as they are (quantization: none)"
+    if asked != "auto":
+        return asked, f"NF4, {asked} (asked for)"
+    num_weights = _num_weights(folder)
+    need = num_weights * (runtime.dtype.itemsize + NF4_BYTES_PER_WEIGHT) + TRAINING_RESERVE_BYTES
+    free = free_memory_bytes(torch.device(runtime.device))
+    kind = "dense" if need <= free else "packed"
+    return kind, f"NF4, {kind} (dense needs {need / GIB:.1f} GiB with working space, {free / GIB:.1f} GiB are free)"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no model*.safetensors: only safetensors weights are loaded")
+    return files
+
+
+def _num_weights(folder: Path) -> int:
+    """Number of weights in the folder's files, read from their headers."""
+    count = 0
+    for path in _weight_files(folder):
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        shapes = (entry["shape"] for name, entry in header.items() if name != "__metadata__")
+        count += sum(torch.Size(shape).numel() for shape in shapes)
+    return count
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars and no advice while a model loads: both flood a filled notebook. Errors are raised anyway."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,61 @@
+"""Memory of a device and of a batch: what is free, what a row takes, how an allocator says that it gave up.
+
+Estimates for choosing a batch size, not accounts; knows configurations of decoder models and nothing of what runs.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lib.engine.attention import head_size
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on ``device``, what torch holds in reserve included."""
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    return min(_free_on_machine(), _free_in_container())
+
+
+def _free_on_machine() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        # Where the system does not say what is free (macOS), half of what there is.
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    lines = (line.split() for line in meminfo.read_text().splitlines())
+    return next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+
+
+def _free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the container's limit leaves; /proc/meminfo shows the whole machine's memory even inside one."""
+    limit, used = folder / "memory.max", folder / "memory.stat"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return 2**63
+    lines = (line.split() for line in used.read_text().splitlines())
+    # Only memory of processes: the page cache counts against the limit but gives way.
+    return int(limit.read_text()) - next(int(words[1]) for words in lines if words[0] == "anon")
+
+
+def row_bytes(model: PreTrainedModel, capacity: int) -> int:
+    """Memory of one row: its keys and values, and its logits in the model's dtype and in float32."""
+    config, size = model.config, model.dtype.itemsize
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    states = 2 * config.num_hidden_layers * heads * head_size(config) * capacity * size
+    return states + config.vocab_size * (size + 4)
+
+
+def step_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    """Memory of one forward pass: per token, some ten hidden states and four of the wider kind are alive at once."""
+    config = model.config
+    wide = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    return num_tokens * (10 * config.hidden_size + 4 * wide) * max(4, model.dtype.itemsize)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up: CUDA has an exception for it, the CPU's is known by its text."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -1,0 +1,288 @@
+"""Where models and adapters come from: bundled, a folder or the hub; each is checked before it is used."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.engine.bundled import (
+    BUNDLED_MODEL,
+    BUNDLED_NOTE,
+    GGUF_SHA256,
+    MODELS_DIR,
+    bundled_gguf,
+    convert_once,
+    is_converted,
+)
+from lib.record.files import sha256_file, sha256_json
+from lib.record.lookup import (
+    ASSETS_VARIABLE,
+    AssetError,
+    AssetUnavailable,
+    Origin,
+    assets_folder,
+    failure_reason,
+    hub_is_offline,
+    own_path,
+)
+from lib.record.paths import shown_path
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model or adapter that lies on this disk.
+
+    Attributes:
+        identity: ``<hub id>@<commit>``, ``folder sha256:<12 hex>`` or ``bundled ...``; equal means that the same bytes
+            are loaded.
+    """
+
+    name: str
+    folder: Path
+    identity: str
+    origin: Origin
+
+
+# As transformers and the hub name them: model.safetensors, model-00001-of-00002.safetensors; it reads no others.
+WEIGHT_FILES = "model*.safetensors"
+
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    WEIGHT_FILES,
+    INDEX_FILE,
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+ADAPTER_FILES = ("adapter_config.json", ADAPTER_WEIGHTS)
+
+
+SHARD_NAME = re.compile(r"model[\w.-]{0,100}\.safetensors", re.ASCII)
+
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offline: bool = False) -> ModelSource:
+    """The folder of a causal language model, brought here where it is not.
+
+    Args:
+        name: ``smollm2-135m-instruct`` (bundled; converted once to ``data/models``), a folder, or a hub id, which is
+            looked for in the assets folder (``models/<org>__<name>`` or ``<name>``) before the hub.
+        revision: branch, tag or commit on the hub; a folder has none.
+
+    Raises:
+        AssetUnavailable: it is in none of these places.
+        AssetError: it is incomplete, cut off, not safetensors, cannot be read, or asks to run code of its own.
+    """
+    if name == BUNDLED_MODEL:
+        return _resolve_bundled()
+    with _named(f"model {_shortened(name)!r}"):
+        source = _resolve_folder(name, MODEL_FILES, revision, assets_dir, offline)
+        _check_model_folder(source.folder)
+    return source
+
+
+def resolve_adapter(checkpoint: str, base_model_name: str, assets_dir: str = "", offline: bool = False) -> ModelSource:
+    """The folder of a LoRA adapter made for ``base_model_name``.
+
+    Args:
+        checkpoint: a folder, or a hub id, which is looked for in the assets folder first.
+        base_model_name: the model that it will be put on; compared without its organisation, folder and case.
+
+    Raises:
+        AssetUnavailable: it is in none of these places.
+        AssetError: no ``adapter_config.json``, no LoRA, another base model, weights that are not safetensors, or a file
+            that cannot be read.
+    """
+    with _named(f"checkpoint {_shortened(checkpoint)!r}"):
+        source = _resolve_folder(checkpoint, ADAPTER_FILES, "main", assets_dir, offline)
+        _check_adapter_folder(source.folder, checkpoint, base_model_name)
+    return source
+
+
+def _check_adapter_folder(folder: Path, checkpoint: str, base_model_name: str) -> None:
+    hint = f"checkpoint {checkpoint!r} has to be the folder that peft saved"
+    config = _read_config(folder / "adapter_config.json", hint)
+    made_for = str(config.get("base_model_name_or_path") or "")
+    if _bare_name(made_for) != _bare_name(base_model_name):
+        raise AssetError(
+            f"checkpoint {checkpoint!r} was made for base model {made_for!r}, the run has base_model "
+            f"{base_model_name!r}: set base_model to the former, or name a checkpoint of the latter"
+        )
+    _check_weights(folder, ADAPTER_WEIGHTS)
+    # Other kinds may name further adapters, which peft then reads from anywhere, pickled ones too.
+    if config.get("peft_type") != "LORA":
+        raise AssetError(
+            f"checkpoint {checkpoint!r} is an adapter of peft_type {_shortened(repr(config.get('peft_type')))}: "
+            "allowed is 'LORA'"
+        )
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """The operating system does not say for what it was asked for a folder that is a file, or for a name too long."""
+    try:
+        yield
+    except OSError as error:
+        raise AssetError(f"{what} cannot be read ({error.strerror or error}): name the folder that holds it") from None
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:120]}…"
+
+
+def _resolve_folder(name: str, patterns: tuple[str, ...], revision: str, assets_dir: str, offline: bool) -> ModelSource:
+    # No path of any system holds a null byte.
+    for folder, origin in _candidate_folders(name, assets_dir) if "\0" not in name else []:
+        if folder.is_dir():
+            return ModelSource(name, folder, _folder_identity(folder, patterns), origin)
+    if not HUB_ID.fullmatch(name):
+        raise AssetUnavailable(f"{name!r} is no folder here, nor a hub id (<organisation>/<name>): mend the path")
+    folder = _snapshot(name, revision, patterns, offline)
+    # The hub's cache names the folder of a snapshot after its commit.
+    return ModelSource(name, folder, f"{name}@{folder.name}", "hub")
+
+
+def _candidate_folders(name: str, assets_dir: str) -> list[tuple[Path, Origin]]:
+    assets = assets_folder(assets_dir)
+    places = [assets / "models" / name.replace("/", "__"), assets / name.rsplit("/", 1)[-1]] if assets else []
+    return [
+        (own_path(name), "local folder"),
+        *((place, "assets folder") for place in places if HUB_ID.fullmatch(name)),
+    ]
+
+
+def _folder_identity(folder: Path, patterns: Sequence[str]) -> str:
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return f"folder sha256:{sha256_json([[file.name, sha256_file(file)] for file in files])[:12]}"
+
+
+def _snapshot(name: str, revision: str, patterns: tuple[str, ...], offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
+
+    cached_only = offline or hub_is_offline()
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=cached_only)
+        )
+    except (OSError, HTTPError, HFValidationError, RevisionResolutionError) as error:
+        raise AssetUnavailable(_hub_message(name, revision, cached_only, failure_reason(error))) from None
+
+
+def _hub_message(name: str, revision: str, cached_only: bool, reason: str) -> str:
+    tried = "is not in the hub's cache, and the hub is not to be asked (offline)" if cached_only else "cannot be had"
+    return (
+        f"{name!r} (revision {revision!r}) is no folder here and {tried} [{reason}]: copy its folder to "
+        f"<assets>/models/{name.replace('/', '__')} and name <assets> with --assets or {ASSETS_VARIABLE}, point "
+        "HF_HOME to a cache that has it, or check the name and, where it is gated or private, set HF_TOKEN"
+    )
+
+
+def _check_model_folder(folder: Path) -> None:
+    hint = "a model folder holds config.json, *.safetensors and tokenizer files"
+    _refuse_own_code(folder / "config.json", hint)
+    if (folder / "tokenizer_config.json").exists():
+        _refuse_own_code(folder / "tokenizer_config.json", hint)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise AssetError(f"{shown_path(folder)} has no tokenizer.json: {hint}; save the tokenizer there too")
+    _check_weights(folder, WEIGHT_FILES)
+    if not any((folder / name).exists() for name in ("model.safetensors", INDEX_FILE)):
+        raise AssetError(f"{shown_path(folder)} has neither model.safetensors nor {INDEX_FILE}: fetch it again")
+    _check_shards(folder / INDEX_FILE, hint)
+
+
+def _refuse_own_code(config_file: Path, hint: str) -> None:
+    # Refused here: transformers would stop a notebook to ask on the terminal whether to run it.
+    if "auto_map" in _read_config(config_file, hint):
+        raise AssetError(
+            f"{shown_path(config_file)} asks to run code of its own (auto_map): refused; take another model"
+        )
+
+
+def _check_shards(index: Path, hint: str) -> None:
+    named = _read_config(index, hint).get("weight_map", {}) if index.exists() else {}
+    shards = list(named.values()) if isinstance(named, dict) else [named]
+    strange = [shard for shard in shards if not (isinstance(shard, str) and SHARD_NAME.fullmatch(shard))]
+    if strange:
+        shown = _shortened(repr(strange[0]))
+        raise AssetError(
+            f"{shown_path(index)} names {shown} as weights: allowed are names as {WEIGHT_FILES}, beside it"
+        )
+    missing = sorted({shard for shard in shards if not (index.parent / shard).is_file()})
+    if missing:
+        raise AssetError(f"{shown_path(index.parent)} lacks {', '.join(missing)}: incomplete, fetch it again")
+
+
+def _read_config(path: Path, hint: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AssetError(f"{shown_path(path)} is missing: {hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise AssetError(f"{shown_path(path)} is not JSON ({error}): fetch it again") from None
+    if not isinstance(config, dict):
+        raise AssetError(f"{shown_path(path)} holds a {type(config).__name__}, a JSON object was expected")
+    return config
+
+
+def _check_weights(folder: Path, pattern: str) -> None:
+    weights = sorted(folder.glob(pattern))
+    pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in folder.glob(suffix))
+    if not weights:
+        held = f"only {', '.join(pickles)} (pickle, refused: loading it can run code)" if pickles else "no weights"
+        raise AssetError(f"{shown_path(folder)} has {held}: {pattern} is needed; save again with safe serialization")
+    for file in weights:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Refuse a weight file that is cut off or is a pointer to one: its header says how long it has to be."""
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        size = file.stat().st_size
+        header = stream.read(header_size) if header_size < size else b""
+    try:
+        tensors = json.loads(header)
+        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
+        end = max(ends, default=0) if all(type(place) is int for place in ends) else -1
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        end = -1
+    if size != 8 + header_size + end:
+        raise AssetError(f"{shown_path(file)} is not a whole safetensors file ({size} bytes): fetch it again")
+
+
+def _bare_name(model: str) -> str:
+    """``Qwen2.5-1.5B-Instruct`` of a hub id, of a folder, of ``<org>__<name>`` and of a snapshot in the hub's cache."""
+    parts = model.replace("\\", "/").rstrip("/").split("/")
+    cached = [part for part in parts if part.startswith("models--")]
+    name = cached[-1].rsplit("--", 1)[-1] if cached else parts[-1].rsplit("__", 1)[-1]
+    # The hub's ready-made NF4 copies hold the same weights; adapters trained on one name the copy.
+    return re.sub(r"(-unsloth)?-bnb-4bit$", "", name.lower())
+
+
+def _resolve_bundled() -> ModelSource:
+    folder = MODELS_DIR / BUNDLED_MODEL
+    if not is_converted(folder):
+        convert_once(bundled_gguf(), folder)
+    made_from = f"gguf sha256:{GGUF_SHA256[:12]}, conversion {BUNDLED_NOTE['conversion']}"
+    return ModelSource(BUNDLED_MODEL, folder, f"bundled {BUNDLED_MODEL} ({made_from})", "bundled")

@@ -1,0 +1,251 @@
+"""Checks of a training file: questions it must not hold, answers with a wrong number, rows that are too long.
+
+A file that somebody or some model wrote may hold test questions, and no score would show it. Questions are compared by
+their words and numbers (``gsm8k.normalise_question``), so a reworded copy is not found here (``overlap`` finds shared
+n-grams). A row's number is its line in its file, from 1. Knows nothing about models; files are names here.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lib import gsm8k
+
+Row = dict[str, Any]
+Action = Literal["refuse", "drop", "keep"]
+FaultKind = Literal[
+    "test question",
+    "wrong number",
+    "no number",
+    "few-shot question",
+    "development question",
+    "not learnable",
+    "too long",
+]
+
+# Decided on by `train_file_faults`. All others leave training whatever it says: a rewritten copy of GSM8K's train split
+# holds the questions of pool and development rows of necessity, and a row that is too long would teach a cut answer.
+DECIDED: tuple[FaultKind, ...] = ("test question", "wrong number", "no number")
+HELD_OUT: tuple[FaultKind, ...] = ("few-shot question", "development question")
+MEANINGS: dict[FaultKind, str] = {
+    "test question": "asks what the test split asks",
+    "wrong number": "ends in another number than GSM8K's answer to the question",
+    "no number": "GSM8K knows the question, the answer has no number after ####",
+    "few-shot question": "asks what a few-shot example of this run asks",
+    "development question": "asks what a development row of this run asks",
+    "not learnable": "has an answer that cannot follow the prompt",
+    "too long": "has more tokens than max_seq_length",
+}
+SOURCES: dict[str, str] = {
+    "test question": "test",
+    "few-shot question": "few-shot",
+    "development question": "development",
+}
+NUM_NAMED = 5
+
+
+class TrainFileError(ValueError):
+    """Training rows that `train_file_faults: refuse` does not accept; the text counts them and names the first."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a row; ``row`` is its line in ``file``, from 1. A row can have several."""
+
+    row: int
+    kind: FaultKind
+    reason: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Rows that stay, every fault in the order of the rows, and how many questions GSM8K does not know.
+
+    Of those, no number could be compared.
+    """
+
+    rows: list[Row]
+    faults: list[Fault]
+    num_unknown: int
+
+
+def check_rows(
+    rows: Sequence[Row],
+    *,
+    gsm8k_train: Sequence[Row],
+    gsm8k_test: Sequence[Row],
+    fewshot: Sequence[Row] = (),
+    dev: Sequence[Row] = (),
+    action: Action,
+    name: str,
+    lines: Sequence[int] = (),
+) -> Checked:
+    """Look for questions that must not be trained on and for answers whose number is not GSM8K's.
+
+    Args:
+        rows: training rows ``question, answer`` as they were loaded; or GSM8K train, before rows are drawn from it.
+        gsm8k_train, gsm8k_test: the whole splits.
+        fewshot, dev: pool and development rows of the run, where they are drawn already; their questions are reported
+            here and taken out by ``gsm8k.split_train``.
+        action: ``refuse`` raises where a row has a fault of ``DECIDED``, ``drop`` leaves such rows out, ``keep`` only
+            reports them.
+        name: of the rows' file.
+        lines: of the rows in it, from 1; empty: a row a line.
+
+    Raises:
+        TrainFileError: under ``refuse``.
+    """
+    places = {
+        "test question": _first_places(gsm8k_test),
+        "few-shot question": _first_places(fewshot),
+        "development question": _first_places(dev),
+    }
+    golds = _gold_numbers([*gsm8k_train, *gsm8k_test])
+    questions = [gsm8k.normalise_question(row["question"]) for row in rows]
+    lines = lines or range(1, len(rows) + 1)
+    faults = []
+    for line, question, row in zip(lines, questions, rows, strict=True):
+        asked = [kind for kind, known in places.items() if question in known]
+        reasons = [(kind, f"it asks what {SOURCES[kind]} row {places[kind][question]} asks") for kind in asked]
+        reasons += _number_faults(row, golds.get(question, []))
+        faults += [Fault(line, kind, reason, name) for kind, reason in reasons]
+    decided = [fault for fault in faults if fault.kind in DECIDED]
+    if decided and action == "refuse":
+        raise TrainFileError(_refusal(decided, len(rows), name))
+    left_out = {fault.row for fault in decided} if action == "drop" else set()
+    kept = [row for line, row in zip(lines, rows, strict=True) if line not in left_out]
+    return Checked(kept, faults, sum(question not in golds for question in questions))
+
+
+def _first_places(rows: Sequence[Row]) -> dict[str, int]:
+    """Question -> its number from 1."""
+    places: dict[str, int] = {}
+    for place, row in enumerate(rows, start=1):
+        places.setdefault(gsm8k.normalise_question(row["question"]), place)
+    return places
+
+
+def _gold_numbers(rows: Sequence[Row]) -> dict[str, list[str | None]]:
+    golds: dict[str, list[str | None]] = {}
+    for row in rows:
+        golds.setdefault(gsm8k.normalise_question(row["question"]), []).append(gsm8k.extract_answer(row["answer"]))
+    return golds
+
+
+def _number_faults(row: Row, golds: Sequence[str | None]) -> list[tuple[FaultKind, str]]:
+    if not golds:
+        return []
+    found = gsm8k.extract_answer(row["answer"])
+    if found is None:
+        return [("no number", f"GSM8K's answer is {golds[0]}")]
+    # Any of them: a set of one's own may hold a question twice.
+    if any(gsm8k.is_correct(found, gold) for gold in golds):
+        return []
+    return [("wrong number", f"it ends in {found[:40]}, GSM8K's answer is {golds[0]}")]
+
+
+def _refusal(faults: Sequence[Fault], num_rows: int, name: str) -> str:
+    counts = ", ".join(f"{count} x {kind}" for kind, count in count_faults(faults).items() if count)
+    named = "\n".join(f"  - row {fault.row}: {fault.kind}, {fault.reason}" for fault in faults[:NUM_NAMED])
+    more = f"\n  - and {len(faults) - NUM_NAMED} more" if len(faults) > NUM_NAMED else ""
+    return (
+        f"{name}: {len({fault.row for fault in faults})} of {num_rows} rows must not be trained on ({counts})\n{named}"
+        f"{more}\nfix the file, or set train_file_faults to drop (leave these rows out){_or_keep(faults)}"
+    )
+
+
+def _or_keep(faults: Sequence[Fault]) -> str:
+    return " or keep (train on them)" if all(fault.kind in DECIDED for fault in faults) else ""
+
+
+def find_unlearnable(
+    tried: Sequence[Row],
+    reasons: Mapping[int, str],
+    *,
+    action: Action,
+    rows: Sequence[Row],
+    name: str,
+    lines: Sequence[int] = (),
+) -> list[Fault]:
+    """Rows that nobody can be trained on: left out under ``drop`` and ``keep``.
+
+    Args:
+        tried: rows that were encoded.
+        reasons: position in ``tried`` -> what is wrong, see ``lib.train.rows.try_rows``.
+        action: ``refuse`` raises where there is such a row.
+        rows, name, lines: as in ``find_too_long``.
+
+    Raises:
+        TrainFileError: under ``refuse``, or where no row would be left.
+    """
+    numbers = _line_numbers(rows, lines)
+    faults = [
+        Fault(numbers[tried[position]["question"], tried[position]["answer"]], "not learnable", reason, name)
+        for position, reason in reasons.items()
+    ]
+    if faults and (action == "refuse" or len(faults) == len(tried)):
+        raise TrainFileError(_refusal(faults, len(tried), name))
+    return faults
+
+
+def _line_numbers(rows: Sequence[Row], lines: Sequence[int]) -> dict[tuple[str, str], int]:
+    """Question and answer -> line, from 1; of equal rows the first."""
+    numbers: dict[tuple[str, str], int] = {}
+    for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
+        numbers.setdefault((row["question"], row["answer"]), line)
+    return numbers
+
+
+def find_too_long(
+    trained: Sequence[Row],
+    lengths: Sequence[int],
+    limit: int,
+    *,
+    rows: Sequence[Row],
+    name: str,
+    lines: Sequence[int] = (),
+) -> list[Fault]:
+    """Rows that training leaves out because they have more than ``limit`` tokens.
+
+    Args:
+        trained: rows that are left to train on, with their ``lengths`` in tokens as training counts them.
+        rows, name, lines: the rows as they were loaded, their file and their lines in it, as in ``check_rows``; of
+            equal rows the first is named.
+    """
+    numbers = _line_numbers(rows, lines)
+    return [
+        Fault(numbers[row["question"], row["answer"]], "too long", f"{length} tokens, max_seq_length is {limit}", name)
+        for row, length in zip(trained, lengths, strict=True)
+        if length > limit
+    ]
+
+
+def count_faults(faults: Sequence[Fault]) -> dict[FaultKind, int]:
+    """Rows of each kind of fault, 0 included."""
+    counts = Counter(fault.kind for fault in faults)
+    return {kind: counts[kind] for kind in MEANINGS}
+
+
+def fault_table(faults: Sequence[Fault], action: Action) -> list[dict[str, Any]]:
+    """Rows of a table: each kind that ``check_rows`` finds, how many rows, what becomes of them."""
+    decided = {"refuse": "refused", "drop": "left out", "keep": "TRAINED ON (train_file_faults: keep)"}[action]
+    becomes = {**dict.fromkeys(DECIDED, decided), **dict.fromkeys(HELD_OUT, "left out")}
+    counts = count_faults(faults)
+    return [
+        {"a row that": MEANINGS[kind], "rows": counts[kind], "what becomes of them": what if counts[kind] else "none"}
+        for kind, what in becomes.items()
+    ]
+
+
+def first_offenders(faults: Sequence[Fault], per_kind: int = 2) -> list[dict[str, Any]]:
+    """Rows of a table: the first faults of each kind, by file and row number, those of ``DECIDED`` first."""
+    shown = []
+    for kind in MEANINGS:
+        these = sorted((fault for fault in faults if fault.kind == kind), key=lambda fault: (fault.file, fault.row))
+        shown += [
+            {"row": str(fault.row), "what": kind, "reason": fault.reason, "file": fault.file}
+            for fault in these[:per_kind]
+        ]
+    return shown

@@ -1,0 +1,488 @@
+"""GSM8K, training files and AILuminate prompts: found, checked against their hash, kept."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from http.client import HTTPException, HTTPMessage
+from pathlib import Path
+from typing import IO, Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from lib.record.files import sha256_json, write_text
+from lib.record.locks import one_at_a_time
+from lib.record.lookup import (
+    ASSETS_VARIABLE,
+    AssetError,
+    AssetUnavailable,
+    Origin,
+    assets_folder,
+    failure_reason,
+    hub_is_offline,
+    own_path,
+)
+from lib.record.paths import PROJECT_ROOT, shown_path
+from lib.record.text_files import TextFileError, decode_text, read_text
+from lib.safety import parse_prompts_csv, select_prompts
+
+RAW_DIR = PROJECT_ROOT / "data" / "raw"
+
+
+SANDBOX_DIR = PROJECT_ROOT / "data" / "sandbox"
+
+
+CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
+
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Provenance of a data set: a row of the notebook's table.
+
+    Attributes:
+        path: where the rows were read or kept, relative to the project and free of home folders.
+        file: the same as an absolute path, for a manifest's inputs.
+        sha256: over the content of all ``num_rows`` rows of the file (``content_sha256``), not over its bytes.
+        home: where it is published.
+    """
+
+    name: str
+    origin: Origin
+    path: str
+    file: Path = field(repr=False)
+    sha256: str
+    num_rows: int
+    licence: str
+    home: str
+
+    def table_row(self) -> dict[str, str | int]:
+        """What a report may show: every field but the absolute path."""
+        return {key: value for key, value in asdict(self).items() if key != "file"}
+
+
+@dataclass(frozen=True)
+class _Published:
+    """A published file: where it is kept, how it is read, where it comes from.
+
+    Attributes:
+        sha256: of its rows' content; empty where its publisher fixes none.
+        fetch: its bytes from ``network``; ``None`` where it has no address.
+    """
+
+    name: str
+    target: Path
+    parse: Callable[[bytes, str], list[Row]]
+    network: Origin
+    fetch: Callable[[], bytes] | None
+    sha256: str
+    licence: str
+    home: str
+
+
+QUESTION_COLUMNS = ("question", "answer")
+
+
+TO_JSON_LINES = (
+    "python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]' < old > new.jsonl"
+)
+
+
+# JSON can spell it and no encoding can: a tokenizer would fail on it hours later.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+UNSTATED = "not stated by its source"
+
+
+WITHOUT_TRAIN_FILE = (
+    "or train without that file, on the base model's own correct answers: run_all.py --presets distilled, or "
+    "--set train_source=self_distilled train_file= train_file_url="
+)
+
+
+GSM8K_HUB_ID = "openai/gsm8k"
+
+
+GSM8K_HUB_CONFIG = "main"
+
+
+# Content of the published splits: 7,473 and 1,319 rows.
+GSM8K_SHA256 = {
+    "train": "d7258301a8643789aed45c15bbe328bb4ec398fa60c7eb290ba40ccff26cba9c",
+    "test": "13ee343c128dbc3cee820f744d547416974a23f2ea356a454d4aa3376a35bd37",
+}
+
+
+MLCOMMONS_FILE = "airr_official_1.0_demo_en_us_prompt_set_release.csv"
+
+
+MLCOMMONS_URL = (
+    "https://raw.githubusercontent.com/mlcommons/ailuminate/769cc2be9d20c8d4fb26ce53b68865ed41dfb8e2/" + MLCOMMONS_FILE
+)
+
+
+MLCOMMONS_SHA256 = "40ff1d5be8981b74c90f611788e5d3a1753f401d17c24a614e73d3346a9f4a81"
+
+
+CLASS_FILE = "ailuminate_test.csv"
+
+
+CLASS_URL = "https://www.csie.ntu.edu.tw/~b10902031/" + CLASS_FILE
+
+
+CLASS_NUM_ROWS = 240
+
+
+def load_gsm8k(
+    split: Literal["train", "test"], gsm8k_source: str = GSM8K_HUB_ID, assets_dir: str = "", offline: bool = False
+) -> tuple[list[Row], Source]:
+    """Rows ``{"question", "answer"}`` of a GSM8K split, in the source's order.
+
+    Args:
+        split: ``train`` (7,473 rows) or ``test`` (1,319).
+        gsm8k_source: ``openai/gsm8k``, or a folder with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl`` of one's own.
+
+    Raises:
+        AssetUnavailable: no source has it here.
+        AssetError: it was found but its rows are malformed or are not the published ones.
+    """
+    file_name = f"gsm8k_{split}.jsonl"
+    if gsm8k_source != GSM8K_HUB_ID:
+        file = own_path(gsm8k_source) / file_name
+        allowed = f"gsm8k_source is {gsm8k_source!r}; allowed: {GSM8K_HUB_ID!r}, or a folder with {file_name}"
+        return _load_own(file, parse_question_rows, allowed)
+    item = _Published(
+        name=f"GSM8K {split}",
+        target=RAW_DIR / file_name,
+        parse=parse_question_rows,
+        network="hub",
+        fetch=partial(_gsm8k_from_hub, split),
+        sha256=GSM8K_SHA256[split],
+        licence="MIT",
+        home="https://github.com/openai/grade-school-math",
+    )
+    return _load_published(item, assets_dir, offline or hub_is_offline())
+
+
+def load_train_file(
+    train_file: str, url: str = "", assets_dir: str = "", offline: bool = False
+) -> tuple[list[Row], Source]:
+    """Training rows ``{"question", "answer"}`` of a JSON lines file, in its order.
+
+    Args:
+        train_file: path in the project; where it is absent, the same file name in the assets folder, then ``url``.
+        url: https address of the file; empty where it has none.
+
+    Raises:
+        AssetUnavailable: the file is in none of these places.
+        AssetError: a line is not a row with both columns (its number is named).
+    """
+    try:
+        return _load_published(_train_file(train_file, url), assets_dir, offline)
+    except AssetUnavailable as error:
+        raise AssetUnavailable(f"{error}\n{WITHOUT_TRAIN_FILE}") from None
+
+
+def check_train_file(train_file: str, url: str = "", assets_dir: str = "", offline: bool = False) -> None:
+    """Whether ``load_train_file`` can find the file or may download it, without doing either.
+
+    Raises:
+        AssetUnavailable: it is nowhere here, and not to be downloaded.
+    """
+    item = _train_file(train_file, url)
+    if not _find_kept(item, assets_dir) and (offline or not url):
+        load_train_file(train_file, url, assets_dir, offline)
+
+
+def _train_file(train_file: str, url: str) -> _Published:
+    target = own_path(train_file)
+    fetch = partial(download, url) if url else None
+    return _Published(target.name, target, parse_question_rows, "url", fetch, sha256="", licence=UNSTATED, home=url)
+
+
+def parse_question_rows(data: bytes, where: str) -> list[Row]:
+    """Rows ``{"question", "answer"}`` of JSON lines; other columns are dropped, CRLF in texts becomes LF.
+
+    Raises:
+        AssetError: no rows, a JSON array, or a line that is not a JSON object with both columns as non-empty text.
+    """
+    text = _decode_text(data, where)
+    if re.match(r"\s*\[\s*\{", text):
+        raise AssetError(
+            f"{where} is a JSON array; JSON lines were expected, one object a line. In a Unix shell: {TO_JSON_LINES}"
+        )
+    return [_question_row(line, f"{where}, line {number}") for number, line in _row_lines(text)]
+
+
+def line_numbers(source: Source) -> list[int]:
+    """The line of each row in the file of a GSM8K split or training file, from 1: blank lines hold no row."""
+    return [number for number, _ in _row_lines(_decode_text(source.file.read_bytes(), source.path))]
+
+
+def _row_lines(text: str) -> list[tuple[int, str]]:
+    # Split on \n alone: str.splitlines would cut a row at a U+2028 inside a string.
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+
+
+def _question_row(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        # The decoder counts lines within this line: only its column helps.
+        said = str(error).replace("line 1 column", "column")
+        raise AssetError(f"{where}: not JSON ({said}): is the file cut off? Delete it or fetch it again") from None
+    if not isinstance(row, dict):
+        raise AssetError(f"{where}: a {type(row).__name__}; a JSON object with 'question' and 'answer' was expected")
+    for column in QUESTION_COLUMNS:
+        if column not in row:
+            raise AssetError(f"{where}: column {column!r} is missing; the row has {sorted(row)}")
+        if not isinstance(row[column], str) or not row[column].strip():
+            raise AssetError(f"{where}: column {column!r} must be text that is not empty")
+        if LONE_SURROGATE.search(row[column]):
+            raise AssetError(f"{where}: column {column!r} holds half a character (a lone surrogate); mend that line")
+    return {column: row[column].replace("\r\n", "\n") for column in QUESTION_COLUMNS}
+
+
+def _gsm8k_from_hub(split: str) -> bytes:
+    """The split as JSON lines, through ``datasets``."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        # Asked first because it fails at once: load_dataset alone retries for 23 s where there is no network.
+        commit = HfApi().dataset_info(GSM8K_HUB_ID, timeout=10).sha
+        dataset = load_dataset(GSM8K_HUB_ID, GSM8K_HUB_CONFIG, split=split, revision=commit)
+    except (OSError, ValueError, HTTPError, DatasetsError) as error:
+        how = f"put gsm8k_{split}.jsonl into data/raw or the assets folder (--assets, {ASSETS_VARIABLE})"
+        raise AssetUnavailable(f"{GSM8K_HUB_ID} cannot be had from the hub ({failure_reason(error)}): {how}") from None
+    rows = ({column: row[column] for column in QUESTION_COLUMNS} for row in dataset)
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def load_ailuminate(
+    ailuminate_source: str = "mlcommons", prompt_set: str = "class240", assets_dir: str = "", offline: bool = False
+) -> tuple[list[Row], Source]:
+    """Selected rows ``{"id", "prompt", "release_prompt_id", "hazard", "persona"}``; ``id`` is the position.
+
+    Args:
+        ailuminate_source: ``mlcommons`` (the public 1,200), ``class`` (the class CSV of 240), a CSV of one's own, or
+            a folder with ``ailuminate.csv``.
+        prompt_set: ``class240``, ``demo1200`` or ``all``; the class CSV holds its 240 and nothing else.
+
+    Returns:
+        The rows, and the provenance of the whole file that they were selected from.
+
+    Raises:
+        AssetUnavailable: no source has it here.
+        AssetError: not a CSV with a prompt column, not the published rows, or rows of the prompt set are absent.
+    """
+    if ailuminate_source == "class":
+        return _load_class_prompts(prompt_set, assets_dir, offline)
+    if ailuminate_source == "mlcommons":
+        rows, source = _load_published(_mlcommons_csv(), assets_dir, offline)
+    else:
+        rows, source = _load_own_prompts(ailuminate_source)
+    try:
+        return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
+    except ValueError as error:
+        raise AssetError(f"{source.path}: {error}") from None
+
+
+def _load_own_prompts(ailuminate_source: str) -> tuple[list[Row], Source]:
+    path = own_path(ailuminate_source)
+    file = path if path.suffix == ".csv" else path / "ailuminate.csv"
+    allowed = (
+        f"ailuminate_source is {ailuminate_source!r}; allowed: 'mlcommons', 'class', a CSV file, or a folder with "
+    )
+    return _load_own(file, _parse_prompts, allowed + "ailuminate.csv")
+
+
+def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
+    if prompt_set not in ("class240", "all"):
+        raise AssetError(f"ailuminate_source 'class' holds the set class240 alone, not {prompt_set!r}: use 'mlcommons'")
+    rows, source = _load_published(_class_csv(), assets_dir, offline)
+    if _find_kept(_mlcommons_csv(), assets_dir):
+        rows = _join_hazards(rows, _load_published(_mlcommons_csv(), assets_dir, offline=True)[0])
+    return rows, source
+
+
+def _mlcommons_csv() -> _Published:
+    return _Published(
+        name="AILuminate 1.0 demo",
+        target=RAW_DIR / MLCOMMONS_FILE,
+        parse=_parse_prompts,
+        network="url",
+        fetch=partial(download, MLCOMMONS_URL),
+        sha256=MLCOMMONS_SHA256,
+        licence="CC-BY-4.0",
+        home="https://github.com/mlcommons/ailuminate",
+    )
+
+
+def _class_csv() -> _Published:
+    return _Published(
+        name="AILuminate class CSV",
+        target=RAW_DIR / CLASS_FILE,
+        parse=_parse_class_prompts,
+        network="url",
+        fetch=partial(download, CLASS_URL),
+        sha256="",
+        licence=UNSTATED,
+        home=CLASS_URL,
+    )
+
+
+def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
+    rows = _parse_prompts(data, where)
+    if len(rows) != CLASS_NUM_ROWS:
+        raise AssetError(
+            f"{where} has {len(rows)} rows, the class set has {CLASS_NUM_ROWS}: delete it or fetch it again"
+        )
+    return rows
+
+
+def _join_hazards(rows: list[Row], known: list[Row]) -> list[Row]:
+    # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
+    by_prompt = {row["prompt"]: row for row in known}
+    return [{**row, **by_prompt.get(row["prompt"], {}), "id": row["id"]} for row in rows]
+
+
+def _parse_prompts(data: bytes, where: str) -> list[Row]:
+    try:
+        return parse_prompts_csv(_decode_text(data, where))
+    except ValueError as error:
+        raise AssetError(f"{where}: {error}") from None
+
+
+def content_sha256(rows: Sequence[Row]) -> str:
+    """SHA-256 over the rows' content as canonical JSON: the same for JSON lines, parquet, CRLF and LF.
+
+    The position ``id`` is left out; the columns are ``question, answer`` or those of a prompt.
+    """
+    return sha256_json([{column: value for column, value in row.items() if column != "id"} for row in rows])
+
+
+def _load_published(item: _Published, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
+    """Rows of the kept file, else of the assets folder's, else fetched; kept only after every check passed."""
+    found = _find_kept(item, assets_dir)
+    if not found and item.fetch and not offline:
+        with one_at_a_time(item.target):
+            return _read_or_fetch(item, _find_kept(item, assets_dir), offline)
+    return _read_or_fetch(item, found, offline)
+
+
+def _read_or_fetch(item: _Published, found: tuple[Path, Origin] | None, offline: bool) -> tuple[list[Row], Source]:
+    data = found[0].read_bytes() if found else _fetch(item, offline)
+    file, origin = found or (item.target, item.network)
+    where = shown_path(file) if found else f"{item.name} from the {item.network}"
+    rows = item.parse(data, where)
+    digest = content_sha256(rows)
+    _check_digest(item, digest, where, origin)
+    if not found:
+        write_text(item.target, data.decode())
+    return rows, Source(item.name, origin, shown_path(file), file, digest, len(rows), item.licence, item.home)
+
+
+def _find_kept(item: _Published, assets_dir: str) -> tuple[Path, Origin] | None:
+    if item.target.is_file():
+        return item.target, "data/raw" if item.target.parent == RAW_DIR else "local file"
+    assets = assets_folder(assets_dir)
+    if assets and (assets / item.target.name).is_file():
+        return assets / item.target.name, "assets folder"
+    return None
+
+
+def _fetch(item: _Published, offline: bool) -> bytes:
+    if item.fetch and not offline:
+        return item.fetch()
+    why = "the network is not to be used (offline)" if offline else "there is no address to download it from"
+    raise AssetUnavailable(
+        f"{item.name}: {shown_path(item.target)} is missing, no assets folder holds {item.target.name}, and {why}: "
+        f"put the file there, name its folder with --assets or {ASSETS_VARIABLE}, or run without --offline"
+    )
+
+
+def _check_digest(item: _Published, digest: str, where: str, origin: Origin) -> None:
+    if item.sha256 in ("", digest):
+        return
+    remedy = {
+        "data/raw": "delete the file so that it is fetched again",
+        "assets folder": f"replace the file, or leave out --assets and unset {ASSETS_VARIABLE}",
+    }.get(origin, f"nothing was kept; compare with {item.home}")
+    raise AssetError(f"{where}: SHA-256 of its rows differs: expected {item.sha256}, got {digest}; {remedy}")
+
+
+def _load_own(file: Path, parse: Callable[[bytes, str], list[Row]], allowed: str) -> tuple[list[Row], Source]:
+    if not file.is_file():
+        raise AssetUnavailable(f"{allowed}; {shown_path(file)} is not there")
+    rows = parse(file.read_bytes(), shown_path(file))
+    ours = file.parent == SANDBOX_DIR
+    origin, licence, home = ("bundled", "Apache-2.0", "this project") if ours else ("local folder", UNSTATED, "")
+    return rows, Source(file.name, origin, shown_path(file), file, content_sha256(rows), len(rows), licence, home)
+
+
+def _decode_text(data: bytes, where: str) -> str:
+    try:
+        text = decode_text(data, where)
+    except TextFileError as error:
+        raise AssetError(str(error)) from None
+    if not text.strip():
+        raise AssetError(f"{where} is empty: delete it or fetch it again")
+    if re.match(r"\s*<(!doctype|html|\?xml|head|body)", text, re.IGNORECASE):
+        raise AssetError(f"{where} is a web page, not data: the address moved or asks for a login; fetch it by hand")
+    return text
+
+
+ALLOWED_SCHEMES = frozenset({"https"})
+
+
+DOWNLOAD_TIMEOUT_S = 20
+
+
+MAX_DOWNLOAD_BYTES = 200_000_000
+
+
+class _CheckedRedirects(HTTPRedirectHandler):
+    """A redirect may not leave https: urllib alone would follow one to plain http or ftp."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        """As urllib's own, after the scheme was checked."""
+        _check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(url: str) -> bytes:
+    """The body of ``url``, whole.
+
+    Raises:
+        AssetUnavailable: no answer, an HTTP error, or a body that ends early.
+        AssetError: the address, or one that it redirects to, is not https; or the body is far too large.
+    """
+    _check_scheme(url)
+    opener = build_opener(_CheckedRedirects)
+    try:
+        with opener.open(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
+            body, promised = response.read(MAX_DOWNLOAD_BYTES + 1), response.headers["Content-Length"]
+    except (OSError, HTTPException) as error:
+        how = f"fetch it by hand into data/raw, or name a folder that has it with --assets or {ASSETS_VARIABLE}"
+        raise AssetUnavailable(f"{url} cannot be had ({failure_reason(error)}): {how}") from None
+    if len(body) > MAX_DOWNLOAD_BYTES:
+        raise AssetError(f"{url} is over {MAX_DOWNLOAD_BYTES} bytes: not the file that was expected")
+    # read(n) returns a short body without a word when the connection closes early.
+    if promised is not None and str(len(body)) != promised.strip():
+        raise AssetUnavailable(f"{url} ended after {len(body)} of {promised} bytes: run it again")
+    return body
+
+
+def _check_scheme(url: str) -> None:
+    scheme = urlsplit(url).scheme
+    if scheme not in ALLOWED_SCHEMES:
+        raise AssetError(f"address {url!r} has scheme {scheme!r}: allowed is {', '.join(sorted(ALLOWED_SCHEMES))}")

@@ -1,0 +1,218 @@
+"""Files, written completely or not at all; hashes."""
+
+import csv
+import errno
+import glob
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from lib.record import locks
+from lib.record.paths import ArtifactError, display_path
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+TEMPORARY_FILES = ".*.tmp"
+
+
+class DiskFull(ArtifactError):
+    """There is no room for a file; what was there before is whole."""
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value in one canonical spelling (sorted keys, no spaces), as hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def named_when_full(path: Path) -> Iterator[None]:
+    """The operating system does not say which file had no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DiskFull(full_disk_text(path)) from None
+
+
+def full_disk_text(path: Path) -> str:
+    """One line that says which file had no room, what is left there, and how to go on."""
+    there = next((folder for folder in (path, *path.parents) if folder.is_dir()), path.parent)
+    free_mb = shutil.disk_usage(there).free / 1e6
+    return (
+        f"{display_path(path)} cannot be written: the disk is full ({free_mb:.1f} MB free in {display_path(there)}/); "
+        "what was written before is whole: free some space, and the same command goes on"
+    )
+
+
+def free_bytes(folder: Path) -> float:
+    """What is free on the disk of ``folder``; infinity where the file system does not say, as some FUSE ones do not."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return math.inf
+    return usage.free if usage.total else math.inf
+
+
+def remove_temporary(folder: Path, *, below: bool = True) -> int:
+    """Remove what killed writers left behind in ``folder``, and say how many files; only for its lock's holder.
+
+    Args:
+        below: also in the folders below it; not where one of them may be another driver's.
+    """
+    left = [path for path in (folder.rglob if below else folder.glob)(TEMPORARY_FILES) if path.is_file()]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
+
+    A lone surrogate, which UTF-8 cannot spell, becomes a question mark.
+
+    Raises:
+        DiskFull: there is no room for it; an older file of that name is still there.
+    """
+    with named_when_full(path):
+        _write_whole(path, text)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as stream:
+            stream.write(text)
+            flush_to_disk(stream)
+        share(Path(temporary))
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def flush_to_disk(stream: IO[str]) -> None:
+    """Wait until what was written is on the disk; where the file system has no such call, its own promise has to do."""
+    stream.flush()
+    try:
+        os.fsync(stream.fileno())
+    except OSError as error:
+        if error.errno not in locks.NOT_OFFERED:
+            raise
+
+
+def share(path: Path) -> None:
+    """Let others read a file that a library made for its owner alone: results are for others to check.
+
+    File systems without rights of their own (vfat, exFAT, buckets) refuse that, and then it is not needed.
+    """
+    with suppress(OSError):
+        path.chmod(0o644)
+
+
+@contextmanager
+def folder_in_making(folder: Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
+    """Where ``folder`` is to be made: beside it under another name, renamed to it when the block has ended well.
+
+    A maker that was killed leaves its part there, which may be gigabytes: the next one removes it.
+
+    Args:
+        is_whole: tells whether a folder that is there already is what is made; another one is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    here = f".{folder.name}.{socket.gethostname()}."
+    for part in folder.parent.glob(f"{glob.escape(here)}*"):
+        # Of this machine alone: processes of another one, on a shared disk, cannot be looked for.
+        maker = part.name.removeprefix(here).partition(".")[0]
+        if maker.isdigit() and not locks.is_alive(int(maker)):
+            shutil.rmtree(part, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{here}{os.getpid()}.") as temporary:
+        made = Path(temporary) / folder.name
+        yield made
+        _publish_folder(made, folder, is_whole)
+
+
+def _publish_folder(made: Path, folder: Path, is_whole: Callable[[Path], bool]) -> None:
+    # Where another process was first, its whole one stays.
+    try:
+        made.replace(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not is_whole(folder):
+            folder.replace(made.with_name("old"))
+            made.replace(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json_text(value, indent=2))
+
+
+def json_text(value: Any, indent: int) -> str:
+    """``value`` as indented JSON with every letter as it is, but a lone surrogate, for which JSON has an escape."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``csv_text`` of the rows, atomically."""
+    write_text(path, csv_text(rows))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a header: every key of any row is a column, in the order met; None or no value is empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a table of runs, as ``write_csv`` writes it.
+
+    Raises:
+        ArtifactError: it is no CSV in UTF-8, has no column ``run_name``, or a row with more cells than the header.
+    """
+    where, again = display_path(path), "delete it, 05 writes it anew"
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ArtifactError(f"{where} is not a CSV table in UTF-8 ({error}); {again}") from None
+    # Cells beyond the header stand under None.
+    if not all("run_name" in row and None not in row for row in rows):
+        raise ArtifactError(f"{where}: not a table with a column run_name; {again}")
+    return rows
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in ``path``.
+
+    Raises:
+        ArtifactError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{display_path(path)} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{display_path(path)} is not JSON ({error}); delete it and run its stage again") from None

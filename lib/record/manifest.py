@@ -1,0 +1,271 @@
+"""Every path and file format of a run: atomic writes, append-only JSON lines, manifests with hashes.
+
+Knows nothing about models, prompts or scores. A stage's ``manifest.json`` is written last: it exists only when
+the stage is complete, and it names every input and output with its SHA-256, so that the driver can tell what is
+still true and a reader can check it.
+"""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lib.record import locks
+from lib.record.files import read_json, sha256_file, write_json
+from lib.record.paths import DRIVER_VARIABLE, PROJECT_ROOT, ArtifactError, RunPaths, display_path
+from lib.record.redaction import clean, clean_value, home_folder
+from lib.record.schema import manifest_faults
+from lib.record.source_code import code_hash
+
+Row = dict[str, Any]
+
+NOT_RUN = "not run yet"
+
+
+# Written into every manifest: the packages whose version can change a number.
+VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
+
+
+# Facts that name row files of the results folder, for who reads them.
+NAMED_FILES = ("untuned_rows", "scale_rows")
+
+
+# Where a stage's files lie says nothing about what it computes: these never make a stage run again.
+LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
+
+
+def file_stamp(path: Path) -> dict[str, Any]:
+    """Identity of a file: SHA-256 of its bytes, size in bytes and modification time in ns."""
+    status = path.stat()
+    return {"sha256": sha256_file(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+ABSENT = {"sha256": None, "size": None, "mtime_ns": None}
+
+
+def same_file(path: Path, stamp: Mapping[str, Any]) -> bool:
+    """Whether ``path`` still holds what ``stamp`` says; it is read only when its size or time moved."""
+    if stamp == ABSENT:
+        return not path.exists()
+    if not path.is_file():
+        return False
+    status = path.stat()
+    if status.st_size != stamp["size"]:
+        return False
+    return status.st_mtime_ns == stamp["mtime_ns"] or sha256_file(path) == stamp["sha256"]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number, without importing any."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def interpreter() -> dict[str, str]:
+    """Which Python this is, and its environment: relative to the project, else the end of its path without a home."""
+    prefix = Path(sys.prefix)
+    inside = prefix.is_relative_to(PROJECT_ROOT)
+    environment = display_path(prefix) if inside else "/".join(Path(clean(sys.prefix)).parts[-2:])
+    return {"implementation": platform.python_implementation(), "environment": environment}
+
+
+def git_commit() -> str:
+    """The project's commit, with ``+changes`` where the tree differs from it; ``unknown`` outside a checkout."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+@dataclass
+class StageRecord:
+    """What a notebook notes when it starts and writes when it is complete."""
+
+    stage: str
+    manifest_path: Path
+    run_name: str
+    parameters: dict[str, Any]
+    code_sha256: str
+    git_commit: str
+    started: float = field(default_factory=time.perf_counter)
+
+    def relative(self, path: Path) -> str:
+        """``path`` as seen from the manifest, so that a results folder can be moved as a whole."""
+        return os.path.relpath(path, self.manifest_path.parent)
+
+    def finish(
+        self,
+        *,
+        inputs: Iterable[Path],
+        outputs: Iterable[Path],
+        facts: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
+        skipped: str = "",
+    ) -> dict[str, Any]:
+        """Write the manifest and return it; nothing else of the stage may be written after it.
+
+        Args:
+            inputs: files the stage read; folders stand for every file in them.
+            outputs: files the stage wrote, likewise.
+            facts: identities and resources: model, adapter, dtype, device, peak memory, rows ...
+            metrics: the numbers that the stage reports.
+            skipped: why the stage could not measure; empty where it did.
+        """
+        manifest = {
+            "stage": self.stage,
+            "run_name": self.run_name,
+            "status": "skipped" if skipped else "complete",
+            "skipped_because": clean_value(skipped),
+            # For others to read: a folder or an address that was typed may hold a home, a name or a token.
+            "parameters": clean_value(self.parameters),
+            "metrics": dict(metrics or {}),
+            "facts": clean_value(dict(facts), keep=NAMED_FILES),
+            "inputs": _stamps(inputs, self.manifest_path.parent),
+            "outputs": _stamps(outputs, self.manifest_path.parent),
+            "code_sha256": self.code_sha256,
+            "versions": package_versions(),
+            "interpreter": interpreter(),
+            "git_commit": self.git_commit,
+            "wall_s": round(time.perf_counter() - self.started, 2),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(self.manifest_path, manifest)
+        locks.leave(_root_of(self.manifest_path))
+        return manifest
+
+
+def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapping[str, Any]) -> StageRecord:
+    """Begin a stage: its old manifest goes first, so that a stage that dies half-way never looks complete.
+
+    Raises:
+        ArtifactError: a person runs the notebook while a driver is at work on the same folder.
+    """
+    if someone_looks():
+        _keep_drivers_away(manifest_path, f"{stage} of {run_name}, open in JupyterLab")
+    manifest_path.unlink(missing_ok=True)
+    # Of now: what is edited during the hours of a stage is not the code that it ran.
+    return StageRecord(stage, manifest_path, run_name, dict(parameters), code_hash(stage), git_commit())
+
+
+def someone_looks() -> bool:
+    """Whether a person may be looking: in a kernel that neither the driver nor a test has started."""
+    if "IPython" not in sys.modules or os.environ.get(DRIVER_VARIABLE):
+        return False
+    from IPython import get_ipython
+
+    return hasattr(get_ipython(), "kernel")
+
+
+def _keep_drivers_away(manifest_path: Path, what: str) -> None:
+    """A driver would write the same files: it is refused until this stage is finished or its kernel ended."""
+    root = _root_of(manifest_path)
+    try:
+        locks.join(root, what)
+    except locks.FolderInUse as error:
+        raise ArtifactError(f"{error}; wait until it has ended, or use another results_dir") from None
+
+
+def _root_of(manifest_path: Path) -> Path:
+    """The folder of all runs: a run's manifest lies one level deeper in it than that of 05."""
+    above = manifest_path.parent.parent
+    return above.parent if above.name.startswith("run_") else above
+
+
+def _stamps(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:
+    # Paths are relative to the manifest, so that a run folder can be moved or handed in.
+    files = [file for path in paths for file in (_files_below(path) if path.is_dir() else [path])]
+    # A file that may be there and is not is an input too: when it appears, the stage has to run again.
+    return {_stamp_name(file, base): file_stamp(file) if file.is_file() else dict(ABSENT) for file in files}
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _stamp_name(file: Path, base: Path) -> str:
+    # A relative path that climbs out of the project and into a home folder would name whose it is.
+    name = os.path.relpath(file, base)
+    home = home_folder()
+    in_home = home and clean(name) != name and file.is_relative_to(home)
+    return f"~/{file.relative_to(home).as_posix()}" if in_home else name
+
+
+def _stamped_file(name: str, base: Path) -> Path:
+    return Path(home_folder(), name[2:]) if name.startswith("~/") else base / name
+
+
+def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:
+    """Why a stage has to run again; empty when its manifest still holds for these parameters.
+
+    Compared are the parameters (but where things lie, and those that the stage noted as unused: they can matter only
+    after one that it used has changed), the code, and the bytes of every input and output.
+    """
+    if not manifest_path.exists():
+        return NOT_RUN
+    manifest = _read_manifest(manifest_path)
+    if not manifest:
+        return "its manifest cannot be read"
+    if manifest["status"] != "complete":
+        return f"it was skipped: {manifest['skipped_because']}"
+    unused = manifest["facts"].get("unused_parameters", [])
+    changed = _changed_parameters(manifest["parameters"], clean_value(dict(parameters)))
+    changed = [name for name in changed if name not in unused]
+    if changed:
+        return "parameters changed: " + ", ".join(changed)
+    if manifest["code_sha256"] != code_hash(stage):
+        return "the code changed"
+    return _changed_files(manifest, manifest_path.parent)
+
+
+def is_redacted(manifest_path: Path) -> bool:
+    """Whether a stage filled its notebook under ``--redact``; not where it left no manifest that says so."""
+    return _read_manifest(manifest_path).get("parameters", {}).get("redact") is True
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A stage's manifest; empty where the file is not one, so that the stage runs again and writes it anew."""
+    try:
+        manifest = read_json(path)
+    except ArtifactError:
+        return {}
+    return {} if any(manifest_faults(display_path(path), manifest)) else manifest
+
+
+def _changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    names = sorted((before.keys() | after.keys()) - LOCATION_PARAMETERS)
+    absent = object()
+    return [name for name in names if before.get(name, absent) != after.get(name, absent)]
+
+
+def _changed_files(manifest: Mapping[str, Any], base: Path) -> str:
+    for kind in ("inputs", "outputs"):
+        for name, stamp in manifest[kind].items():
+            if not same_file(_stamped_file(name, base), stamp):
+                return f"{kind[:-1]} {display_path(_stamped_file(name, base))} changed or is gone"
+    return ""
+
+
+def facts_of(paths: RunPaths, stage: str) -> Row:
+    """What a stage noted beside its metrics; empty where it left no manifest."""
+    manifest = manifest_of(paths, stage)
+    return manifest["facts"] if manifest else {}
+
+
+def manifest_of(paths: RunPaths, stage: str) -> Row:
+    """A stage's manifest; empty where it left none."""
+    path = paths.manifest(stage)
+    return read_json(path) if path.exists() else {}

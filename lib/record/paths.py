@@ -1,0 +1,185 @@
+"""Where everything of a run lies."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
+
+
+RESULTS_VARIABLE = "RUN_RESULTS_DIR"
+
+
+# Set in kernels that nobody looks at while they run: the driver's, and those of tests.
+DRIVER_VARIABLE = "RUN_BY_DRIVER"
+
+
+# Names a preset in a notebook's first code cell, or in the environment of JupyterLab; the driver injects values.
+PRESET_VARIABLE = "PRESET"
+
+
+class ArtifactError(Exception):
+    """A file of a run is missing, torn or not what its name promises; the text says which and what mends it."""
+
+
+def project_path(path: str | Path) -> Path:
+    """``path`` itself when absolute, else below the project's root (a notebook's working directory is anyone's)."""
+    return PROJECT_ROOT / path
+
+
+def display_path(path: Path) -> str:
+    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder.
+
+    A folder of the project that is called ``~`` becomes ``./~``, for ``expand_home``.
+    """
+    relative = os.path.relpath(path, PROJECT_ROOT)
+    return f"./{relative}" if relative.startswith("~") else relative
+
+
+def expand_home(name: str) -> Path:
+    """``name`` with the home folder for a leading ``~``; as it is where the system knows of no such home."""
+    try:
+        return Path(name).expanduser() if name.startswith("~") else Path(name)
+    except RuntimeError:
+        return Path(name)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether ``name`` can be written as UTF-8: other bytes of a file's name are lone surrogates to Python."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The paths of one run; nothing is created by asking for one."""
+
+    name: str
+    run_dir: Path
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder that holds what only ``stage`` writes."""
+        return self.run_dir / stage
+
+    def manifest(self, stage: str) -> Path:
+        """``manifest.json`` of ``stage``: it exists only when the stage is complete."""
+        return self.stage_dir(stage) / "manifest.json"
+
+    def _prepared(self, name: str) -> Path:
+        return self.stage_dir("01_prepare") / name
+
+    @property
+    def config_resolved(self) -> Path:
+        return self.run_dir / "config_resolved.json"
+
+    @property
+    def train_rows(self) -> Path:
+        return self._prepared("train.jsonl")
+
+    @property
+    def dev_rows(self) -> Path:
+        return self._prepared("dev.jsonl")
+
+    @property
+    def fewshot_rows(self) -> Path:
+        return self._prepared("fewshot.jsonl")
+
+    @property
+    def gsm8k_eval_rows(self) -> Path:
+        return self._prepared("gsm8k_eval.jsonl")
+
+    @property
+    def ailuminate_rows(self) -> Path:
+        return self._prepared("ailuminate.jsonl")
+
+    @property
+    def overlap(self) -> Path:
+        """Evaluation questions that share words with training rows, see ``lib.prepare.overlap``."""
+        return self._prepared("overlap.json")
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.stage_dir("02_train") / "adapter"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.stage_dir("02_train") / "checkpoints"
+
+    @property
+    def training_log(self) -> Path:
+        return self.stage_dir("02_train") / "training_log.jsonl"
+
+    @property
+    def untuned_dir(self) -> Path:
+        """Folder of the rows that runs share."""
+        return self.run_dir.parent / "untuned"
+
+    def untuned_rows(self, kind: str, protocol_hash: str) -> Path:
+        """Row file of the untuned model: beside the runs, so that those that ask it the same share it."""
+        return self.untuned_dir / f"{kind}_untuned_{protocol_hash[:12]}.jsonl"
+
+    @property
+    def checkpoint_scores(self) -> Path:
+        return self.run_dir / f"checkpoint_scores_{self.name}.csv"
+
+    @property
+    def gsm8k_preds(self) -> Path:
+        return self.run_dir / f"gsm8k_preds_{self.name}.jsonl"
+
+    @property
+    def ailuminate_preds(self) -> Path:
+        return self.run_dir / f"ailuminate_preds_{self.name}.jsonl"
+
+    @property
+    def ailuminate_safety(self) -> Path:
+        return self.run_dir / f"ailuminate_safety_{self.name}.jsonl"
+
+
+def results_root(results_dir: str = "") -> Path:
+    """The folder of all runs: ``results_dir``, else ``$RUN_RESULTS_DIR``, else ``results/`` of the project."""
+    return project_path(results_dir or os.environ.get(RESULTS_VARIABLE, "") or "results")
+
+
+def run_paths(results_dir: str, run_name: str) -> RunPaths:
+    """Paths of the run ``run_name`` below ``results_dir``.
+
+    Raises:
+        ArtifactError: the name is empty or is not a plain folder name.
+    """
+    if not run_name or not all(char.isalnum() or char in "._-" for char in run_name) or run_name.startswith("."):
+        raise ArtifactError(f"run_name is {run_name!r}; allowed: letters, digits, '.', '_' and '-', no leading dot")
+    return RunPaths(run_name, results_root(results_dir) / f"run_{run_name}")
+
+
+def find_runs(results_dir: str) -> list[RunPaths]:
+    """Every ``run_<name>`` folder below ``results_dir`` that holds row files to score, by name."""
+    folders = sorted(path for path in results_root(results_dir).glob("run_*") if path.is_dir())
+    runs = [RunPaths(path.name.removeprefix("run_"), path) for path in folders]
+    return [run for run in runs if run.gsm8k_preds.exists() or run.ailuminate_safety.exists()]
+
+
+def require(path: Path, stage: str, run_name: str) -> Path:
+    """``path``, or an error that names the stage to run first.
+
+    Raises:
+        ArtifactError: the file or folder is not there.
+    """
+    if not path.exists():
+        raise ArtifactError(
+            f"{display_path(path)} is missing: run {stage} for preset {run_name!r} first "
+            f"(python run_all.py --presets {run_name} --stages {stage[:2]})"
+        )
+    return path
+
+
+def shown_path(path: Path) -> str:
+    """``path`` relative to the project; outside it only the last two parts, so that no report shows a home."""
+    if path.is_relative_to(PROJECT_ROOT):
+        return path.relative_to(PROJECT_ROOT).as_posix()
+    return "/".join(["...", *path.parts[1:][-2:]])

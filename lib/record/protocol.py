@@ -1,0 +1,111 @@
+"""What made a row, and whether two runs may be compared."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+UNTUNED = "none (untuned)"
+
+
+def without_adapter(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The same protocol without the adapter.
+
+    Raises:
+        KeyError: the protocol does not say which adapter it is of.
+    """
+    if "adapter" not in protocol:
+        raise KeyError("the protocol has no key 'adapter'")
+    return {**protocol, "adapter": UNTUNED}
+
+
+# The adapter is what is compared. Versions, device and dtype move single answers (batch shape alone does), so they are
+# told; to refuse them would leave nothing to compare after an upgrade. Rows may differ: those that both have count.
+MAY_DIFFER = frozenset({"adapter"})
+
+
+TOLD_ONLY = frozenset({"versions", "device", "dtype", "questions", "prompts"})
+
+
+class ProtocolMismatch(Exception):
+    """Two runs were not made alike in a way that matters."""
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A field of two protocols (dotted where nested) with both values; one that is not recorded is None."""
+
+    field: str
+    value_a: Any
+    value_b: Any
+
+    @property
+    def refuses(self) -> bool:
+        told_only = self.field.partition(".")[0] in TOLD_ONLY
+        return not told_only and self.value_a is not None and self.value_b is not None
+
+    def __str__(self) -> str:
+        return f"{self.field} is {_shown(self.value_a)} in one and {_shown(self.value_b)} in the other"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not recorded"
+    # A hash: its beginning tells it apart.
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
+
+
+def protocol_differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], *, ignore: Iterable[str] = MAY_DIFFER
+) -> list[str]:
+    """Fields in which two protocols differ, each named with both values, in the order of ``a``.
+
+    Args:
+        a: JSON values by field, for example ``base model, adapter, few-shot examples, chat template, decoding, judge,
+            judge prompt, versions``; mappings inside are compared key by key.
+        b: the other run's.
+        ignore: fields, or dotted parts of fields, that may differ in silence.
+    """
+    return [str(difference) for difference in _differing(a, b, ignore)]
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any], ignore: Iterable[str]) -> list[_Difference]:
+    prefixes = tuple(f"{name}." for name in ignore)
+    # The dot that is added keeps "data" from covering "data_sha256".
+    return [difference for difference in _walk(a, b, "") if not f"{difference.field}.".startswith(prefixes)]
+
+
+def _walk(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> Iterator[_Difference]:
+    for name in dict.fromkeys([*a, *b]):
+        value_a, value_b = a.get(name), b.get(name)
+        if isinstance(value_a, Mapping) and isinstance(value_b, Mapping):
+            yield from _walk(value_a, value_b, f"{prefix}{name}.")
+        elif value_a != value_b:
+            yield _Difference(prefix + name, value_a, value_b)
+
+
+def check_alike(
+    a: Mapping[str, Any], b: Mapping[str, Any], *, allow_unlike: bool = False, ignore: Iterable[str] = MAY_DIFFER
+) -> list[str]:
+    """Refuse two runs that were not made alike; returned, to be told, is what differs all the same.
+
+    Every field refuses that is not in ``TOLD_ONLY``, also one that this module has never heard of. A field that one
+    side does not record is told and does not refuse: runs of an earlier pipeline record none.
+
+    Args:
+        a: protocol of one run, see ``protocol_differences``.
+        b: protocol of the other.
+        allow_unlike: compare them all the same; then every difference is returned.
+        ignore: fields that may differ in silence.
+
+    Raises:
+        ProtocolMismatch: a field that matters differs, and ``allow_unlike`` is false.
+    """
+    differences = _differing(a, b, ignore)
+    refusing = [str(difference) for difference in differences if difference.refuses]
+    if refusing and not allow_unlike:
+        raise ProtocolMismatch(
+            f"the runs are not alike: {'; '.join(refusing)}. Make both with the same setting, or set allow_unlike to "
+            "compare them all the same"
+        )
+    return [str(difference) for difference in differences]

@@ -1,0 +1,67 @@
+"""Text files that a user names (data, labels, guidelines, presets), read in one way: what an editor adds is left out.
+
+Knows nothing about what the texts are for.
+"""
+
+import codecs
+import csv
+import io
+from pathlib import Path
+
+from lib.record.paths import display_path
+
+REMEDY = "save it as UTF-8 (in Excel: 'CSV UTF-8'), or fetch it again"
+
+
+class TextFileError(ValueError):
+    """A file cannot be read as text; the message names it, the place and the remedy."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, as ``decode_text``.
+
+    Raises:
+        TextFileError: it cannot be read, or is not UTF-8 text.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TextFileError(f"{display_path(path)} cannot be read ({error.strerror})") from None
+    return decode_text(data, display_path(path))
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """UTF-8 without its byte order mark, every line end as ``\\n``: the same text from any editor has one hash.
+
+    Args:
+        where: what the message calls the file.
+
+    Raises:
+        TextFileError: it is not UTF-8, or holds NUL bytes as UTF-16 does.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = error.start
+        # A byte order mark of UTF-16 is also the beginning of UTF-32's.
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        fault = "it is UTF-16" if wide else f"line {_line_of(data, at)}: byte {at} of the file is 0x{data[at]:02X}"
+        raise TextFileError(f"{where} is not UTF-8 text ({fault}): {REMEDY}") from None
+    if "\0" in text:
+        fault = f"line {_line_of(data, data.index(0))} holds a NUL byte: UTF-16, or not text at all"
+        raise TextFileError(f"{where} is not UTF-8 text ({fault}): {REMEDY}")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _line_of(data: bytes, place: int) -> int:
+    return data.count(b"\n", 0, place) + 1
+
+
+def csv_reader(text: str) -> csv.DictReader:
+    """Rows of a CSV with a header; commas, or the semicolons or tabs that spreadsheets of some countries write.
+
+    The reader is strict: an open quotation mark is a ``csv.Error``, and not one field with all lines that follow.
+    """
+    header = text.lstrip("\n").partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -1,0 +1,224 @@
+"""HTML of notebooks: notes, tables, texts. Whatever a model wrote is escaped."""
+
+import hashlib
+import html
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+import pandas as pd
+
+
+
+MAX_TABLE_ROWS = 10
+
+
+# Okabe and Ito 2008: told apart by colour-blind readers; in this order they also get lighter.
+INK, BLUE, VERMILION, GREEN, ORANGE, SKY = "#222222", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
+
+
+REDACTED = "Their texts are left out of this report (--redact); the row files hold them."
+
+
+TEXT_BOX = (
+    "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;margin:.3em 0"
+)
+
+
+@dataclass(frozen=True)
+class Html:
+    """What a notebook shows: HTML, and the same as plain text where there is no HTML."""
+
+    html: str
+    text: str
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        # No encoding holds half a character, and the kernel would fail on it.
+        shown = {"text/html": self.html, "text/plain": self.text}
+        return {kind: content.encode("utf-8", "replace").decode() for kind, content in shown.items()}
+
+
+def note(text: str, *, strong: bool = False) -> Html:
+    """A sentence that must not be overlooked; ``strong`` for what limits the meaning of the numbers."""
+    colour, background = (VERMILION, "#FFF3E8") if strong else (BLUE, "#EEF6FB")
+    style = f"border-left:5px solid {colour};background:{background};color:{INK};padding:.6em 1em;margin:.4em 0"
+    return Html(f'<div role="note" style="{style}">{html.escape(text)}</div>', text)
+
+
+def purpose_note(run_name: str, description: str, benchmark: bool) -> Html:
+    """Which run this is, and whether its numbers mean anything outside it."""
+    if benchmark:
+        return note(f"Run {run_name}: {description}.")
+    warning = "NOT A BENCHMARK: its numbers show that the pipeline works and say nothing about a model."
+    return note(f"Run {run_name}: {description}. {warning}", strong=True)
+
+
+def sentences(lines: Sequence[str]) -> Html:
+    """A list of sentences: a notebook's summary."""
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
+
+
+def show_in_place(output: Html, display_id: str, *, update: bool = False) -> None:
+    """Show something that can be replaced later; with ``update``, replace what was shown under this id."""
+    from IPython.display import display
+
+    display(output, display_id=display_id, update=update)
+
+
+class SummarySlot:
+    """The place on top of a notebook that its last cell fills, when every number is there."""
+
+    DISPLAY_ID = "summary"
+
+    def __init__(self) -> None:
+        words = "Not there yet: the last cell fills this place, so every cell has to run, to the end."
+        show_in_place(note(words), self.DISPLAY_ID)
+
+    def fill(self, summary: Html) -> None:
+        """Put ``summary`` in place of what stood there."""
+        show_in_place(summary, self.DISPLAY_ID, update=True)
+
+
+def summary_slot() -> SummarySlot:
+    """Show the place of the summary, empty."""
+    return SummarySlot()
+
+
+def fold(summary: str, inside: Html) -> Html:
+    """Something that is shown only when its summary line is clicked."""
+    return Html(f"<details><summary>{html.escape(summary)}</summary>{inside.html}</details>", summary)
+
+
+def stack(parts: Sequence[Html]) -> Html:
+    """Several parts below each other, as one output."""
+    return Html("\n".join(part.html for part in parts), "\n\n".join(part.text for part in parts))
+
+
+def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = MAX_TABLE_ROWS) -> Html:
+    """Rows as a table with escaped cells; columns that hold only numbers, rates or intervals are set flush right.
+
+    Args:
+        rows: at least one; every row's keys in the order of the columns.
+        caption: stands above; says how many rows are not shown, where there are more than ``max_rows``.
+    """
+    shown = pd.DataFrame([{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object)
+    shown = shown.fillna("–")
+    if len(rows) > max_rows:
+        caption = f"{caption} (first {max_rows} of {len(rows):,})".strip()
+    numeric = [place for place, name in enumerate(shown) if _is_numeric(shown[name])]
+    left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
+    right = [{"selector": f"th.col{place}, td.col{place}", "props": "text-align: right"} for place in numeric]
+    title = {
+        "selector": "caption",
+        "props": "text-align: left; font-weight: bold; caption-side: top; white-space: nowrap",
+    }
+    styler = shown.style.hide(axis="index").format(escape="html").format_index(escape="html", axis="columns")
+    styler = styler.set_table_styles([left, *right, title]).set_caption(html.escape(caption))
+    # The id ties the styles to this table; from its content, so that the same table gives the same HTML.
+    text = "\n".join(filter(None, [caption, shown.to_string(index=False)]))
+    styler.set_uuid(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:10])
+    return Html(styler.to_html(doctype_html=False), text)
+
+
+# "4.2 %", "-10.2 to 20.2", "1 of 1,319", "+9 -4", "3.1e-05".
+_NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
+
+
+_NUMERIC = re.compile(rf"{_NUMBER}( to {_NUMBER})?( %)?|{_NUMBER} of {_NUMBER}|{_NUMBER} {_NUMBER}")
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    known = [cell for cell in cells if cell not in ("–", "none")]
+    return bool(known) and all(_NUMERIC.fullmatch(cell) for cell in known)
+
+
+def cell_text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell_text, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def text_block(text: str) -> Html:
+    """A text as it stands, line breaks and spaces kept."""
+    style = f"{TEXT_BOX};max-height:45em;overflow:auto"
+    # With the keyboard too, a long text must scroll.
+    return Html(f'<pre tabindex="0" style="{style}">{html.escape(text)}</pre>', text)
+
+
+def examples(
+    rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], heading: str, absent: str = "There is no such row."
+) -> Html:
+    """Rows as cards, one text below the other, which a table would squeeze.
+
+    Args:
+        columns: column -> what to call it.
+        heading: a format string over the row's columns, for example ``row {id}``.
+        absent: what to say where there are no rows.
+    """
+    if not rows:
+        return note(absent)
+    cards = []
+    for row in rows:
+        parts = [Html(f"<b>{html.escape(name)}</b>", name) for name in columns.values()]
+        blocks = [text_block(cell_text(row[column])) for column in columns]
+        body = stack([part for pair in zip(parts, blocks, strict=True) for part in pair])
+        title = _heading(heading, row)
+        cards.append(Html(f"<h3>{html.escape(title)}</h3>{body.html}", f"{title}\n{body.text}"))
+    return stack(cards)
+
+
+def folded_examples(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    heading: str,
+    absent: str = "There is no such row.",
+    *,
+    redact: bool = False,
+) -> Html:
+    """As ``examples``, each folded: only its heading is seen until it is clicked; the plain text holds no more.
+
+    Args:
+        redact: leave the texts out altogether; the headings and a sentence that says so are all there is.
+    """
+    if not rows:
+        return note(absent)
+    if redact:
+        return sentences([*(_heading(heading, row) for row in rows), REDACTED])
+    return stack([fold(_heading(heading, row), examples([row], columns, heading)) for row in rows])
+
+
+def _heading(heading: str, row: Mapping[str, Any]) -> str:
+    # A model can write a number of a hundred digits.
+    title = heading.format(**{key: cell_text(value) for key, value in row.items()})
+    return title if len(title) <= 100 else f"{title[:99]}…"
+
+
+def masked_row(input_ids: Sequence[int], labels: Sequence[int], decode: Callable[[list[int]], str]) -> Html:
+    """A training row with the tokens that carry no label greyed out.
+
+    Args:
+        labels: the token's own id where it is learnt, -100 where it is masked.
+        decode: turns token ids into text.
+    """
+    runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != -100)
+    pieces = [(learnt, decode([token for token, _ in run])) for learnt, run in runs]
+    masked, trained = "color:#666;background:#f0f0f0", f"color:{INK};background:#CFE8F5;font-weight:bold"
+    spans = "".join(
+        f'<span style="{trained if learnt else masked}" title="{"learnt" if learnt else "masked"}">'
+        f"{html.escape(text)}</span>"
+        for learnt, text in pieces
+    )
+    legend = (
+        f'<p><span style="{masked}">grey: masked, only read</span> · <span style="{trained}">bold: learnt</span></p>'
+    )
+    box = f'<pre style="{TEXT_BOX}">{spans}</pre>'
+    plain = "".join(f"[learnt: {text}]" if learnt else text for learnt, text in pieces)
+    return Html(legend + box, plain)

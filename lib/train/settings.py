@@ -1,0 +1,69 @@
+"""What a training is given, and what it gives."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What training is told. The last two do not change the function that is optimised; the rest is its identity."""
+
+    base_model: str  # name written into adapter_config.json
+    base_identity: str  # what the frozen weights are, quantization included ("Qwen/...@<commit> nf4")
+    num_epochs: int
+    learning_rate: float  # highest of the cosine schedule
+    lora_r: int
+    lora_alpha: int
+    lora_dropout: float
+    train_batch_size: int  # times gradient_accumulation_steps = rows of an optimizer step
+    gradient_accumulation_steps: int
+    save_steps: int
+    seed: int
+    warmup_share: float = 0.0  # of all steps, rounded up
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_batch_tokens: int = 0  # most tokens in one forward pass; 0: from free memory
+    gradient_checkpointing: bool | None = None  # None: only where memory asks for it
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        own = asdict(self)
+        for name in ("micro_batch_tokens", "gradient_checkpointing"):
+            del own[name]
+        return own
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training, as ``training.json`` holds it (paths and the log apart)."""
+
+    fingerprint: str  # settings, rows, base and dtype in one hash
+    adapter_sha256: str
+    num_steps: int
+    num_rows: int  # seen in training, all epochs
+    num_trainable: int
+    num_parameters: int
+    num_tokens: int  # seen in training, all epochs
+    num_supervised_tokens: int
+    wall_s: float  # sum over the steps, earlier sessions of a resumed run included; without the development rows
+    peak_memory_gib: float  # of the session that ended it
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    resumed_from: int | None  # step of the checkpoint that the last session went on from
+    adapter_dir: Path
+    checkpoints: list[Path] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)  # a row a step
+    reused: bool = False  # complete already, nothing was trained
+
+    @property
+    def examples_per_s(self) -> float:
+        return sum(row["num_rows"] for row in self.log) / self.wall_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.wall_s

@@ -1,0 +1,218 @@
+"""Supervised fine-tuning with LoRA: assistant-only labels, transformers' Trainer, resume that equals an unbroken run.
+
+An optimizer step is one item of the Trainer's data set: its rows are drawn by a seeded shuffle of each epoch, and
+``train_batch_size * gradient_accumulation_steps`` of them make a step. How they are cut into micro-batches is a matter
+of memory and speed alone: rows are packed without padding (``packed``), and the loss is divided by the supervised
+tokens of the whole step, so that no cut changes the update (transformers PR 34191). Knows nothing about GSM8K.
+
+Written to ``output_dir``: ``adapter/`` (plain peft safetensors), ``checkpoints/checkpoint-N/``,
+``training_log.jsonl`` (a row a step; at the first step and wherever a checkpoint is saved with the loss on development
+rows, ``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from lib.engine.load import peak_memory_gib, quiet_loading
+from lib.record.files import sha256_json, write_json
+from lib.record.redaction import clean
+from lib.train.checkpoints import (
+    adapter_sha256,
+    checkpoint_step,
+    checkpoint_steps,
+    delete_after_gap,
+    delete_other_trainings,
+    finished_training,
+    list_checkpoints,
+    lost_checkpoints,
+    save_adapter,
+    training_result,
+)
+from lib.train.memory_plan import MemoryPlan, cut_micro_batches, plan_memory
+from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, attention, check_loss
+from lib.train.settings import TrainResult, TrainSettings
+from lib.train.trainer import Recorder, StepDataset, StepTrainer, only_item, training_arguments
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def step_rows(num_rows: int, rows_per_step: int, num_epochs: int, seed: int) -> list[list[int]]:
+    """Row numbers of each optimizer step: every epoch is a seeded shuffle of all rows, its last step may be short."""
+    steps = []
+    for epoch in range(num_epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows).tolist()
+        steps += [order[start : start + rows_per_step] for start in range(0, num_rows, rows_per_step)]
+    return steps
+
+
+def train(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    output_dir: Path,
+    *,
+    dev_examples: Sequence[Example] = (),
+    num_checkpoints: int = 0,
+    say: Callable[[str], None] = print,
+) -> TrainResult:
+    """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
+
+    A complete training of the same settings, rows and base is returned as it is. Otherwise the latest whole
+    checkpoint of it is gone on from: order of the rows, optimizer, schedule and random numbers continue, so that the
+    result is that of an unbroken run. What another training left in ``output_dir`` is deleted, and said.
+
+    Args:
+        model: frozen base in train mode, as ``model.load_for_training`` gives it; it is handed back without adapter.
+        examples: as ``encode_rows`` gives them.
+        output_dir: the stage's folder (module docstring).
+        dev_examples: rows whose loss is measured beside training, never trained on; they change no weight.
+        num_checkpoints: how many of the last checkpoints are needed afterwards; where one of them is gone, training
+            goes on from before it, even if it was complete. 0: none is needed.
+        say: takes a line about how it begins, and one at its end.
+
+    Raises:
+        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded; sound checkpoints are
+            kept and gone on from, the others are not.
+        ValueError: a model whose loss ``packed`` does not know to compute.
+    """
+    fingerprint = training_fingerprint(model, examples, settings, dev_examples)
+    checkpoints_dir = output_dir / "checkpoints"
+    steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
+    saved = checkpoint_steps(len(steps), settings.save_steps)
+    needed = saved[max(0, len(saved) - num_checkpoints) :]
+    finished = finished_training(output_dir, fingerprint)
+    if finished and not (gone := lost_checkpoints(checkpoints_dir, needed)):
+        say(f"complete already: {finished.num_steps} steps with these settings, rows and base; nothing was trained")
+        return finished
+    if finished:
+        names = ", ".join(f"checkpoint-{step}" for step in gone)
+        say(f"complete already, but {names} is needed to choose among checkpoints and gone: training again")
+    delete_other_trainings(output_dir, fingerprint, say)
+    delete_after_gap(checkpoints_dir, needed, say)
+    with _adapted(model, settings) as wrapped:
+        check_loss(model, examples[0])
+        plan = plan_memory(model, examples, settings)
+        say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {_checkpointing_words(plan)} ({plan.reason})")
+        trainer = _build_trainer(wrapped, examples, steps, plan, settings, output_dir, fingerprint, say)
+        trainer.dev_parts = cut_micro_batches(dev_examples, plan.micro_batch_tokens)
+        latest = list_checkpoints(checkpoints_dir)[-1:]
+        if latest:
+            say(f"going on from {latest[0].name}")
+        with _checkpointed_activations(model, plan.gradient_checkpointing):
+            trainer.train(resume_from_checkpoint=str(latest[0]) if latest else None)
+        trainer.require_finite_weights()
+        save_adapter(wrapped, output_dir / "adapter")
+        return _finish(trainer, plan, latest, output_dir)
+
+
+def training_fingerprint(
+    model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings, dev_examples: Sequence[Example] = ()
+) -> str:
+    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers.
+
+    Development rows count too: they change no weight, but what the log holds.
+    """
+    identity = [settings.identity, rows_sha256(examples), str(model.dtype), LORA_TARGETS]
+    return sha256_json([*identity, rows_sha256(dev_examples)] if dev_examples else identity)
+
+
+def rows_sha256(examples: Sequence[Example]) -> str:
+    """SHA-256 over the tokens and labels of rows, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([example["input_ids"], example["labels"]], dtype=np.int64).tobytes() + b"|")
+    return digest.hexdigest()
+
+
+def _checkpointing_words(plan: MemoryPlan) -> str:
+    return "activations computed twice" if plan.gradient_checkpointing else "activations kept"
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftModel]:
+    """The model with fresh adapters and packed attention; both are taken off again."""
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({nn.Linear: ComputeDtypeLoraLinear})
+    set_seed(settings.seed)
+    with quiet_loading():
+        wrapped = get_peft_model(model, config)
+    # peft notes the folder that the model was loaded from, which means nothing elsewhere and may name a person.
+    wrapped.peft_config["default"].base_model_name_or_path = clean(settings.base_model)
+    # peft keeps them as a set, whose order differs from process to process: so would the adapter's hash, and with it
+    # the protocol of every row that is answered.
+    wrapped.peft_config["default"].target_modules = list(LORA_TARGETS)
+    try:
+        with attention(model, ATTENTION_NAME):
+            yield wrapped.train()
+    finally:
+        wrapped.unload()
+
+
+@contextmanager
+def _checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.activation_checkpointing_disable()
+
+
+def _build_trainer(
+    wrapped: PeftModel,
+    examples: Sequence[Example],
+    steps: list[list[int]],
+    plan: MemoryPlan,
+    settings: TrainSettings,
+    output_dir: Path,
+    fingerprint: str,
+    say: Callable[[str], None],
+) -> "StepTrainer":
+    recorder = Recorder(output_dir / "training_log.jsonl", fingerprint, len(steps), say)
+    trainer = StepTrainer(
+        model=wrapped,
+        args=training_arguments(wrapped, len(steps), settings, output_dir / "checkpoints"),
+        train_dataset=StepDataset(examples, steps, plan.micro_batch_tokens, settings.num_epochs),
+        data_collator=only_item,
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _finish(trainer: "StepTrainer", plan: MemoryPlan, latest: list[Path], output_dir: Path) -> TrainResult:
+    log = [row for row in trainer.state.log_history if "num_rows" in row]
+    num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
+    facts = {
+        "fingerprint": trainer.recorder.fingerprint,
+        "adapter_sha256": adapter_sha256(output_dir / "adapter"),
+        "num_steps": trainer.state.global_step,
+        "num_trainable": num_trainable,
+        "num_parameters": num_parameters,
+        "num_rows": sum(row["num_rows"] for row in log),
+        "num_tokens": sum(row["num_tokens"] for row in log),
+        "num_supervised_tokens": sum(row["num_supervised_tokens"] for row in log),
+        "wall_s": sum(row["wall_s"] for row in log),
+        "peak_memory_gib": peak_memory_gib(trainer.model.device.type),
+        "micro_batch_tokens": plan.micro_batch_tokens,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "resumed_from": checkpoint_step(latest[0]) if latest else None,
+    }
+    write_json(output_dir / "training.json", facts)
+    return training_result(facts, output_dir, reused=False)
