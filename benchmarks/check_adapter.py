@@ -4,7 +4,7 @@
     python benchmarks/check_adapter.py --adapter results/run_simple/02_train/adapter --model Qwen/Qwen2.5-1.5B-Instruct
 
 Trains a small NF4 adapter (or takes one), then loads it in processes of their own in the ways that a user might, and
-compares the logits of development rows with those of ``lib.engine.load.load_dense``, which 03 and 04 evaluate. Exit status 1
+compares the logits of development rows with those of ``load_dense``, which 03 and 04 evaluate. Exit status 1
 when the ways of the model card differ by more than ``TOLERANCE`` of the largest logit.
 """
 

@@ -11,7 +11,7 @@ LONG_S = 600
 PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
 # A driver in a process of its own: arguments are the folder of the notebooks, then its command line.
 DRIVER = (
-    "import pathlib, sys, run_all; from lib import execution\n"
+    "import pathlib, sys, run_all; from lib.driver import notebook as execution\n"
     "execution.NOTEBOOKS_DIR = pathlib.Path(sys.argv[1])\n"
     "sys.exit(run_all.main(sys.argv[2:]))\n"
 )
@@ -34,7 +34,7 @@ def hanging_cell(folder, marker):
     ``marker``, an expression, names a file in ``folder`` that is there when the row has begun.
     """
     return (
-        "import pathlib, time\nfrom lib.artifacts import RowLog\n"
+        "import pathlib, time\nfrom lib.record.rows import RowLog\n"
         f"with RowLog(pathlib.Path({str(folder)!r}, {marker} + '.jsonl'), 'p').whole_rows():\n"
         f"    pathlib.Path({str(folder)!r}, {marker}).touch()\n"
         f"    time.sleep({LONG_S})"
@@ -44,7 +44,7 @@ def hanging_cell(folder, marker):
 def rows_cell(path, pause_s, num_rows=None):
     """A cell that adds rows to the file ``path``, an expression: so many, or without end until it is stopped."""
     return (
-        "import itertools, pathlib, time\nfrom lib.artifacts import RowLog\n"
+        "import itertools, pathlib, time\nfrom lib.record.rows import RowLog\n"
         f"log = RowLog(pathlib.Path({path}), 'p')\n"
         "with log.whole_rows():\n"
         f"    for number in itertools.islice(itertools.count(len(log.rows)), {num_rows}):\n"

@@ -14,11 +14,13 @@ from lib.record.paths import STAGES
 
 ROWS = """
 import time
-from lib import artifacts
-paths = artifacts.run_paths(results_dir, run_name)
+from lib.record.manifest import start_stage
+from lib.record.paths import run_paths
+from lib.record.rows import RowLog
+paths = run_paths(results_dir, run_name)
 parameters = {"run_name": run_name, "results_dir": results_dir}
-record = artifacts.start_stage(paths.manifest(STAGE), STAGE, run_name, parameters)
-log = artifacts.RowLog(paths.gsm8k_preds, "p")
+record = start_stage(paths.manifest(STAGE), STAGE, run_name, parameters)
+log = RowLog(paths.gsm8k_preds, "p")
 with log.whole_rows():
     for number in range(25):
         if number not in log.rows:
@@ -32,13 +34,16 @@ log.finish(range(25))
 # Counts what the stage before it wrote, as the real comparison does, and writes its manifest.
 COMPARE = """
 import time
-from lib import artifacts
-root = artifacts.results_root(results_dir)
+from lib.record.files import write_json
+from lib.record.manifest import start_stage
+from lib.record.paths import results_root, run_paths
+from lib.record.rows import read_jsonl
+root = results_root(results_dir)
 parameters = {"results_dir": results_dir, "run_names": run_names}
-record = artifacts.start_stage(root / "05_compare" / "manifest.json", "05_compare", "all runs", parameters)
-rows = [row for name in run_names for row in artifacts.read_jsonl(artifacts.run_paths(results_dir, name).gsm8k_preds)]
+record = start_stage(root / "05_compare" / "manifest.json", "05_compare", "all runs", parameters)
+rows = [row for name in run_names for row in read_jsonl(run_paths(results_dir, name).gsm8k_preds)]
 time.sleep(0.5)
-artifacts.write_json(root / "counts.json", {"rows": len(rows), "right": sum(row["correct"] for row in rows)})
+write_json(root / "counts.json", {"rows": len(rows), "right": sum(row["correct"] for row in rows)})
 time.sleep(0.5)
 record.finish(inputs=[], outputs=[root / "counts.json"], facts={})["status"]
 """

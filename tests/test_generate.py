@@ -1,4 +1,4 @@
-"""lib.engine.generate: the engine writes what plain greedy decoding writes, whatever the batch, the prefix and the memory."""
+"""The engine writes what plain greedy decoding writes, whatever the batch, the prefix and the memory."""
 
 import warnings
 

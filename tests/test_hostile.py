@@ -66,17 +66,17 @@ def notebook(tmp_path, monkeypatch):
 
 REPORT_CELL = """
 import json, pathlib
-from lib import report
+from lib.reports import html
 texts = json.loads(pathlib.Path(FILE).read_text())
 rows = [{"id": number, "text": text} for number, text in enumerate(texts)]
 columns = {"text": "<b>Text</b>"}
-report.stack([
-    report.table(rows, "caption <script>" + texts[0], max_rows=99),
-    report.examples(rows, columns, "row {id} {text}"),
-    report.folded_examples(rows, columns, "row {id} {text}"),
-    report.sentences(texts),
-    report.note(texts[0], strong=True),
-    *map(report.text_block, texts),
+html.stack([
+    html.table(rows, "caption <script>" + texts[0], max_rows=99),
+    html.examples(rows, columns, "row {id} {text}"),
+    html.folded_examples(rows, columns, "row {id} {text}"),
+    html.sentences(texts),
+    html.note(texts[0], strong=True),
+    *map(html.text_block, texts),
 ])
 """
 

@@ -120,7 +120,7 @@ SLOW_START = """
 import io, os, sys, time
 from rich.console import Console
 from lib import jobs
-from lib.progress import Board
+from lib.driver.display import Board
 
 def slow(parent):
     os.write(1, b"forked\\n")  # in one piece: two say it at once

@@ -23,7 +23,7 @@ from lib.record.rows import count_lines
 
 # Each holds what it holds until it is told otherwise through its standard input, or this process ends.
 HOLDER = (
-    "import pathlib, subprocess, sys; from lib import locks\n"
+    "import pathlib, subprocess, sys; from lib.record import locks\n"
     "with locks.hold(pathlib.Path(sys.argv[1]), 'python run_all.py --presets simple'):\n"
     "    if 'orphan' in sys.argv:\n"
     "        command = [sys.executable, '-c', 'import sys; sys.stdin.read()']\n"
@@ -129,7 +129,7 @@ def test_waiting_begins_when_the_holder_ends_and_says_so_once(tmp_path):
 
 def test_twenty_drivers_at_once_never_hold_it_together(tmp_path):
     code = (
-        "import pathlib, sys, time; from lib import locks\n"
+        "import pathlib, sys, time; from lib.record import locks\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "with locks.hold(folder, 'one of many', wait=True, tell=lambda text: None):\n"
         "    (folder / 'inside').mkdir(); time.sleep(0.02); (folder / 'inside').rmdir()\n"
@@ -187,7 +187,7 @@ def test_a_disk_without_room_to_begin_is_refused(tmp_path, monkeypatch, capsys):
 
 # Stands still before the row that is named, until it is told to go on.
 FILLER = (
-    "import pathlib, sys; from lib.control import SharedRowLog\n"
+    "import pathlib, sys; from lib.record.rows import SharedRowLog\n"
     "log = SharedRowLog(pathlib.Path(sys.argv[1]), 'p')\n"
     "asked = [number for number in range(20) if number not in log.rows]\n"
     "print('begun', len(asked))\n"
@@ -236,7 +236,7 @@ def test_a_cell_that_is_run_again_does_not_wait_for_itself(tmp_path):
 
 def test_what_one_process_makes_the_next_one_finds(tmp_path):
     code = (
-        "import pathlib, sys, time; from lib import locks\n"
+        "import pathlib, sys, time; from lib.record import locks\n"
         "made = pathlib.Path(sys.argv[1])\n"
         "with locks.one_at_a_time(made, tell=lambda text: None):\n"
         "    if not made.exists():\n"
@@ -264,10 +264,10 @@ def test_a_lock_leaves_nothing_beside_the_file(tmp_path):
 # --- notebooks that a person runs ---------------------------------------------------------------------------------
 
 NOTEBOOK = (
-    "import pathlib, sys; from lib import artifacts\n"
-    "artifacts.someone_looks = lambda: True\n"
-    "paths = artifacts.run_paths(sys.argv[1], 'strong')\n"
-    "record = artifacts.start_stage(paths.manifest('03_eval_gsm8k'), '03_eval_gsm8k', 'strong', {})\n"
+    "import pathlib, sys; from lib.record import manifest, paths\n"
+    "manifest.someone_looks = lambda: True\n"
+    "run = paths.run_paths(sys.argv[1], 'strong')\n"
+    "record = manifest.start_stage(run.manifest('03_eval_gsm8k'), '03_eval_gsm8k', 'strong', {})\n"
     "print('at work', flush=True)\n"
     "sys.stdin.readline()\n"
     "record.finish(inputs=[], outputs=[], facts={})\n"

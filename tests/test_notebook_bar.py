@@ -110,10 +110,12 @@ def test_nothing_is_shown_where_nobody_looks(tmp_path, shown, monkeypatch, nobod
 
 CELL = """
 import time
-from lib import artifacts, notebook_bar
+from lib.driver import notebook_bar
+from lib.record.paths import run_paths
+from lib.record.rows import RowLog
 notebook_bar.SECONDS_BETWEEN_LOOKS = 0.05
-paths = artifacts.run_paths("", "mine")
-log = artifacts.RowLog(paths.gsm8k_preds, "hash")
+paths = run_paths("", "mine")
+log = RowLog(paths.gsm8k_preds, "hash")
 with notebook_bar.NotebookBar(paths, "03_eval_gsm8k", {}):
     for number in range(6):
         log.append({"id": number, "question": "q", "correct": True, "num_output_tokens": 5})

@@ -1,4 +1,4 @@
-"""lib.train.sft: what carries a label, the same update however a step is cut, a resumed run that equals an unbroken one."""
+"""What carries a label, the same update however a step is cut, a resumed run that equals an unbroken one."""
 
 import errno
 import json

@@ -175,7 +175,7 @@ def _numbers_of(run: RunScores) -> Row:
 
 
 def flips(run: RunScores, axis: str) -> list[Any]:
-    """Rows whose outcome differs from the untuned model's, as ``lib.compare.findings.find_flips``; none without such rows."""
+    """Rows whose outcome differs from the untuned model's, as ``find_flips``; none without such rows."""
     before, after = run.untuned.get(axis), run.rows.get(axis)
     return find_flips(before, after, axis) if before and after and not why_other_protocol(run, axis) else []
 

@@ -50,7 +50,7 @@ class RunScores:
         untuned: axis -> rows of the model without its adapter, asked the same; none where there are none.
         untuned_files: axis -> the file of those rows; runs that share it were asked the same, and the untuned model as
             a run of its own (``untuned_runs``) has that of its rows.
-        protocols: axis -> what made its rows, by field (``lib.record.protocol.check_alike``); empty where it does not say.
+        protocols: axis -> what made its rows, by field (``check_alike``); empty where it does not say.
         scaled: axis -> scale of the adapter's effect -> rows, where ``adapter_scales`` asked for some.
         overlaps: evaluation questions that share words with training rows, as 01 found them; None where 01 did not say.
         hazards_added: whether hazards were joined to the rows on their prompts, as they did not name them.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib import gsm8k, safety
+from lib.record.manifest import facts_of
 from lib.record.files import sha256_file, sha256_json
 from lib.record.paths import PROJECT_ROOT, RunPaths, require
 from lib.record.rows import RowLog, read_jsonl
@@ -363,18 +364,13 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
     return told
 
 
-from lib.record.manifest import facts_of
-from lib.record.paths import RunPaths
-from lib.train import checkpoint_selection
-
-
 def selected_on_test(paths: RunPaths) -> str:
     """How the adapter was chosen, in a sentence, where that was done on the rows that are reported; else ""."""
     facts = facts_of(paths, "02_train")
     compared = facts.get("checkpoints", [])
     # Of one checkpoint none is the winner.
-    if facts.get("selected_on") != checkpoint_selection.ON_TEST or len(compared) == 1:
+    if facts.get("selected_on") != ON_TEST or len(compared) == 1:
         return ""
-    return checkpoint_selection.selection_text(
-        facts["adapter"], checkpoint_selection.ON_TEST, facts["sweep_metric"], len(compared)
+    return selection_text(
+        facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared)
     )

@@ -182,7 +182,7 @@ def test_a_finished_log_has_the_order_asked_for_whatever_finished_first(tmp_path
 def test_rows_survive_kill_9(tmp_path):
     path = tmp_path / "rows.jsonl"
     code = (
-        "import sys, itertools, pathlib; from lib.artifacts import RowLog\n"
+        "import sys, itertools, pathlib; from lib.record.rows import RowLog\n"
         "log = RowLog(pathlib.Path(sys.argv[1]), 'p')\n"
         "for number in itertools.count(): log.append({'id': number, 'text': 'x' * 5000})\n"
     )
@@ -323,8 +323,8 @@ def test_a_folder_is_published_whole_and_the_first_whole_one_stays(tmp_path, the
 
 
 MAKER = (
-    "import pathlib, sys, time; from lib import artifacts\n"
-    "with artifacts.folder_in_making(pathlib.Path(sys.argv[1]), lambda _: True) as made:\n"
+    "import pathlib, sys, time; from lib.record import files\n"
+    "with files.folder_in_making(pathlib.Path(sys.argv[1]), lambda _: True) as made:\n"
     "    made.mkdir(); (made / 'half').touch(); print('half', flush=True); sys.stdin.readline()\n"
 )
 

@@ -1,4 +1,4 @@
-"""lib.engine.load: device and dtype, prompts rendered as the templates say, dense weights equal to what training computes."""
+"""Device and dtype, prompts rendered as the templates say, dense weights equal to what training computes."""
 
 import os
 from pathlib import Path

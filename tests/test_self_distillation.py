@@ -1,4 +1,4 @@
-"""lib.prepare.self_distillation: own correct answers as training data; kills at any moment leave the bytes of an unbroken run."""
+"""Own correct answers as training data; kills at any moment leave the bytes of an unbroken run."""
 
 import dataclasses
 import json
@@ -119,19 +119,20 @@ KILLED = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 from pathlib import Path
-import test_distil
-from lib import artifacts, distil
+import test_self_distillation
+from lib.prepare import self_distillation
+from lib.record.rows import RowLog
 
-class StandingStill(artifacts.RowLog):
+class StandingStill(RowLog):
     def append(self, row):
         super().append(row)
         if len(self.rows) == int(sys.argv[2]):
             print("standing still", flush=True)
             sys.stdin.read()
 
-distil.ROWS_PER_CALL["cpu"] = 6
-test_distil.RowLog = StandingStill
-test_distil.run(Path(sys.argv[1]), test_distil.Fake())
+self_distillation.ROWS_PER_CALL["cpu"] = 6
+test_self_distillation.RowLog = StandingStill
+test_self_distillation.run(Path(sys.argv[1]), test_self_distillation.Fake())
 """
 
 

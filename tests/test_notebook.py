@@ -107,10 +107,10 @@ def test_a_torn_or_foreign_notebook_is_not_whole(tmp_path, content):
 
 def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_path, notebook, capsys):
     manifest = (
-        "from lib import artifacts\n"
-        "paths = artifacts.run_paths(results_dir, run_name)\n"
+        "from lib.record.manifest import start_stage\nfrom lib.record.paths import run_paths\n"
+        "paths = run_paths(results_dir, run_name)\n"
         "parameters = {'run_name': run_name, 'results_dir': results_dir}\n"
-        "record = artifacts.start_stage(paths.manifest('01_prepare'), '01_prepare', run_name, parameters)\n"
+        "record = start_stage(paths.manifest('01_prepare'), '01_prepare', run_name, parameters)\n"
         "record.finish(inputs=[], outputs=[], facts={})['status']"
     )
     notebook(manifest, "print('the summary')")
@@ -126,8 +126,8 @@ def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_
 
 
 def test_the_summary_stands_on_top_of_the_report_and_no_default_that_was_replaced(tmp_path, notebook):
-    slot = "from lib import report\nsummary = report.summary_slot()"
-    notebook(slot, "print('the middle')", "summary.fill(report.sentences(['54.4 % right']))")
+    slot = "from lib.reports import html\nsummary = html.summary_slot()"
+    notebook(slot, "print('the middle')", "summary.fill(html.sentences(['54.4 % right']))")
     outcome = execute(tmp_path)
     cells = json.loads(outcome.notebook.read_text(encoding="utf-8"))["cells"]
     (shown,) = cells[2]["outputs"]
@@ -416,7 +416,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_told_everything_before_is_whole_and_the_run_goes_on(small_disk, tmp_path, notebook, capsys):
     # Rows until nothing fits; the second time there is room, and the rows that are there are not made again.
     cell = (
-        "import pathlib; from lib.artifacts import RowLog\n"
+        "import pathlib; from lib.record.rows import RowLog\n"
         f"log = RowLog(pathlib.Path({str(small_disk)!r}) / 'rows.jsonl', 'p')\n"
         "kept = len(log.rows)\n"
         "for number in range(kept, 100):\n"
