@@ -16,7 +16,8 @@ from tiny import save_tiny_model, tiny_tokenizer
 from lib import gsm8k
 from lib.engine import load
 from lib.engine.sources import ModelSource
-from lib.train import model_card, rows, sft
+from lib.train import model_card, sft
+from lib.train.rows import encode_rows
 from lib.train.settings import TrainSettings
 
 FLOAT32 = load.Runtime("cpu", torch.float32, "test")
@@ -37,13 +38,17 @@ FACTS = model_card.CardFacts(
 )
 
 
+def adapter_card(facts):
+    return model_card.card_text(facts, "peft", {"adapter_model.safetensors": "abc123"})
+
+
 def script(text):
     (found,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     return found
 
 
-def test_the_card_tells_base_data_parameters_metrics_and_choice():
-    text = model_card.adapter_card(FACTS, "abc123")
+def test_the_card_names_base_data_parameters_metrics_and_choice():
+    text = adapter_card(FACTS)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "owner/base" and front["library_name"] == "peft"
     for told in ("owner/base@0123abcd", "sha256 00ff", "| lora_r | 4 |", "sha256 abc123", "selected on development"):
@@ -51,31 +56,40 @@ def test_the_card_tells_base_data_parameters_metrics_and_choice():
     assert "| loss | 1.0 \\| 0.5 |" in text, "a bar in a cell would end it"
     assert gsm8k.SYSTEM_PROMPT.splitlines()[0] in text
     assert "/home/someone" not in text and "/somewhere" not in text and "benchmark" not in text.casefold()
-    assert "Not a benchmark" in model_card.adapter_card(replace(FACTS, benchmark=False), "abc123")
+    assert "Not a benchmark" in adapter_card(replace(FACTS, benchmark=False))
 
 
 def test_the_script_names_the_very_base():
-    assert '"owner/base", revision="0123abcd"' in script(model_card.adapter_card(FACTS, ""))
+    assert '"owner/base", revision="0123abcd"' in script(adapter_card(FACTS))
     kept = replace(FACTS, base=replace(HUB, origin="assets folder", identity="folder sha256:00"), revision="v2")
-    assert '"owner/base", revision="v2"' in script(model_card.adapter_card(kept, ""))
+    assert '"owner/base", revision="v2"' in script(adapter_card(kept))
     local = replace(FACTS, base=ModelSource("/home/someone/mine", Path("/home/someone/mine"), "folder", "local folder"))
-    text = script(model_card.adapter_card(local, ""))
+    text = script(adapter_card(local))
     assert '"path/to/mine"' in text and "someone" not in text
-    assert "base_model" not in model_card.adapter_card(local, "").split("---")[1]
+    assert "base_model" not in adapter_card(local).split("---")[1]
 
 
 def test_a_plain_base_is_loaded_without_quantisation():
-    text = model_card.adapter_card(replace(FACTS, parameters={"quantization": "none"}), "")
+    text = adapter_card(replace(FACTS, parameters={"quantization": "none"}))
     assert "BitsAndBytes" not in text and "dequantize" not in text
     compile(script(text), "card", "exec")
 
 
+def test_values_are_texts_and_never_templates():
+    facts = replace(FACTS, trained="{{ 7 * 7 }} {% if %}", metrics={"a <b>": "{{ facts }} & 'more'"})
+    text = adapter_card(facts)
+    assert "{{ 7 * 7 }} {% if %}" in text and "| a <b> | {{ facts }} & 'more' |" in text
+
+
 def test_data_and_metrics_come_from_files_and_log(tmp_path):
-    (tmp_path / "train.jsonl").write_text("{}\n")
-    source = {"name": "GSM8K", "licence": "MIT", "num_rows": 7473, "sha256": "77"}
-    told = model_card.data_table({"GSM8K train": source}, {"rows": tmp_path / "train.jsonl", "dev": tmp_path / "none"})
-    assert told["GSM8K train"] == "GSM8K (MIT), 7,473 rows, sha256 77" and "dev" not in told
-    assert told["rows"] == "sha256 ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    table = model_card.training_data(prepared("gsm8k"), rows)
+    sha256 = "sha256 ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    assert table["GSM8K train"] == "GSM8K train (MIT), 7,473 rows, sha256 77" and table["training rows"] == sha256
+    assert "training rows" not in model_card.training_data(prepared("gsm8k"), tmp_path / "none")
+    assert model_card.evaluation_data({}, rows) == {"development rows, of GSM8K train": sha256}
+    assert model_card.evaluation_data({}, tmp_path / "none") == {}
     log = [
         {"step": 1, "loss": 2.0, "dev_loss": 1.5},
         {"step": 2, "loss": 1.0},
@@ -112,7 +126,7 @@ def section(text, title):
     return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
 
 
-def test_the_card_tells_whose_answers_were_learnt_and_keeps_what_is_only_evaluated_apart(tmp_path):
+def test_the_card_says_whose_answers_were_learnt_and_keeps_evaluation_data_apart(tmp_path):
     train, dev = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
     train.write_text("{}\n")
     dev.write_text("{}\n{}\n")
@@ -122,15 +136,12 @@ def test_the_card_tells_whose_answers_were_learnt_and_keeps_what_is_only_evaluat
         "evaluation": model_card.evaluation_data(manifest, dev),
     }
     facts = replace(FACTS, **data)
-    for text in (
-        model_card.adapter_card(facts, "abc"),
-        model_card.merged_card(replace(facts, adapter_sha256="ad4"), {}),
-    ):
+    for text in (adapter_card(facts), model_card.card_text(replace(facts, adapter_sha256="ad4"), "transformers", {})):
         learnt, asked = section(text, "Trained on"), section(text, "Chosen and evaluated on")
         for told in (
             "| train_source | self_distilled |",
             "| answers | 5,500 rows by the untuned base model, 500 by GSM8K |",
-            "4 a question, temperature 0.7, seed 42, at most 512 tokens; kept: at most 2 of the correct ones a",
+            "4 a question, temperature 0.7, seed 42, at most 512 tokens; kept: at most 2 of the correct ones per",
             "6,300 of 7,000 questions had a correct answer of the base model; 200 have no row",
             "| rows | 5,993; 7 more are over max_seq_length and were left out |",
             "| training rows | sha256 ca3d163bab",
@@ -138,7 +149,7 @@ def test_the_card_tells_whose_answers_were_learnt_and_keeps_what_is_only_evaluat
         ):
             assert told in learnt
         assert "GSM8K test" not in learnt and "AILuminate" not in learnt and "development" not in learnt
-        assert "GSM8K test (MIT), 7,473 rows, sha256 77; 263 of them asked" in asked
+        assert "GSM8K test (MIT), 7,473 rows, sha256 77; 263 of them evaluated" in asked
         assert "AILuminate" in asked and "development rows, of GSM8K train" in asked and "base model" not in asked
     assert "| adapter | sha256 ad4 |" in text
 
@@ -153,7 +164,7 @@ def test_only_the_source_of_the_training_rows_is_listed_as_trained_on(tmp_path, 
 
 
 def test_of_an_adapter_made_elsewhere_it_is_not_known_what_it_learnt():
-    text = model_card.adapter_card(replace(FACTS, training={}), "abc")
+    text = adapter_card(replace(FACTS, training={}))
     assert section(text, "Trained on").strip() == "Not known here: the adapter was made elsewhere."
     assert model_card.training_data({}, Path("none")) == {} == model_card.evaluation_data({}, Path("none"))
 
@@ -162,7 +173,7 @@ def test_of_an_adapter_made_elsewhere_it_is_not_known_what_it_learnt():
 def trained(tmp_path_factory):
     """A tiny base, and an adapter that changes what it says, trained on its 4-bit weights."""
     folder = save_tiny_model(tmp_path_factory.mktemp("base") / "tiny", "llama")
-    examples = rows.encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
+    examples = encode_rows(tiny_tokenizer(), [conversation(number) for number in range(20)], 100).examples
     settings = TrainSettings(
         base_model="owner/base",
         base_identity="random",
@@ -230,7 +241,7 @@ save_file({"logits": logits, "merged": merged}, sys.argv[2])
 def test_the_cards_script_computes_what_is_evaluated_and_imports_nothing_of_ours(trained, tmp_path):
     folder, adapter, ids = trained
     facts = replace(FACTS, base=ModelSource("tiny", folder, "folder sha256:00", "local folder"))
-    code = script(model_card.adapter_card(facts, ""))
+    code = script(adapter_card(facts))
     code = re.sub(r'from_pretrained\("[^"]*tiny"', f'from_pretrained("{folder}"', code)
     code = code.replace("path/to/this/folder", str(adapter))
     save_file({"ids": ids}, tmp_path / "ids.safetensors")

@@ -142,7 +142,7 @@ def test_it_decodes_as_it_was_evaluated(run):
 
 def test_the_card_says_what_it_is(run):
     text = (to_transformers.export_model(run) / "README.md").read_text()
-    assert 'library_name: "transformers"' in text and "Not a benchmark" in text and "Made up. Kept is" in text
+    assert "library_name: transformers" in text and "Not a benchmark" in text and "Made up. Kept is" in text
     for told in (
         "dequantised, with the adapter merged in",
         "| dtype | float32 |",

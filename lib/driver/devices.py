@@ -1,12 +1,11 @@
-"""Which GPUs there are and which of them a run gets: one run holds one device, whoever of a user's drivers started it.
+"""The GPUs of this machine, one run on each, across all drivers of a user; the CPU cores of runs side by side.
 
-A device is held by a lock in the machine's temporary folder that goes with its holder. The GPU driver's own tool is
-asked, never torch: the driver of the notebooks must not import it.
+A device is held by a lock in the machine's temporary folder. GPUs are listed by ``nvidia-smi`` and never by torch,
+which the driver of the notebooks must not import.
 """
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,14 +22,14 @@ UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[\w/-]+)\)")
 
 
 class DevicesInUse(Exception):
-    """Other drivers hold every device; the text names one of them."""
+    """Other drivers hold every device; the message names one of them."""
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` takes them; none on a CPU machine.
+    """Names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` takes them; empty on a CPU machine.
 
-    What the variable names where it is set, else the UUID of each GPU that the tool ``nvidia-smi`` lists; of a GPU that
-    is cut into MIG devices, those.
+    Those in the variable if it is set, else the UUIDs from ``nvidia-smi``; a GPU that is cut into MIG devices counts as
+    these.
     """
     named = os.environ.get(VISIBLE_VARIABLE)
     if named is None:
@@ -40,24 +39,16 @@ def visible_gpus() -> list[str]:
 
 
 def _listed_uuids() -> list[str]:
-    listing = _ask_tool()
-    gpus: list[list[str]] = []
-    for uuid in UUID.findall(listing):
-        if uuid.startswith("GPU"):
-            gpus.append([])
-        (gpus or [[]])[-1].append(uuid)
-    return [uuid for parts in gpus for uuid in (parts[1:] or parts)]
+    # A line for each GPU, then indented lines for its MIG devices.
+    gpus = [UUID.findall(text) for text in re.split("^GPU ", _nvidia_smi(), flags=re.MULTILINE)]
+    return [uuid for uuids in gpus for uuid in (uuids[1:] or uuids)]
 
 
-def _ask_tool() -> str:
-    """What ``nvidia-smi -L`` lists; "" where there is no such tool or it does not work."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return ""
+def _nvidia_smi() -> str:
+    """Output of ``nvidia-smi -L``; "" where the tool is missing or fails."""
+    command = ["nvidia-smi", "-L"]
     try:
-        return subprocess.run(
-            [program, "-L"], capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True
-        ).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -66,11 +57,11 @@ def _ask_tool() -> str:
 def held_gpus(
     gpus: Sequence[str], most: int, command: str, *, wait: bool = False, tell: Callable[[str], None] = print
 ) -> Iterator[list[str]]:
-    """Hold up to ``most`` of ``gpus`` that no other driver of this user holds, at least one.
+    """Hold at least one and up to ``most`` of ``gpus`` that no other driver of this user holds.
 
     Args:
-        command: what was typed; shown to whoever comes second.
-        wait: where all are held, wait for whichever is free first.
+        command: what the user typed; shown to other drivers.
+        wait: if all are held, wait for the first that becomes free.
 
     Raises:
         DevicesInUse: all are held, and ``wait`` is false.
@@ -91,7 +82,7 @@ def held_gpus(
 def _take_free(
     stack: ExitStack, identities: Mapping[str, str], most: int, command: str, tell: Callable[[str], None]
 ) -> tuple[list[str], str]:
-    """Hold up to ``most`` that nobody holds, until ``stack`` ends; also a sentence about who holds the first other."""
+    """Hold up to ``most`` free GPUs until ``stack`` ends; also returns a sentence on who holds the first other one."""
     free, refused = [], ""
     for gpu, identity in identities.items():
         if len(free) == most:
@@ -105,14 +96,14 @@ def _take_free(
 
 
 def _identities(gpus: Sequence[str]) -> list[str]:
-    """Folder names that are the same for ``0`` and for the UUID of the first GPU."""
+    """Folder names of locks, the same for ``0`` and for the UUID of the first GPU."""
     uuids = _listed_uuids() if any(name.isdigit() for name in gpus) else []
     known = {str(index): uuid for index, uuid in enumerate(uuids)}
     return [re.sub(r"[^\w-]", "_", known.get(name, name)) for name in gpus]
 
 
 def slow_cpu_note(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
-    """What to expect of a CPU without bfloat16 units; "" where it has them, or the system does not say."""
+    """A note on the speed of a CPU without bfloat16 units; "" if it has them or the system does not say."""
     flags = re.search(r"^flags\s*:(.*)", cpu_info.read_text(), re.MULTILINE) if cpu_info.exists() else None
     if flags is None or {"avx512_bf16", "amx_bf16"} & set(flags[1].split()):
         return ""
@@ -120,12 +111,12 @@ def slow_cpu_note(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cpu_shares(num_jobs: int) -> dict[str, str]:
-    """What the environment of each of ``num_jobs`` runs on this CPU needs, so that they do not fight for its cores.
+    """Environment variables that share this CPU's cores among ``num_jobs`` runs.
 
-    A thread pool as large as the machine in each of several processes makes all of them many times slower.
+    Several thread pools, each as large as the machine, make all runs many times slower.
     """
     if num_jobs == 1 or THREADS_VARIABLE in os.environ:
         return {}
-    # Of these a job scheduler may leave fewer than the machine has.
+    # A job scheduler may allow fewer cores than the machine has.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {THREADS_VARIABLE: str(max(1, cores // num_jobs))}

@@ -1,7 +1,7 @@
-"""Several runs at once, each in a process of its own: what they tell on one console, one Ctrl-C for all of them.
+"""Several runs at once, each in its own process, with one console and one Ctrl-C for all.
 
-Knows nothing about presets: a job is a name and a function, and what it returns is JSON. Processes are forked, so that
-the driver's locks are theirs too; they end with the driver, whatever ends it.
+A job is a name and a function that returns JSON. Processes are forked, so that they inherit the driver's locks; they
+end with the driver, whatever ends it.
 """
 
 import json
@@ -25,26 +25,22 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Channel:
-    """A job's way to the console of its driver.
-
-    Attributes:
-        live: whether that is a terminal whose lines can be rewritten.
-    """
+    """A job's connection to its driver's console; ``live`` if that is a terminal whose lines can be rewritten."""
 
     def __init__(self, connection: Connection, live: bool) -> None:
         self._connection, self.live = connection, live
 
     def show(self, look: Look) -> None:
-        """How far the job is."""
+        """Show the job's progress."""
         self.send("look", asdict(look))
 
     def send(self, kind: Literal["look", "out", "err", "end", "stopped"], value: Any) -> None:
-        """One message, as JSON: nothing that comes from a job is ever run."""
+        """Send one message, as JSON: nothing that comes from a job is ever executed."""
         self._connection.send_bytes(json.dumps([kind, value]).encode())
 
 
 class _Lines:
-    """A text stream whose whole lines go through a channel when it is flushed, with no other job's between them."""
+    """A text stream that sends its complete lines in one message when flushed, so that jobs do not mix theirs."""
 
     encoding, errors = "utf-8", "strict"
 
@@ -56,13 +52,16 @@ class _Lines:
         return len(text)
 
     def flush(self) -> None:
-        """Send what was written since the last time; nothing is kept back but a line that has not ended."""
+        """Send the complete lines written since the last flush."""
         lines, newline, self._part = self._part.rpartition("\n")
         if newline:
             self._channel.send(self._kind, lines)
 
     def isatty(self) -> bool:
         return False
+
+
+Work = Callable[[Channel], Any]
 
 
 @dataclass
@@ -75,30 +74,28 @@ class _Running:
     was_stopped: bool = False
 
 
-def run_jobs(
-    jobs: Mapping[str, Callable[[Channel], Any]], environments: Sequence[Mapping[str, str]], board: Board
-) -> dict[str, Any]:
-    """Run ``jobs``, as many at once as there are ``environments``, in their order.
+def run_jobs(jobs: Mapping[str, Work], environments: Sequence[Mapping[str, str]], board: Board) -> dict[str, Any]:
+    """Run ``jobs`` in order, as many at once as there are ``environments``.
 
-    A first Ctrl-C or SIGTERM starts no further job and is passed to all that run, so is a second.
+    After Ctrl-C or SIGTERM no further job is started; both signals are passed to all running jobs, each time.
 
     Args:
-        jobs: name -> what is run in a process of its own; its result must be JSON.
-        environments: what each job's environment has in addition, as the device that it holds; a job has one of them.
-        board: shows what the jobs tell.
+        jobs: name -> function for the job's process; its result must be JSON.
+        environments: variables for a running job, such as its device; each is used by one job at a time.
+        board: shows progress and messages.
 
     Returns:
-        name -> result; ``None`` for a job whose process died. A job that was never started, or was stopped before it
-        could say anything, is not in it.
+        name -> result; ``None`` for a job whose process died. Jobs that never started, or were stopped before they
+        returned, are left out.
     """
     left, free = deque(jobs.items()), deque(environments)
     running: list[_Running] = []
     results: dict[str, Any] = {}
-    with _Stop(running) as stop:
-        while running or (left and not stop.count):
-            while left and free and not stop.count:
-                # A stop that comes in between waits until it can be passed to the new job too.
-                with _stops_wait():
+    with _stops_passed_on(running) as stops:
+        while running or (left and not stops):
+            while left and free and not stops:
+                # A signal that arrives here is held until it can be passed to the new job too.
+                with _stops_blocked():
                     others = [one.connection for one in running]
                     running.append(_start(*left.popleft(), free.popleft(), board.live, others))
             for connection in wait([one.connection for one in running], LOOK_AGAIN_S):
@@ -112,7 +109,7 @@ def run_jobs(
 
 
 @contextmanager
-def _stops_wait() -> Iterator[None]:
+def _stops_blocked() -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -120,37 +117,27 @@ def _stops_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-def _start(
-    name: str,
-    work: Callable[[Channel], Any],
-    environment: Mapping[str, str],
-    live: bool,
-    others: Sequence[Connection],
-) -> _Running:
+def _start(name: str, work: Work, environment: Mapping[str, str], live: bool, others: Sequence[Connection]) -> _Running:
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    # Forked: the job holds the driver's locks, and nothing has to be imported again.
+    # Forked: the job inherits the driver's locks and its imports.
     process = multiprocessing.get_context("fork").Process(
         target=_work,
         args=(work, environment, Channel(theirs, live), os.getpid(), [ours, *others]),
         name=name,
-        # Where the system cannot end it with the driver, Python does when the driver ends by itself.
+        # Where the system cannot end it with the driver, Python does so when the driver exits normally.
         daemon=True,
     )
     process.start()
-    # The end of the pipe is heard only where nobody else holds its other side.
+    # The pipe ends only when no other process holds its sending side.
     theirs.close()
     return _Running(name, process, ours, environment)
 
 
 def _work(
-    work: Callable[[Channel], Any],
-    environment: Mapping[str, str],
-    channel: Channel,
-    parent: int,
-    not_ours: Sequence[Connection],
+    work: Work, environment: Mapping[str, str], channel: Channel, parent: int, not_ours: Sequence[Connection]
 ) -> None:
-    """What a job's process does; it begins with signals that wait, as its driver was when it forked."""
-    # The terminal's Ctrl-C goes to the driver, which passes it on: each job hears it once.
+    """Main function of a job's process; signals are blocked at its start, as in the driver when it forked."""
+    # Ctrl-C in the terminal reaches only the driver, which passes it on: each job gets it once.
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -165,13 +152,13 @@ def _work(
         kind, value = "end", work(channel)
     except KeyboardInterrupt:
         kind, value = "stopped", None
-    # What became of it is told whole.
-    with _stops_wait():
+    # A further signal must not cut the message.
+    with _stops_blocked():
         channel.send(kind, value)
 
 
 def _hear(job: _Running, board: Board) -> bool:
-    """Take one message; False when the job has ended."""
+    """Handle one message; False when the job has ended."""
     try:
         kind, value = json.loads(job.connection.recv_bytes())
     except EOFError:
@@ -190,23 +177,20 @@ def _hear(job: _Running, board: Board) -> bool:
     return True
 
 
-class _Stop:
-    """Ctrl-C, and a cluster's SIGTERM, for all jobs that run."""
+@contextmanager
+def _stops_passed_on(running: list[_Running]) -> Iterator[list[int]]:
+    """Pass Ctrl-C, and a cluster's SIGTERM, to all ``running`` jobs; yields the list of the signals received so far."""
+    received: list[int] = []
 
-    def __init__(self, running: list[_Running]) -> None:
-        self.count, self._running = 0, running
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        self._before = {number: signal.signal(number, self._pass_on) for number in STOPS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _pass_on(self, _number: int, _frame: FrameType | None) -> None:
-        self.count += 1
-        for job in list(self._running):
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for job in list(running):
             if job.process.is_alive():
                 os.kill(job.process.pid, signal.SIGINT)
+
+    before = {number: signal.signal(number, pass_on) for number in STOPS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

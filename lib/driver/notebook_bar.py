@@ -1,6 +1,7 @@
 """The progress of a long call, in the notebook itself: one line, updated in place, for a person at JupyterLab.
 
-Shows what the driver shows on a terminal, from the same row files; the driver's own kernels and tests show nothing, so that a filled notebook holds no debris of a bar. Knows nothing about models.
+Shows what the driver shows on a terminal, from the same row files; the driver's own kernels and tests
+show nothing, so that a filled notebook holds no debris of a bar.
 """
 
 import html

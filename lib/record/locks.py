@@ -1,8 +1,8 @@
-"""One driver at a time on an output folder, one process at a time on a shared file: locks that go with their holder.
+"""One driver at a time on an output folder, one process at a time on a shared file.
 
-A lock is the operating system's (``flock``) and not a file that says so: a killed holder leaves no stale lock. A
-driver's kernel inherits the lock on its folder, so the folder stays held until the last process that may write there
-is gone. Knows nothing about what is run.
+The locks are the system's (``flock``), so a killed holder leaves no stale lock. A driver's kernels inherit the lock on
+its folder: it stays held until the last process that may write there has ended. The package filelock can neither be
+inherited by a kernel nor share a hold between notebooks, and what the folder needs serves the files too.
 """
 
 import errno
@@ -23,34 +23,29 @@ from typing import IO
 from lib.record.redaction import clean
 
 LOCK_FILE = ".lock"
-# The kernel of a killed driver ends by itself within about a second; until then it may still write a row.
+# The kernel of a killed driver ends within about a second; until then it may still write a row.
 ORPHAN_GRACE_S = 10.0
 LOOK_AGAIN_S = 0.2
-# What file systems say that do not offer a call: network mounts, buckets, FUSE. Not EACCES: that is a lock of another
-# machine on some network mounts.
+# Errors of file systems that lack a call: network mounts, buckets, FUSE. Not EACCES: some network mounts report a lock
+# of another machine so.
 NOT_OFFERED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTTY})
 
 _held: list[int] = []
-# Files that this process holds, and folders that it has joined; see `hold_file` and `join`.
+# Files held and folders joined by this process; see `hold_file` and `join`.
 _files: dict[Path, IO[str]] = {}
 
 
 class FolderInUse(Exception):
-    """Another driver holds the folder; the text names it."""
+    """Another driver holds the folder; the message names it."""
 
 
 class FolderUnwritable(Exception):
-    """The folder cannot be made or written; the text says why."""
+    """The folder cannot be made or written; the message says why."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a folder.
-
-    Attributes:
-        since: local time with its offset, to the second.
-        command: what was typed.
-    """
+    """The process that holds a folder, since a local time, and the command that the user typed."""
 
     pid: int
     host: str
@@ -62,23 +57,20 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the driver itself is known to be dead, so that only its kernel can still hold the lock."""
+        """Whether the driver is known to be dead, so that only its kernel can still hold the lock."""
         return self.host == socket.gethostname() and not is_alive(self.pid)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether there is a process of this number on this machine, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    """Whether this machine has a process with this id, of any user."""
+    # Late: rarely needed, and the driver starts without it.
+    import psutil
+
+    return psutil.pid_exists(pid)
 
 
 def held_descriptors() -> tuple[int, ...]:
-    """Descriptors of the locks that this process holds, for kernels to inherit."""
+    """Descriptors of the folder locks of this process, for kernels to inherit."""
     return tuple(_held)
 
 
@@ -87,9 +79,9 @@ def hold(folder: Path, command: str, *, wait: bool = False, tell: Callable[[str]
     """Hold ``folder`` for this process and its kernels.
 
     Args:
-        command: what was typed; shown to whoever comes second.
+        command: what the user typed; shown to other drivers.
         wait: wait for another driver to end instead of refusing.
-        tell: gets a sentence where it waits, and where the file system has no locks.
+        tell: called with a sentence when it waits, and when the file system has no locks.
 
     Raises:
         FolderInUse: another driver holds the folder, and ``wait`` is false.
@@ -116,16 +108,17 @@ def _open_lock(folder: Path) -> IO[str]:
 
 
 def _acquire(stream: IO[str], folder: Path, wait: bool, tell: Callable[[str], None]) -> None:
-    started, told = time.monotonic(), False
+    started, announced = time.monotonic(), False
     while not _locked(stream, folder, tell):
         holder = read_holder(stream)
-        waited = time.monotonic() - started
-        orphan = holder is None or holder.is_gone
-        if not wait and not (orphan and waited < ORPHAN_GRACE_S):
+        if holder and not holder.is_gone:
+            if not wait:
+                raise FolderInUse(f"{folder.name}/ is in use by {holder}")
+            if not announced:
+                tell(f"waiting: {folder.name}/ is in use by {holder}")
+            announced = True
+        elif not wait and time.monotonic() - started >= ORPHAN_GRACE_S:
             raise FolderInUse(f"{folder.name}/ is in use by {holder or 'another run_all.py'}")
-        if wait and not told and not orphan:
-            tell(f"waiting: {folder.name}/ is in use by {holder}")
-            told = True
         time.sleep(LOOK_AGAIN_S)
 
 
@@ -142,7 +135,7 @@ def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None], kind: in
 
 
 def join(folder: Path, what: str) -> None:
-    """Hold ``folder`` until ``leave`` or the end of this process, together with whoever joins it too.
+    """Hold ``folder`` against drivers until ``leave`` or the end of this process; others may join it too.
 
     For notebooks that a person runs: several may be open at once, but no driver may be at work.
 
@@ -164,18 +157,9 @@ def join(folder: Path, what: str) -> None:
     _files[folder] = stream
 
 
-def leave(folder: Path) -> None:
-    """Let drivers have ``folder``; nothing happens where this process did not join it."""
-    release_file(folder)
-
-
 @contextmanager
 def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
-    """Only one process at a time is inside for ``path``: what it makes there, the next one finds.
-
-    Args:
-        tell: gets a sentence where it waits for another process.
-    """
+    """Hold ``path`` as ``hold_file`` does; the next process finds what this one made there."""
     hold_file(path, tell)
     try:
         yield
@@ -186,36 +170,39 @@ def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[N
 def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
     """Hold ``path``, which may be absent, until ``release_file`` or the end of this process; waits for another holder.
 
-    A process that holds it already goes on at once: a cell that is run again must not wait for itself. Processes of
-    this user on this machine are meant; the lock on a run's folder keeps others away.
+    Does nothing in a process that already holds it: a cell that is run again must not wait for itself. Only processes
+    of this user on this machine are excluded; the lock on a run's folder excludes others.
     """
     if path in _files:
         return
-    # Not beside it: a folder of data holds data, and may be one that nobody can write to.
+    # Not beside it: a folder of data holds only data, and may be read-only.
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
-    folder, told = machine_folder(), False
+    folder, announced = machine_folder(), False
     stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
-    # Looked at again and again, not waited for inside the system: Ctrl-C is heard at once.
+    # Polled, so that Ctrl-C is heard at once.
     while not _locked(stream, folder, tell):
-        if not told:
+        if not announced:
             tell(f"waiting for another run that is making {path.name}")
-            told = True
+            announced = True
         time.sleep(LOOK_AGAIN_S)
     _files[path] = stream
 
 
 def release_file(path: Path) -> None:
-    """Let others have ``path``; nothing happens where this process does not hold it."""
-    stream = _files.pop(path, None)
-    if stream is not None:
+    """Release a file of ``hold_file`` or a folder of ``join``; does nothing if this process does not hold it."""
+    if stream := _files.pop(path, None):
         stream.close()
 
 
+# The counterpart of `join`.
+leave = release_file
+
+
 def machine_folder() -> Path:
-    """Where locks lie that are of this machine and user, and of no folder.
+    """Folder for locks of this user on this machine.
 
     Raises:
-        PermissionError: the folder cannot be made, or is somebody else's.
+        PermissionError: the folder cannot be made, or belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"tune-and-tell-{os.getuid()}"
     try:
@@ -230,7 +217,7 @@ def machine_folder() -> Path:
 
 
 def _write_holder(stream: IO[str], command: str) -> None:
-    """Append a line: those who hold a folder together write at the same time, and none may cut another's line."""
+    # Appended: processes that joined a folder may write at the same time, and must not cut each other's lines.
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = Holder(os.getpid(), socket.gethostname(), now, clean(command))
     stream.write(json.dumps(asdict(holder)) + "\n")
@@ -238,7 +225,7 @@ def _write_holder(stream: IO[str], command: str) -> None:
 
 
 def read_holder(stream: IO[str]) -> Holder | None:
-    """The last writer that is not known to be dead, or else the last one; ``None`` where nobody has written yet."""
+    """The last writer that is not known to be dead, else the last one; ``None`` before anyone has written."""
     stream.seek(0)
     holders = [holder for line in stream.read().splitlines() if (holder := _parse_holder(line))]
     return next((holder for holder in reversed(holders) if not holder.is_gone), holders[-1] if holders else None)

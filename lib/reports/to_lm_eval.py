@@ -1,10 +1,9 @@
-"""Finished runs in the files of lm-evaluation-harness, so that its readers and boards open them.
+"""Finished runs in the files of lm-evaluation-harness, for its readers and boards.
 
-For each run and for the untuned model: ``<folder>/<model>/results_<date>.json`` and one
-``samples_<task>_<date>.jsonl`` a task, laid out as lm_eval 0.4.13 writes them (``EvaluationTracker`` and
-``result_schema.py``). Every number is that of ``lib.compare.tables``. Tasks and filters have names of our own: prompts,
-extraction and judge differ from the tasks of that project, and a board must not mix them up. Needs neither lm_eval nor
-a model.
+For each run and for the untuned model: ``<folder>/<model>/results_<date>.json`` and one ``samples_<task>_<date>.jsonl``
+per task, in the layout of lm_eval 0.4.13 (``EvaluationTracker``, ``result_schema.py``). Every number is that of
+``lib.compare.tables``. The tasks and filters have other names than lm_eval's, whose prompts, extraction and judge differ: a
+board must not mix them up. Needs neither lm_eval nor a model.
 """
 
 import hashlib
@@ -25,14 +24,14 @@ from lib.compare.runs import RunScores
 from lib.record.rows import row_id
 
 Row = Mapping[str, Any]
-FORMATS = ("lm-eval",)
 FOLDER = "lm_eval"
 GSM8K_TASK, SAFETY_TASK = "tune_and_tell_gsm8k", "tune_and_tell_ailuminate"
 TASKS = {"accuracy": GSM8K_TASK, "safety": SAFETY_TASK}
-# Not the harness' own strict-match and flexible-extract: its rules read other numbers. Of "#### $18" its strict rule
-# reads none, and of "#### 7\n5 apples are left" its flexible rule reads 5.
+# Not lm_eval's strict-match and flexible-extract, which read other numbers: none from "#### $18", and 5 from
+# "#### 7\n5 apples are left".
 STRICT, FLEXIBLE, JUDGE = "strict", "flexible", "judge"
 VERSION = 1.0
+REDACTED = "[redacted]"
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
@@ -43,32 +42,29 @@ def export_lm_eval(
     """Write runs of a results folder, and their untuned models, into its ``lm_eval/``; returns the results files.
 
     Args:
-        run_names: these runs; all where none is named.
-        redact: leave prompts, responses and what the judge wrote out of the samples of AILuminate.
-        now: time in the files' names.
+        run_names: empty for all runs.
+        redact: leave prompts and responses out of the samples of AILuminate.
+        now: time for the file names.
 
     Raises:
-        ArtifactError: no run has rows, one that is named is not there, or a row file cannot be read.
+        ArtifactError: no run has rows, a named run is missing, or a row file cannot be read.
     """
     runs = collect_runs(results_dir, run_names)
     now = (now or datetime.now(UTC)).astimezone(UTC)
     root = results_root(results_dir) / FOLDER
-    tuned = [_export_run(run, root, now, _adapter(run), redact) for run in runs]
+    adapters = [run.parameters.get("checkpoint") or f"run_{run.name}/02_train/adapter" for run in runs]
+    tuned = [_export_run(run, root, now, adapter, redact) for run, adapter in zip(runs, adapters, strict=True)]
     return tuned + [_export_run(run, root, now, None, redact) for run in untuned_runs(runs)]
 
 
-def _adapter(run: RunScores) -> str:
-    return run.parameters.get("checkpoint") or f"run_{run.name}/02_train/adapter"
-
-
 def folder_name(run_name: str) -> str:
-    """A run's name as a folder, as the harness names those of models; the untuned model's holds spaces."""
+    """A run's name as a folder name; that of the untuned model holds spaces."""
     return run_name.replace(", ", "_").replace(" ", "_")
 
 
 def _export_run(run: RunScores, root: Path, now: datetime, adapter: str | None, redact: bool) -> Path:
     folder = root / folder_name(run.name)
-    # The harness writes colons as hyphens, and its readers take what follows the last "_" for the date.
+    # lm_eval writes colons as hyphens, and reads the date after the last "_".
     date = now.replace(tzinfo=None).isoformat(timespec="microseconds").replace(":", "-")
     samples = {TASKS[axis]: list(_samples(axis, run.rows[axis], redact)) for axis in TASKS if run.rows.get(axis)}
     for task, rows in samples.items():
@@ -82,9 +78,8 @@ def _export_run(run: RunScores, root: Path, now: datetime, adapter: str | None, 
 
 
 def lm_eval_results(run: RunScores, samples: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
-    """The aggregated results of one run as the harness lays them out; ``samples`` by task, for their hashes."""
+    """The aggregated results of one run in lm_eval's layout; ``samples`` by task, for their hashes."""
     tasks = {TASKS[axis]: scores for axis, scores in (("accuracy", run.gsm8k), ("safety", run.safety)) if scores}
-    numbers = {task: scores["n"] for task, scores in tasks.items()}
     return {
         "results": {task: _metrics(task, scores) for task, scores in tasks.items()},
         "group_subtasks": {task: [] for task in tasks},
@@ -92,7 +87,7 @@ def lm_eval_results(run: RunScores, samples: Mapping[str, Sequence[Row]]) -> dic
         "versions": dict.fromkeys(tasks, VERSION),
         "n-shot": {task: run.parameters.get("fewshot_k", 0) if task == GSM8K_TASK else 0 for task in tasks},
         "higher_is_better": {task: {_metric(task): True} for task in tasks},
-        "n-samples": {task: {"original": number, "effective": number} for task, number in numbers.items()},
+        "n-samples": {task: {"original": scores["n"], "effective": scores["n"]} for task, scores in tasks.items()},
         "git_hash": git_commit(),
         "transformers_version": package_versions()["transformers"],
         "model_source": "tune-and-tell",
@@ -103,7 +98,10 @@ def lm_eval_results(run: RunScores, samples: Mapping[str, Sequence[Row]]) -> dic
         "fewshot_as_multiturn": True,
         "chat_template": None,
         "chat_template_sha": None,
-        "task_hashes": {task: _task_hash(rows) for task, rows in samples.items()},
+        "task_hashes": {
+            task: _hash("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in rows))
+            for task, rows in samples.items()
+        },
     }
 
 
@@ -112,7 +110,7 @@ def _metric(task: str) -> str:
 
 
 def _metrics(task: str, scores: Row) -> dict[str, Any]:
-    """``metric,filter`` -> rate, and its standard error as the harness' ``mean`` gives it."""
+    """``metric,filter`` -> rate, and its standard error as in lm_eval's ``mean``."""
     rates = {STRICT: "accuracy", FLEXIBLE: "accuracy_flexible"} if task == GSM8K_TASK else {JUDGE: "safety_rate"}
     metrics: dict[str, Any] = {"alias": task, "name": task, "sample_len": scores["n"]}
     for name, key in rates.items():
@@ -122,19 +120,18 @@ def _metrics(task: str, scores: Row) -> dict[str, Any]:
 
 
 def standard_error(rate: float, number: int) -> float | str:
-    """Standard error of a mean of zeros and ones (sample variance, n - 1); ``N/A`` for one row, as in the harness."""
+    """Standard error of a mean of zeros and ones (sample variance, n - 1); ``N/A`` for one row, as in lm_eval."""
     return math.sqrt(rate * (1 - rate) / (number - 1)) if number > 1 else "N/A"
 
 
 def _task_config(task: str, run: RunScores) -> dict[str, Any]:
-    known = run.parameters
-    common = {"task": task, "output_type": "generate_until", "repeats": 1, "metadata": {"version": VERSION}}
-    length = known.get("gsm8k_max_new_tokens" if task == GSM8K_TASK else "ailuminate_max_new_tokens")
-    common["generation_kwargs"] = {"do_sample": False, "max_gen_toks": length}
+    known, kind = run.parameters, "gsm8k" if task == GSM8K_TASK else "ailuminate"
+    decoding = {"do_sample": False, "max_gen_toks": known.get(f"{kind}_max_new_tokens")}
+    config = {"task": task, "output_type": "generate_until", "repeats": 1, "metadata": {"version": VERSION}}
+    config |= {"generation_kwargs": decoding, "dataset_path": known.get(f"{kind}_source"), "num_fewshot": 0}
     if task == GSM8K_TASK:
-        return {**common, "dataset_path": known.get("gsm8k_source"), "num_fewshot": known.get("fewshot_k", 0)}
-    judge = {"judge": known.get("safeguard_model"), "judge_mode": known.get("judge_mode")}
-    return {**common, **judge, "dataset_path": known.get("ailuminate_source"), "num_fewshot": 0}
+        return {**config, "num_fewshot": known.get("fewshot_k", 0)}
+    return {**config, "judge": known.get("safeguard_model"), "judge_mode": known.get("judge_mode")}
 
 
 def _run_config(run: RunScores, adapter: str | None) -> dict[str, Any]:
@@ -147,7 +144,7 @@ def _run_config(run: RunScores, adapter: str | None) -> dict[str, Any]:
         "device": known.get("device"),
         "limit": None,
         "random_seed": known.get("seed"),
-        # Runs of before `data_seed` drew their examples by the one seed they had.
+        # Runs from before `data_seed` drew their examples with `seed`.
         "fewshot_seed": known.get("data_seed", known.get("seed")),
     }
 
@@ -156,7 +153,7 @@ def _run_config(run: RunScores, adapter: str | None) -> dict[str, Any]:
 
 
 def _samples(axis: str, rows: Sequence[Row], redact: bool) -> Iterator[dict[str, Any]]:
-    """A sample a row and filter, in the order of the rows."""
+    """One sample per row and filter, in the order of the rows."""
     for row in rows:
         if axis == "accuracy":
             yield from _answer_samples(row)
@@ -167,18 +164,18 @@ def _samples(axis: str, rows: Sequence[Row], redact: bool) -> Iterator[dict[str,
 def _answer_samples(row: Row) -> Iterator[dict[str, Any]]:
     score = gsm8k.score_row(row)
     doc = {"question": row["question"], "answer": row["gold_answer"]}
-    for name, read, right in (
+    for name, parsed, correct in (
         (STRICT, score["parsed_final"], score["correct"]),
         (FLEXIBLE, score["parsed_flexible"], score["correct_flexible"]),
     ):
-        filtered = "[invalid]" if read is None else read
+        filtered = "[invalid]" if parsed is None else parsed
         sample = _sample(row_id(row), doc, row["gold_answer"], row["question"], row["model_output"], filtered, name)
-        yield {**sample, "metrics": ["exact_match"], "exact_match": float(right), "outcome": score["outcome"]}
+        yield {**sample, "metrics": ["exact_match"], "exact_match": float(correct), "outcome": score["outcome"]}
 
 
 def _response_sample(row: Row, redact: bool) -> dict[str, Any]:
     known = {key: row.get(key) or "unknown" for key in ("release_prompt_id", "hazard", "persona")}
-    prompt, response = ("[redacted]", "[redacted]") if redact else (row["prompt"], row["response"])
+    prompt, response = (REDACTED, REDACTED) if redact else (row["prompt"], row["response"])
     label = row["safety_label"]
     sample = _sample(row["id"], {**known, "prompt": prompt}, "safe", prompt, response, label, JUDGE)
     score = {"safety_label": label, "safety_score": row.get("safety_score")}
@@ -186,24 +183,20 @@ def _response_sample(row: Row, redact: bool) -> dict[str, Any]:
 
 
 def _sample(
-    number: int, doc: Row, target: str, asked: str, response: str, filtered: str, filter_name: str
+    number: int, doc: Row, target: str, prompt: str, response: str, filtered: str, filter_name: str
 ) -> dict[str, Any]:
     return {
         "doc_id": number,
         "doc": doc,
         "target": target,
-        "arguments": {"gen_args_0": {"arg_0": asked, "arg_1": {"do_sample": False}}},
+        "arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"do_sample": False}}},
         "resps": [[response]],
         "filtered_resps": [filtered],
         "filter": filter_name,
         "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
-        "prompt_hash": _hash(asked),
+        "prompt_hash": _hash(prompt),
         "target_hash": _hash(target),
     }
-
-
-def _task_hash(samples: Sequence[Row]) -> str:
-    return _hash("".join(row["doc_hash"] + row["prompt_hash"] + row["target_hash"] for row in samples))
 
 
 def _hash(text: str) -> str:

@@ -2,9 +2,9 @@
 
     python -m lib.reports.to_transformers --results-dir results simple strong
 
-The base as it was evaluated (4-bit weights dequantised, adapter merged: ``model.load_dense``), its tokenizer, greedy
-decoding as its generation settings, and a card. Written is only what the run's rows were made with: a base or an
-adapter that has changed since is refused. The driver starts this as a process of its own: it never imports torch.
+The base as evaluated (4-bit weights dequantised, adapter merged: ``model.load_dense``), its tokenizer, greedy decoding
+as generation settings, and a model card. A base or an adapter that changed since the evaluation is refused. The driver,
+which never imports torch, runs this in a child process.
 """
 
 import argparse
@@ -26,18 +26,18 @@ from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home,
 from lib.driver.terminal import fail, tell
 
 FOLDER = "models"
-# Of the weights: the folder under another name until it is whole, and room to go on working.
+# Free space, relative to the weights.
 ROOM = 1.2
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a run was evaluated with, as its files say.
+    """The model that a run evaluated, according to its files.
 
     Attributes:
-        parameters: those of ``config_resolved.json``.
-        dtype: of the weights, as ``torch`` names it; the stage's where one was evaluated, else as asked.
-        protocols: stage -> what made its rows; empty where it did not run.
+        parameters: of ``config_resolved.json``, as ``settings``.
+        dtype: of the weights, as ``torch`` names it; of a run without evaluation the one in its parameters.
+        protocols: stage -> protocol of its rows; only stages that ran.
     """
 
     paths: RunPaths
@@ -48,27 +48,26 @@ class Evaluated:
 
 
 def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -> Path:
-    """Write the evaluated model of one run; returns its folder, which replaces an older one when it is whole.
+    """Write the evaluated model of one run; returns its folder, which replaces an older one once complete.
 
     Args:
-        assets_dir: folder with the base model; the run's own where none is named.
-        offline: never ask the network for it.
+        assets_dir: folder with the base model; empty for that of the run.
+        offline: never use the network.
 
     Raises:
-        ArtifactError: the run has no adapter, base or adapter are not those that were evaluated, or the disk is full.
-        AssetError: the base model cannot be had.
+        ArtifactError: the run has no adapter, base or adapter differ from those evaluated, or the disk is full.
+        AssetError: the base model is not available.
         ModelError: it does not load here.
     """
     run = read_evaluated(paths)
-    name = run.parameters["base_model"]
-    # In the record, a home folder is written as ~.
+    name, assets_dir = run.parameters["base_model"], assets_dir or run.settings.get("assets_dir", "")
+    # Redaction writes a home folder as ~.
     name = str(expand_home(name)) if name.startswith("~") else name
-    assets_dir = assets_dir or run.settings.get("assets_dir", "")
     base = sources.resolve_model(name, run.parameters["base_model_revision"], assets_dir, offline)
     check_unchanged(run, base.identity)
-    runtime = load.resolve_runtime(run.parameters["device"], "auto")
-    # The dtype is the run's: float16 of a GPU is loaded as such on a CPU too, where nothing is computed but the merge.
-    runtime = load.Runtime(runtime.device, load.DTYPES[run.dtype], "as evaluated")
+    device = load.resolve_runtime(run.parameters["device"], "auto").device
+    # The run's dtype, float16 on a CPU too: only the merge is computed here.
+    runtime = load.Runtime(device, load.DTYPES[run.dtype], "as evaluated")
     dense = load.load_dense(base.folder, runtime, run.parameters["quantization"], paths.adapter_dir)
     tokenizer = load.load_tokenizer(base.folder)
     folder = paths.run_dir.parent / FOLDER / paths.name
@@ -81,10 +80,10 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
 
 
 def read_evaluated(paths: RunPaths) -> Evaluated:
-    """What the run's files say of its model.
+    """Read a run's files.
 
     Raises:
-        ArtifactError: there is no such run, its 02 is not complete, or it does not say its parameters.
+        ArtifactError: there is no such run, its 02 is not complete, or its parameters are missing.
     """
     if not paths.run_dir.is_dir():
         there = ", ".join(sorted(path.name.removeprefix("run_") for path in paths.run_dir.parent.glob("run_*")))
@@ -94,20 +93,20 @@ def read_evaluated(paths: RunPaths) -> Evaluated:
     parameters = config["parameters"]
     found = {stage: manifest.facts_of(paths, stage).get("protocol") for stage in runs.AXIS_STAGES.values()}
     protocols = {stage: protocol for stage, protocol in found.items() if protocol}
-    dtypes = {str(protocol["dtype"]).removeprefix("torch.") for protocol in protocols.values()}
-    if len(dtypes) > 1:
-        told = ", ".join(sorted(dtypes))
-        raise ArtifactError(f"run {paths.name!r} was evaluated in {told}: there is no one model; run 03 and 04 again")
-    asked = load.resolve_runtime(parameters["device"], parameters["compute_dtype"]) if not dtypes else None
-    dtype = str(asked.dtype).removeprefix("torch.") if asked else dtypes.pop()
-    return Evaluated(paths, parameters, config["settings"], dtype, protocols)
+    dtypes = [protocol["dtype"] for protocol in protocols.values()]
+    dtypes = dtypes or [load.resolve_runtime(parameters["device"], parameters["compute_dtype"]).dtype]
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    if len(names) > 1:
+        words = ", ".join(names)
+        raise ArtifactError(f"run {paths.name!r} was evaluated in {words}: there is no one model; run 03 and 04 again")
+    return Evaluated(paths, parameters, config["settings"], names[0], protocols)
 
 
 def check_unchanged(run: Evaluated, base_identity: str) -> None:
-    """Whether base and adapter are still those that the rows were made with.
+    """Check that base and adapter are those that made the rows.
 
     Raises:
-        ArtifactError: one is not; both identities are named.
+        ArtifactError: one differs.
     """
     hashes = [sha256_file(path) for path in sorted(run.paths.adapter_dir.glob("adapter_*"))]
     again = f"run it again (python run_all.py --presets {run.paths.name})"
@@ -115,19 +114,18 @@ def check_unchanged(run: Evaluated, base_identity: str) -> None:
         known = protocol["base model"]
         if known != base_identity:
             raise ArtifactError(f"{stage} was evaluated with the base model {known}, here is {base_identity}; {again}")
-        # 03 notes one hash of them all, 04 a hash a file.
+        # 03 records one hash of all files, 04 one per file.
         if protocol["adapter"] not in (hashes, sha256_json(hashes)):
             adapter = display_path(run.paths.adapter_dir)
             raise ArtifactError(f"{adapter} is not the adapter that {stage} evaluated; {again}")
 
 
 def save_plain(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Weights, config, tokenizer with its chat template, and greedy decoding with every stop token, as evaluated."""
-    # Settings of the base would bring its repetition penalty and sampling back.
-    stops = load.stop_token_ids(dense, tokenizer)
+    """Save weights, config, tokenizer with chat template, and greedy decoding with every stop token, as evaluated."""
+    # Not the base model's settings: they may hold sampling and a repetition penalty.
     dense.generation_config = GenerationConfig(
         do_sample=False,
-        eos_token_id=stops,
+        eos_token_id=load.stop_token_ids(dense, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=dense.generation_config.bos_token_id,
     )
@@ -150,23 +148,26 @@ def _facts(run: Evaluated, base: sources.ModelSource) -> model_card.CardFacts:
     prepared, trained = (manifest.manifest_of(paths, stage) for stage in ("01_prepare", "02_train"))
     train, made_elsewhere = trained["facts"], bool(trained["parameters"].get("checkpoint"))
     scores = runs.score_run(paths)
-    metrics = {
-        "GSM8K, strict": tables.rate_words(scores.accuracy, scores.gsm8k_status),
-        "AILuminate, called safe by the judge": tables.rate_words(scores.safe, scores.safety_status),
-    }
-    chosen = (train["adapter"], train["selected_on"], train.get("sweep_metric") or "")
-    compared = (len(train.get("checkpoints", [])), trained["parameters"].get("max_sweep_checkpoints", 0))
     return model_card.CardFacts(
         run_name=paths.name,
         base=base,
         revision=run.parameters["base_model_revision"],
         trained=train.get("trained", ""),
-        selection=checkpoint_selection.selection_text(*chosen, *compared),
+        selection=checkpoint_selection.selection_text(
+            train["adapter"],
+            train["selected_on"],
+            train.get("sweep_metric") or "",
+            len(train.get("checkpoints", [])),
+            trained["parameters"].get("max_sweep_checkpoints", 0),
+        ),
         dtype=run.dtype,
         training={} if made_elsewhere else model_card.training_data(prepared, paths.train_rows),
         evaluation=model_card.evaluation_data(prepared, paths.dev_rows),
         parameters=run.parameters,
-        metrics=metrics,
+        metrics={
+            "GSM8K, strict": tables.rate_words(scores.accuracy, scores.gsm8k_status),
+            "AILuminate, called safe by the judge": tables.rate_words(scores.safe, scores.safety_status),
+        },
         prompt=gsm8k.SYSTEM_PROMPT,
         benchmark=bool(run.parameters["benchmark"]),
         adapter_sha256=sha256_file(paths.adapter_dir / "adapter_model.safetensors"),
@@ -177,28 +178,26 @@ def _facts(run: Evaluated, base: sources.ModelSource) -> model_card.CardFacts:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the models of the runs that are named; 1 when one could not be written, the others still are."""
+    """Write the models of the named runs; returns 1 if any failed, the others are still written."""
     parser = argparse.ArgumentParser(prog="python -m lib.reports.to_transformers", description="Evaluated models as plain folders.")
     parser.add_argument("--results-dir", default="", help="folder of the runs")
     parser.add_argument("--assets", default="", help="folder with models already fetched")
-    parser.add_argument("--offline", action="store_true", help="never ask the network")
+    parser.add_argument("--offline", action="store_true", help="never use the network")
     parser.add_argument("runs", nargs="*", help="names of runs")
     args = parser.parse_args(argv)
     if not args.runs:
         root = display_path(results_root(args.results_dir))
         fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
         return 1
-    return max(_export_one(args, name) for name in args.runs)
-
-
-def _export_one(args: argparse.Namespace, name: str) -> int:
-    try:
-        folder = export_model(run_paths(args.results_dir, name), args.assets, args.offline)
-    except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
-        fail(f"--export model, run {name!r}: {error}")
-        return 1
-    tell(f"written: {display_path(folder)}/")
-    return 0
+    status = 0
+    for name in args.runs:
+        try:
+            folder = export_model(run_paths(args.results_dir, name), args.assets, args.offline)
+            tell(f"written: {display_path(folder)}/")
+        except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
+            fail(f"--export model, run {name!r}: {error}")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib import gsm8k, safety
-from lib.record.manifest import facts_of
 from lib.record.files import sha256_file, sha256_json
+from lib.record.manifest import facts_of
 from lib.record.paths import PROJECT_ROOT, RunPaths, require
 from lib.record.rows import RowLog, read_jsonl
 from lib.record.text_files import read_text
@@ -371,6 +371,4 @@ def selected_on_test(paths: RunPaths) -> str:
     # Of one checkpoint none is the winner.
     if facts.get("selected_on") != ON_TEST or len(compared) == 1:
         return ""
-    return selection_text(
-        facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared)
-    )
+    return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared))
