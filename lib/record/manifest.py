@@ -21,7 +21,6 @@ from lib.record import locks
 from lib.record.files import read_json, sha256_file, write_json
 from lib.record.paths import DRIVER_VARIABLE, PROJECT_ROOT, ArtifactError, RunPaths, display_path
 from lib.record.redaction import clean, clean_value, home_folder
-from lib.record.schema import manifest_faults
 from lib.record.source_code import code_hash
 
 Row = dict[str, Any]
@@ -237,12 +236,15 @@ def is_redacted(manifest_path: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """A stage's manifest; empty where the file is not one, so that the stage runs again and writes it anew."""
+    """A stage's manifest; empty if the file is malformed, so that the stage runs again and replaces it."""
+    # Imported late: --help works without any package.
+    from lib.record import schema
+
     try:
         manifest = read_json(path)
     except ArtifactError:
         return {}
-    return {} if any(manifest_faults(display_path(path), manifest)) else manifest
+    return {} if schema.find_faults(display_path(path), schema.Manifest, manifest) else manifest
 
 
 def _changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
