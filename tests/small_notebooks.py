@@ -1,11 +1,13 @@
 """Small notebooks in the place of the real ones, run by drivers of their own: what tests of the driver use."""
 
+import shutil
 import time
 from pathlib import Path
 
 import nbformat
 import psutil
 
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # How long what must be stopped would go on: longer than any test waits, however busy the machine is.
 LONG_S = 600
 PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
@@ -15,6 +17,15 @@ DRIVER = (
     "execution.NOTEBOOKS_DIR = pathlib.Path(sys.argv[1])\n"
     "sys.exit(run_all.main(sys.argv[2:]))\n"
 )
+
+
+def copy_project(folder: Path) -> Path:
+    """A copy of the project in ``folder`` without any model, which edits and other runs cannot disturb."""
+    project = folder / "project"
+    for name in ("lib", "notebooks", "params", "data/sandbox"):
+        shutil.copytree(PROJECT_ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy2(PROJECT_ROOT / "run_all.py", project)
+    return project
 
 
 def write_notebook(path, *codes, parameters=PARAMETERS_CELL):

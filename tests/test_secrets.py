@@ -13,9 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from small_notebooks import write_notebook
+from small_notebooks import copy_project, write_notebook
 
-from benchmarks.chaos import copy_project
 from lib.record import redaction
 from lib.record.manifest import stale_reason, start_stage
 from lib.record.paths import PROJECT_ROOT

@@ -1,4 +1,4 @@
-/* The time of day plus an offset in seconds that is read anew from the file $CLOCK_OFFSET; other clocks are left alone.
+/* The time of day plus an offset in seconds, read at each call from the file $CLOCK_OFFSET; other clocks are left alone.
  *
  *     cc -shared -fPIC -o jumping_clock.so jumping_clock.c -ldl
  *     CLOCK_OFFSET=/path/to/file LD_PRELOAD=./jumping_clock.so python ...
