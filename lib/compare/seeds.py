@@ -184,8 +184,8 @@ def spread_sentence(spread: SeedSpread) -> str:
     measured = (
         f"{spread.name}, {spread.axis}: {wording.percent(spread.mean)} on average over {spread.num_seeds} seeds, "
         f"from {wording.interval(spread.minimum, spread.maximum)} %, SD {wording.points(spread.sd)} points (95 % "
-        f"interval of the SD {wording.interval(spread.sd_low, spread.sd_high)}); a run's sample of {spread.num_rows:,} {unit} "
-        f"alone leaves {wording.interval(spread.low, spread.high)} %."
+        f"interval of the SD {wording.interval(spread.sd_low, spread.sd_high)}); a run's sample of {spread.num_rows:,} "
+        f"{unit} alone leaves {wording.interval(spread.low, spread.high)} %."
     )
     if spread.same_rows:
         return (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 from lib.engine.attention import ATTENTION_NAME, SharedPrefix, compute_prefix
 from lib.engine.batch import PREFILL_TOKENS, EngineStats, PromptRow, SlotBatch, score_labels
-from lib.engine.generator import Completion, Conversation, FinishReason, Key, Sampling
+from lib.engine.generator import Completion, Conversation, FinishReason, Key, LazyGenerator, Sampling
 from lib.engine.load import Runtime, load_dense, load_tokenizer, render_prompt, stop_token_ids
 from lib.engine.memory import free_memory_bytes, is_out_of_memory, row_bytes, step_bytes
 from lib.engine.picking import Picker
@@ -402,3 +403,42 @@ def why_not_shared(model: PreTrainedModel) -> str:
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices"
     return ""
+
+
+class Models:
+    """One base model with and without adapters, each loaded when first used; at most one is in memory.
+
+    Args:
+        folder, runtime, quantization, batch_size: see ``load_engine``.
+    """
+
+    def __init__(self, folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> None:
+        self._folder, self._runtime = folder, runtime
+        self._quantization, self._batch_size = quantization, batch_size
+        self._made: list[LazyGenerator] = []
+
+    def untuned(self) -> LazyGenerator:
+        """The base model itself."""
+        return self._add(None)
+
+    def tuned(self, adapter_dir: Path, scale: float = 1.0) -> LazyGenerator:
+        """The base model with the adapter's effect times ``scale`` merged in."""
+        return self._add(adapter_dir, self._batch_size, scale)
+
+    @property
+    def work_s(self) -> float:
+        """Seconds that all of them worked."""
+        return sum(generator.wall_s for generator in self._made)
+
+    def close(self) -> None:
+        """Drop what is in memory."""
+        for generator in self._made:
+            generator.close()
+
+    def _add(self, adapter_dir: Path | None, *more: Any) -> LazyGenerator:
+        self._made.append(LazyGenerator(self._load, adapter_dir, *(more or (self._batch_size,))))
+        return self._made[-1]
+
+    def _load(self, *arguments: Any) -> Engine:
+        self.close()
+        return load_engine(self._folder, self._runtime, self._quantization, *arguments)

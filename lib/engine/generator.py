@@ -8,50 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from lib.engine.batch import EngineStats
     from lib.engine.generate import Engine
 
 
-class LazyGenerator:
-    """A generator that ``load(*arguments)`` gives when it is first asked something; ``loaded`` tells whether it was."""
-
-    def __init__(self, load: Callable[..., "Engine"], *arguments: Any) -> None:
-        self._load, self._arguments = load, arguments
-        self._generator: Engine | None = None
-
-    @property
-    def loaded(self) -> bool:
-        return self._generator is not None
-
-    @property
-    def source(self) -> str:
-        """Where its answers come from, in words."""
-        return "answered here" if self.loaded else "already answered for another preset or an earlier run"
-
-    @property
-    def wall_s(self) -> float:
-        """Seconds that the generator worked, all calls together; 0 where every row was there."""
-        return self._generator.work_s if self._generator else 0.0
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``lib.engine.generate.Engine.generate``."""
-        return self._asked().generate(*args, **kwargs)
-
-    def label_probabilities(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``lib.engine.generate.Engine.label_probabilities``."""
-        return self._asked().label_probabilities(*args, **kwargs)
-
-    def _asked(self) -> "Engine":
-        if self._generator is None:
-            self._generator = self._load(*self._arguments)
-        return self._generator
-
-
 Conversation = Sequence[Mapping[str, str]]
-
-
 FinishReason = Literal["stop", "length"]
-
-
 Key = str | int
 
 
@@ -92,3 +54,53 @@ class Sampling:
         digest = hashlib.blake2b(json.dumps([self.seed, key, place]).encode(), digest_size=8).digest()
         # 52 bits: then its product with a sum of probabilities stays below that sum.
         return (int.from_bytes(digest) >> 12) / 2**52
+
+
+class LazyGenerator:
+    """A generator that ``load(*arguments)`` gives when it is first used.
+
+    Attributes:
+        loaded: whether it ever was.
+        stats: of its last call, see ``lib.engine.batch.EngineStats``; None before.
+    """
+
+    def __init__(self, load: Callable[..., "Engine"], *arguments: Any) -> None:
+        self._load, self._arguments = load, arguments
+        self._engine: Engine | None = None
+        self._closed_s = 0.0
+        self.loaded = False
+
+    @property
+    def source(self) -> str:
+        """Where its answers come from, in words."""
+        return "answered here" if self.loaded else "already answered for another preset or an earlier run"
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds that the generator worked, all calls together; 0 where every row was there."""
+        return self._closed_s + (self._engine.work_s if self._engine else 0.0)
+
+    @property
+    def stats(self) -> "EngineStats | None":
+        return self._engine.stats if self._engine else None
+
+    def describe(self) -> dict[str, object]:
+        """As ``lib.engine.generate.Engine.describe``."""
+        return self._used().describe()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``lib.engine.generate.Engine.generate``."""
+        return self._used().generate(*args, **kwargs)
+
+    def label_probabilities(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``lib.engine.generate.Engine.label_probabilities``."""
+        return self._used().label_probabilities(*args, **kwargs)
+
+    def close(self) -> None:
+        """Drop the model from memory; the next call loads it again."""
+        self._closed_s, self._engine = self.wall_s, None
+
+    def _used(self) -> "Engine":
+        if self._engine is None:
+            self._engine, self.loaded = self._load(*self._arguments), True
+        return self._engine

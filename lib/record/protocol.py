@@ -1,11 +1,65 @@
 """What made a row, and whether two runs may be compared."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from lib.record.files import sha256_file, sha256_json
+
+Row = Mapping[str, Any]
 UNTUNED = "none (untuned)"
+
+
+# --- what made a row ------------------------------------------------------------------------------------------------
+
+
+def adapter_hashes(folder: Path) -> list[str]:
+    """SHA-256 of each file of an adapter, in the order of their names."""
+    return [sha256_file(path) for path in sorted(folder.glob("adapter_*"))]
+
+
+def model_protocol(identity: str, quantization: str, dtype: object, chat_template: object) -> dict[str, Any]:
+    """What a model computes with.
+
+    Args:
+        identity: of its files, see ``lib.engine.sources.ModelSource``.
+    """
+    named = {"base model": identity, "quantization": quantization, "dtype": str(dtype)}
+    return {**named, "chat template": sha256_json(chat_template)}
+
+
+def answer_protocol(
+    model: Row, adapter: Sequence[str], questions: Sequence[Row], fewshot: Sequence[Row], system: str, decoding: str
+) -> dict[str, Any]:
+    """What made an answer to a GSM8K question; its hash stands in each row.
+
+    Args:
+        model: see ``model_protocol``.
+        adapter: see ``adapter_hashes``.
+    """
+    asked = {"questions": sha256_json(questions), "few-shot examples": sha256_json(fewshot)}
+    asked |= {"system message": sha256_json(system), "decoding": decoding}
+    return {**model, "adapter": sha256_json(adapter), **asked}
+
+
+def response_protocol(model: Row, adapter: Sequence[str], prompts: Sequence[Row], decoding: str) -> dict[str, Any]:
+    """What made a response to an AILuminate prompt; as ``answer_protocol``."""
+    return {**model, "adapter": list(adapter), "prompts": sha256_json(prompts), "decoding": decoding}
+
+
+def verdict_protocol(
+    response: Row, judge: str, prompt_sha256: str, chat_template: object, decoding: str
+) -> dict[str, Any]:
+    """What made a verdict: the response's protocol, and the judge with everything that it reads beside the text."""
+    read = {"judge": judge, "judge prompt": prompt_sha256, "judge chat template": sha256_json(chat_template)}
+    return {**response, **read, "judge decoding": decoding}
+
+
+def at_scale(protocol: Row, scale: float) -> dict[str, Any]:
+    """The same protocol with the adapter's effect times ``scale``."""
+    return {**protocol, "adapter scale": scale}
 
 
 def without_adapter(protocol: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,11 +73,11 @@ def without_adapter(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {**protocol, "adapter": UNTUNED}
 
 
+# --- like with like -------------------------------------------------------------------------------------------------
+
 # The adapter is what is compared. Versions, device and dtype move single answers (batch shape alone does), so they are
 # told; to refuse them would leave nothing to compare after an upgrade. Rows may differ: those that both have count.
 MAY_DIFFER = frozenset({"adapter"})
-
-
 TOLD_ONLY = frozenset({"versions", "device", "dtype", "questions", "prompts"})
 
 

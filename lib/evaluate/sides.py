@@ -1,0 +1,59 @@
+"""The same rows put to the tuned model, to the untuned one and to the adapter at other scales: a row file per side."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.record.files import sha256_json
+from lib.record.paths import RunPaths
+from lib.record.protocol import at_scale, without_adapter
+from lib.record.rows import RowLog, open_untuned_log
+
+TUNED, UNTUNED = "tuned", "untuned"
+
+
+def scales_between(scales: list[float]) -> list[float]:
+    """Those that are a side of their own: 0 is the untuned model, 1 the tuned one."""
+    return [scale for scale in scales if scale not in (0, 1)]
+
+
+class Sides:
+    """The row files of one stage.
+
+    Args:
+        stage: its full name.
+        kind: beginning of the files' names, for example ``gsm8k_preds``.
+        protocol: what makes the tuned model's rows.
+    """
+
+    def __init__(self, paths: RunPaths, stage: str, kind: str, protocol: Mapping[str, Any]) -> None:
+        self._paths, self._stage, self._kind, self._protocol = paths, stage, kind, protocol
+        self.logs: dict[str | float, RowLog] = {}
+
+    def log(self, side: str | float = TUNED) -> RowLog:
+        """The row file of ``TUNED``, ``UNTUNED`` or a scale. The untuned model's is locked until it is finished."""
+        if side not in self.logs:
+            self.logs[side] = self._open(side)
+        return self.logs[side]
+
+    def _open(self, side: str | float) -> RowLog:
+        if side == UNTUNED:
+            return open_untuned_log(self._paths, self._kind, without_adapter(self._protocol))
+        if side == TUNED:
+            return RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
+        path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
+        return RowLog(path, sha256_json(at_scale(self._protocol, float(side))))
+
+    @property
+    def files(self) -> list[Path]:
+        return [log.path for log in self.logs.values()]
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: what made the rows, and where those of other sides lie."""
+        scales = {f"{side:g}": self._relative(log) for side, log in self.logs.items() if not isinstance(side, str)}
+        untuned = self._relative(self.logs[UNTUNED]) if UNTUNED in self.logs else ""
+        return {"protocol": dict(self._protocol), "untuned_rows": untuned, "scale_rows": scales}
+
+    def _relative(self, log: RowLog) -> str:
+        return Path(os.path.relpath(log.path, self._paths.stage_dir(self._stage))).as_posix()
