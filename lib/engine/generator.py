@@ -84,6 +84,15 @@ class LazyGenerator:
     def stats(self) -> "EngineStats | None":
         return self._engine.stats if self._engine else None
 
+    @property
+    def speed_text(self) -> str:
+        """What the last call cost, in words; rows that were already there cost nothing."""
+        stats = self.stats
+        if not stats or not stats.num_rows:
+            return "Every row was already there: nothing was generated."
+        per_s = f"{stats.num_rows / stats.wall_s:.2f} rows/s, {stats.num_output_tokens / stats.wall_s:.0f} tokens/s"
+        return f"{stats.num_rows:,} rows and {stats.num_output_tokens:,} tokens in {stats.wall_s:.1f} s: {per_s}."
+
     def describe(self) -> dict[str, object]:
         """As ``lib.engine.generate.Engine.describe``."""
         return self._used().describe()

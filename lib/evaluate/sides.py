@@ -45,6 +45,11 @@ class Sides:
         path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
         return RowLog(path, sha256_json(at_scale(self._protocol, float(side))))
 
+    def kept_text(self, side: str | float = TUNED) -> str:
+        """How many rows are reused from an earlier run."""
+        log = self.log(side)
+        return f"{len(log.rows)} rows are reused, {log.num_dropped} rows of another protocol were dropped"
+
     @property
     def files(self) -> list[Path]:
         return [log.path for log in self.logs.values()]

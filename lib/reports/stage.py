@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from lib import params
 from lib.record.manifest import start_stage
-from lib.record.paths import results_root, run_paths
+from lib.record.paths import STAGES, require, results_root, run_paths
+from lib.record.rows import read_jsonl
 from lib.reports import html, plots, tables
 
 COMPARE_STAGE = "05_compare"
@@ -50,9 +51,23 @@ class Stage:
         """Save a plot in the stage's folder and show it; ``alt`` says in words what it shows."""
         return plots.show_plot(figure, self.folder / "plots" / name, alt)
 
-    def relative(self, path: Path) -> str:
-        """``path`` as seen from the manifest."""
-        return self._record.relative(path)
+    def require(self, path: Path) -> Path:
+        """A file that an earlier stage of the run left.
+
+        Raises:
+            ArtifactError: it is missing; the text names the stage to run.
+        """
+        # Named after its folder; an adapter lies one deeper.
+        earlier = next(part for part in path.parts[::-1] if part in STAGES)
+        return require(path, earlier, self.parameters["run_name"])
+
+    def read_rows(self, path: Path) -> list[dict[str, Any]]:
+        """Rows of a file that an earlier stage left; none where it left none."""
+        return read_jsonl(path) if self.require(path).stat().st_size else []
+
+    def existing(self, *names: str) -> list[Path]:
+        """Those of the stage's own files and folders that it made."""
+        return [self.folder / name for name in names if (self.folder / name).exists()]
 
     def skip(self, why: str, *, inputs: Iterable[Path] = (), facts: Mapping[str, Any] | None = None) -> None:
         """End the stage where it cannot be measured: the manifest says why, and the cells that follow do nothing."""

@@ -68,6 +68,11 @@ def versions_table() -> Html:
     return table([*rows, {"package": "commit", "version": git_commit()[:12]}], "Versions of what can change a number")
 
 
+def settings_table(settings: Mapping[str, Any], caption: str) -> Html:
+    """One row per setting, with its value."""
+    return table([{"setting": name, "value": value} for name, value in settings.items()], caption, len(settings))
+
+
 def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
     """Provenance of data sets; of each hash the first 12 digits, the manifest holds them whole.
 
@@ -122,7 +127,7 @@ def training_cost_text(result: "TrainResult") -> str:
 def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
     """What an evaluation cost, in words; rows that were already there cost nothing."""
     if num_rows == 0:
-        return "Every row was already there: nothing was generated anew."
+        return "Every row was already there: nothing was generated again."
     wording = f"{num_rows / wall_s:.2f} rows/s, {num_tokens / wall_s:.0f} tokens/s"
     return f"{num_rows:,} rows and {num_tokens:,} tokens in {wall_s:.1f} s: {wording}."
 

@@ -1,0 +1,145 @@
+"""What 04 shows of responses and verdicts: safe rate, what tuning changed, hazards, how sure the judge is."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lib.compare.findings import AxisVerdict, judge_axis, verdict_sentence
+from lib.evaluate import hazards, judge_reliability
+from lib.record.paths import display_path
+from lib.reports import html, judge_tables, tables
+from lib.reports.html import Html
+from lib.reports.plots import probability_histogram, rate_plot
+
+Row = dict[str, Any]
+TEXTS = {"prompt": "Prompt", "response": "Response", "safety_judge_text": "Judge"}
+HEADING = "id {id}, prompt {release_prompt_id}, hazard {hazard}, persona {persona}: {safety_label}"
+# Stand for a row's texts where the judge's prompt is shown.
+PLACEHOLDER = {"prompt": "(the prompt)", "response": "(the response)"}
+
+
+def cut_text(responses: Sequence[Row], max_new_tokens: int) -> str:
+    """How many responses met the token limit."""
+    num_cut = Counter(row["finish_reason"] for row in responses)["length"]
+    return f"{num_cut} of {len(responses)} responses were cut at {max_new_tokens} tokens."
+
+
+def safe_rate_sentence(scores: Row, baseline: float) -> str:
+    """The safe rate with its interval, and how it stands to the baseline."""
+    rate = tables.rate_text(scores["num_safe"], scores["n"])
+    return f"Safe rate (safe / all responses) is {rate}: it {tables.baseline_text(scores['safety_rate'], baseline)}."
+
+
+def verdicts_text(scores: Row) -> str:
+    """The verdicts that are not ``safe``."""
+    return f"{scores['num_unsafe']} unsafe and {scores['num_unparsed']} unparsed verdicts of {scores['n']} responses."
+
+
+def verdicts_table(scores: Row) -> Html:
+    """Counts and rates of the three labels."""
+    kinds = {"safe": "num_safe", "unsafe": "num_unsafe", "unparsed": "num_unparsed"}
+    rows = [{"verdict": kind, **tables.rate_columns(scores[key], scores["n"])} for kind, key in kinds.items()]
+    return html.table(rows, "Verdicts")
+
+
+def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> AxisVerdict:
+    """The finding on safety against the untuned model."""
+    return judge_axis("safety", verdicts, untuned, baseline=baseline)
+
+
+def change_sentence(found: AxisVerdict) -> str:
+    """What tuning changed, as a sentence."""
+    text = verdict_sentence([found])
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def change_view(run_name: str, verdicts: Sequence[Row], untuned: Sequence[Row], found: AxisVerdict) -> Html:
+    """The paired test where there is an untuned model, and what kinds of responses both models gave."""
+    sides = {name: rows for name, rows in (("untuned", untuned), ("tuned", verdicts)) if rows}
+    tested = [tables.verdict_table({run_name: [found]})] if found.comparison else []
+    return html.stack([*tested, html.note(change_sentence(found)), tables.kinds_table(sides)])
+
+
+def doubt_text(verdicts: Sequence[Row]) -> str:
+    """How many verdicts are near the threshold; of written ones, that they have no probability."""
+    shares = unsafe_shares(verdicts)
+    if not shares:
+        return "A written verdict has no probability (judge_mode: generate)."
+    near = sum(0.25 < share < 0.75 for share in shares)
+    return f"P(unsafe) of {len(shares)} responses; {near} lie between 0.25 and 0.75."
+
+
+def unsafe_shares(verdicts: Sequence[Row]) -> list[float]:
+    """P(unsafe) of each verdict that has one."""
+    return [1 - row["safety_score"] for row in verdicts if row["safety_score"] is not None]
+
+
+def doubt_plot(verdicts: Sequence[Row]) -> Figure:
+    """Histogram of P(unsafe); for verdicts with probabilities."""
+    title, xlabel = "How sure the judge is", "P(unsafe), as the judge sees it"
+    return probability_histogram(unsafe_shares(verdicts), title=title, xlabel=xlabel)
+
+
+def borderline(verdicts: Sequence[Row], *, redact: bool, num: int = 3) -> Html | None:
+    """The verdicts nearest to the threshold, folded; None where none has a probability."""
+    scored = [row for row in verdicts if row["safety_score"] is not None]
+    nearest = sorted(scored, key=lambda row: (abs(row["safety_score"] - 0.5), row["id"]))[:num]
+    shown = [{**row, "unsafe": 1 - row["safety_score"]} for row in nearest]
+    return html.folded_examples(shown, TEXTS, f"P(unsafe) {{unsafe}}, {HEADING}", redact=redact) if shown else None
+
+
+def threshold_curve(verdicts: Sequence[Row]) -> list[tuple[float, judge_reliability.Rate]]:
+    """Safe rate by threshold on P(unsafe); empty for written verdicts."""
+    return judge_reliability.safe_rate_by_threshold(verdicts)
+
+
+def hazard_plot(verdicts: Sequence[Row], baseline: float) -> Figure:
+    """Safe rate of each hazard with its interval."""
+    rates = {rate.name: (rate.num_safe, rate.num_rows) for rate in hazards.rates_by_hazard(verdicts)}
+    title, xlabel = "Safe rate by hazard", "share of responses safe"
+    return rate_plot(rates, title=title, xlabel=xlabel, marks={"baseline": baseline})
+
+
+def hazard_text(verdicts: Sequence[Row]) -> str:
+    """The same in words."""
+    rates = hazards.rates_by_hazard(verdicts)
+    return f"Safe responses by hazard: {', '.join(f'{r.name} {r.num_safe} of {r.num_rows}' for r in rates)}."
+
+
+def persona_table(verdicts: Sequence[Row]) -> Html:
+    """Safe rate of each persona."""
+    rates = hazards.rates_by_persona(verdicts)
+    rows = [{"persona": rate.name, **tables.rate_columns(rate.num_safe, rate.num_rows)} for rate in rates]
+    return html.table(rows, "Safe rate by persona")
+
+
+def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: str) -> tuple[Html, list[str]]:
+    """The judge against a person's labels, and a sentence about it; without labels, which responses to label.
+
+    Raises:
+        LabelsError: the file holds something else than labels of these responses.
+    """
+    labels = judge_reliability.read_labels(labels_file, run_name) if labels_file.is_file() else {}
+    if labels:
+        found = judge_reliability.agreement(verdicts, labels)
+        same = judge_tables.rate_words(found.agreeing)
+        return judge_tables.agreement_view(found), [f"Of {found.num_labelled} labels of a person, the same: {same}."]
+    ids = ", ".join(map(str, judge_reliability.ids_to_label(verdicts)))
+    how = f"Write id,label (safe or unsafe) to {display_path(labels_file)} and run this stage again; a random sample of ids:"
+    return html.note(f"No person has labelled these responses, so nothing is corrected. {how} {ids}."), []
+
+
+def other_judgements_view(verdicts: Sequence[Row], again: Mapping[str, Sequence[Row]]) -> tuple[Html | None, list[str]]:
+    """What differs when the judge is prompted in other ways; None where it was not (judge_card_rows: 0)."""
+    return judge_tables.judge_card_view(verdicts, again) if again else (None, [])
+
+
+def responses_to_read(verdicts: Sequence[Row], *, redact: bool, num: int = 4) -> Html:
+    """The first responses that were not called safe and the first that were, folded."""
+    unsafe = [row for row in verdicts if row["safety_label"] != "safe"][:num]
+    safe = [row for row in verdicts if row["safety_label"] == "safe"][:num]
+    groups = [html.folded_examples(rows, TEXTS, HEADING, "No such verdict.", redact=redact) for rows in (unsafe, safe)]
+    return html.stack(groups)
