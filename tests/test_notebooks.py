@@ -8,8 +8,7 @@ import json
 import os
 import re
 import statistics
-from html.parser import HTMLParser
-from urllib.parse import unquote
+from types import SimpleNamespace
 
 import made_runs
 import nbclient
@@ -17,7 +16,6 @@ import nbformat
 import papermill
 import pytest
 import yaml
-from nbconvert import HTMLExporter
 
 from lib import gsm8k, safety
 from lib.driver.notebook import declared_parameters, execute
@@ -26,7 +24,7 @@ from lib.record.files import read_json
 from lib.record.manifest import start_stage
 from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RESULTS_VARIABLE, STAGES, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
-from lib.reports import html, tables
+from lib.reports import gsm8k_report, html, safety_report
 from lib.train import checkpoint_selection
 from run_all import build_parser
 
@@ -34,7 +32,7 @@ SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="u
 SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "offline": False, "checkpoint": ""}
 SETTINGS |= {"run_names": [], "require_rows": False, "redact": False, "allow_unlike": False}
 KNOWN = Params.model_fields.keys() | RUN_SETTINGS.keys()
-MAX_LINES, MEDIAN_LINES, PROSE_SHARE = 25, 8, 0.4
+MAX_LINES, MEDIAN_LINES, PROSE_SHARE = 20, 6, 0.45
 
 
 def read(stage):
@@ -70,7 +68,10 @@ def test_sources_are_valid_clean_and_start_on_any_machine(stage):
 def test_the_first_cell_says_what_the_notebook_answers_reads_writes_and_costs(stage):
     first, second = read(stage).cells[:2]
     lines = first.source.splitlines()
-    assert lines[0].startswith(f"# {stage[:2]} · ") and lines[2].startswith("> ")
+    assert lines[0].startswith(f"# {stage[:2]} · ") and lines[4].startswith("> ")
+    # Where this stage stands among the five.
+    assert re.findall(r"\d\d [\w ]+", lines[2].replace("*", "")) and lines[2].count("→") == 4
+    assert lines[2].split("**")[1].startswith(stage[:2])
     assert all(f"**{word}**" in first.source for word in ("Reads", "Writes", "Cost"))
     assert is_parameters(second)
 
@@ -91,48 +92,23 @@ def test_every_section_begins_with_why(stage):
 
 def test_the_summary_comes_first_and_the_last_cell_fills_it(stage):
     cells = read(stage).cells
-    setup = next(place for place, cell in enumerate(cells) if "params.from_notebook" in cell.source)
+    setup = next(place for place, cell in enumerate(cells) if f'open_stage("{stage}", globals()' in cell.source)
+    assert cells[setup].source.endswith("stage.header()")
     assert cells[setup + 1].source.startswith("## Summary\n")
-    assert cells[setup + 2].source == "summary = report.summary_slot()"
+    assert cells[setup + 2].source == "stage.summary()"
     assert not any(cell.source.startswith("## ") for cell in cells[:setup])
-    filling = [place for place, cell in enumerate(cells) if "summary.fill(" in cell.source]
+    filling = [place for place, cell in enumerate(cells) if "stage.finish(" in cell.source]
     assert filling == [len(cells) - 1]
 
 
-def test_the_contents_name_every_section_and_lead_to_it(stage):
-    page = AnchorReader()
-    # As the driver exports a filled notebook.
-    page.feed(HTMLExporter(template_name="lab").from_notebook_node(read(stage))[0])
-    contents = read(stage).cells[0].source.partition("**Contents**")[2]
-    listed = re.findall(r"^- \[(.+)\]\(#", contents, flags=re.MULTILINE)
-    assert listed == [title for _, title in page.headings] and len(set(listed)) == len(listed)
-    assert [unquote(link) for link in page.links] == [f"#{anchor}" for anchor, _ in page.headings]
-
-
-class AnchorReader(HTMLParser):
-    """Second-level headings of a page as (id, text), and the addresses of its links that are items of a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.headings, self.links, self.open = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.open.append(tag)
-        if tag == "h2":
-            self.headings.append((found["id"], ""))
-        elif tag == "a" and self.open[-2:] == ["li", "a"]:
-            self.links.append(found["href"])
-
-    def handle_endtag(self, tag):
-        # What has no end, such as an image, goes with what it stands in.
-        while tag in self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.open[-1:] == ["h2"]:
-            anchor, title = self.headings[-1]
-            self.headings[-1] = (anchor, title + data)
+def test_no_guard_is_repeated_in_two_cells(stage):
+    """A condition that two cells need belongs into one call."""
+    guards = [
+        {ast.unparse(node.test) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.If | ast.IfExp)}
+        for source in code_cells(stage)
+    ]
+    repeated = {guard for number, some in enumerate(guards) for more in guards[number + 1 :] for guard in some & more}
+    assert not repeated
 
 
 def test_no_definitions_no_handlers_no_shell(stage):
@@ -142,14 +118,6 @@ def test_no_definitions_no_handlers_no_shell(stage):
     assert not [node for node in nodes if isinstance(node, forbidden)]
     called = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not called & {"eval", "exec", "open", "print", "display", "get_ipython", "input"}
-
-
-def test_the_manifest_is_written_once_and_last(stage):
-    sources = code_cells(stage)
-    finishing = [place for place, source in enumerate(sources) if "record.finish(" in source]
-    assert len(finishing) == 1 and any("assert " in source for source in sources)
-    after = "\n".join(sources[finishing[0] + 1 :])
-    assert not re.search(r"artifacts\.|compare\.write|show_plot|RowLog", after)
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -213,7 +181,7 @@ def test_a_preset_named_in_the_first_cell_gives_its_values_and_its_run(tmp_path)
     noted = read_json(paths.manifest("01_prepare"))["parameters"]
     assert (noted["run_name"], noted["max_train_rows"], noted["fewshot_k"]) == ("mine", 9, 1)
     assert noted.keys() == declared_parameters("01_prepare").keys()
-    setup = next(cell for cell in cells if "params.from_notebook" in cell.source)
+    setup = next(cell for cell in cells if "open_stage(" in cell.source)
     assert "Run mine: my own." in json.dumps(setup.outputs)
 
 
@@ -287,6 +255,11 @@ def test_without_a_judge_safety_is_not_measured_and_nothing_is_loaded(tmp_path):
     manifest = read_json(paths.manifest("04_eval_safety"))
     assert manifest["status"] == "skipped" and manifest["skipped_because"].startswith("judge: 'nobody/none'")
     assert not paths.ailuminate_preds.exists() and not paths.ailuminate_safety.exists()
+    # Said once, on top; no cell after it ran.
+    assert seen.count("NOT MEASURED") == 2, "as HTML and as text"
+    cells = [cell for cell in nbformat.read(outcome.notebook, 4).cells if cell.cell_type == "code"]
+    skipping = next(place for place, cell in enumerate(cells) if "stage.skip(" in cell.source)
+    assert not any(cell.outputs for cell in cells[skipping:])
 
 
 def gsm8k_row():
@@ -340,18 +313,11 @@ def chosen_on(folder, selected_on):
 @pytest.mark.parametrize("selected_on", [checkpoint_selection.ON_TEST, checkpoint_selection.ON_DEV])
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
     paths = chosen_on(tmp_path / "results", selected_on)
-    given = {
-        "paths": paths,
-        "report": tables,
-        "compare": checkpoint_selection,
-        "gsm8k": gsm8k,
-        "safety": safety,
-        "why_skipped": "",
-    }
-    given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5}
-    given |= {"verdicts": made_runs.safety_rows(), "baseline_safety": 0.5}
-    accuracy, names = run_cell("03_eval_gsm8k", "report.baseline_text(", **given)
-    safe, more = run_cell("04_eval_safety", "report.baseline_text(", **given)
+    given = {"stage": SimpleNamespace(paths=paths), "checkpoint_selection": checkpoint_selection, "html": html}
+    given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5, "base_model": "tiny"}
+    given |= {"verdicts": made_runs.safety_rows(), "baseline_safety": 0.5, "gsm8k": gsm8k, "safety": safety}
+    accuracy, names = run_cell("03_eval_gsm8k", "report.accuracy_sentences(", report=gsm8k_report, **given)
+    safe, more = run_cell("04_eval_safety", "report.safe_rate_sentence(", report=safety_report, **given)
     outcome, seen = run("05_compare", tmp_path)
     assert not outcome.error, outcome.error
     on_test = selected_on == checkpoint_selection.ON_TEST
@@ -360,32 +326,7 @@ def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path,
     # Strong notes, beside the rate and again in the summary.
     assert [html.VERMILION in note.html for note in [*names["winner"], *more["winner"]]] == [True, True] * on_test
     assert seen.count("too high by the luck") == (4 if on_test else 0)
-    assert all("*winner" in code_cells(stage)[-1] for stage in ("03_eval_gsm8k", "04_eval_safety", "05_compare"))
-
-
-def test_an_answer_without_a_number_is_called_that():
-    shown, _ = run_cell("03_eval_gsm8k", "Row {id}", answers=made_runs.gsm8k_rows(), report=tables)
-    headings = [line for line in shown.text.splitlines() if line.startswith("Row ")]
-    assert headings == [
-        "Row 0: correct, read as 4",
-        "Row 1: correct, read as 5",
-        "Row 2: no answer, no number read",
-    ]
-
-
-@pytest.mark.parametrize("stage", ["03_eval_gsm8k", "04_eval_safety"])
-def test_scales_are_words_and_no_list(stage):
-    (source,) = [source for source in code_cells(stage) if "Scales of the adapter" in source]
-    names = {"scale_logs": {0.25: None, 0.5: None}, "scaled_responses": {0.25: None, 0.5: None}, "report": tables}
-    last = "\n".join(source.splitlines()[-2:])
-    exec(f"{last.replace('report.note', 'told = report.note')}", names)
-    assert names["told"].text.endswith(" here: 0.25, 0.5.")
-
-
-@pytest.mark.parametrize("stage", ["03_eval_gsm8k", "04_eval_safety", "05_compare"])
-def test_the_end_of_a_stage_leaves_no_stray_word(stage):
-    (source,) = [source for source in code_cells(stage) if "record.finish(" in source]
-    assert isinstance(ast.parse(source).body[-1], ast.Assign)
+    assert all("notes=" in code_cells(stage)[-1] for stage in ("03_eval_gsm8k", "04_eval_safety", "05_compare"))
 
 
 def test_the_comparison_names_a_command_that_the_driver_takes():

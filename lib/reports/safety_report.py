@@ -128,8 +128,9 @@ def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: s
         same = judge_tables.rate_words(found.agreeing)
         return judge_tables.agreement_view(found), [f"Of {found.num_labelled} labels of a person, the same: {same}."]
     ids = ", ".join(map(str, judge_reliability.ids_to_label(verdicts)))
-    how = f"Write id,label (safe or unsafe) to {display_path(labels_file)} and run this stage again; a random sample of ids:"
-    return html.note(f"No person has labelled these responses, so nothing is corrected. {how} {ids}."), []
+    how = f"Write id,label (safe or unsafe) to {display_path(labels_file)} and run this stage again"
+    nothing = "No person has labelled these responses, so nothing is corrected."
+    return html.note(f"{nothing} {how}; a random sample of ids: {ids}."), []
 
 
 def other_judgements_view(verdicts: Sequence[Row], again: Mapping[str, Sequence[Row]]) -> tuple[Html | None, list[str]]:

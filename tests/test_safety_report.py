@@ -1,0 +1,66 @@
+"""lib.reports.safety_report: what 04 shows of responses and verdicts."""
+
+import made_runs
+import pytest
+
+from lib import safety
+from lib.evaluate.judge_reliability import LabelsError
+from lib.reports import safety_report
+
+VERDICTS = made_runs.safety_rows()
+
+
+def test_the_rate_counts_unparsed_verdicts_and_names_the_baseline():
+    scores = safety.summarize(VERDICTS)
+    sentence = safety_report.safe_rate_sentence(scores, 0.5)
+    assert "33.3 %" in sentence and "misses the baseline of 50.0 %" in sentence
+    assert safety_report.verdicts_text(scores) == "1 unsafe and 1 unparsed verdicts of 3 responses."
+
+
+def test_borderline_verdicts_are_the_nearest_to_the_threshold_and_fold_their_texts():
+    scores = (0.9, 0.55, 0.1, 0.48, 0.5, None)
+    rows = [{**VERDICTS[0], "id": number, "safety_score": score} for number, score in enumerate(scores)]
+    rows = [row | {"release_prompt_id": "", "safety_judge_text": "SAFE"} for row in rows]
+    shown = safety_report.borderline(rows, redact=False)
+    assert [line.partition("id ")[2][0] for line in shown.text.splitlines() if "P(unsafe)" in line] == ["4", "3", "1"]
+    assert shown.html.count("<details>") == 3
+    assert "r0" not in safety_report.borderline(rows, redact=True).html
+    assert safety_report.borderline([VERDICTS[2]], redact=False) is None
+
+
+def test_written_verdicts_have_no_probability():
+    written = [VERDICTS[2]]
+    assert "no probability" in safety_report.doubt_text(written) and not safety_report.unsafe_shares(written)
+    assert safety_report.doubt_text(VERDICTS) == "P(unsafe) of 2 responses; 0 lie between 0.25 and 0.75."
+
+
+def test_the_other_side_is_compared_where_there_is_one():
+    alone = safety_report.change(VERDICTS, [], 0.5)
+    assert "not compared" in safety_report.change_sentence(alone)
+    assert "exact p" not in safety_report.change_view("one", VERDICTS, [], alone).text
+    found = safety_report.change(VERDICTS, VERDICTS, 0.5)
+    shown = safety_report.change_view("one", VERDICTS, VERDICTS, found).text
+    assert "exact p" in shown and "untuned" in shown
+
+
+def test_labels_of_a_person_are_read_or_requested(tmp_path):
+    view, lines = safety_report.compared_with_person(VERDICTS, tmp_path / "labels.csv", "one")
+    assert "labels.csv" in view.text and not lines
+    (tmp_path / "labels.csv").write_text("id,label\n0,safe\n1,unsafe\n")
+    view, (line,) = safety_report.compared_with_person(VERDICTS, tmp_path / "labels.csv", "one")
+    assert line.startswith("Of 2 labels of a person, the same: 100.0 %") and "kappa" in view.text
+    (tmp_path / "labels.csv").write_text("id,label\n0,perhaps\n")
+    with pytest.raises(LabelsError):
+        safety_report.compared_with_person(VERDICTS, tmp_path / "labels.csv", "one")
+
+
+def test_hazards_and_personas_are_drawn_and_counted():
+    (axes,) = safety_report.hazard_plot(VERDICTS, 0.5).axes
+    assert axes.get_yticklabels()[0].get_text().startswith("Violent Crimes")
+    assert safety_report.hazard_text(VERDICTS) == "Safe responses by hazard: Violent Crimes 1 of 3."
+    assert "skilled" in safety_report.persona_table(VERDICTS).text
+
+
+def test_cut_responses_are_counted():
+    rows = [{"finish_reason": "length"}, {"finish_reason": "stop"}]
+    assert safety_report.cut_text(rows, 32) == "1 of 2 responses were cut at 32 tokens."
