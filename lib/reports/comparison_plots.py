@@ -1,0 +1,238 @@
+"""Plots of the comparison."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.transforms import ScaledTranslation
+from lib.evaluate import hazards
+from lib.record.rows import read_jsonl
+from lib.compare.comparison import FrontierPoint
+from lib.compare.runs import RunScores
+from lib.reports.html import BLUE, GREEN, INK, ORANGE, SKY, VERMILION
+from lib.reports.plots import STYLE, label_ends, n_words, new_figure
+from lib.stats import wilson_interval
+
+
+
+COLOURS = (BLUE, VERMILION, GREEN, ORANGE, SKY, INK)
+
+
+MARKERS = "osD^vP"
+
+
+@matplotlib.rc_context(STYLE)
+def hazard_heatmap(runs: Sequence[RunScores]) -> Figure:
+    """Safe rate by run (columns) and hazard (rows): the share and the count in each cell, darker is less safe.
+
+    Without intervals, and the picture says so: the tables have them.
+
+    Args:
+        runs: with judged rows, at least one.
+    """
+    by_run = {run.name: {rate.name: rate for rate in hazards.rates_by_hazard(run.rows["safety"])} for run in runs}
+    names = list(dict.fromkeys(name for found in by_run.values() for name in found))
+    figure, (axes,) = new_figure(width=max(6.4, 3.7 + 1.35 * len(runs)), height=1.6 + 0.34 * len(names))
+    shares = [[by_run[run][name].rate if name in by_run[run] else float("nan") for run in by_run] for name in names]
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, symbol=" %", decimals=0), label="safe")
+    for row, name in enumerate(names):
+        for column, run in enumerate(by_run):
+            _heat_cell(axes, row, column, by_run[run].get(name))
+    axes.set_xticks(range(len(by_run)), [_wrapped(run) for run in by_run])
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.set_xlabel("share safe (safe/all)\ntheir 95 % intervals stand in the table of 05_compare")
+    # Over the whole figure: the names of hazards leave the axes little width.
+    figure.suptitle(
+        f"Responses called safe, by hazard ({n_words([len(run.rows['safety']) for run in runs], 'responses')} a model)",
+        x=0.01,
+        ha="left",
+        fontsize=STYLE["axes.titlesize"],
+        fontweight="bold",
+    )
+    return figure
+
+
+def _heat_cell(axes: Axes, row: int, column: int, rate: hazards.GroupRate | None) -> None:
+    text = f"{100 * rate.rate:.0f} %  ({rate.num_safe}/{rate.num_rows})" if rate else "–"
+    # cividis is dark below and light above the middle.
+    colour = "white" if rate and rate.rate < 0.55 else "black"
+    axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
+
+
+def _wrapped(name: str, width: int = 16) -> str:
+    lines = [""]
+    for word in name.split(" "):
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+@matplotlib.rc_context(STYLE)
+def frontier_plot(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
+    """Accuracy against safe rate along the adapter's scale, a line a run; each point names its scale."""
+    figure, (axes,) = new_figure(width=7.6, height=4.6)
+    measured = [(point.accuracy, point.safe) for points in frontiers.values() for point in points]
+    for at, (name, points) in enumerate(frontiers.items()):
+        across, up = [share_of(point.accuracy) for point in points], [share_of(point.safe) for point in points]
+        axes.plot(across, up, color=COLOURS[at % 6], marker=MARKERS[at % 6], markersize=6, linewidth=1.5)
+        named: dict[tuple[float, float], list[str]] = {}
+        for point, x, y in zip(points, across, up, strict=True):
+            axes.hlines(y, *wilson_interval(*point.accuracy), color=COLOURS[at % 6], linewidth=0.8, alpha=0.5)
+            axes.vlines(x, *wilson_interval(*point.safe), color=COLOURS[at % 6], linewidth=0.8, alpha=0.5)
+            named.setdefault((x, y), []).append(f"{point.scale:g}")
+        # Scales that reach the same place share a label; each run's stand at another height.
+        for place, scales in named.items():
+            label, above = f"{name}: {', '.join(scales)}", (5, 5 + 11 * at)
+            axes.annotate(label, place, above, textcoords="offset points", fontsize=8, color=COLOURS[at % 6])
+    axes.set(xlabel="GSM8K: share of questions right (strict)", ylabel="AILuminate: share of responses safe")
+    axes.set_title(f"Accuracy and safety by the adapter's scale ({_n_of_both(measured)})")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    return figure
+
+
+def share_of(counts: tuple[int, int]) -> float:
+    return counts[0] / counts[1]
+
+
+@matplotlib.rc_context(STYLE)
+def losses_plot(runs: Sequence[RunScores]) -> Figure:
+    """Training loss of each run over its optimiser steps; a run's name stands at the end of its line.
+
+    Args:
+        runs: with a training log, at least one.
+    """
+    figure, (axes,) = new_figure(width=8.6, height=3.6)
+    logs = {run.name: read_jsonl(run.paths.training_log) for run in runs}
+    top = 1.08 * max(row["loss"] for log in logs.values() for row in log)
+    ends = {}
+    for at, (name, log) in enumerate(logs.items()):
+        steps, losses = [row["step"] for row in log], [row["loss"] for row in log]
+        mark = "o" if len(steps) < 40 else ""
+        axes.plot(steps, losses, color=COLOURS[at % 6], marker=mark, markersize=3, linewidth=1.2)
+        ends[name] = (steps[-1], losses[-1], COLOURS[at % 6])
+    label_ends(axes, ends, gap=0.06 * top, inches=7.6)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, top))
+    axes.set_title(f"Training loss ({n_words([len(log) for log in logs.values()], 'steps')} a run)")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_safety_plane(runs: Sequence[RunScores]) -> Figure:
+    """Accuracy against safe rate: a point a run, 95 % intervals on both axes, its baseline as a square.
+
+    A run that lacks an axis stands at 0 there, hollow, and says so. Names stand in the right margin beside their marks,
+    in the order of their points, where they cannot cover each other or a point. Both axes begin at 0 and end where the
+    data do; runs that share a rate are drawn a hair apart, so that none covers the interval of another.
+    """
+    figure, (axes,) = new_figure(width=9.0, height=max(4.2, 0.6 * len(runs)))
+    across = _top([(run.accuracy, run.baseline_accuracy) for run in runs])
+    up = _top([(run.safe, run.baseline_safety) for run in runs])
+    places = [[counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)] for run in runs]
+    apart = zip(_apart([x for x, _ in places], across), _apart([y for _, y in places], up), strict=True)
+    for at, (run, place, shift) in enumerate(zip(runs, places, apart, strict=True)):
+        _plane_point(axes, run, place, shift, at)
+    axes.set(xlim=(-0.03 * across, across), ylim=(-0.05 * up, up), xlabel="GSM8K: share of questions right (strict)")
+    title = f"Accuracy and safety, 95 % intervals ({_n_of_both([(run.accuracy, run.safe) for run in runs])})"
+    axes.set(ylabel="AILuminate: share of responses safe", title=title)
+    _margin_labels(axes, places, [f"{run.name}\n{_known_text(run)}" for run in runs])
+    _name_baselines(axes, runs)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+    return figure
+
+
+def _top(drawn: Sequence[tuple[tuple[int, int] | None, float | None]]) -> float:
+    """End of an axis: a little above the highest interval and baseline, at most a little above 1."""
+    ends = [wilson_interval(*counts)[1] for counts, _ in drawn if counts]
+    ends += [baseline for _, baseline in drawn if baseline is not None]
+    return min(1.05, 1.1 * max([0.2, *ends]))
+
+
+def _name_baselines(axes: Axes, runs: Sequence[RunScores]) -> None:
+    """Each place of a baseline is named once, beside its square."""
+    places = {(run.baseline_accuracy, run.baseline_safety) for run in runs}
+    for across, up in (place for place in places if None not in place):
+        axes.annotate("baseline", (across, up), (7, 0), textcoords="offset points", va="center", fontsize=8.5)
+
+
+def _n_of_both(measured: Sequence[tuple[tuple[int, int] | None, tuple[int, int] | None]]) -> str:
+    """How many questions and prompts, of those that were measured, for a title."""
+    asked = {"questions": [right for right, _ in measured], "prompts": [safe for _, safe in measured]}
+    words = [n_words([counts[1] for counts in found if counts], unit) for unit, found in asked.items() if any(found)]
+    return " and ".join([*words[:1], *(word.removeprefix("n = ") for word in words[1:])]) or "n = 0"
+
+
+# Points of the page between runs that share a rate, and between the outermost of many.
+GAP, WIDEST = 5.0, 15.0
+
+
+def _apart(values: Sequence[float], length: float) -> list[float]:
+    """Points of the page by which to move each value, so that those at one place of an axis are told apart.
+
+    Args:
+        length: of the axis; a 300th of it is less than the width of a line.
+    """
+    clusters: list[list[int]] = []
+    for at in sorted(range(len(values)), key=values.__getitem__):
+        if clusters and values[at] - values[clusters[-1][0]] < length / 300:
+            clusters[-1].append(at)
+        else:
+            clusters.append([at])
+    shifts: dict[int, float] = {}
+    for some in clusters:
+        gap = min(GAP, WIDEST / max(1, len(some) - 1))
+        shifts |= {at: gap * (rank - (len(some) - 1) / 2) for rank, at in enumerate(some)}
+    return [shifts[at] for at in range(len(values))]
+
+
+def _mark(at: int) -> dict[str, Any]:
+    """Colour and marker of the ``at``-th run; another marker for the same colour in each round of six."""
+    return {"color": COLOURS[at % 6], "marker": MARKERS[(at + at // 6) % 6]}
+
+
+def _plane_point(axes: Axes, run: RunScores, place: Sequence[float], shift: tuple[float, float], at: int) -> None:
+    """Draw a run at ``place`` with its intervals and baseline, moved by ``shift`` points of the page."""
+    mark = _mark(at)
+    colour = mark["color"]
+    moved = axes.transData + ScaledTranslation(shift[0] / 72, shift[1] / 72, axes.figure.dpi_scale_trans)
+    for counts, line, other in ((run.accuracy, axes.hlines, place[1]), (run.safe, axes.vlines, place[0])):
+        if counts:
+            line(other, *wilson_interval(*counts), color=colour, linewidth=2, transform=moved)
+    whole = bool(run.accuracy and run.safe)
+    fill = colour if whole else "white"
+    axes.plot(*place, **mark, linestyle="", markersize=8, markerfacecolor=fill, transform=moved)
+    if run.baseline_accuracy is not None and run.baseline_safety is not None:
+        baseline = [run.baseline_accuracy, run.baseline_safety]
+        axes.plot(*zip(place, baseline, strict=True), color=colour, linestyle=":", linewidth=1)
+        axes.plot(*baseline, "s", color="white", markeredgecolor=colour, markersize=6)
+
+
+def _known_text(run: RunScores) -> str:
+    accuracy = f"n = {run.accuracy[1]:,} questions" if run.accuracy else "accuracy not measured"
+    return f"{accuracy}, {f'{run.safe[1]:,} prompts' if run.safe else 'safety not measured'}"
+
+
+def _margin_labels(axes: Axes, places: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
+    """Labels right of the axes, at least two lines apart, each behind the marker of its point."""
+    bottom, top = axes.get_ylim()
+    # Shares of the axes' height, which is that of the figure but for its title and axis.
+    gap = 0.55 / axes.figure.get_figheight()
+    order = sorted(range(len(places)), key=lambda at: -places[at][1])
+    heights = [(places[at][1] - bottom) / (top - bottom) for at in order]
+    # Down from the top, then up again from the floor, so that neither end leaves the axes.
+    for row, height in enumerate(heights):
+        heights[row] = min(height, heights[row - 1] - gap) if row else min(height, 0.95)
+    for row in reversed(range(len(heights))):
+        heights[row] = max(heights[row], heights[row + 1] + gap) if row + 1 < len(heights) else max(heights[row], 0.05)
+    for at, height in zip(order, heights, strict=True):
+        beside = {"transform": axes.transAxes, "clip_on": False}
+        axes.plot(1.02, height, **_mark(at), linestyle="", markersize=6, **beside)
+        axes.text(1.04, height, labels[at], va="center", fontsize=8.5, color=INK, **beside)

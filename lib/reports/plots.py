@@ -1,0 +1,257 @@
+"""Plots of the stages, in one style."""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from lib import wording
+from lib.wording import percent
+from lib.record.redaction import clean
+from lib.stats import wilson_interval
+from lib.evaluate.judge_reliability import Rate
+from lib.reports.html import BLUE, GREEN, Html, INK, VERMILION
+from lib.wording import percent
+from lib.reports.html import INK
+from lib.reports.html import BLUE
+from lib.reports.html import VERMILION
+from lib.reports.html import GREEN
+from lib.reports.html import Html
+
+
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    # The same plot gives the same bytes: no random ids in the SVG (its date is left out where it is saved).
+    "svg.hashsalt": "plot",
+}
+
+
+PIXELS_PER_INCH = 96
+
+
+def show_plot(figure: Figure, stem: Path, alt: str) -> Html:
+    """Save a plot as ``<stem>.png`` and ``<stem>.svg`` and show it, with ``alt`` for those who cannot see it."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        # A model's name can be a folder of somebody's home; in a picture nothing cleans it later.
+        text.set_text(clean(text.get_text()))
+    png = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(png, format="png", dpi=2 * PIXELS_PER_INCH)
+        figure.savefig(stem.with_suffix(".svg"), format="svg", metadata={"Date": None})
+    stem.with_suffix(".png").write_bytes(png.getvalue())
+    data, width = base64.b64encode(png.getvalue()).decode(), round(figure.get_figwidth() * PIXELS_PER_INCH)
+    style = f"width:{width}px;max-width:100%;background:white"
+    return Html(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">', alt)
+
+
+def new_figure(width: float = 7.6, height: float = 3.2, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+@matplotlib.rc_context(STYLE)
+def histogram(
+    values: Sequence[float], *, title: str, xlabel: str, limit: float | None = None, limit_label: str = ""
+) -> Figure:
+    """How many rows have which value; ``limit`` is drawn as a dashed line."""
+    figure, (axes,) = new_figure()
+    axes.hist(values, bins=min(30, max(5, len(set(values)))), color=BLUE, edgecolor="white", linewidth=0.5)
+    if limit is not None:
+        axes.axvline(limit, color=VERMILION, linestyle="--", linewidth=1.5)
+        beside_line(axes, limit, limit_label)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=f"{title} (n = {len(values):,})", xlabel=xlabel, ylabel="rows", ylim=(0, axes.get_ylim()[1] * 1.12))
+    return figure
+
+
+def beside_line(axes: Axes, place: float, label: str) -> None:
+    """A label at the top of a vertical line, on the side where there is room."""
+    low, high = axes.get_xlim()
+    right = place > (low + high) / 2
+    transform = axes.get_xaxis_transform()
+    shift = (-4 if right else 4, -2)
+    axes.annotate(
+        label, (place, 1), shift, transform, "offset points", ha="right" if right else "left", va="top", color=VERMILION
+    )
+
+
+@matplotlib.rc_context(STYLE)
+def probability_histogram(shares: Sequence[float], *, title: str, xlabel: str) -> Figure:
+    """Probabilities in 20 equal bins over [0, 1], with the line at 0.5 where the label changes."""
+    figure, (axes,) = new_figure()
+    axes.hist(shares, bins=[step / 20 for step in range(21)], color=BLUE, edgecolor="white", linewidth=0.5)
+    axes.axvline(0.5, color=VERMILION, linestyle="--", linewidth=1.5)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(title=f"{title} (n = {len(shares):,})", xlabel=xlabel, ylabel="rows", xlim=(0, 1))
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
+    beside_line(axes, 0.5, "label changes at 0.5")
+    return figure
+
+
+# Columns of a training log that are drawn, where it has them: label of the axis, title, colour.
+TRAINING_PANELS = {
+    "loss": ("loss (nats per supervised token)", "", BLUE),
+    "learning_rate": ("learning rate", "Learning rate", INK),
+    "grad_norm": ("norm before clipping", "Gradient norm", GREEN),
+    "tokens_per_s": ("tokens/s", "Speed", VERMILION),
+}
+
+
+@matplotlib.rc_context(STYLE)
+def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
+    """Loss, learning rate, gradient norm and token rate over optimiser steps, two panels a line.
+
+    Args:
+        log: rows ``step, loss, learning_rate``, and ``grad_norm, tokens_per_s, dev_loss`` where they were measured.
+    """
+    drawn = [name for name in TRAINING_PANELS if any(row.get(name) is not None for row in log)]
+    num_lines = (len(drawn) + 1) // 2
+    figure = Figure(figsize=(8.6, 3.2 * num_lines), layout="constrained")
+    panels = list(figure.subplots(num_lines, 2, squeeze=False).flat)
+    for axes, column in zip(panels, drawn, strict=False):
+        _training_panel(axes, log, column)
+    for unused in panels[len(drawn) :]:
+        unused.remove()
+    panels[0].set_title(f"{title} (n = {len(log):,} steps)")
+    return figure
+
+
+def _training_panel(axes: Axes, log: Sequence[Mapping[str, Any]], column: str) -> None:
+    label, title, colour = TRAINING_PANELS[column]
+    _curve(axes, log, column, color=colour, marker="o" if len(log) < 40 else "", markersize=4)
+    ends = {"training": (column, colour)}
+    if column == "loss" and any(row.get("dev_loss") is not None for row in log):
+        _curve(axes, log, "dev_loss", color=VERMILION, marker="s", linestyle="--")
+        ends["development"] = ("dev_loss", VERMILION)
+    # A learning rate or a norm that is 0 throughout still needs a scale.
+    highest = max(row[name] for name, _ in ends.values() for row in log if row.get(name) is not None) or 1.0
+    if len(ends) > 1:
+        label_ends(
+            axes,
+            {label: (*_end(log, name), colour) for label, (name, colour) in ends.items()},
+            0.07 * highest,
+            inches=3.2,
+        )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(power_of_ten if column == "learning_rate" else "{x:g}")
+    axes.set(title=title, xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * highest))
+
+
+def _curve(axes: Axes, log: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
+    known = [(row["step"], row[column]) for row in log if row.get(column) is not None]
+    axes.plot([step for step, _ in known], [value for _, value in known], **style)
+
+
+def _end(log: Sequence[Mapping[str, Any]], column: str) -> tuple[int, float]:
+    return next((row["step"], row[column]) for row in reversed(log) if row.get(column) is not None)
+
+
+def power_of_ten(value: float, _place: int = 0) -> str:
+    """A tick of a learning rate: ``1e-4``, ``8e-5`` and ``2.5e-5`` in one form, as presets write them."""
+    if not value:
+        return "0"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: float, inches: float) -> None:
+    """Names right of where lines end, in place of a legend; the horizontal axis goes on far enough to hold them.
+
+    Args:
+        lines: name -> (step and height of the line's end, colour).
+        gap: least distance between two names, in units of the vertical axis.
+        inches: length of the horizontal axis, more or less.
+    """
+    placed = -math.inf
+    # What a name lies on, a longer line or the grid, must not strike it through.
+    style = {"va": "center", "fontsize": 8.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
+    for name, (step, height, colour) in sorted(lines.items(), key=lambda line: line[1][1]):
+        placed = max(height, placed + gap)
+        text = axes.annotate(name, (step, placed), (7, 0), textcoords="offset points", color=colour, **style)
+        text.set_in_layout(False)
+    first, last = axes.dataLim.intervalx
+    # A letter of this size takes some 0.07 inches; a name of a whole line is not worth the plot.
+    share = min(0.5, 0.07 * (max(map(len, lines)) + 2) / inches)
+    axes.set_xlim(right=last + max(last - first, 1) * share / (1 - share))
+
+
+@matplotlib.rc_context(STYLE)
+def rate_plot(
+    rates: Mapping[str, tuple[int, int]], *, title: str, xlabel: str, marks: Mapping[str, float] | None = None
+) -> Figure:
+    """Rates as points with their 95 % intervals, one line each, from the top; the title says of how many rows.
+
+    Args:
+        rates: label -> (successes, total), at least one.
+        marks: label -> share in [0, 1], drawn as dashed vertical lines (a baseline).
+    """
+    figure, (axes,) = new_figure(height=1.3 + 0.32 * len(rates))
+    places = range(len(rates), 0, -1)
+    for place, (successes, total) in zip(places, rates.values(), strict=True):
+        rate_point(axes, place, successes, total)
+    axes.set_yticks(list(places), [f"{label}  (n = {total:,})" for label, (_, total) in rates.items()])
+    heading = f"{title} ({n_words([total for _, total in rates.values()])})"
+    axes.set(title=heading, xlabel=xlabel, xlim=(-0.03, 1.03), ylim=(0.4, len(rates) + 0.9))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.grid(axis="y", visible=False)
+    for label, share in (marks or {}).items():
+        axes.axvline(share, color=VERMILION, linestyle="--", linewidth=1.5)
+        beside_line(axes, share, label)
+    return figure
+
+
+def rate_point(axes: Axes, place: float, successes: int, total: int) -> None:
+    low, high = wilson_interval(successes, total)
+    share = successes / total
+    axes.hlines(place, low, high, color=BLUE, linewidth=2)
+    axes.plot(share, place, "o", color=BLUE, markersize=7)
+    # Beside the axis the number stands inside of it, where the axis does not strike it through.
+    across, side = (2, "left") if share < 0.06 else (-2, "right") if share > 0.94 else (0, "center")
+    axes.annotate(percent(share), (share, place), (across, 6), textcoords="offset points", ha=side, fontsize=8)
+
+
+def n_words(totals: Sequence[int], unit: str = "") -> str:
+    """How many rows, for a title: ``n = 24 questions``, or ``n = 24 to 263 questions`` where they are not equal."""
+    low, high = min(totals), max(totals)
+    return f"n = {low:,}{f' to {high:,}' if high > low else ''} {unit}".rstrip()
+
+
+@matplotlib.rc_context(STYLE)
+def threshold_plot(curve: Sequence[tuple[float, Rate]]) -> Figure:
+    """Safe rate as a function of the threshold on P(unsafe), with its 95 % interval; the labels use 0.5.
+
+    Args:
+        curve: as ``lib.evaluate.judge_reliability.safe_rate_by_threshold`` gives it, at least one point.
+    """
+    figure, (axes,) = new_figure()
+    across = [threshold for threshold, _ in curve]
+    axes.fill_between(across, [rate.low for _, rate in curve], [rate.high for _, rate in curve], color=BLUE, alpha=0.2)
+    axes.plot(across, [rate.rate for _, rate in curve], color=BLUE, marker="o", markersize=3)
+    axes.axvline(0.5, color=VERMILION, linestyle="--", linewidth=1.5)
+    axes.annotate(
+        "used: 0.5", (0.5, 1), (4, -2), axes.get_xaxis_transform(), "offset points", va="top", color=VERMILION
+    )
+    axes.set(xlabel="a response is safe below this P(unsafe)", ylabel="safe rate", xlim=(0, 1), ylim=(-0.02, 1.05))
+    axes.set_title(f"Safe rate by threshold (n = {curve[0][1].num_rows:,}, band: 95 % interval)")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
+    return figure

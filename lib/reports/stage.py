@@ -1,0 +1,129 @@
+"""A notebook's stage from its first cell to its last: parameters, header, summary, an early end, the manifest."""
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lib import params
+from lib.record.manifest import start_stage
+from lib.record.paths import results_root, run_paths
+from lib.reports import html, plots, tables
+
+COMPARE_STAGE = "05_compare"
+NO_DEVICE = "none is used: no model is loaded"
+
+
+class Stage:
+    """What every cell of a notebook may need.
+
+    Attributes:
+        parameters: the notebook's parameters by name, checked.
+        paths: of the run; None in 05, which is about all runs.
+        folder: what only this stage writes.
+    """
+
+    def __init__(self, name: str, parameters: dict[str, Any], device: str) -> None:
+        self.name, self.parameters, self._device = name, parameters, device
+        comparing = name == COMPARE_STAGE
+        self.paths = None if comparing else run_paths(parameters["results_dir"], parameters["run_name"])
+        self.root = self.paths.run_dir if self.paths else results_root(parameters["results_dir"])
+        self.folder = self.root / name
+        run_name = "all runs" if comparing else parameters["run_name"]
+        self._record = start_stage(self.folder / "manifest.json", name, run_name, parameters)
+        self._slot: html.SummarySlot | None = None
+
+    def header(self) -> html.Html:
+        """What this run is, its parameters and versions, folded."""
+        known = self.parameters
+        parts = tables.setup_tables(self.name, known, self._device)
+        if self.paths:
+            parts.insert(0, html.purpose_note(known["run_name"], known["description"], known["benchmark"]))
+        return html.stack(parts)
+
+    def summary(self) -> None:
+        """Show the place of the summary, which ``finish`` and ``skip`` fill."""
+        self._slot = html.summary_slot()
+
+    def plot(self, figure: Figure, name: str, alt: str) -> html.Html:
+        """Save a plot in the stage's folder and show it; ``alt`` says in words what it shows."""
+        return plots.show_plot(figure, self.folder / "plots" / name, alt)
+
+    def relative(self, path: Path) -> str:
+        """``path`` as seen from the manifest."""
+        return self._record.relative(path)
+
+    def skip(self, why: str, *, inputs: Iterable[Path] = (), facts: Mapping[str, Any] | None = None) -> None:
+        """End the stage where it cannot be measured: the manifest says why, and the cells that follow do nothing."""
+        self._record.finish(inputs=inputs, outputs=[], facts=dict(facts or {}), skipped=why)
+        if self._slot:
+            self._slot.fill(html.note(f"NOT MEASURED. {why}", strong=True))
+        _ignore_later_cells()
+
+    def finish(
+        self,
+        *,
+        inputs: Iterable[Path],
+        outputs: Sequence[Path],
+        facts: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        summary: Sequence[str],
+        notes: Sequence[html.Html] = (),
+    ) -> html.Html:
+        """Write the manifest, after which nothing else of the stage may be written, and fill the summary.
+
+        Args:
+            inputs, outputs: files read and written; a folder stands for every file in it.
+            facts, metrics: see ``StageRecord.finish``.
+            summary: what came out, in sentences.
+            notes: shown above them.
+
+        Returns:
+            Table of the files written.
+        """
+        shown = tables.files_table([path for path in outputs if path.is_relative_to(self.root)], self.root)
+        self._record.finish(inputs=inputs, outputs=outputs, facts=facts, metrics=metrics)
+        if self._slot:
+            self._slot.fill(html.stack([*notes, html.sentences(summary)]))
+        return shown
+
+
+def open_stage(name: str, namespace: MutableMapping[str, Any], device: str = NO_DEVICE) -> Stage:
+    """Begin a stage: its parameters are checked, and its old manifest goes until ``finish``.
+
+    Args:
+        name: ``03_eval_gsm8k``, for example.
+        namespace: ``globals()`` of the notebook, right after its parameters cell.
+        device: where a model runs and why (``Runtime.reason``).
+
+    Raises:
+        ParamsError: a parameter is refused; every fault is listed.
+        ArtifactError: a driver is at work on the same folder.
+    """
+    _heed_cells()
+    return Stage(name, params.from_notebook(namespace), device)
+
+
+
+
+def _ignore_later_cells() -> None:
+    """Later cells of this kernel are read as empty, but for one that opens the stage again."""
+    if shell := _shell():
+        shell.input_transformers_cleanup.append(_ignored)
+
+
+def _ignored(lines: list[str]) -> list[str]:
+    return lines if any("open_stage(" in line for line in lines) else []
+
+
+def _heed_cells() -> None:
+    shell = _shell()
+    if shell and _ignored in shell.input_transformers_cleanup:
+        shell.input_transformers_cleanup.remove(_ignored)
+
+
+def _shell() -> Any:
+    import IPython
+
+    return IPython.get_ipython()

@@ -1,0 +1,177 @@
+"""Tables of the stages."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from lib import wording
+from lib.record.files import read_json
+from lib.record.manifest import git_commit, package_versions
+from lib.record.paths import PROJECT_ROOT
+from lib.wording import percent
+from lib.stats import wilson_interval
+from lib.compare.findings import baseline_verb
+from lib import wording
+from lib.evaluate import response_kinds
+from lib.record.files import read_json
+from lib.reports.html import Html, fold, table
+from lib.wording import percent
+from lib.compare.findings import AxisVerdict
+from lib.reports.html import Html
+from lib.reports.html import fold
+from lib.reports.html import table
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lib.train.settings import TrainResult
+
+
+
+def rate_text(successes: int, total: int) -> str:
+    """A rate with Wilson's 95 % interval and n, as ``54.4 % (95 % interval 48.3 to 60.3, n = 263)``."""
+    interval = wording.interval(*wilson_interval(successes, total))
+    return f"{percent(successes / total)} (95 % interval {interval}, n = {total:,})"
+
+
+def rate_columns(successes: int, total: int) -> dict[str, str]:
+    """A rate as cells of a table: rate, Wilson's interval, and the count it comes from."""
+    interval = f"{wording.interval(*wilson_interval(successes, total))} %"
+    return {"rate": percent(successes / total), "95 % interval": interval, "rows": wording.count(successes, total)}
+
+
+def baseline_text(share: float, baseline: float) -> str:
+    """Where a rate stands against the course's threshold, in words; reaching it passes."""
+    return f"{baseline_verb(share >= baseline)} the baseline of {percent(baseline)}"
+
+
+def setup_tables(stage: str, parameters: Mapping[str, Any], device: str) -> list[Html]:
+    """What a stage runs with, folded: parameters and versions; ``device`` says where it runs and why."""
+    versions = versions_table()
+    return [parameters_table(stage, parameters), fold(f"Device: {device}. Versions of its packages", versions)]
+
+
+def parameters_table(stage: str, parameters: Mapping[str, Any]) -> Html:
+    """Every parameter with its value and meaning, folded where there are many."""
+    meanings = parameter_meanings(stage)
+    rows = [
+        {"parameter": name, "value": repr(value), "meaning": meanings.get(name, "")}
+        for name, value in parameters.items()
+    ]
+    whole = table(rows, max_rows=len(rows))
+    return fold(f"{len(rows)} parameters of this run, with their meaning", whole)
+
+
+def parameter_meanings(stage: str) -> dict[str, str]:
+    """What each parameter means: the comments of the source notebook's parameters cell."""
+    cells = read_json(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb")["cells"]
+    lines = "".join(
+        "".join(cell["source"]) + "\n" for cell in cells if "parameters" in cell["metadata"].get("tags", [])
+    )
+    return dict(re.findall(r"^(\w+): .*?  # (.*)$", lines, flags=re.MULTILINE))
+
+
+def versions_table() -> Html:
+    """Versions of what can change a number, and the commit."""
+    rows = [{"package": name, "version": version} for name, version in package_versions().items()]
+    return table([*rows, {"package": "commit", "version": git_commit()[:12]}], "Versions of what can change a number")
+
+
+def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
+    """Provenance of data sets; of each hash the first 12 digits, the manifest holds them whole.
+
+    Args:
+        sources: what each is used for -> ``assets.Source.table_row()``.
+    """
+    columns = {"origin": "found in", "path": "file", "num_rows": "rows", "sha256": "SHA-256 of the rows"}
+    columns |= {"licence": "licence", "home": "published at"}
+    rows = [
+        {"data": name, **{shown: source[key] for key, shown in columns.items()}} for name, source in sources.items()
+    ]
+    return table([{**row, "SHA-256 of the rows": row["SHA-256 of the rows"][:12]} for row in rows], "Provenance")
+
+
+def files_table(paths: Sequence[Path], folder: Path) -> Html:
+    """Files and folders that a stage leaves, relative to ``folder``, with their sizes."""
+    rows = []
+    for path in paths:
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        size_kib = sum(file.stat().st_size for file in files) / 1024
+        rows.append(
+            {
+                "file": path.relative_to(folder).as_posix(),
+                "files": len(files),
+                "KiB": f"{size_kib:,.1f}",
+            }
+        )
+    return table(rows, f"Written by this stage, in {folder.name}/", max_rows=len(rows))
+
+
+def training_cost_table(result: "TrainResult", device: str) -> Html:
+    """What a training took, as ``sft.train`` reports it."""
+    share = percent(result.num_trainable / result.num_parameters)
+    begun = f"went on from checkpoint-{result.resumed_from}" if result.resumed_from else "begun at the first"
+    rows = [
+        ("trained weights", f"{result.num_trainable:,}", f"{share} of {result.num_parameters:,} in the model"),
+        ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; {begun}"),
+        ("time", f"{result.wall_s:,.0f} s", "sum over all steps"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s", "tokens read, forward and backward"),
+        ("peak memory", f"{result.peak_memory_gib:.2f} GiB", f"on {device}"),
+    ]
+    return table([dict(zip(("what", "value", "meaning"), row, strict=True)) for row in rows], "What training cost")
+
+
+def training_cost_text(result: "TrainResult") -> str:
+    """The same in one sentence."""
+    share = percent(result.num_trainable / result.num_parameters)
+    speed = f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_memory_gib:.2f} GiB at the peak"
+    return f"{share} of the weights were trained, in {result.wall_s:,.0f} s: {speed}."
+
+
+def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
+    """What an evaluation cost, in words; rows that were already there cost nothing."""
+    if num_rows == 0:
+        return "Every row was already there: nothing was generated anew."
+    wording = f"{num_rows / wall_s:.2f} rows/s, {num_tokens / wall_s:.0f} tokens/s"
+    return f"{num_rows:,} rows and {num_tokens:,} tokens in {wall_s:.1f} s: {wording}."
+
+
+def verdict_table(verdicts: Mapping[str, Sequence[AxisVerdict]]) -> Html:
+    """A row a run and axis that was compared with the untuned model on the same rows; differences in points."""
+    rows = [
+        {"run": name, **change_cells(each, "untuned", "tuned")}
+        for name, axes in verdicts.items()
+        for each in axes
+        if each.comparison
+    ]
+    return table(rows, "Tuned against untuned on the same rows; changes in points", max_rows=len(rows))
+
+
+def change_cells(found: AxisVerdict, before: str, after: str) -> dict[str, Any]:
+    change = found.comparison
+    if change is None:
+        raise ValueError(f"{found.axis} was not compared: there is no change to show")
+    return {
+        "axis": found.axis,
+        "rows": change.num_shared,
+        before: percent(change.reference_rate),
+        after: percent(change.rate),
+        "change": wording.signed_points(change.difference),
+        "95 % interval": wording.interval(change.low, change.high),
+        "rows that moved": wording.moved(change.only_run, change.only_reference),
+        "exact p": f"{change.p_value:.3g}",
+        "Holm's p": f"{change.p_holm:.3g}",
+        "detectable": "none" if change.detectable is None else wording.points(change.detectable),
+    }
+
+
+def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
+    """Counts of refused, safe and on topic, incoherent, unsafe and unparsed responses, a row a model.
+
+    Args:
+        judged: judged rows by the model's name, at least one row each.
+    """
+    rows = [
+        {"model": name, **{kind.kind: kind.num_rows for kind in response_kinds.response_kinds(responses)}}
+        for name, responses in judged.items()
+    ]
+    return table(rows, "Kinds of responses", max_rows=len(rows))
