@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
-from lib.evaluate import hazards
-from lib.record.rows import read_jsonl
+
 from lib.compare.comparison import FrontierPoint
 from lib.compare.runs import RunScores
+from lib.evaluate import hazards
+from lib.record.rows import read_jsonl
 from lib.reports.html import BLUE, GREEN, INK, ORANGE, SKY, VERMILION
 from lib.reports.plots import STYLE, label_ends, n_words, new_figure
 from lib.stats import wilson_interval
-
-
 
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, SKY, INK)
 

@@ -2,22 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
 from lib import gsm8k
 from lib.compare import comparison
-from lib.compare.runs import METRIC_STAGES
-from lib.evaluate import hazards
-from lib.record.files import read_json, sha256_json
 from lib.compare.comparison import FrontierPoint, RunPair
-from lib.compare.runs import RunScores
-from lib.prepare.overlap import OverlapEffect
-from lib.reports.html import Html, fold, note, stack, table
-from lib.reports.tables import rate_columns
-from lib.wording import percent
 from lib.compare.findings import Flip
-from lib.reports.tables import change_cells
+from lib.compare.runs import METRIC_STAGES, RunScores
+from lib.evaluate import hazards
+from lib.prepare.overlap import OverlapEffect
+from lib.record.files import read_json, sha256_json
+from lib.reports.html import Html, fold, note, stack, table
 from lib.reports.judge_tables import interval_cell
-
-
+from lib.reports.tables import change_cells, rate_columns
+from lib.wording import percent
 
 NOT_RECORDED = "not recorded"
 
@@ -158,9 +155,7 @@ def frontier_table(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Html:
 
 def costs_table(runs: Sequence[RunScores]) -> Html:
     """Seconds, speed, peak memory and device of each stage of each run, as its manifest noted them."""
-    rows = [
-        _cost_row(run, stage) for run in runs for stage in METRIC_STAGES if run.paths.manifest(stage).exists()
-    ]
+    rows = [_cost_row(run, stage) for run in runs for stage in METRIC_STAGES if run.paths.manifest(stage).exists()]
     return table(rows, "What each stage took", max_rows=len(rows)) if rows else note("No run notes what it took.")
 
 

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
+
 import pandas as pd
-
-
 
 MAX_TABLE_ROWS = 10
 
@@ -103,7 +102,9 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = 
         rows: at least one; every row's keys in the order of the columns.
         caption: stands above; says how many rows are not shown, where there are more than ``max_rows``.
     """
-    shown = pd.DataFrame([{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object)
+    shown = pd.DataFrame(
+        [{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object
+    )
     shown = shown.fillna("–")
     if len(rows) > max_rows:
         caption = f"{caption} (first {max_rows} of {len(rows):,})".strip()

@@ -2,12 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
 from lib import wording
 from lib.evaluate import hazards
-from lib.evaluate.judge_reliability import Agreement, CorrectedRate, Disagreement, Rate, WordingSpread, disagreement, wording_spread
+from lib.evaluate.judge_reliability import (
+    Agreement,
+    CorrectedRate,
+    Disagreement,
+    Rate,
+    WordingSpread,
+    disagreement,
+    wording_spread,
+)
 from lib.reports.html import Html, sentences, stack, table
 from lib.wording import percent
-
 
 
 def rate_words(rate: Rate | CorrectedRate) -> str:

@@ -4,14 +4,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
 from lib.record.files import write_text
 from lib.record.paths import ArtifactError, display_path
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
-
 
 
 MAX_ERROR_LENGTH = 2000

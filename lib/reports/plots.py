@@ -7,25 +7,18 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from lib import wording
-from lib.wording import percent
-from lib.record.redaction import clean
-from lib.stats import wilson_interval
+
 from lib.evaluate.judge_reliability import Rate
-from lib.reports.html import BLUE, GREEN, Html, INK, VERMILION
+from lib.record.redaction import clean
+from lib.reports.html import BLUE, GREEN, INK, VERMILION, Html
+from lib.stats import wilson_interval
 from lib.wording import percent
-from lib.reports.html import INK
-from lib.reports.html import BLUE
-from lib.reports.html import VERMILION
-from lib.reports.html import GREEN
-from lib.reports.html import Html
-
-
 
 STYLE = {
     "font.size": 10,

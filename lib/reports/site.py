@@ -21,15 +21,14 @@ from typing import Any
 
 from lib import gsm8k, safety, wording
 from lib.compare import comparison, findings, tables
-from lib.compare.runs import SAFETY_STAGE, collect_runs, untuned_runs
+from lib.compare.findings import AxisVerdict, Comparison
+from lib.compare.runs import SAFETY_STAGE, RunScores, collect_runs, untuned_runs
 from lib.evaluate import response_kinds
-from lib.record.rows import row_id
 from lib.record.files import write_text
 from lib.record.manifest import is_redacted
-from lib.record.paths import RunPaths, STAGES, results_root
-from lib.compare.runs import RunScores
+from lib.record.paths import STAGES, RunPaths, results_root
 from lib.record.redaction import clean_value
-from lib.compare.findings import AxisVerdict, Comparison
+from lib.record.rows import row_id
 
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
 INDEX = "index.html"

@@ -105,8 +105,6 @@ def open_stage(name: str, namespace: MutableMapping[str, Any], device: str = NO_
     return Stage(name, params.from_notebook(namespace), device)
 
 
-
-
 def _ignore_later_cells() -> None:
     """Later cells of this kernel are read as empty, but for one that opens the stage again."""
     if shell := _shell():

@@ -3,28 +3,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
 from lib import wording
+from lib.compare.findings import AxisVerdict, baseline_verb
+from lib.evaluate import response_kinds
 from lib.record.files import read_json
 from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import PROJECT_ROOT
-from lib.wording import percent
-from lib.stats import wilson_interval
-from lib.compare.findings import baseline_verb
-from lib import wording
-from lib.evaluate import response_kinds
-from lib.record.files import read_json
 from lib.reports.html import Html, fold, table
+from lib.stats import wilson_interval
 from lib.wording import percent
-from lib.compare.findings import AxisVerdict
-from lib.reports.html import Html
-from lib.reports.html import fold
-from lib.reports.html import table
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lib.train.settings import TrainResult
-
 
 
 def rate_text(successes: int, total: int) -> str:

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k
-from lib.compare.runs import collect_runs, untuned_runs
+from lib.compare.runs import RunScores, collect_runs, untuned_runs
 from lib.record.files import write_json
 from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import results_root
-from lib.record.rows import write_jsonl
-from lib.compare.runs import RunScores
-from lib.record.rows import row_id
+from lib.record.rows import row_id, write_jsonl
 
 Row = Mapping[str, Any]
 FOLDER = "lm_eval"

@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from lib.compare.comparison import COMPARE_STAGE, COMPARISON, judge_runs
-from lib.compare.runs import collect_runs
+from lib.compare.findings import AxisVerdict, verdict_sentence
+from lib.compare.runs import RunScores, collect_runs
 from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY
 from lib.record import manifest
 from lib.record.files import read_json, sha256_file, sha256_json
 from lib.record.manifest import is_redacted
-from lib.record.paths import RunPaths, STAGES, results_root
-from lib.record.rows import read_jsonl, write_jsonl
-from lib.compare.runs import RunScores
+from lib.record.paths import STAGES, RunPaths, results_root
 from lib.record.redaction import clean_value
+from lib.record.rows import read_jsonl, write_jsonl
 from lib.stats import wilson_interval
-from lib.compare.findings import AxisVerdict, verdict_sentence
 
 EXPERIMENT = "tune-and-tell"
 # MLflow's page then shows runs and curves first, not traces of applications.

@@ -18,12 +18,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lib import gsm8k
 from lib.compare import runs, tables
+from lib.driver.terminal import fail, tell
 from lib.engine import load, sources
 from lib.record import lookup, manifest
-from lib.train import checkpoint_selection, model_card
 from lib.record.files import folder_in_making, free_bytes, read_json, sha256_file, sha256_json, share
 from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home, require, results_root, run_paths
-from lib.driver.terminal import fail, tell
+from lib.train import checkpoint_selection, model_card
 
 FOLDER = "models"
 # Free space, relative to the weights.
@@ -179,7 +179,9 @@ def _facts(run: Evaluated, base: sources.ModelSource) -> model_card.CardFacts:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the models of the named runs; returns 1 if any failed, the others are still written."""
-    parser = argparse.ArgumentParser(prog="python -m lib.reports.to_transformers", description="Evaluated models as plain folders.")
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.reports.to_transformers", description="Evaluated models as plain folders."
+    )
     parser.add_argument("--results-dir", default="", help="folder of the runs")
     parser.add_argument("--assets", default="", help="folder with models already fetched")
     parser.add_argument("--offline", action="store_true", help="never use the network")
