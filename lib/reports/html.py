@@ -90,9 +90,10 @@ def fold(summary: str, inside: Html) -> Html:
     return Html(f"<details><summary>{html.escape(summary)}</summary>{inside.html}</details>", summary)
 
 
-def stack(parts: Sequence[Html]) -> Html:
-    """Several parts below each other, as one output."""
-    return Html("\n".join(part.html for part in parts), "\n\n".join(part.text for part in parts))
+def stack(parts: Sequence[Html | None]) -> Html | None:
+    """Several parts below each other, as one output, without those that are None; None where nothing is left."""
+    shown = [part for part in parts if part]
+    return Html("\n".join(part.html for part in shown), "\n\n".join(part.text for part in shown)) if shown else None
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = MAX_TABLE_ROWS) -> Html:

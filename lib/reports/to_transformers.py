@@ -17,8 +17,8 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import gsm8k
-from lib.compare import runs, tables
-from lib.driver.terminal import fail, tell
+from lib.compare.runs import METRIC_STAGES, Run, load_run
+from lib.compare.tables import score_text
 from lib.engine import load, sources
 from lib.record import lookup, manifest
 from lib.record.files import folder_in_making, free_bytes, read_json, sha256_file, sha256_json, share
