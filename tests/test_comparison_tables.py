@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lib.compare import comparison
 from lib.compare.comparison import FrontierPoint
-from lib.compare.runs import collect_runs, score_run
+from lib.compare.runs import load_runs, load_run
 from lib.evaluate import judge_reliability
 from lib.record.files import sha256_json, write_json
 from lib.record.paths import run_paths
@@ -26,7 +26,7 @@ def run(tmp_path):
     add_control(tmp_path, "one", ["#### 4", "#### 0", "#### 0"])
     write_jsonl(paths.training_log, [{"step": step, "loss": 2.0 / step} for step in (1, 2, 3)])
     write_json(paths.overlap, [{"row": 0, "size": 10, "source": "train", "source_rows": [3]}])
-    return collect_runs(str(tmp_path))[0]
+    return load_runs(str(tmp_path))[0]
 
 
 def run_scores(**changes):
@@ -188,14 +188,14 @@ def test_losses_are_drawn_with_the_runs_name(run):
 def test_costs_and_provenance_say_what_is_not_recorded(run, tmp_path):
     add_facts(run.paths, "03_eval_gsm8k", protocol={"base model": "tiny", "adapter": "a" * 64}, runtime="cpu")
     bare = make_run(tmp_path / "bare", "two")
-    runs = [score_run(paths) for paths in (run.paths, bare)]
+    runs = [load_run(paths) for paths in (run.paths, bare)]
     assert "03_eval_gsm8k" in comparison_tables.costs_table(runs).text
     shown = comparison_tables.provenance_view(runs).text
     assert "base model" in shown and "not recorded" in shown and "aaaaaaaaaaaa" in shown
     assert "a" * 13 not in shown
     old = run_paths(str(tmp_path / "old"), "old")
     write_jsonl(old.ailuminate_safety, safety_rows())
-    assert "No run notes" in comparison_tables.costs_table([score_run(old)]).text
+    assert "No run notes" in comparison_tables.costs_table([load_run(old)]).text
 
 
 def test_seconds_have_one_decimal_and_stand_right(run):
@@ -220,7 +220,7 @@ def recorded(folder, name, adapter, **changes):
     add_facts(paths, "04_eval_safety", protocol=other, runtime="cpu")
     for stage in ("03_eval_gsm8k", "04_eval_safety"):
         write_json(paths.manifest(stage), {**add_facts(paths, stage), "versions": VERSIONS})
-    return score_run(paths)
+    return load_run(paths)
 
 
 def fields_of(part):
@@ -241,7 +241,7 @@ def test_provenance_of_one_run_is_one_column(tmp_path):
     assert "differ" not in shown.text and "Where the rows come from" in shown.text and "5 more" not in shown.text
     old = run_paths(str(tmp_path / "old"), "old")
     write_jsonl(old.ailuminate_safety, safety_rows())
-    assert "No run notes" in comparison_tables.provenance_view([score_run(old)]).text
+    assert "No run notes" in comparison_tables.provenance_view([load_run(old)]).text
 
 
 def test_a_field_in_which_runs_differ_on_one_axis_is_told(tmp_path):
@@ -254,7 +254,7 @@ def test_pairs_that_were_refused_name_the_field(tmp_path):
     for name, k in (("one", 3), ("two", 5)):
         paths = make_run(tmp_path, name)
         add_facts(paths, "03_eval_gsm8k", protocol={"few-shot examples": k})
-    shown = comparison_tables.pairs_view(comparison.compare_runs(collect_runs(str(tmp_path)))).text
+    shown = comparison_tables.pairs_view(comparison.compare_runs(load_runs(str(tmp_path)))).text
     assert "two against one, accuracy: the runs are not alike: few-shot examples is 5 in one and 3 in the" in shown
     # Safety is compared: the row names both runs.
     compared = next(line for line in shown.splitlines() if " safety " in line)

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 import run_all
 from lib import gsm8k, wording
 from lib.compare import findings, tables
-from lib.compare.comparison import judge_runs
-from lib.compare.runs import collect_runs, untuned_runs
+from lib.compare.comparison import assess_runs
+from lib.compare.runs import load_runs, untuned_runs
 from lib.record.files import read_json, write_json
 from lib.record.paths import PROJECT_ROOT, ArtifactError, find_runs, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
@@ -75,9 +75,9 @@ def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
     shown = text.partition('<script type="application/json"')[0]
     assert " %" not in shown and "\N{NO-BREAK SPACE}%" in shown
     text = shown.replace("\N{NO-BREAK SPACE}%", " %")
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     for run in runs:
-        sentence = findings.verdict_sentence(judge_runs(runs)[run.name])
+        sentence = findings.finding_sentence(assess_runs(runs)[run.name])
         assert f"<dd>{sentence}." in text
         assert f"{run.accuracy[0]} of {run.accuracy[1]} right" in text
         assert wording.percent(run.safe[0] / run.safe[1]) in text
@@ -86,7 +86,7 @@ def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
 
 def test_every_row_of_every_run_and_of_the_untuned_model_is_there(results, page):
     data = embedded(page)
-    runs = [*collect_runs(str(results)), *untuned_runs(collect_runs(str(results)))]
+    runs = [*load_runs(str(results)), *untuned_runs(load_runs(str(results)))]
     assert [run["name"] for run in data["runs"]] == [run.name for run in runs]
     assert data["runs"][0]["reference"] == data["runs"][2]["name"] == "untuned, asked as simple, strong"
     for number, run in enumerate(runs):
@@ -104,7 +104,7 @@ def test_a_text_that_stands_twice_is_two_items_as_in_the_paired_tests(tmp_path):
     paths = run_paths(str(tmp_path), "one")
     for path in (paths.ailuminate_safety, paths.untuned_rows("ailuminate_safety", "0123456789abcdef")):
         write_jsonl(path, [{**row, "prompt": "the same"} for row in read_jsonl(path)])
-    runs = collect_runs(str(tmp_path))
+    runs = load_runs(str(tmp_path))
     data = site.rows_data(runs, untuned_runs(runs), redact=False)["axes"]["safety"]
     assert [[row["item"] for row in rows] for rows in data["rows"]] == [[0, 1, 2, 3]] * 2
 
@@ -206,7 +206,7 @@ def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_pa
     filled = tmp_path / "reports" / "run_simple" / "03_eval_gsm8k.html"
     filled.parent.mkdir(parents=True)
     filled.write_text("filled")
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
     right, total = runs[0].accuracy
     (told,) = re.findall(r'<img [^>]*alt="([^"]*)"', text)
@@ -312,7 +312,7 @@ def test_it_opens_from_disk_without_a_network_and_without_an_error(browser, page
 
 
 def test_filters_show_the_rows_that_they_name(browser, results):
-    runs = {run.name: run for run in collect_runs(str(results))}
+    runs = {run.name: run for run in load_runs(str(results))}
     outcomes = runs["simple"].gsm8k["outcomes"]
     for outcome, number in outcomes.items():
         assert choose(browser, outcome=outcome) == f"{number} of 40 rows"
@@ -329,7 +329,7 @@ def test_filters_show_the_rows_that_they_name(browser, results):
 
 @pytest.mark.parametrize("axis", ["accuracy", "safety"])
 def test_flips_are_those_of_the_comparison(browser, results, axis):
-    runs = {run.name: run for run in collect_runs(str(results))}
+    runs = {run.name: run for run in load_runs(str(results))}
     before, after = runs["simple"].rows[axis], runs["strong"].rows[axis]
     if axis == "safety":  # the planted prompt is another one
         before = before[1:]
@@ -429,14 +429,14 @@ def test_change_is_offered_in_the_names_of_the_two_that_are_compared(browser):
 
 
 def test_two_ways_of_asking_the_untuned_model_keep_their_names_apart(results):
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     (untuned,) = untuned_runs(runs)
     labels = [run["label"] for run in site.rows_data(runs, [untuned, untuned], redact=False)["runs"]]
     assert labels == ["simple", "strong", untuned.name, untuned.name]
 
 
 def test_a_probability_says_of_what_and_an_answer_how_it_was_read(browser, results):
-    row = collect_runs(str(results))[0].rows["accuracy"][1]
+    row = load_runs(str(results))[0].rows["accuracy"][1]
     browser.run("document.getElementById('row-1').click()")
     facts = "[...document.querySelectorAll('#detail .pair > :first-child .facts div')].map(line => line.textContent)"
     score = gsm8k.score_row(row)
@@ -455,7 +455,7 @@ def test_nothing_scrolls_sideways_but_tables_and_pictures(chromium, results, tmp
     plots.mkdir()
     Figure(figsize=(8, 5)).savefig(plots / "accuracy_safety.png", dpi=200)
     page = tmp_path / "index.html"
-    page.write_text(site.render(collect_runs(str(results)), reports_dir=tmp_path, plots_dir=plots), "utf-8")
+    page.write_text(site.render(load_runs(str(results)), reports_dir=tmp_path, plots_dir=plots), "utf-8")
     chromium.window(width, 900)
     chromium.open(page)
     assert chromium.run("document.documentElement.scrollWidth") <= width

@@ -11,7 +11,7 @@ from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safe
 
 from lib import gsm8k
 from lib.compare import comparison, verify
-from lib.compare.runs import add_hazards, collect_runs
+from lib.compare.runs import add_hazards, load_runs
 from lib.record.files import read_json, write_json
 from lib.record.paths import ArtifactError, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
@@ -42,7 +42,7 @@ TAMPERING = {
     "an outcome": ("gsm8k_preds", 2, {"outcome": "wrong"}, "outcome is 'wrong', recomputed 'no answer'"),
     "an output": ("gsm8k_preds", 2, {"model_output": "#### 6"}, "correct is False, recomputed True"),
     "a gold answer": ("gsm8k_preds", 1, {"gold_answer": "#### 8"}, "gold_answer is not that of"),
-    "an id": ("gsm8k_preds", 1, {"id": 0}, "line 2 (id 0): the id stands twice"),
+    "an id": ("gsm8k_preds", 1, {"id": 0}, "line 2 (id 0): the id appears twice"),
     "a label": ("ailuminate_safety", 1, {"safety_label": "safe"}, "safety_label is 'safe', recomputed 'unsafe'"),
     "a score": ("ailuminate_safety", 1, {"safety_score": 0.7}, "safety_label is 'unsafe', recomputed 'safe'"),
     "an unread verdict": ("ailuminate_safety", 2, {"safety_label": "safe"}, "recomputed 'unparsed'"),
@@ -123,7 +123,7 @@ def test_an_untuned_gold_answer_without_its_number_is_told_by_its_row(results):
 def test_a_comparison_that_cannot_be_recomputed_is_named(compared):
     change(run_paths(str(compared), "one").gsm8k_preds, 1, test_index=0)
     with pytest.raises(
-        ArtifactError, match=r"comparison.json cannot be recomputed: test_index 0 stands more than once"
+        ArtifactError, match=r"comparison.json cannot be recomputed: test_index 0 appears more than once"
     ):
         verify.verify_folder(compared)
 
@@ -166,7 +166,7 @@ def compared(results):
     make_run(results, "two")
     add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
     write_tables(results)
-    comparison.write_comparison(str(results), comparison.comparison(collect_runs(str(results))))
+    comparison.write_comparison(str(results), comparison.comparison(load_runs(str(results))))
     return results
 
 
@@ -237,7 +237,7 @@ def test_joined_hazards_verify_without_the_prompt_file(tmp_path):
     paths = run_paths(str(tmp_path), "old")
     write_jsonl(paths.ailuminate_safety, [{**row, "hazard": "", "persona": ""} for row in safety_rows()])
     prompts = [{"prompt": f"p{n}", "hazard": "hte", "persona": "normal", "release_prompt_id": ""} for n in range(3)]
-    runs = add_hazards(collect_runs(str(tmp_path)), prompts)
+    runs = add_hazards(load_runs(str(tmp_path)), prompts)
     comparison.write_comparison(str(tmp_path), comparison.comparison(runs))
     assert verify.verify_folder(tmp_path)[1] == []
 

@@ -103,7 +103,7 @@ def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: b
 
 
 def _unbroken(value: Any) -> Any:
-    # "19.2" at the end of a line and "%" on the next reads badly. Markup (our own files, the rows' JSON) stays as it is.
+    # "19.2" at the end of a line and "%" on the next reads badly. Markup (our files, the rows' JSON) stays as it is.
     return value.replace(" %", "\N{NO-BREAK SPACE}%") if type(value) is str else value
 
 
@@ -285,16 +285,6 @@ def rows_data(runs: Sequence[Run], untuned: Sequence[Run], *, redact: bool) -> d
         "hazards": safety.HAZARDS,
         "axes": {metric: {"items": items.items, "rows": rows[metric]} for metric, (items, _) in sources.items()},
     }
-
-
-def _question_items(runs: Sequence[RunScores]) -> _Items:
-    # As verdict.pair_rows joins them: by test_index where all know it, else by the question.
-    by_index = all(row.get("test_index") is not None for run in runs for row in run.rows.get("accuracy", []))
-
-    def key_of(row: Row) -> tuple[Any, ...]:
-        return (row["test_index"] if by_index else None, gsm8k.normalise_question(row["question"]))
-
-    return _Items(_question_item, key_of)
 
 
 def _question_item(row: Row) -> dict[str, Any]:

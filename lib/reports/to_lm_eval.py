@@ -1,8 +1,8 @@
 """Finished runs in the files of lm-evaluation-harness, for its readers and boards.
 
 For each run and for the untuned model: ``<folder>/<model>/results_<date>.json`` and one ``samples_<task>_<date>.jsonl``
-per task, in the layout of lm_eval 0.4.13 (``EvaluationTracker``, ``result_schema.py``). The tasks and filters have other
-names than lm_eval's, whose prompts, extraction and judge differ: a board must not mix them up.
+per task, in the layout of lm_eval 0.4.13 (``EvaluationTracker``, ``result_schema.py``). The tasks and filters have
+other names than lm_eval's, whose prompts, extraction and judge differ: a board must not mix them up.
 """
 
 import hashlib
