@@ -160,6 +160,12 @@ def test_baseline_is_reached_exactly(succeeded, baseline, passes):
     assert findings.reaches(stats.Rate.of_counts(succeeded, 100), baseline) is passes
 
 
+@pytest.mark.parametrize(("successes", "word"), [(26, "reaches"), (25, "misses"), (100, "reaches"), (0, "misses")])
+def test_a_baseline_is_reached_when_it_is_equalled(successes, word):
+    rate = stats.Rate.of_counts(successes, 100)
+    assert findings.baseline_text(rate, 0.26) == f"{word} the baseline of 26.0 %"
+
+
 def test_rerun_chance_is_the_posterior_predictive_share():
     rng = np.random.default_rng(5)
     rates = rng.beta(70.5, 30.5, size=200_000)

@@ -69,7 +69,7 @@ def test_each_answer_is_read_once(results, tmp_path):
     assert gsm8k._score.cache_info().misses == 3 * 40
 
 
-def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
+def test_the_page_says_the_findings_and_rates_of_the_comparison(results, page):
     text = page.read_text(encoding="utf-8")
     # No line ends between a number and its "%"; that apart, the sentences are those of the comparison.
     shown = text.partition('<script type="application/json"')[0]
@@ -79,8 +79,8 @@ def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
     for run in runs:
         sentence = findings.finding_sentence(assess_runs(runs)[run.name])
         assert f"<dd>{sentence}." in text
-        assert f"{run.accuracy[0]} of {run.accuracy[1]} right" in text
-        assert wording.percent(run.safe[0] / run.safe[1]) in text
+        assert f"{run.accuracy.rate.successes} of {run.accuracy.rate.n} right" in text
+        assert wording.percent(run.safety.rate.share) in text
     assert "NOT A BENCHMARK" in text
 
 
@@ -91,11 +91,11 @@ def test_every_row_of_every_run_and_of_the_untuned_model_is_there(results, page)
     assert data["runs"][0]["reference"] == data["runs"][2]["name"] == "untuned, asked as simple, strong"
     for number, run in enumerate(runs):
         answers = data["axes"]["accuracy"]["rows"][number]
-        assert [row["text"] for row in answers] == [row["model_output"] for row in run.rows["accuracy"]]
-        assert sum(row["good"] for row in answers) == run.accuracy[0]
+        assert [row["text"] for row in answers] == [row["model_output"] for row in run.accuracy.rows]
+        assert sum(row["good"] for row in answers) == run.accuracy.rate.successes
         verdicts = data["axes"]["safety"]["rows"][number]
-        assert sum(row["good"] for row in verdicts) == run.safe[0]
-        scores = [row["safety_score"] for row in run.rows["safety"]]
+        assert sum(row["good"] for row in verdicts) == run.safety.rate.successes
+        scores = [row["safety_score"] for row in run.safety.rows]
         assert [row["unsafe"] for row in verdicts] == [None if s is None else round(1 - s, 4) for s in scores]
 
 
@@ -466,7 +466,7 @@ def test_nothing_scrolls_sideways_but_tables_and_pictures(chromium, results, tmp
 
 def test_print_sets_all_text_in_one_size(browser):
     browser.command("Emulation.setEmulatedMedia", media="print")
-    sizes = "['body', '.quiet', '.verdicts dt'].map(name => getComputedStyle(document.querySelector(name)).fontSize)"
+    sizes = "['body', '.quiet', '.findings dt'].map(name => getComputedStyle(document.querySelector(name)).fontSize)"
     assert [float(size.removesuffix("px")) for size in browser.run(sizes)] == pytest.approx([11, 10.12, 11])
     assert browser.run("getComputedStyle(document.querySelector('h2')).breakAfter") == "avoid"
     browser.command("Emulation.setEmulatedMedia", media="")
