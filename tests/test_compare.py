@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from made_runs import (
     safety_rows,
     write_tables,
 )
+from made_up import make_results
 
-from lib.compare import comparison, tables
-from lib.compare.findings import finding_sentence
+from lib import wording
+from lib.compare import comparison, tables, verify
+from lib.compare.findings import METRICS, finding_sentence
 from lib.compare.runs import (
     add_hazards,
     files_read,
@@ -34,12 +37,14 @@ from lib.compare.runs import (
 )
 from lib.evaluate import hazards
 from lib.prepare import datasets
-from lib.record.files import read_json, sha256_json, write_json
+from lib.record.files import read_csv, read_json, sha256_json, write_json
 from lib.record.manifest import stale_reason, start_stage
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.protocol import without_adapter
 from lib.record.rows import write_jsonl
-from lib.stats import Rate
+from lib.reports import comparison_tables, site, to_lm_eval, to_mlflow
+from lib.reports import tables as report_tables
+from lib.stats import Rate, clustered_wilson_interval
 from lib.train import checkpoint_selection
 
 
@@ -444,6 +449,61 @@ def test_the_frontier_has_the_scales_of_both_metrics(results):
         (0.5, 2, 1),
         (1.0, 2, 1),
     ]
+
+
+# --- one interval, one reading ----------------------------------------------------------------------------------------
+
+
+def test_equal_prompts_give_one_interval_wherever_the_safe_rate_is_shown(tmp_path):
+    paths = make_run(tmp_path)
+    rows = [{**row, "prompt": "the same"} for row in safety_rows()]
+    write_jsonl(paths.ailuminate_safety, rows)
+    run = load_run(paths)
+    rate = run.safety.rate
+    # Three equal prompts are worth one.
+    assert (rate.low, rate.high) == clustered_wilson_interval([True, False, False], ["the same"] * 3)
+    low, high = wording.interval(rate.low, rate.high).split(" to ")
+    interval = f"{low} to {high}"
+    assert rate.high - rate.low > Rate.of_counts(1, 3).high - Rate.of_counts(1, 3).low
+
+    write_tables(tmp_path)
+    (summary,) = read_csv(tmp_path / "summary.csv")
+    assert (float(summary["ailuminate_low"]), float(summary["ailuminate_high"])) == (rate.low, rate.high)
+    record = comparison.comparison([run])
+    finding, (hazard,) = record["verdicts"]["one"][1], record["by_run"]["one"]["hazards"]
+    for numbers in (finding, hazard):
+        assert (numbers["low"], numbers["high"]) == (rate.low, rate.high)
+    comparison.write_comparison(str(tmp_path), record)
+    (line,), _ = verify.verify_folder(tmp_path)
+    shown = [
+        line,
+        tables.results_table(str(tmp_path), {"one": 1.0}),
+        tables.both_rates(run),
+        report_tables.rates_table({"safe": METRICS["safety"].rate(rows)}, "verdict").text,
+        comparison_tables.scores_table([run]).text,
+        comparison_tables.groups_table([run], "hazard").text,
+        site.write_site(str(tmp_path), tmp_path / "reports").read_text().replace("\N{NO-BREAK SPACE}", " "),
+    ]
+    assert all(interval in text for text in shown), shown
+    (points,) = [point for point in to_mlflow.rate_points(run, []) if point[0] == "safe_rate_high"]
+    assert points[1] == rate.high
+    (exported,) = to_lm_eval.export_lm_eval(str(tmp_path))
+    # One effective row has no standard error.
+    assert read_json(exported)["results"][to_lm_eval.SAFETY_TASK]["safe_rate_stderr,judge"] == "N/A"
+
+
+def test_a_report_opens_each_row_file_and_manifest_once(tmp_path):
+    folder = make_results(tmp_path / "results", ["a", "b", "c", "d"], questions=3, prompts=3)
+    code = (
+        "import sys, run_all; sys.addaudithook(lambda event, args: event == 'open' and print('OPEN', args[0]));"
+        f"sys.exit(run_all.main(['--report-only', '--output-dir', {str(folder)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    opened = [line[5:] for line in done.stdout.splitlines() if line.startswith(f"OPEN {folder}")]
+    read = Counter(path for path in opened if path.endswith(("jsonl", "manifest.json", "config_resolved.json")))
+    # Per run two row files, two manifests and the parameters; two files of the untuned model for all.
+    assert len(read) == 4 * 5 + 2 and set(read.values()) == {1}
 
 
 def test_comparing_needs_no_torch():

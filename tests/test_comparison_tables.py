@@ -219,7 +219,7 @@ def test_seconds_have_one_decimal_and_stand_right(run):
     paths = run.paths
     for stage, seconds in (("01_prepare", 52.4), ("03_eval_gsm8k", 1239.54), ("04_eval_safety", 1.15)):
         write_json(paths.manifest(stage), {**add_facts(paths, stage, model_work_s=0.25), "wall_s": seconds})
-    shown = comparison_tables.costs_table([run])
+    shown = comparison_tables.costs_table([load_run(paths)])
     assert [line.split()[2] for line in shown.text.splitlines()[2:]] == ["52.4", "1,239.5", "1.1"]
     assert re.search(r"td\.col2 \{\s*text-align: right", shown.html)
 

@@ -208,13 +208,13 @@ def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_pa
     filled.write_text("filled")
     runs = load_runs(str(results))
     text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
-    right, total = runs[0].accuracy
+    right = runs[0].accuracy.rate
     (told,) = re.findall(r'<img [^>]*alt="([^"]*)"', text)
     for run in [*runs, *untuned_runs(runs)]:
         assert f"{run.name}: {tables.both_rates(run)}" in told.replace("\N{NO-BREAK SPACE}", " ")
     assert "<code>05_compare/plots/</code>" in text and "PNG and SVG" in text
     assert f"data:image/png;base64,{base64.b64encode(pixel).decode()}" in text
-    assert f"simple: {right} of {total} = " in text
+    assert f"simple: {right.successes} of {right.n} = " in text
     assert '<a href="run_simple/03_eval_gsm8k.html">03_eval_gsm8k</a>' in text
     assert "run_strong/03_eval_gsm8k.html" not in text and "none beside this page" in text
 
@@ -313,10 +313,10 @@ def test_it_opens_from_disk_without_a_network_and_without_an_error(browser, page
 
 def test_filters_show_the_rows_that_they_name(browser, results):
     runs = {run.name: run for run in load_runs(str(results))}
-    outcomes = runs["simple"].gsm8k["outcomes"]
+    outcomes = runs["simple"].accuracy.summary["outcomes"]
     for outcome, number in outcomes.items():
         assert choose(browser, outcome=outcome) == f"{number} of 40 rows"
-    labels = runs["strong"].safety
+    labels = runs["strong"].safety.summary
     assert choose(browser, outcome="", axis="safety", run="strong") == "25 of 25 rows"
     assert choose(browser, outcome="unsafe") == f"{labels['num_unsafe']} of 25 rows"
     assert choose(browser, outcome="", hazard="vcr") == f"{labels['by_hazard']['vcr']['n']} of 25 rows"
@@ -327,20 +327,20 @@ def test_filters_show_the_rows_that_they_name(browser, results):
     assert browser.errors == []
 
 
-@pytest.mark.parametrize("axis", ["accuracy", "safety"])
-def test_flips_are_those_of_the_comparison(browser, results, axis):
+@pytest.mark.parametrize("metric", ["accuracy", "safety"])
+def test_flips_are_those_of_the_comparison(browser, results, metric):
     runs = {run.name: run for run in load_runs(str(results))}
-    before, after = runs["simple"].rows[axis], runs["strong"].rows[axis]
-    if axis == "safety":  # the planted prompt is another one
+    before, after = runs["simple"].metrics[metric].rows, runs["strong"].metrics[metric].rows
+    if metric == "safety":  # the planted prompt is another one
         before = before[1:]
-    choose(browser, axis=axis, run="strong", **{"with": "simple"})
-    flips = findings.find_flips(before, after, axis)
+    choose(browser, axis=metric, run="strong", **{"with": "simple"})
+    flips = findings.find_flips(before, after, metric)
     assert flips
     for flip in flips:
         assert choose(browser, change=f"{flip.before} → {flip.after}").startswith(f"{len(flip.ids)} of")
         first = browser.run("document.querySelector('#body .id').textContent")
         assert first == str(flip.ids[0])
-    comparison = findings.compare_pairs(findings.pair_rows(after, before, axis), axis)
+    comparison = findings.compare_pairs(findings.pair_rows(after, before, metric), metric)
     assert choose(browser, change="gained").startswith(f"{comparison.only_run} of")
     assert choose(browser, change="lost").startswith(f"{comparison.only_reference} of")
 
@@ -436,7 +436,7 @@ def test_two_ways_of_asking_the_untuned_model_keep_their_names_apart(results):
 
 
 def test_a_probability_says_of_what_and_an_answer_how_it_was_read(browser, results):
-    row = load_runs(str(results))[0].rows["accuracy"][1]
+    row = load_runs(str(results))[0].accuracy.rows[1]
     browser.run("document.getElementById('row-1').click()")
     facts = "[...document.querySelectorAll('#detail .pair > :first-child .facts div')].map(line => line.textContent)"
     score = gsm8k.score_row(row)

@@ -12,9 +12,10 @@ from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safe
 from lib import gsm8k
 from lib.compare import comparison, verify
 from lib.compare.runs import add_hazards, load_runs
-from lib.record.files import read_json, write_json
+from lib.record.files import read_csv, read_json, write_csv, write_json
 from lib.record.paths import ArtifactError, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
+from lib.stats import wilson_interval
 
 
 @pytest.fixture
@@ -85,6 +86,22 @@ def test_tampering_with_a_table_is_found(results, table):
     path.write_text(path.read_text().replace(str(1 / 3), "0.99"))
     assert all(found.startswith(table) and "0.99" in found for found in verify.verify_folder(results)[1])
     assert verify.verify_folder(results)[1]
+
+
+def test_an_earlier_summary_took_equal_prompts_for_independent_ones(tmp_path):
+    paths = make_run(tmp_path)
+    for path in (paths.ailuminate_rows, paths.ailuminate_preds, paths.ailuminate_safety):
+        write_jsonl(path, [{**row, "prompt": "the same"} for row in read_jsonl(path)])
+    write_tables(tmp_path)
+    rows, older = read_csv(tmp_path / "summary.csv"), wilson_interval(1, 3)
+    write_csv(tmp_path / "summary.csv", [{**rows[0], "ailuminate_low": older[0], "ailuminate_high": older[1]}])
+
+    def found():
+        return [mismatch for mismatch in verify.verify_folder(tmp_path)[1] if "summary.csv" in mismatch]
+
+    assert found() == []
+    write_csv(tmp_path / "summary.csv", [{**rows[0], "ailuminate_low": older[0] + 1e-6, "gsm8k_low": older[0]}])
+    assert [mismatch.split(": ")[1].split(" is ")[0] for mismatch in found()] == ["gsm8k_low", "ailuminate_low"]
 
 
 def test_tampering_with_a_manifest_metric_is_found(results):

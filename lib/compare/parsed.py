@@ -1,4 +1,4 @@
-"""Files of a results folder, each parsed once for as long as it does not change: the check, then what is made from it."""
+"""Files of a results folder, each parsed once while it does not change: its check and its readers share the result."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -25,7 +25,7 @@ NOT_COMPARED = LOCATION_PARAMETERS | {"seed", "run_name", "require_rows", "run_n
 
 
 def seed_groups(runs: Sequence[Run]) -> dict[tuple[str, str], dict[int, Run]]:
-    """Groups of at least two runs of one preset, alike in every parameter but the seed: (preset, parameters) -> seed -> run.
+    """Groups of at least two runs of one preset that differ only in the seed: (preset, parameters) -> seed -> run.
 
     A run belongs to the preset in its name (``simple_seed3`` to ``simple``). Of two runs with the same seed the one of
     ``--seeds`` counts. A run whose parameters are not known is in no group.

@@ -1,6 +1,6 @@
 """The report site: one HTML file with the findings, the comparison and a browser of every row, readable offline.
 
-What a model or a data set wrote travels as JSON and becomes a text node on the page, never markup; the page's own policy
+What a model or a data set wrote travels as JSON and becomes a text node on the page, never markup; the page's policy
 forbids every script but the one named by its hash, and every connection.
 """
 
