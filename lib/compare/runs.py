@@ -14,7 +14,9 @@ from lib.compare.findings import METRICS, reaches
 from lib.compare.parsed import read_once
 from lib.evaluate import hazards
 from lib.params import PARAMS_DIR, load_params
+from lib.prepare import datasets
 from lib.prepare.overlap import Overlap
+from lib.record import lookup
 from lib.record.files import read_json
 from lib.record.manifest import same_file
 from lib.record.paths import ArtifactError, RunPaths, display_path, find_runs, results_root, run_paths
@@ -256,11 +258,6 @@ def _as_untuned(sharing: Sequence[Run]) -> Run:
     return replace(sharing[0], name=f"untuned, asked as {', '.join(run.name for run in sharing)}", metrics=metrics)
 
 
-def lacks_hazards(run: Run) -> bool:
-    """Whether the run has judged rows that do not name their hazard."""
-    return any(not row.get("hazard") for row in run.safety.rows)
-
-
 def add_hazards(runs: Sequence[Run], prompts: Sequence[Row]) -> list[Run]:
     """The runs with hazard and persona joined on the prompt's text where rows do not name them.
 
@@ -270,6 +267,26 @@ def add_hazards(runs: Sequence[Run], prompts: Sequence[Row]) -> list[Run]:
     return [_with_hazards(run, prompts) if prompts and lacks_hazards(run) else run for run in runs]
 
 
+def lacks_hazards(run: Run) -> bool:
+    """Whether the run has judged rows that do not name their hazard."""
+    return any(not row.get("hazard") for row in run.safety.rows)
+
+
 def _with_hazards(run: Run, prompts: Sequence[Row]) -> Run:
     joined = run.safety.with_rows(hazards.add_hazards(run.safety.rows, prompts))
     return replace(run, metrics={**run.metrics, "safety": joined}, hazards_added=True)
+
+
+def look_up_hazards(runs: Sequence[Run], assets_dir: str, offline: bool) -> tuple[list[Run], str]:
+    """The runs with hazards from AILuminate's own prompt file where rows do not name them; and a sentence about these.
+
+    Args:
+        assets_dir: folder with data sets already fetched.
+        offline: never use the network.
+    """
+    nameless = ", ".join(run.name for run in runs if lacks_hazards(run))
+    if not nameless:
+        return list(runs), ""
+    found, why = lookup.load_or_reason(datasets.load_ailuminate, "mlcommons", "demo1200", assets_dir, offline)
+    outcome = f"hazards stay unknown: {why}" if why else "they were found by the prompt's text."
+    return add_hazards(runs, found[0] if found else []), f"Rows of {nameless} do not name their hazard; {outcome}"

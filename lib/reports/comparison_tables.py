@@ -1,19 +1,20 @@
 """Tables of the comparison. Each is None where there is nothing to show, so that its section leaves the page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib import gsm8k, wording
 from lib.compare import comparison, seeds
 from lib.compare.comparison import RunPair
-from lib.compare.findings import Flip, finding_sentence
+from lib.compare.findings import Finding, Flip, baseline_sentence, finding_sentence
 from lib.compare.runs import Run
-from lib.compare.tables import final_metrics_row, summary_row
+from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
 from lib.record.files import sha256_json
 from lib.reports.html import Html, fold, note, sentences, stack, table
-from lib.reports.tables import change_cells, full_table, rate_cells
-from lib.wording import percent
+from lib.reports.tables import change_cells, changes_table, full_table, rate_cells
+from lib.train import checkpoint_selection
+from lib.wording import percent, rate_text
 
 NOT_RECORDED = "not recorded"
 # Accuracy in percent that the maker of a base model published, with its protocol: ours differs in prompt and reading.
@@ -26,13 +27,19 @@ def rehearsal_warning(runs: Sequence[Run]) -> str:
     return f"NOT A BENCHMARK: {names}. These numbers show that the pipeline works, no more." if names else ""
 
 
+def warnings(runs: Sequence[Run]) -> list[Html]:
+    """What limits the meaning of the numbers: rehearsals, and checkpoints selected on the rows that are reported."""
+    selected = {run.name: checkpoint_selection.selected_on_test(run.paths) for run in runs}
+    lines = [rehearsal_warning(runs), *(f"{name}: {sentence}" for name, sentence in selected.items() if sentence)]
+    return [note(line, strong=True) for line in lines if line]
+
+
 def runs_table(runs: Sequence[Run]) -> Html | None:
-    """What each run is: model, data, method, settings; rows it is scored on."""
+    """What each run is: model, data, method, settings."""
     columns = {"run_name": "run", "model_name": "base model", "train_data": "trained on", "method": "method"}
     columns |= {"hyperparams": "settings", "selected_on": "checkpoint selected on"}
     rows = [{name: summary_row(run)[key] for key, name in columns.items()} for run in runs]
-    warning = rehearsal_warning(runs)
-    return stack([note(warning, strong=True) if warning else None, full_table(rows, "Runs")])
+    return full_table(rows, "Runs")
 
 
 def counts_table(runs: Sequence[Run]) -> Html | None:
@@ -64,7 +71,24 @@ def published_note(runs: Sequence[Run]) -> Html | None:
             lines.append(
                 f"Published for {name} on GSM8K: {share} % ({protocol}); another prompt and reading than ours."
             )
-    return sentences(lines) if lines else None
+    return sentences(lines)
+
+
+def findings_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
+    """Each run against the untuned model: a table of what was compared, and what it shows in words."""
+    lines = [f"{name}: {finding_sentence(some)}." for name, some in findings.items()]
+    return stack([changes_table(findings), sentences(lines)])
+
+
+def baseline_lines(findings: Mapping[str, Sequence[Finding]]) -> list[str]:
+    """Which baselines are reached, and how likely they would be with new rows."""
+    return [f"{name}: {baseline_sentence(one)}." for name, some in findings.items() for one in some if one.baseline]
+
+
+def summary_lines(runs: Sequence[Run], findings: Mapping[str, Sequence[Finding]]) -> list[str]:
+    """What came out: rates, baselines, what tuning changed."""
+    changed = [f"{name}, what tuning changed: {finding_sentence(some)}." for name, some in findings.items()]
+    return [*(f"{run.name}: {both_rates(run)}." for run in runs), *baseline_lines(findings), *changed]
 
 
 def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
@@ -83,7 +107,7 @@ def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
         if pair.finding and pair.differences
     ]
     found = [f"{pair.run}: {finding_sentence([pair.finding])}." for pair in pairs if pair.finding]
-    return stack([shown, *refused, *unlike, sentences(found) if found else None])
+    return stack([shown, *refused, *unlike, sentences(found)])
 
 
 def spread_table(runs: Sequence[Run]) -> Html | None:
@@ -105,8 +129,14 @@ def spread_table(runs: Sequence[Run]) -> Html | None:
         }
         for spread in spreads
     ]
-    words = sentences([seeds.spread_sentence(spread) for spread in spreads]) if spreads else None
+    words = sentences([seeds.spread_sentence(spread) for spread in spreads])
     return stack([full_table(rows, "Spread over seeds"), words])
+
+
+def _format_words(name: str, answers: Sequence[dict[str, Any]]) -> str:
+    counted = gsm8k.summarize(answers)
+    lost = counted["num_correct_flexible"] - counted["num_correct"]
+    return f"{name}: {wording.count(lost, counted['n'])} answers have the right number and not the form."
 
 
 def outcomes_table(runs: Sequence[Run]) -> Html | None:
@@ -120,7 +150,8 @@ def outcomes_table(runs: Sequence[Run]) -> Html | None:
                 tokens = fixed(counted["mean_output_tokens"], 1)
                 cells = {**shares, **counted["outcomes"], "tokens per answer": tokens}
                 rows.append({"run": run.name, "model": side, **cells})
-    return full_table(rows, "Outcomes (questions)")
+    lost = [_format_words(run.name, run.accuracy.rows) for run in runs if run.accuracy.rows]
+    return stack([full_table(rows, "Outcomes (questions)"), sentences(lost)])
 
 
 def flips_table(runs: Sequence[Run], metric: str) -> Html | None:
@@ -149,6 +180,14 @@ def groups_table(runs: Sequence[Run], kind: str) -> Html | None:
     return full_table(rows, f"Safe rate by {kind}")
 
 
+def lowest_hazards(runs: Sequence[Run]) -> Html | None:
+    """The hazard with the lowest safe rate of each run."""
+    groups = {run.name: hazards.rates_by_hazard(run.safety.rows) for run in runs if run.safety.rows}
+    lowest = {name: min(found, key=lambda group: group.rate.share) for name, found in groups.items()}
+    lines = [f"{name} is lowest in {group.name}: {rate_text(group.rate)}." for name, group in lowest.items()]
+    return sentences(lines)
+
+
 def grades_table(runs: Sequence[Run]) -> Html | None:
     """Grades in the style of AILuminate: a row per hazard and ``Overall``, a column per run.
 
@@ -169,7 +208,7 @@ def judge_card(runs: Sequence[Run]) -> Html | None:
     lines = [
         f"{run.name}: {sentence}" for run in runs for sentence in run.facts("04_eval_safety").get("judge_card", [])
     ]
-    return sentences(lines) if lines else None
+    return sentences(lines)
 
 
 def clean_table(runs: Sequence[Run]) -> Html | None:
@@ -195,10 +234,21 @@ def frontier_table(runs: Sequence[Run]) -> Html | None:
     return full_table(rows, "Rates by scale of the adapter; 0 is the untuned model")
 
 
+def loss_lines(runs: Sequence[Run]) -> list[str]:
+    """From where to where the training loss of each run went."""
+    logs = {run.name: run.training_log for run in runs if run.training_log}
+    return [
+        f"{name}: the loss went from {log[0]['loss']:.3g} to {log[-1]['loss']:.3g} in {log[-1]['step']:,} steps."
+        for name, log in logs.items()
+    ]
+
+
 def costs_table(runs: Sequence[Run]) -> Html | None:
     """Seconds, speed, peak memory and device of each stage of each run, as its manifest records them."""
     rows = [_cost_row(run.name, stage, one) for run in runs for stage, one in run.manifests.items()]
-    return full_table(rows, "What each stage took")
+    seconds = {run.name: sum(one["wall_s"] for one in run.manifests.values()) for run in runs if run.manifests}
+    lines = [f"{name}: {fixed(total, 0)} s in all." for name, total in seconds.items()]
+    return stack([full_table(rows, "What each stage took"), sentences(lines)])
 
 
 def _cost_row(name: str, stage: str, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,10 @@ STYLE = {
 PIXELS_PER_INCH = 96
 
 
-def show_plot(figure: Figure, stem: Path, alt: str) -> Html:
+def show_plot(figure: Figure | None, stem: Path, alt: str) -> Html | None:
     """Save a plot as ``<stem>.png`` and ``<stem>.svg`` and show it, with ``alt`` for those who cannot see it."""
+    if figure is None:
+        return None
     stem.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):
         # A model's name can be a folder of somebody's home; in a picture nothing cleans it later.
