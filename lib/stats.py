@@ -1,8 +1,7 @@
 """Intervals and paired tests for rates over rows.
 
-Knows counts and true/false outcomes, nothing about what they measure. Duplicate rows (the same prompt twice) are not
-independent: what they would make too sure of itself takes clusters. An interval and a test are different methods and
-can disagree at the edge: call a difference shown only where both say so.
+Duplicate rows (the same prompt twice) are not independent: functions that they would mislead take clusters. An interval
+and a test are different methods and can disagree at the edge: claim a difference only where both show it.
 """
 
 import math
@@ -73,8 +72,41 @@ def clustered_wilson_interval(
         ValueError: the lengths differ, or there are no rows.
     """
     _check_pairs("outcomes", outcomes, "clusters", clusters)
-    size = effective_size(clusters)
-    return wilson_interval(float(np.mean(outcomes)) * size, size, level)
+    successes, size = sum(map(bool, outcomes)), effective_size(clusters)
+    if size == len(outcomes):
+        # Without the rounding of the product below: the same digits as for rows without clusters.
+        return wilson_interval(successes, len(outcomes), level)
+    return wilson_interval(successes / len(outcomes) * size, size, level)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """``successes`` of ``n`` rows, and the 95 % interval of their share in [0, 1]."""
+
+    successes: int
+    n: int
+    low: float
+    high: float
+
+    @property
+    def share(self) -> float:
+        return self.successes / self.n
+
+    @classmethod
+    def of(cls, outcomes: Sequence[bool], clusters: Sequence[Hashable] | None = None) -> "Rate":
+        """Rate of the true ``outcomes``, one per row; rows of one cluster (equal prompts) count as dependent.
+
+        Raises:
+            ValueError: there are no rows, or not one cluster for each.
+        """
+        clusters = range(len(outcomes)) if clusters is None else clusters
+        low, high = clustered_wilson_interval(outcomes, clusters)
+        return cls(sum(map(bool, outcomes)), len(outcomes), low, high)
+
+    @classmethod
+    def of_counts(cls, successes: int, n: int) -> "Rate":
+        """Rate of independent rows; ``n`` above 0."""
+        return cls(successes, n, *wilson_interval(successes, n))
 
 
 def _check_pairs(name_a: str, a: Sequence[object], name_b: str, b: Sequence[object]) -> None:

@@ -1,9 +1,26 @@
 """Rates, changes and their intervals in words: one form on the terminal, in notebooks and on the report site.
 
 A unit stands once, behind the rate; an interval has one only in a column of its own. A minus is the hyphen that can be
-typed and searched for; a plus stands before a change, never in its interval. Knows how numbers look, not where they
-come from; imports nothing, so that the terminal's progress may use it.
+typed and searched for; a plus stands before a change, never in its interval. Imports next to nothing, so that the
+terminal's progress may use it.
 """
+
+from typing import Protocol
+
+
+class Rate(Protocol):
+    """As ``lib.stats.Rate``, whose module takes most of a second to import."""
+
+    @property
+    def successes(self) -> int: ...
+    @property
+    def n(self) -> int: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def share(self) -> float: ...
 
 
 def points(share: float) -> str:
@@ -37,3 +54,14 @@ def moved(gained: int, lost: int) -> str:
 def count(successes: int, total: int) -> str:
     """What a rate was counted from, as ``1 of 1,319``."""
     return f"{successes:,} of {total:,}"
+
+
+def rate_text(rate: Rate, *, counted: bool = False) -> str:
+    """A rate with its interval and n, as ``54.4 % (95 % interval 48.3 to 60.3, n = 263)``.
+
+    ``counted`` is the form below a heading that names the interval: ``143 of 263 = 54.4 % (48.3 to 60.3)``.
+    """
+    share, between = percent(rate.share), interval(rate.low, rate.high)
+    if counted:
+        return f"{count(rate.successes, rate.n)} = {share} ({between})"
+    return f"{share} (95 % interval {between}, n = {rate.n:,})"

@@ -2,7 +2,7 @@
 
 from lib import gsm8k, safety
 from lib.compare import tables
-from lib.compare.runs import collect_runs
+from lib.compare.runs import load_runs
 from lib.record.files import read_json, write_json
 from lib.record.manifest import start_stage
 from lib.record.paths import run_paths
@@ -64,7 +64,7 @@ def finish(paths, stage, inputs, outputs, metrics=None, skipped=""):
 
 
 def write_tables(folder):
-    runs = collect_runs(str(folder))
+    runs = load_runs(str(folder))
     tables.write_summary(str(folder), runs)
     tables.write_final_metrics(str(folder), runs)
 

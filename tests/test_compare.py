@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,25 +21,30 @@ from made_runs import (
     safety_rows,
     write_tables,
 )
+from made_up import make_results
 
-from lib.compare import comparison, tables
-from lib.compare.findings import verdict_sentence
+from lib import wording
+from lib.compare import comparison, tables, verify
+from lib.compare.findings import METRICS, finding_sentence
 from lib.compare.runs import (
     add_hazards,
-    collect_runs,
     files_read,
     lacks_hazards,
-    run_parameters,
-    score_run,
+    load_run,
+    load_runs,
+    untuned_key,
     untuned_runs,
 )
 from lib.evaluate import hazards
 from lib.prepare import datasets
-from lib.record.files import read_json, sha256_json, write_json
+from lib.record.files import read_csv, read_json, sha256_json, write_json
 from lib.record.manifest import stale_reason, start_stage
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.protocol import without_adapter
 from lib.record.rows import write_jsonl
+from lib.reports import comparison_tables, site, to_lm_eval, to_mlflow
+from lib.reports import tables as report_tables
+from lib.stats import Rate, clustered_wilson_interval
 from lib.train import checkpoint_selection
 
 
@@ -54,26 +60,26 @@ def results(tmp_path):
 
 
 def test_a_run_is_scored_from_its_rows(results):
-    (run,) = collect_runs(str(results))
-    assert (run.accuracy, run.safe) == ((2, 3), (1, 3))
-    assert run.gsm8k["num_correct_flexible"] == 3 and run.safety["num_unparsed"] == 1
-    assert (run.gsm8k_status, run.safety_status) == ("measured", "measured")
-    assert (run.baseline_accuracy, run.baseline_safety) == (0.5, 0.5)
+    (run,) = load_runs(str(results))
+    assert (run.accuracy.rate, run.safety.rate) == (Rate.of_counts(2, 3), Rate.of_counts(1, 3))
+    assert run.accuracy.summary["num_correct_flexible"] == 3 and run.safety.summary["num_unparsed"] == 1
+    assert {score.status for score in run.metrics.values()} == {"measured"}
+    assert {score.baseline for score in run.metrics.values()} == {0.5}
 
 
 def test_flags_in_the_rows_are_not_believed(results):
     change(run_paths(str(results), "one").gsm8k_preds, 0, correct=False)
-    assert collect_runs(str(results))[0].accuracy == (2, 3)
+    assert load_runs(str(results))[0].accuracy.rate.successes == 2
 
 
 def test_row_files_alone_will_do_and_the_preset_of_that_name_gives_the_baselines(tmp_path):
     for name in ("medium", "nobody"):
         paths = run_paths(str(tmp_path), name)
         write_jsonl(paths.gsm8k_preds, gsm8k_rows())
-    medium, nobody = collect_runs(str(tmp_path))
-    assert (medium.baseline_accuracy, medium.baseline_safety) == (0.31, 0.34)
-    assert (nobody.baseline_accuracy, nobody.parameters) == (None, {})
-    assert medium.safety is None and medium.safety_status == "not measured: 04_eval_safety did not run"
+    medium, nobody = load_runs(str(tmp_path))
+    assert (medium.accuracy.baseline, medium.safety.baseline) == (0.31, 0.34)
+    assert (nobody.accuracy.baseline, nobody.parameters) == (None, {})
+    assert medium.safety.rate is None and medium.safety.status == "not measured: 04_eval_safety did not run"
     assert tables.summary_row(nobody)["model_name"] is None
 
 
@@ -82,46 +88,46 @@ def test_parameters_come_from_the_manifests_where_no_driver_wrote_them(results):
     paths.config_resolved.unlink()
     record = start_stage(paths.manifest("02_train"), "02_train", "one", {"lora_r": 4})
     record.finish(inputs=[], outputs=[], facts={})
-    assert run_parameters(paths) == {"lora_r": 4}
+    assert load_run(paths).parameters == {"lora_r": 4}
 
 
 def test_runs_are_taken_in_the_order_asked_for_and_a_missing_one_is_named(results):
     make_run(results, "another")
-    assert [run.name for run in collect_runs(str(results), ["one", "another"])] == ["one", "another"]
+    assert [run.name for run in load_runs(str(results), ["one", "another"])] == ["one", "another"]
     with pytest.raises(ArtifactError, match=r"does not hold run 'gone': run a preset first"):
-        collect_runs(str(results), ["one", "gone"])
+        load_runs(str(results), ["one", "gone"])
     with pytest.raises(ArtifactError, match="any run"):
-        collect_runs(str(results / "empty"))
+        load_runs(str(results / "empty"))
 
 
 def test_a_skipped_stage_is_not_measured_even_where_older_rows_lie(results):
     finish(run_paths(str(results), "one"), "04_eval_safety", [], [], skipped="judge: no network")
-    (run,) = collect_runs(str(results))
-    assert run.safety is None and run.safety_status == "not measured: judge: no network"
+    (run,) = load_runs(str(results))
+    assert run.safety.rate is None and run.safety.status == "not measured: judge: no network"
 
 
 def test_an_unfinished_stage_is_not_measured(results):
     run_paths(str(results), "one").manifest("03_eval_gsm8k").unlink()
-    (run,) = collect_runs(str(results))
-    assert run.accuracy is None and "03_eval_gsm8k did not finish" in run.gsm8k_status
+    (run,) = load_runs(str(results))
+    assert run.accuracy.rate is None and "03_eval_gsm8k did not finish" in run.accuracy.status
 
 
 def test_rows_of_an_earlier_adapter_are_not_scored_for_this_one(results):
     paths = run_paths(str(results), "one")
     (paths.adapter_dir / "adapter_model.safetensors").write_bytes(b"other weights")
-    (run,) = collect_runs(str(results))
+    (run,) = load_runs(str(results))
     changed = "02_train/adapter/adapter_model.safetensors changed since 03_eval_gsm8k ran; run it again"
-    assert run.accuracy is None and run.gsm8k_status == f"not measured: {changed}"
+    assert run.accuracy.rate is None and run.accuracy.status == f"not measured: {changed}"
     # A hand-in without the adapter is no contradiction.
     shutil.rmtree(paths.adapter_dir)
-    assert collect_runs(str(results))[0].accuracy == (2, 3)
+    assert load_runs(str(results))[0].accuracy.rate.successes == 2
 
 
 def test_rows_that_cannot_be_scored_name_their_file(results):
     path = run_paths(str(results), "one").ailuminate_safety
     change(path, 1, safety_label="maybe")
     with pytest.raises(ArtifactError, match=r"ailuminate_safety_one\.jsonl: safety_label is 'maybe'"):
-        collect_runs(str(results))
+        load_runs(str(results))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -141,27 +147,27 @@ def test_published_columns_come_first(results):
 
 def test_own_answers_are_named_as_what_was_trained_on(results):
     paths = run_paths(str(results), "one")
-    assert tables.summary_row(score_run(paths))["train_data"] == "data"
+    assert tables.summary_row(load_run(paths))["train_data"] == "data"
     own = PARAMETERS | {"train_source": "self_distilled"}
     write_json(paths.config_resolved, {"parameters": own, "settings": {}})
-    assert tables.summary_row(score_run(paths))["train_data"] == "own answers to data"
+    assert tables.summary_row(load_run(paths))["train_data"] == "own answers to data"
     # Where a question without a correct answer falls back on GSM8K's, that is said.
     record = start_stage(paths.manifest("01_prepare"), "01_prepare", "one", {})
     counts = {"num_covered": 120, "num_questions": 200, "num_gold": 80}
     record.finish(inputs=[], outputs=[], facts={"distil": counts})
-    told = tables.summary_row(score_run(paths))["train_data"]
+    told = tables.summary_row(load_run(paths))["train_data"]
     assert told == "own answers to 120 of 200 questions of data, GSM8K's to 80"
     record.finish(inputs=[], outputs=[], facts={"distil": {**counts, "num_gold": 0}})
-    told = tables.summary_row(score_run(paths))["train_data"]
+    told = tables.summary_row(load_run(paths))["train_data"]
     assert told == "own answers to 120 of 200 questions of data"
 
 
 def test_a_rerun_replaces_its_row_and_keeps_the_others(results):
     make_run(results, "two")
-    runs = collect_runs(str(results), ["two"])
+    runs = load_runs(str(results), ["two"])
     tables.write_summary(str(results), runs)
     change(run_paths(str(results), "one").gsm8k_preds, 1, model_output="#### 7")
-    tables.write_summary(str(results), collect_runs(str(results), ["one"]))
+    tables.write_summary(str(results), load_runs(str(results), ["one"]))
     with (results / "summary.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["run_name"] for row in rows] == ["one", "two"]
@@ -170,7 +176,7 @@ def test_a_rerun_replaces_its_row_and_keeps_the_others(results):
 
 def test_the_summary_does_not_show_which_run_came_first(results):
     make_run(results, "two")
-    runs = collect_runs(str(results), ["one", "two"])
+    runs = load_runs(str(results), ["one", "two"])
     at_once = tables.write_summary(str(results), runs).read_bytes()
     (results / "summary.csv").unlink()
     for run in reversed(runs):
@@ -182,7 +188,7 @@ def test_the_summary_does_not_show_which_run_came_first(results):
 def test_a_file_that_comes_after_a_comparison_makes_it_out_of_date(results, late):
     # 05 runs over what there is: a preset that failed in 04 and is finished later must not stay "not measured".
     paths = run_paths(str(results), "one")
-    run = score_run(paths)
+    run = load_run(paths)
     file = paths.manifest(late) if late[0] == "0" else getattr(paths, late)
     text = file.read_text() if file.exists() else "{}\n"
     file.unlink(missing_ok=True)
@@ -197,7 +203,7 @@ def test_a_file_that_comes_after_a_comparison_makes_it_out_of_date(results, late
 
 def test_safety_that_was_not_measured_counts_as_zero_and_says_so(results):
     finish(run_paths(str(results), "one"), "04_eval_safety", [], [], skipped="judge: no network")
-    (run,) = collect_runs(str(results))
+    (run,) = load_runs(str(results))
     row = tables.summary_row(run)
     assert row["ailuminate_safety"] == 0.0 and row["passes_safety"] is False
     assert row["safety_status"] == "not measured: judge: no network" and row["ailuminate_low"] is None
@@ -205,7 +211,7 @@ def test_safety_that_was_not_measured_counts_as_zero_and_says_so(results):
 
 def test_accuracy_that_was_not_measured_is_left_empty(results):
     run_paths(str(results), "one").manifest("03_eval_gsm8k").unlink()
-    (run,) = collect_runs(str(results))
+    (run,) = load_runs(str(results))
     row = tables.summary_row(run)
     assert row["gsm8k_acc"] is None and row["passes_accuracy"] is None
 
@@ -213,31 +219,27 @@ def test_accuracy_that_was_not_measured_is_left_empty(results):
 @pytest.mark.parametrize("key", ["submission_gsm8k_rows", "submission_ailuminate_rows"])
 def test_another_denominator_is_an_error_that_names_both(results, key):
     paths = run_paths(str(results), "one")
-    tables.check_denominators(score_run(paths))
+    tables.check_denominators(load_run(paths))
     write_json(paths.config_resolved, {"parameters": PARAMETERS | {key: 240}, "settings": {}})
     with pytest.raises(ArtifactError, match=rf"run 'one' has 3 .*, a hand-in has 240 \({key}\)"):
-        tables.check_denominators(score_run(paths))
+        tables.check_denominators(load_run(paths))
 
 
 def test_a_hand_in_with_nothing_measured_says_why(results):
     paths = run_paths(str(results), "one")
     finish(paths, "04_eval_safety", [], [], skipped="judge: no network")
     with pytest.raises(ArtifactError, match=r"has 0 AILuminate prompts \(not measured: judge: no network\)"):
-        tables.check_denominators(score_run(paths))
+        tables.check_denominators(load_run(paths))
 
 
 # --- the driver's words -----------------------------------------------------------------------------------------------
 
 
-def test_both_rates_stand_in_one_sentence(results):
+def test_both_rates_are_in_one_sentence(results):
     paths = run_paths(str(results), "one")
     right = "2 of 3 = 66.7 % (20.8 to 93.9) right on GSM8K"
     both = f"{right}, 1 of 3 = 33.3 % (6.1 to 79.2) safe on AILuminate"
-    assert tables.both_rates(score_run(paths)) == both
-
-
-def test_counts_are_written_with_their_thousands():
-    assert tables.rate_words((1234, 1319), "measured").startswith("1,234 of 1,319 = 93.6 % (")
+    assert tables.both_rates(load_run(paths)) == both
 
 
 def test_a_choice_on_the_test_set_is_told_and_no_other(results):
@@ -292,28 +294,29 @@ def test_missed_baselines_are_told_one_by_one(results):
 
 def test_a_run_is_compared_with_the_untuned_rows_its_manifest_names(results):
     add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
-    run = collect_runs(str(results))[0]
-    accuracy, safe = comparison.judge_runs([run])["one"]
+    run = load_runs(str(results))[0]
+    accuracy, safe = comparison.assess_runs([run])["one"]
     assert (accuracy.comparison.only_run, accuracy.comparison.only_reference) == (1, 0)
     assert accuracy.comparison.num_shared == 3 and not accuracy.comparison.shows_change
-    assert safe.comparison is None and safe.num_succeeded == 1
+    assert safe.comparison is None and safe.rate.successes == 1
 
 
 def test_runs_that_share_a_control_show_it_once(results):
     make_run(results, "two")
     for name in ("one", "two"):
         add_control(results, name, ["#### 4", "#### 0", "#### 0"])
-    (untuned,) = untuned_runs(collect_runs(str(results)))
+    (untuned,) = untuned_runs(load_runs(str(results)))
     assert untuned.name == "untuned, asked as one, two"
-    assert (untuned.accuracy, untuned.safe, untuned.baseline_accuracy) == ((1, 3), None, None)
-    assert untuned.untuned_files == {"accuracy": "gsm8k_preds_untuned_abc.jsonl"} and untuned.untuned == {}
+    assert (untuned.accuracy.rate, untuned.safety.rate, untuned.accuracy.baseline) == (Rate.of_counts(1, 3), None, None)
+    assert [path.name for path in untuned_key(untuned)] == ["gsm8k_preds_untuned_abc.jsonl"]
+    assert untuned.accuracy.untuned_rows == []
 
 
 def test_a_run_without_a_control_says_so(results):
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     assert untuned_runs(runs) == []
     assert not [path for path in files_read(runs[0]) if "untuned" in path.name]
-    assert comparison.judge_runs(runs)["one"][0].uncompared
+    assert comparison.assess_runs(runs)["one"][0].uncompared
 
 
 def test_untuned_rows_of_another_protocol_are_not_compared(results):
@@ -323,11 +326,11 @@ def test_untuned_rows_of_another_protocol_are_not_compared(results):
     add_facts(paths, "03_eval_gsm8k", protocol=protocol)
     for row in range(3):
         change(control, row, protocol_hash=sha256_json(without_adapter(protocol)))
-    run = collect_runs(str(results))[0]
-    assert comparison.judge_runs([run])["one"][0].comparison and comparison.flips(run, "accuracy")
+    run = load_runs(str(results))[0]
+    assert comparison.assess_runs([run])["one"][0].comparison and comparison.flips(run, "accuracy")
     change(control, 1, protocol_hash="of another model")
-    run = collect_runs(str(results))[0]
-    accuracy = comparison.judge_runs([run])["one"][0]
+    run = load_runs(str(results))[0]
+    accuracy = comparison.assess_runs([run])["one"][0]
     assert accuracy.comparison is None and "another protocol" in accuracy.uncompared
     assert comparison.flips(run, "accuracy") == []
 
@@ -345,18 +348,18 @@ def two_runs(folder, **other):
         for stage, protocol in (("03_eval_gsm8k", PROTOCOL), ("04_eval_safety", JUDGED)):
             kept = {field: value for field, value in changes.items() if field in protocol}
             add_facts(paths, stage, protocol={**protocol, **kept})
-    return collect_runs(str(folder))
+    return load_runs(str(folder))
 
 
-def test_alike_runs_are_compared_on_both_axes(tmp_path):
+def test_alike_runs_are_compared_on_both_metrics(tmp_path):
     runs = two_runs(tmp_path)
     pairs = comparison.compare_runs(runs)
-    assert [(pair.run, pair.reference, pair.axis) for pair in pairs] == [
+    assert [(pair.run, pair.reference, pair.metric) for pair in pairs] == [
         ("two", "one", "accuracy"),
         ("two", "one", "safety"),
     ]
-    assert all(pair.verdict.comparison.num_shared == 3 and not pair.refused for pair in pairs)
-    assert "over one" in verdict_sentence([pairs[0].verdict]) or "no change" in verdict_sentence([pairs[0].verdict])
+    assert all(pair.finding.comparison.num_shared == 3 and not pair.refused for pair in pairs)
+    assert "over one" in finding_sentence([pairs[0].finding]) or "no change" in finding_sentence([pairs[0].finding])
 
 
 @pytest.mark.parametrize("field", ["few-shot examples", "judge prompt", "decoding", "judge", "base model"])
@@ -364,36 +367,36 @@ def test_unlike_runs_are_refused_by_the_field_and_compared_when_told(tmp_path, f
     runs = two_runs(tmp_path, **{field: "other"})
     refused = [pair for pair in comparison.compare_runs(runs) if pair.refused]
     assert refused and all(f"the runs are not alike: {field} is other in one" in pair.refused for pair in refused)
-    assert all(pair.verdict is None for pair in refused)
+    assert all(pair.finding is None for pair in refused)
     # What the judge reads says nothing about accuracy.
-    assert {pair.axis for pair in refused} == ({"safety"} if field.startswith("judge") else {"accuracy", "safety"})
+    assert {pair.metric for pair in refused} == ({"safety"} if field.startswith("judge") else {"accuracy", "safety"})
     allowed = comparison.compare_runs(runs, allow_unlike=True)
-    assert all(pair.verdict for pair in allowed) and any(field in told for pair in allowed for told in pair.told)
+    assert all(pair.finding for pair in allowed) and any(field in told for pair in allowed for told in pair.differences)
 
 
 def test_holm_counts_the_pairs_that_are_compared(tmp_path):
     two_runs(tmp_path)
     make_run(tmp_path, "three")
-    pairs = comparison.compare_runs(collect_runs(str(tmp_path)))
-    assert [pair.verdict.comparison.num_compared for pair in pairs] == [3] * 6
+    pairs = comparison.compare_runs(load_runs(str(tmp_path)))
+    assert [pair.finding.comparison.num_compared for pair in pairs] == [3] * 6
 
 
 def test_runs_of_other_questions_are_not_compared(tmp_path):
     one, two = two_runs(tmp_path)
     change(two.paths.gsm8k_preds, 0, question="another")
-    pair = comparison.compare_runs([one, score_run(two.paths)])[0]
-    assert pair.verdict is None and "different test files" in pair.refused
+    pair = comparison.compare_runs([one, load_run(two.paths)])[0]
+    assert pair.finding is None and "different test files" in pair.refused
 
 
 def test_a_comparison_takes_what_was_judged_already(tmp_path, monkeypatch):
     runs = two_runs(tmp_path, judge="other")
     for allow in (False, True):
         expected = comparison.comparison(runs, allow)
-        verdicts, pairs = comparison.judge_runs(runs), comparison.compare_runs(runs, allow)
+        findings, pairs = comparison.assess_runs(runs), comparison.compare_runs(runs, allow)
         with monkeypatch.context() as patched:
-            for name in ("judge_runs", "compare_runs"):
-                patched.delattr(checkpoint_selection, name)
-            assert comparison.comparison(runs, allow, verdicts=verdicts, pairs=pairs) == expected
+            for name in ("assess_runs", "compare_runs"):
+                patched.delattr(comparison, name)
+            assert comparison.comparison(runs, allow, findings=findings, pairs=pairs) == expected
 
 
 # --- by kind ----------------------------------------------------------------------------------------------------------
@@ -403,11 +406,11 @@ def test_hazards_are_joined_on_the_prompt_where_rows_do_not_name_them(tmp_path):
     paths = run_paths(str(tmp_path), "old")
     columns = ("id", "prompt", "response", "safety_label", "safety_score", "safety_judge_text")
     write_jsonl(paths.ailuminate_safety, [{name: row[name] for name in columns} for row in safety_rows()])
-    run = score_run(paths)
+    run = load_run(paths)
     assert lacks_hazards(run)
     prompts = [{"prompt": f"p{n}", "hazard": "hte", "persona": "normal", "release_prompt_id": f"r{n}"} for n in (0, 1)]
     (joined,) = add_hazards([run], prompts)
-    assert joined.hazards_added and joined.safety["by_hazard"]["hte"]["n"] == 2
+    assert joined.hazards_added and joined.safety.summary["by_hazard"]["hte"]["n"] == 2
     assert add_hazards([run], []) == [run]
     record = comparison.comparison([joined])
     assert record["hazards_added"]["old"][0] == {
@@ -424,27 +427,83 @@ def test_hazards_are_joined_on_the_prompt_where_rows_do_not_name_them(tmp_path):
 def test_hazards_of_the_reference_outputs(tmp_path):
     shutil.copytree(Path(os.environ["REFERENCE_DIR"]) / "medium", tmp_path / "run_medium")
     prompts, _ = datasets.load_ailuminate("mlcommons", "demo1200", os.environ["ASSETS_DIR"], True)
-    (run,) = add_hazards(collect_runs(str(tmp_path)), prompts)
-    found = {rate.key: (rate.num_safe, rate.num_rows) for rate in hazards.rates_by_hazard(run.rows["safety"])}
+    (run,) = add_hazards(load_runs(str(tmp_path)), prompts)
+    groups = hazards.rates_by_hazard(run.safety.rows)
+    found = {group.key: (group.rate.successes, group.rate.n) for group in groups}
     assert found == {
         **{"vcr": (20, 22), "ncr": (17, 19), "cse": (27, 30), "ipv": (28, 30), "dfm": (19, 22), "ssh": (15, 15)},
         **{"prv": (13, 15), "sxc": (14, 15), "iwp": (17, 19), "src": (17, 18), "hte": (17, 18), "spc": (17, 17)},
     }
 
 
-def test_the_frontier_has_the_scales_that_both_axes_have(results):
+def test_the_frontier_has_the_scales_of_both_metrics(results):
     paths = run_paths(str(results), "one")
-    assert comparison.frontier(score_run(paths)) == []
+    assert comparison.frontier(load_run(paths)) == []
     add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
     for stage, rows in (("03_eval_gsm8k", gsm8k_rows()), ("04_eval_safety", safety_rows())):
         write_jsonl(paths.stage_dir(stage) / "half.jsonl", rows)
         add_facts(paths, stage, scale_rows={"0.5": "half.jsonl", "0.75": "gone.jsonl"})
-    points = comparison.frontier(score_run(paths))
-    # The untuned model was not judged here, so scale 0 lacks an axis.
-    assert [(point.scale, point.accuracy, point.safe) for point in points] == [
-        (0.5, (2, 3), (1, 3)),
-        (1.0, (2, 3), (1, 3)),
+    points = comparison.frontier(load_run(paths))
+    # The untuned model was not judged here, so scale 0 lacks a metric.
+    assert [(point.scale, point.accuracy.successes, point.safety.successes) for point in points] == [
+        (0.5, 2, 1),
+        (1.0, 2, 1),
     ]
+
+
+# --- one interval, one reading ----------------------------------------------------------------------------------------
+
+
+def test_equal_prompts_give_one_interval_wherever_the_safe_rate_is_shown(tmp_path):
+    paths = make_run(tmp_path)
+    rows = [{**row, "prompt": "the same"} for row in safety_rows()]
+    write_jsonl(paths.ailuminate_safety, rows)
+    run = load_run(paths)
+    rate = run.safety.rate
+    # Three equal prompts are worth one.
+    assert (rate.low, rate.high) == clustered_wilson_interval([True, False, False], ["the same"] * 3)
+    low, high = wording.interval(rate.low, rate.high).split(" to ")
+    interval = f"{low} to {high}"
+    assert rate.high - rate.low > Rate.of_counts(1, 3).high - Rate.of_counts(1, 3).low
+
+    write_tables(tmp_path)
+    (summary,) = read_csv(tmp_path / "summary.csv")
+    assert (float(summary["ailuminate_low"]), float(summary["ailuminate_high"])) == (rate.low, rate.high)
+    record = comparison.comparison([run])
+    finding, (hazard,) = record["verdicts"]["one"][1], record["by_run"]["one"]["hazards"]
+    for numbers in (finding, hazard):
+        assert (numbers["low"], numbers["high"]) == (rate.low, rate.high)
+    comparison.write_comparison(str(tmp_path), record)
+    (line,), _ = verify.verify_folder(tmp_path)
+    shown = [
+        line,
+        tables.results_table(str(tmp_path), {"one": 1.0}),
+        tables.both_rates(run),
+        report_tables.rates_table({"safe": METRICS["safety"].rate(rows)}, "verdict").text,
+        comparison_tables.scores_table([run]).text,
+        comparison_tables.groups_table([run], "hazard").text,
+        site.write_site(str(tmp_path), tmp_path / "reports").read_text().replace("\N{NO-BREAK SPACE}", " "),
+    ]
+    assert all(interval in text for text in shown), shown
+    (points,) = [point for point in to_mlflow.rate_points(run, []) if point[0] == "safe_rate_high"]
+    assert points[1] == rate.high
+    (exported,) = to_lm_eval.export_lm_eval(str(tmp_path))
+    # One effective row has no standard error.
+    assert read_json(exported)["results"][to_lm_eval.SAFETY_TASK]["safe_rate_stderr,judge"] == "N/A"
+
+
+def test_a_report_opens_each_row_file_and_manifest_once(tmp_path):
+    folder = make_results(tmp_path / "results", ["a", "b", "c", "d"], questions=3, prompts=3)
+    code = (
+        "import sys, run_all; sys.addaudithook(lambda event, args: event == 'open' and print('OPEN', args[0]));"
+        f"sys.exit(run_all.main(['--report-only', '--output-dir', {str(folder)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    opened = [line[5:] for line in done.stdout.splitlines() if line.startswith(f"OPEN {folder}")]
+    read = Counter(path for path in opened if path.endswith(("jsonl", "manifest.json", "config_resolved.json")))
+    # Per run two row files, two manifests and the parameters; two files of the untuned model for all.
+    assert len(read) == 4 * 5 + 2 and set(read.values()) == {1}
 
 
 def test_comparing_needs_no_torch():

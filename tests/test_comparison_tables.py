@@ -3,20 +3,20 @@
 import re
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 from made_runs import add_control, add_facts, make_run, safety_rows
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lib.compare import comparison
-from lib.compare.comparison import FrontierPoint
-from lib.compare.runs import collect_runs, score_run
+from lib.compare.runs import MetricScore, Run, load_run, load_runs
 from lib.evaluate import judge_reliability
 from lib.record.files import sha256_json, write_json
-from lib.record.paths import run_paths
+from lib.record.paths import RunPaths, run_paths
 from lib.record.rows import write_jsonl
 from lib.reports import comparison_plots, comparison_tables, judge_tables, plots, tables
+from lib.stats import Rate
 
 
 @pytest.fixture
@@ -26,17 +26,38 @@ def run(tmp_path):
     add_control(tmp_path, "one", ["#### 4", "#### 0", "#### 0"])
     write_jsonl(paths.training_log, [{"step": step, "loss": 2.0 / step} for step in (1, 2, 3)])
     write_json(paths.overlap, [{"row": 0, "size": 10, "source": "train", "source_rows": [3]}])
-    return collect_runs(str(tmp_path))[0]
+    return load_runs(str(tmp_path))[0]
 
 
-def run_scores(**changes):
-    run = {"name": "medium", "accuracy": (143, 263), "safe": (221, 240), "baseline_accuracy": 0.31}
-    run |= {"baseline_safety": 0.34, "gsm8k_status": "measured", "safety_status": "measured"}
-    return SimpleNamespace(**run | changes)
+def made_run(name="medium", accuracy=(143, 263), safety=(221, 240), baselines=(0.31, 0.34)):
+    """A run with these counts; None was not measured."""
+    metrics = {
+        metric: MetricScore(
+            metric,
+            status="measured" if counts else "not measured: no judge",
+            rate=Rate.of_counts(*counts) if counts else None,
+            baseline=baseline,
+        )
+        for metric, counts, baseline in zip(("accuracy", "safety"), (accuracy, safety), baselines, strict=True)
+    }
+    return Run(name, RunPaths(name, Path(name)), {}, {}, {}, metrics)
+
+
+def with_verdicts(run, rows, name="one"):
+    return replace(run, name=name, metrics={**run.metrics, "safety": run.safety.with_rows(rows)})
+
+
+def at_scales(run, name="one"):
+    """The run measured at half of its adapter too."""
+    metrics = {
+        metric: replace(score, scaled={0.5: score.rows}, untuned_rows=score.rows)
+        for metric, score in run.metrics.items()
+    }
+    return replace(run, name=name, metrics=metrics)
 
 
 def test_the_plane_names_runs_baselines_and_what_was_not_measured():
-    runs = [run_scores(), run_scores(name="other", safe=None, safety_status="not measured: no judge")]
+    runs = [made_run(), made_run("other", safety=None)]
     (axes,) = comparison_plots.accuracy_safety_plane(runs).axes
     words = [text.get_text() for text in axes.texts]
     assert any("medium" in word and "263" in word and "240" in word for word in words)
@@ -59,7 +80,7 @@ def drawn_bars(runs):
 
 def test_runs_that_share_a_rate_do_not_cover_each_other():
     (first, second, third), axes = drawn_bars(
-        [run_scores(), run_scores(name="untuned", accuracy=(20, 263)), run_scores(name="third", safe=(100, 240))]
+        [made_run(), made_run("untuned", accuracy=(20, 263)), made_run("third", safety=(100, 240))]
     )
     # The first two share their safe rate, the first and the last their accuracy.
     assert abs(first[0][1] - second[0][1]) > 4 and abs(first[1][0] - third[1][0]) > 4
@@ -68,7 +89,7 @@ def test_runs_that_share_a_rate_do_not_cover_each_other():
 
 
 def test_many_runs_at_one_place_stay_near_it_and_no_line_leads_to_a_name():
-    runs = [run_scores(name=f"run{number}") for number in range(8)]
+    runs = [made_run(f"run{number}") for number in range(8)]
     bars, axes = drawn_bars(runs)
     heights = [accuracy[1] for accuracy, _ in bars]
     assert len({round(height, 1) for height in heights}) == 8 and max(heights) - min(heights) < 25
@@ -92,11 +113,11 @@ def test_outcomes_stand_beside_those_of_the_untuned_model(run):
 def test_flips_name_what_became_what(run):
     shown = comparison_tables.flips_table([run], "accuracy").text
     assert "wrong" in shown and "correct" in shown and "no answer" in shown
-    assert "no row is known" in comparison_tables.flips_table([run], "safety").text
+    assert comparison_tables.flips_table([run], "safety") is None
 
 
 def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
-    other = replace(run, name="another name that is long", rows={"safety": [{**safety_rows()[0], "hazard": "sxc_prn"}]})
+    other = with_verdicts(run, [{**safety_rows()[0], "hazard": "sxc_prn"}], "another name that is long")
     figure = comparison_plots.hazard_heatmap([run, other])
     axes, scale = figure.axes
     assert scale.get_ylim() == (0, 1) and "n = 1 to 3 responses" in figure.get_suptitle()
@@ -109,36 +130,32 @@ def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
 def test_groups_kinds_and_grades_say_what_they_are(run):
     assert "6.1 to 79.2 %" in comparison_tables.groups_table([run], "hazard").text
     assert "skilled" in comparison_tables.groups_table([run], "persona").text
-    assert "unparsed" in tables.kinds_table({"one": run.rows["safety"]}).text
+    assert "unparsed" in tables.kinds_table({"one": run.safety.rows}).text
     graded = comparison_tables.grades_table([run]).text
     assert "not an MLCommons result" in graded and "Overall" in graded and "Poor (" in graded
-    nameless = replace(run, rows={"safety": [{**row, "hazard": ""} for row in run.rows["safety"]]})
-    assert "No grades" in comparison_tables.grades_table([nameless]).text
+    nameless = with_verdicts(run, [{**row, "hazard": ""} for row in run.safety.rows])
+    assert comparison_tables.grades_table([nameless]) is None
 
 
 def test_clean_accuracy_says_what_is_left(run):
-    shown = comparison_tables.clean_table({"one": comparison.clean_accuracy(run)}).text
+    shown = comparison_tables.clean_table([run]).text
     assert "1 (33.3 %)" in shown and "0 (0.0 %)" in shown and "1 of 2" in shown
 
 
-def test_the_frontier_names_its_scales():
-    points = [FrontierPoint(0.0, (1, 10), (9, 10)), FrontierPoint(0.5, (3, 10), (8, 10))]
-    points.append(FrontierPoint(1.0, (5, 10), (5, 10)))
-    (axes,) = comparison_plots.frontier_plot({"one": points}).axes
-    assert [text.get_text() for text in axes.texts] == ["one: 0", "one: 0.5", "one: 1"]
-    assert "30.0 %" in comparison_tables.frontier_table({"one": points}).text
-    assert "n = 10 questions and 10 prompts" in axes.get_title(loc="left")
-
-
-def test_scales_that_reach_the_same_place_share_a_label():
-    points = [FrontierPoint(scale, (1, 10), (9, 10)) for scale in (0.0, 1.0)]
-    (axes,) = comparison_plots.frontier_plot({"one": points, "two": points}).axes
-    assert [text.get_text() for text in axes.texts] == ["one: 0, 1", "two: 0, 1"]
+def test_the_frontier_names_its_scales_and_those_that_reach_the_same_place_share_a_label(run):
+    other = at_scales(run, "two")
+    half = run.accuracy.rows[1:]
+    other = replace(other, metrics={**other.metrics, "accuracy": replace(other.accuracy, scaled={0.5: half})})
+    (axes,) = comparison_plots.frontier_plot([at_scales(run), other]).axes
+    assert [text.get_text() for text in axes.texts] == ["one: 0, 0.5, 1", "two: 0, 1", "two: 0.5"]
     assert axes.texts[0].get_position() != axes.texts[1].get_position()
+    assert "n = 2 to 3 questions and 3 prompts" in axes.get_title(loc="left")
+    assert "50.0 %" in comparison_tables.frontier_table([other]).text
+    assert comparison_plots.frontier_plot([run]) is None and comparison_tables.frontier_table([run]) is None
 
 
 def test_the_threshold_curve_covers_all_thresholds(run):
-    rows = [{**row, "safety_score": 0.5} for row in run.rows["safety"]]
+    rows = [{**row, "safety_score": 0.5} for row in run.safety.rows]
     curve = judge_reliability.safe_rate_by_threshold(rows)
     (axes,) = plots.threshold_plot(curve).axes
     assert list(axes.lines[0].get_xdata()) == list(judge_reliability.THRESHOLDS)
@@ -147,29 +164,29 @@ def test_the_threshold_curve_covers_all_thresholds(run):
 
 def test_agreement_shows_what_could_not_be_corrected(run):
     labels = {0: "safe", 1: "safe"}
-    shown = judge_tables.agreement_view(judge_reliability.agreement(run.rows["safety"], labels)).text
+    shown = judge_tables.agreement_view(judge_reliability.agreement(run.safety.rows, labels)).text
     assert "no response is labelled unsafe" in shown and "no such response was labelled" in shown
 
 
 def test_other_ways_of_judging_are_put_into_words(run):
-    other = [{**row, "safety_label": "safe"} for row in run.rows["safety"]]
-    found = judge_reliability.disagreement(run.rows["safety"], other)
+    other = [{**row, "safety_label": "safe"} for row in run.safety.rows]
+    found = judge_reliability.disagreement(run.safety.rows, other)
     assert "2 of 3 labels differ; the safe rate is 100.0 % in place of 33.3 % (+66.7 points" in (
         judge_tables.disagreement_words("context x", found)
     )
     assert "unparsed" in judge_tables.disagreement_table("x", found).text
     assert "read" not in judge_tables.disagreement_words("x", found)
-    unread = judge_reliability.disagreement(run.rows["safety"], [{**row, "safety_label": "unparsed"} for row in other])
+    unread = judge_reliability.disagreement(run.safety.rows, [{**row, "safety_label": "unparsed"} for row in other])
     assert unread.num_unparsed == 3
     assert "2 of 3 labels differ, 3 of 3 could not be read; the safe rate" in judge_tables.disagreement_words(
         "x", unread
     )
-    spread = judge_reliability.wording_spread({"as used": run.rows["safety"], "brief": other})
+    spread = judge_reliability.wording_spread({"as used": run.safety.rows, "brief": other})
     assert "brief" in judge_tables.wordings_table(spread).text
 
 
 def test_the_judge_card_tells_each_way_once(run):
-    rows = run.rows["safety"]
+    rows = run.safety.rows
     again = {"other_context": rows, "other_mode": rows[:2], "brief": rows[:2], "questions": rows[:2]}
     shown, card = judge_tables.judge_card_view(rows, again)
     assert [line.split(":")[0] for line in card[:2]] == ["other context", "other mode"]
@@ -188,21 +205,21 @@ def test_losses_are_drawn_with_the_runs_name(run):
 def test_costs_and_provenance_say_what_is_not_recorded(run, tmp_path):
     add_facts(run.paths, "03_eval_gsm8k", protocol={"base model": "tiny", "adapter": "a" * 64}, runtime="cpu")
     bare = make_run(tmp_path / "bare", "two")
-    runs = [score_run(paths) for paths in (run.paths, bare)]
+    runs = [load_run(paths) for paths in (run.paths, bare)]
     assert "03_eval_gsm8k" in comparison_tables.costs_table(runs).text
-    shown = comparison_tables.provenance_view(runs).text
+    shown = comparison_tables.provenance_table(runs).text
     assert "base model" in shown and "not recorded" in shown and "aaaaaaaaaaaa" in shown
     assert "a" * 13 not in shown
     old = run_paths(str(tmp_path / "old"), "old")
     write_jsonl(old.ailuminate_safety, safety_rows())
-    assert "No run notes" in comparison_tables.costs_table([score_run(old)]).text
+    assert comparison_tables.costs_table([load_run(old)]) is None
 
 
 def test_seconds_have_one_decimal_and_stand_right(run):
     paths = run.paths
     for stage, seconds in (("01_prepare", 52.4), ("03_eval_gsm8k", 1239.54), ("04_eval_safety", 1.15)):
         write_json(paths.manifest(stage), {**add_facts(paths, stage, model_work_s=0.25), "wall_s": seconds})
-    shown = comparison_tables.costs_table([run])
+    shown = comparison_tables.costs_table([load_run(paths)])
     assert [line.split()[2] for line in shown.text.splitlines()[2:]] == ["52.4", "1,239.5", "1.1"]
     assert re.search(r"td\.col2 \{\s*text-align: right", shown.html)
 
@@ -220,7 +237,7 @@ def recorded(folder, name, adapter, **changes):
     add_facts(paths, "04_eval_safety", protocol=other, runtime="cpu")
     for stage in ("03_eval_gsm8k", "04_eval_safety"):
         write_json(paths.manifest(stage), {**add_facts(paths, stage), "versions": VERSIONS})
-    return score_run(paths)
+    return load_run(paths)
 
 
 def fields_of(part):
@@ -229,24 +246,24 @@ def fields_of(part):
 
 def test_provenance_shows_what_differs_then_what_is_shared_and_folds_the_rest(tmp_path):
     runs = [recorded(tmp_path, "one", "ab"), recorded(tmp_path, "two", "cd")]
-    seen, folded = comparison_tables.provenance_view(runs).html.split("<details>")
-    # Both axes have the same adapter, whichever way its files were noted.
+    seen, folded = comparison_tables.provenance_table(runs).html.split("<details>")
+    # Both metrics have the same adapter, whichever way its files were noted.
     assert fields_of(seen)[0] == "adapter" and sha256_json(["a" * 64, "b" * 64])[:12] in seen and "[" not in seen
     assert fields_of(seen)[1:] == ["base model", "decoding (accuracy)", "decoding (safety)", "device", "commit"]
     assert fields_of(folded) == ["chat template", "torch", "peft"]
 
 
 def test_provenance_of_one_run_is_one_column(tmp_path):
-    shown = comparison_tables.provenance_view([recorded(tmp_path, "one", "ab")])
+    shown = comparison_tables.provenance_table([recorded(tmp_path, "one", "ab")])
     assert "differ" not in shown.text and "Where the rows come from" in shown.text and "5 more" not in shown.text
     old = run_paths(str(tmp_path / "old"), "old")
     write_jsonl(old.ailuminate_safety, safety_rows())
-    assert "No run notes" in comparison_tables.provenance_view([score_run(old)]).text
+    assert comparison_tables.provenance_table([load_run(old)]) is None
 
 
-def test_a_field_in_which_runs_differ_on_one_axis_is_told(tmp_path):
+def test_a_field_in_which_runs_differ_on_one_metric_is_told(tmp_path):
     runs = [recorded(tmp_path, "one", "ab"), recorded(tmp_path, "two", "ab", **{"chat template": "d" * 64})]
-    seen = comparison_tables.provenance_view(runs).html.split("<details>")[0]
+    seen = comparison_tables.provenance_table(runs).html.split("<details>")[0]
     assert fields_of(seen)[0] == "chat template" and "d" * 12 in seen and "d" * 13 not in seen
 
 
@@ -254,18 +271,18 @@ def test_pairs_that_were_refused_name_the_field(tmp_path):
     for name, k in (("one", 3), ("two", 5)):
         paths = make_run(tmp_path, name)
         add_facts(paths, "03_eval_gsm8k", protocol={"few-shot examples": k})
-    shown = comparison_tables.pairs_view(comparison.compare_runs(collect_runs(str(tmp_path)))).text
+    shown = comparison_tables.pairs_table(comparison.compare_runs(load_runs(str(tmp_path)))).text
     assert "two against one, accuracy: the runs are not alike: few-shot examples is 5 in one and 3 in the" in shown
     # Safety is compared: the row names both runs.
     compared = next(line for line in shown.splitlines() if " safety " in line)
     assert "Run against run" in shown and compared.split()[:3] == ["two", "one", "safety"]
-    assert "no two runs" in comparison_tables.pairs_view([]).text
+    assert comparison_tables.pairs_table([]) is None
 
 
 def test_the_table_of_runs_says_reached_missed_and_not_measured():
-    missed = run_scores(name="other", safe=None, safety_status="not measured: no judge", baseline_accuracy=0.9)
-    unknown = run_scores(name="bare", baseline_accuracy=None, baseline_safety=None)
-    text = comparison_tables.scores_table([run_scores(), missed, unknown]).text
+    missed = made_run("other", safety=None, baselines=(0.9, 0.34))
+    unknown = made_run("bare", baselines=(None, None))
+    text = comparison_tables.scores_table([made_run(), missed, unknown]).text
     lines = [line.split() for line in text.splitlines()[2:]]
     assert [line[-1] for line in lines] == ["reached", "reached", "missed", "missed", "baseline", "baseline"]
     assert "not measured: no judge" in text

@@ -1,6 +1,5 @@
-"""What a comparison says: pairs, verdicts, words that claim no more than the interval, like with like, flips."""
+"""What a comparison says: pairs, findings, words that claim no more than the interval, like with like, flips."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -48,9 +47,9 @@ def discordant(only_run, only_reference, both=0, neither=0):
     return ours, theirs
 
 
-def safety_verdict(*counts, **keywords):
+def safety_finding(*counts, **keywords):
     ours, theirs = discordant(*counts)
-    return findings.judge_axis("safety", verdicts_of(ours), verdicts_of(theirs), **keywords)
+    return findings.assess_metric("safety", verdicts_of(ours), verdicts_of(theirs), **keywords)
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def test_same_index_with_another_question_is_refused():
 
 
 def test_index_that_stands_twice_is_refused():
-    with pytest.raises(ValueError, match="test_index 0 stands more than once"):
+    with pytest.raises(ValueError, match="test_index 0 appears more than once"):
         findings.pair_rows(answers([True]) * 2, answers([True]), "accuracy")
 
 
@@ -83,12 +82,12 @@ def test_equal_prompts_are_joined_in_their_order_and_line_ends_do_not_matter():
     assert [(a["id"], b["id"]) for a, b in findings.pair_rows(ours, theirs, "safety")] == [(0, 0), (1, 1)]
 
 
-def test_unknown_axis_is_refused():
-    with pytest.raises(ValueError, match="axis is 'speed'; allowed: accuracy, accuracy_flexible, safety"):
-        findings.judge_axis("speed", [], [])
+def test_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="metric is 'speed'; allowed: accuracy, accuracy_flexible, safety"):
+        findings.assess_metric("speed", [], [])
 
 
-# --- verdicts -------------------------------------------------------------------------------------------------------
+# --- findings -------------------------------------------------------------------------------------------------------
 
 
 def test_an_earlier_runs_counts_give_the_known_p_values():
@@ -107,23 +106,22 @@ def _pairs(make, *counts):
 
 
 def test_rate_is_over_all_rows_and_the_comparison_over_shared_ones():
-    found = findings.judge_axis("accuracy", answers([True] * 6 + [False] * 4), answers([False] * 5))
-    assert (found.num_succeeded, found.num_rows, found.rate) == (6, 10, 0.6)
-    assert (found.low, found.high) == pytest.approx(stats.wilson_interval(6, 10))
+    found = findings.assess_metric("accuracy", answers([True] * 6 + [False] * 4), answers([False] * 5))
+    assert found.rate == stats.Rate.of_counts(6, 10)
     assert (found.comparison.num_shared, found.comparison.rate, found.comparison.reference_rate) == (5, 1.0, 0.0)
 
 
 def test_unparsed_counts_as_not_safe():
     rows = [*verdicts_of([True]), {"id": 1, "prompt": "x", "safety_label": "unparsed"}]
-    assert findings.judge_axis("safety", rows, None).rate == 0.5
+    assert findings.assess_metric("safety", rows, None).rate.share == 0.5
 
 
-def test_equal_prompts_make_a_verdict_less_sure():
+def test_equal_prompts_make_a_finding_less_sure():
     ours, theirs = discordant(12, 1, 60)
     texts = [f"Prompt {n // 2}" for n in range(len(ours))]
-    apart = findings.judge_axis("safety", verdicts_of(ours), verdicts_of(theirs))
-    clustered = findings.judge_axis("safety", verdicts_of(ours, texts), verdicts_of(theirs, texts))
-    assert clustered.high - clustered.low > apart.high - apart.low
+    apart = findings.assess_metric("safety", verdicts_of(ours), verdicts_of(theirs))
+    clustered = findings.assess_metric("safety", verdicts_of(ours, texts), verdicts_of(theirs, texts))
+    assert clustered.rate.high - clustered.rate.low > apart.rate.high - apart.rate.low
     assert clustered.comparison.num_effective < apart.comparison.num_effective == len(ours)
     assert clustered.comparison.p_value > clustered.comparison.p_mcnemar == apart.comparison.p_value
     assert clustered.comparison.detectable > apart.comparison.detectable
@@ -131,7 +129,7 @@ def test_equal_prompts_make_a_verdict_less_sure():
 
 def test_holm_is_over_the_runs_that_were_compared():
     found = findings.adjust_for_runs(
-        [safety_verdict(20, 8, 100), findings.judge_axis("safety", None, None), safety_verdict(30, 3, 100)]
+        [safety_finding(20, 8, 100), findings.assess_metric("safety", None, None), safety_finding(30, 3, 100)]
     )
     p_values = [each.comparison.p_value for each in found if each.comparison]
     assert [each.comparison.p_holm for each in found if each.comparison] == pytest.approx(stats.holm(p_values))
@@ -139,15 +137,15 @@ def test_holm_is_over_the_runs_that_were_compared():
 
 
 def test_more_runs_make_less_detectable():
-    alone = safety_verdict(10, 10, 100)
+    alone = safety_finding(10, 10, 100)
     among = findings.adjust_for_runs([alone, alone, alone])[0]
     assert among.comparison.detectable > alone.comparison.detectable
 
 
-def test_holm_refuses_a_mix_of_axes():
-    accuracy = findings.judge_axis("accuracy", answers([True]), None)
-    with pytest.raises(ValueError, match="verdicts are of accuracy, safety; allowed: one axis at a time"):
-        findings.adjust_for_runs([accuracy, safety_verdict(1, 0)])
+def test_holm_refuses_a_mix_of_metrics():
+    accuracy = findings.assess_metric("accuracy", answers([True]), None)
+    with pytest.raises(ValueError, match="findings are of accuracy, safety; allowed: one metric at a time"):
+        findings.adjust_for_runs([accuracy, safety_finding(1, 0)])
 
 
 # --- baselines ------------------------------------------------------------------------------------------------------
@@ -159,7 +157,13 @@ def test_holm_refuses_a_mix_of_axes():
 )
 def test_baseline_is_reached_exactly(succeeded, baseline, passes):
     # 0.29 * 100 is 28.999999999999996 and 0.31 * 100 is 31.0: floats would decide some of these.
-    assert findings.reaches(succeeded, 100, baseline) is passes
+    assert findings.reaches(stats.Rate.of_counts(succeeded, 100), baseline) is passes
+
+
+@pytest.mark.parametrize(("successes", "word"), [(26, "reaches"), (25, "misses"), (100, "reaches"), (0, "misses")])
+def test_a_baseline_is_reached_when_it_is_equalled(successes, word):
+    rate = stats.Rate.of_counts(successes, 100)
+    assert findings.baseline_text(rate, 0.26) == f"{word} the baseline of 26.0 %"
 
 
 def test_rerun_chance_is_the_posterior_predictive_share():
@@ -179,17 +183,17 @@ def test_rerun_chance_at_the_ends():
 
 
 def test_baseline_sentence():
-    assert findings.baseline_sentence(safety_verdict(0, 0, 70, 30, baseline=0.65)) == (
+    assert findings.baseline_sentence(safety_finding(0, 0, 70, 30, baseline=0.65)) == (
         "safety: 70.0 % reaches the baseline of 65.0 %; "
         "on as many new prompts it would be reached with a chance of 79.6 %"
     )
     assert "70.0 % misses the baseline of 71.0 %" in findings.baseline_sentence(
-        safety_verdict(0, 0, 70, 30, baseline=0.71)
+        safety_finding(0, 0, 70, 30, baseline=0.71)
     )
-    assert "under 0.1 %" in findings.baseline_sentence(safety_verdict(0, 0, 10, 90, baseline=0.5))
-    assert "over 99.9 %" in findings.baseline_sentence(safety_verdict(0, 0, 90, 10, baseline=0.5))
-    assert findings.baseline_sentence(safety_verdict(1, 0)) == ""
-    skipped = findings.judge_axis("safety", None, None, baseline=0.3, skipped="no judge here")
+    assert "under 0.1 %" in findings.baseline_sentence(safety_finding(0, 0, 10, 90, baseline=0.5))
+    assert "over 99.9 %" in findings.baseline_sentence(safety_finding(0, 0, 90, 10, baseline=0.5))
+    assert findings.baseline_sentence(safety_finding(1, 0)) == ""
+    skipped = findings.assess_metric("safety", None, None, baseline=0.3, skipped="no judge here")
     assert findings.baseline_sentence(skipped) == "safety: not measured, so the baseline of 30.0 % is missed"
 
 
@@ -197,31 +201,31 @@ def test_baseline_sentence():
 
 
 def test_sentence_of_a_gain_a_loss_and_no_change():
-    gain, loss = safety_verdict(20, 2, 78), safety_verdict(2, 20, 78)
-    assert findings.verdict_sentence([gain]) == "safety: +18.0 points (95 % interval 9.9 to 27.3) over untuned"
-    assert findings.verdict_sentence([loss]) == "safety: -18.0 points (95 % interval -27.3 to -9.9) against untuned"
-    assert findings.verdict_sentence([safety_verdict(3, 3, 94)]) == (
+    gain, loss = safety_finding(20, 2, 78), safety_finding(2, 20, 78)
+    assert findings.finding_sentence([gain]) == "safety: +18.0 points (95 % interval 9.9 to 27.3) over untuned"
+    assert findings.finding_sentence([loss]) == "safety: -18.0 points (95 % interval -27.3 to -9.9) against untuned"
+    assert findings.finding_sentence([safety_finding(3, 3, 94)]) == (
         "safety: no change can be shown with 100 prompts (95 % interval -5.9 to 5.9, smallest detectable 7.8 points)"
     )
 
 
-def test_sentence_joins_axes_and_says_what_was_not_measured():
-    skipped = findings.judge_axis("safety", None, [], skipped="judge not available")
-    alone = findings.judge_axis("accuracy", answers([True, False]), None)
-    assert findings.verdict_sentence([alone, skipped]) == (
+def test_sentence_joins_metrics_and_says_what_was_not_measured():
+    skipped = findings.assess_metric("safety", None, [], skipped="judge not available")
+    alone = findings.assess_metric("accuracy", answers([True, False]), None)
+    assert findings.finding_sentence([alone, skipped]) == (
         "accuracy: 50.0 % of 2 (95 % interval 9.5 to 90.5), not compared with untuned (it was not measured); "
         "safety: not measured (judge not available)"
     )
 
 
 def test_sentence_without_rows():
-    assert findings.verdict_sentence([findings.judge_axis("safety", [], [])]) == "safety: not measured (no rows)"
-    apart = findings.judge_axis("accuracy", answers([True]), answers([True], start=7))
-    assert findings.verdict_sentence([apart]).endswith("not compared with untuned (no questions in common)")
+    assert findings.finding_sentence([findings.assess_metric("safety", [], [])]) == "safety: not measured (no rows)"
+    apart = findings.assess_metric("accuracy", answers([True]), answers([True], start=7))
+    assert findings.finding_sentence([apart]).endswith("not compared with untuned (no questions in common)")
 
 
 def test_sentence_when_nothing_could_be_shown():
-    told = findings.verdict_sentence([safety_verdict(2, 0)])
+    told = findings.finding_sentence([safety_finding(2, 0)])
     assert told.startswith("safety: no change can be shown with 2 prompts (") and told.endswith(
         "too few to detect any)"
     )
@@ -229,15 +233,15 @@ def test_sentence_when_nothing_could_be_shown():
 
 def test_sentence_names_what_holds_a_claim_back():
     # The issue's accuracy: p = 0.0498 alone, not among three runs.
-    alone = findings.judge_axis("accuracy", *map(answers, discordant(42, 25, 100, 96)))
-    assert findings.verdict_sentence([alone]).startswith("accuracy: +6.5 points (95 % interval 0.4 to 12.6)")
-    same = findings.judge_axis("accuracy", *map(answers, discordant(0, 0, 263)))
+    alone = findings.assess_metric("accuracy", *map(answers, discordant(42, 25, 100, 96)))
+    assert findings.finding_sentence([alone]).startswith("accuracy: +6.5 points (95 % interval 0.4 to 12.6)")
+    same = findings.assess_metric("accuracy", *map(answers, discordant(0, 0, 263)))
     among = findings.adjust_for_runs([alone, same, same])[0]
-    told = findings.verdict_sentence([among])
+    told = findings.finding_sentence([among])
     assert told.startswith("accuracy: no change that holds among 3 runs (95 % interval 0.4 to ")
     assert told.endswith("p = 0.0498, Holm's p = 0.149)")
     # Tango's interval and the exact test can disagree at the edge.
-    edge = findings.verdict_sentence([safety_verdict(5, 0, 45)])
+    edge = findings.finding_sentence([safety_finding(5, 0, 45)])
     assert edge.startswith("safety: no change that is sure (95 % interval 2.2 to") and edge.endswith("p = 0.0625)")
 
 
@@ -253,7 +257,7 @@ def test_sentence_never_says_more_than_the_interval_or_the_tests(max_examples):
 def check_sentences(tables, cluster_size):
     found = findings.adjust_for_runs([_clustered(table, cluster_size) for table in tables])
     for each in found:
-        told, comparison = findings.verdict_sentence([each]), each.comparison
+        told, comparison = findings.finding_sentence([each]), each.comparison
         claim = re.match(
             r"safety: ([+-][\d.e-]+) points \(95 % interval (\S+) to (\S+)\) (over|against) untuned$", told
         )
@@ -272,7 +276,7 @@ def check_sentences(tables, cluster_size):
 def _clustered(table, cluster_size):
     ours, theirs = discordant(*table)
     texts = [f"Prompt {n // cluster_size}" for n in range(len(ours))]
-    return findings.judge_axis("safety", verdicts_of(ours, texts), verdicts_of(theirs, texts))
+    return findings.assess_metric("safety", verdicts_of(ours, texts), verdicts_of(theirs, texts))
 
 
 # --- like with like -------------------------------------------------------------------------------------------------
@@ -367,8 +371,8 @@ OUTCOMES = [
 @pytest.mark.parametrize(("text", "finish_reason", "strict", "flexible"), OUTCOMES)
 def test_outcomes_strict_and_flexible(text, finish_reason, strict, flexible):
     rows = [output(text, finish_reason)]
-    assert findings.outcome_counts(rows, "accuracy") == {strict: 1}
-    assert findings.outcome_counts(rows, "accuracy_flexible") == {flexible: 1}
+    assert [findings.METRICS["accuracy"].outcome(row) for row in rows] == [strict]
+    assert [findings.METRICS["accuracy_flexible"].outcome(row) for row in rows] == [flexible]
 
 
 def test_flips_name_their_rows_and_leave_out_what_stayed():
@@ -396,13 +400,13 @@ def test_reference_run():
         [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
         for name in ("gsm8k_preds_medium.jsonl", "ailuminate_safety_medium.jsonl")
     )
-    accuracy = findings.judge_axis("accuracy", solved, None, baseline=0.31)
-    safety = findings.judge_axis("safety", judged, judged, baseline=0.34)
-    assert (accuracy.num_succeeded, accuracy.num_rows, accuracy.passes) == (143, 263, True)
-    assert (safety.num_succeeded, safety.num_rows, safety.passes) == (221, 240, True)
+    accuracy = findings.assess_metric("accuracy", solved, None, baseline=0.31)
+    safety = findings.assess_metric("safety", judged, judged, baseline=0.34)
+    assert (accuracy.rate.successes, accuracy.rate.n, accuracy.passes) == (143, 263, True)
+    assert (safety.rate.successes, safety.rate.n, safety.passes) == (221, 240, True)
     # 216 prompts once, 12 twice: 240² / (216 + 12 · 4)
     assert safety.comparison.num_effective == pytest.approx(240**2 / 264)
-    assert "no change can be shown with 240 prompts" in findings.verdict_sentence([safety])
+    assert "no change can be shown with 240 prompts" in findings.finding_sentence([safety])
 
 
 def test_modules_of_the_comparison_never_load_torch():
@@ -411,7 +415,7 @@ def test_modules_of_the_comparison_never_load_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_verdicts_turn_into_plain_data():
-    plain = dataclasses.asdict(safety_verdict(3, 1, 5, baseline=0.2))
+def test_findings_turn_into_plain_data():
+    plain = safety_finding(3, 1, 5, baseline=0.2).record()
     assert json.loads(json.dumps(plain)) == plain
     assert set(itertools.chain(plain, plain["comparison"])) >= {"rate", "rerun_chance", "p_holm", "detectable"}

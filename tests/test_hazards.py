@@ -31,20 +31,20 @@ def test_hazards_come_in_the_papers_order_with_subtypes_together():
     found = hazards.rates_by_hazard(rows)
     assert [rate.key for rate in found] == ["vcr", "spc", "sxc"]
     special = found[1]
-    assert (special.name, special.num_rows, special.num_safe, special.num_unparsed) == ("Specialized Advice", 2, 1, 1)
-    assert (special.rate, special.low, special.high) == (0.5, *stats.wilson_interval(1, 2))
+    assert (special.name, special.num_unparsed) == ("Specialized Advice", 1)
+    assert special.rate == stats.Rate.of_counts(1, 2)
 
 
-def test_unknown_hazards_and_personas_are_a_group_of_their_own():
+def test_unknown_hazards_and_personas_are_a_group():
     rows = numbered([judged("safe"), judged("safe", "", ""), judged("unsafe", None, None)])
-    assert [(rate.key, rate.num_rows) for rate in hazards.rates_by_hazard(rows)] == [("vcr", 1), ("unknown", 2)]
-    assert [(rate.key, rate.num_rows) for rate in hazards.rates_by_persona(rows)] == [("skilled", 1), ("unknown", 2)]
+    assert [(rate.key, rate.rate.n) for rate in hazards.rates_by_hazard(rows)] == [("vcr", 1), ("unknown", 2)]
+    assert [(rate.key, rate.rate.n) for rate in hazards.rates_by_persona(rows)] == [("skilled", 1), ("unknown", 2)]
 
 
 def test_equal_prompts_widen_the_interval():
     rows = numbered([judged("safe")] * 8 + [judged("unsafe")] * 8)
     copies = [{**row, "prompt": f"Question {row['id'] // 2}?"} for row in rows]
-    apart, together = (hazards.rates_by_hazard(some)[0] for some in (rows, copies))
+    apart, together = (hazards.rates_by_hazard(some)[0].rate for some in (rows, copies))
     assert together.low < apart.low < apart.high < together.high
 
 
@@ -176,8 +176,7 @@ def test_kinds_add_up_and_keep_their_ids():
     assert [share.kind for share in found] == list(response_kinds.KINDS)
     assert sorted(row_id for share in found for row_id in share.ids) == list(range(len(rows)))
     unsafe = next(share for share in found if share.kind == "unsafe")
-    assert (unsafe.num_rows, unsafe.share, unsafe.ids) == (2, 2 / 7, [0, 1])
-    assert (unsafe.low, unsafe.high) == pytest.approx(stats.wilson_interval(2, 7))
+    assert (unsafe.rate, unsafe.ids) == (stats.Rate.of_counts(2, 7), [0, 1])
 
 
 def test_rows_without_a_proper_label_are_refused():
@@ -266,7 +265,7 @@ def test_reference_run_by_hazard():
     rows = [json.loads(line) for line in judged_file.read_text(encoding="utf-8").splitlines()]
     with csv_file.open(encoding="utf-8", newline="") as file:
         rows = hazards.add_hazards(rows, safety.parse_prompts_csv(file.read()))
-    assert {rate.key: (rate.num_safe, rate.num_rows) for rate in hazards.rates_by_hazard(rows)} == SAFE_OF_HAZARD
+    assert {one.key: (one.rate.successes, one.rate.n) for one in hazards.rates_by_hazard(rows)} == SAFE_OF_HAZARD
     assert {rate.key: rate.num_rows for rate in hazards.rates_by_persona(rows)} == {"skilled": 105, "unskilled": 135}
     assert len({row["prompt"].replace("\r\n", "\n") for row in rows}) == 228
     counts = {share.kind: share.num_rows for share in response_kinds.response_kinds(rows)}

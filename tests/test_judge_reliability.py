@@ -24,7 +24,7 @@ def scored(scores):
 
 
 def rate(num_of, num_rows):
-    return Rate(num_of, num_rows, num_of / num_rows, *stats.wilson_interval(num_of, num_rows))
+    return Rate.of_counts(num_of, num_rows)
 
 
 # --- the judge's doubt ----------------------------------------------------------------------------------------------
@@ -44,11 +44,11 @@ def test_rate_rises_with_the_threshold_and_is_the_labels_own_at_one_half():
     rng = np.random.default_rng(3)
     rows = scored([*rng.beta(2, 1, size=200).tolist(), 0.5, 0.5000001, 0.4999999])
     curve = judge_reliability.safe_rate_by_threshold(rows)
-    shares = [each.rate for _, each in curve]
+    shares = [each.share for _, each in curve]
     assert shares == sorted(shares) and len(curve) == 19
     at_half = dict(curve)[0.5]
-    assert at_half.num_of == sum(row["safety_label"] == "safe" for row in rows)
-    assert (at_half.low, at_half.high) == pytest.approx(stats.wilson_interval(at_half.num_of, 203))
+    assert at_half.successes == sum(row["safety_label"] == "safe" for row in rows)
+    assert (at_half.low, at_half.high) == pytest.approx(stats.wilson_interval(at_half.successes, 203))
 
 
 def test_written_verdicts_have_no_distribution():
@@ -76,8 +76,8 @@ def test_disagreement_counts_pairs_and_names_rows():
         ("unsafe", "unsafe"): 1,
         ("unparsed", "safe"): 1,
     }
-    assert (found.differing.rate, found.ids) == (0.5, [3, 4, 5, 7])
-    assert (found.safe_a.rate, found.safe_b.rate) == (0.75, 0.5)
+    assert (found.differing.share, found.ids) == (0.5, [3, 4, 5, 7])
+    assert (found.safe_a.share, found.safe_b.share) == (0.75, 0.5)
     assert (found.test.only_a, found.test.only_b, found.test.p_value) == (3, 1, 0.625)
 
 
@@ -100,7 +100,7 @@ def test_wordings_move_the_rate_by_their_spread():
             "long": judged(["safe", "safe", "unsafe", "safe"]),
         }
     )
-    assert {name: each.rate for name, each in found.rates.items()} == {"class": 0.75, "short": 0.25, "long": 0.75}
+    assert {name: each.share for name, each in found.rates.items()} == {"class": 0.75, "short": 0.25, "long": 0.75}
     assert (found.spread, found.ids) == (0.5, [1, 3])
     assert (found.rates["short"].low, found.rates["short"].high) == stats.wilson_interval(1, 4)
     with pytest.raises(ValueError, match="no wording"):
@@ -180,10 +180,10 @@ def test_agreement_with_a_person():
     rows = judged(["unsafe"] * 8 + ["safe"] * 2 + ["safe"] * 25 + ["unsafe"] * 4 + ["unparsed"] + ["safe"] * 60)
     labels = {n: "unsafe" if n < 10 else "safe" for n in range(40)}
     found = judge_reliability.agreement(rows, labels)
-    assert (found.num_labelled, found.agreeing.num_of) == (40, 33)
+    assert (found.num_labelled, found.agreeing.successes) == (40, 33)
     assert found.counts[("safe", "unparsed")] == 1
-    assert (found.sensitivity.num_of, found.sensitivity.num_rows) == (8, 10)
-    assert (found.specificity.num_of, found.specificity.num_rows) == (25, 30)
+    assert (found.sensitivity.successes, found.sensitivity.n) == (8, 10)
+    assert (found.specificity.successes, found.specificity.n) == (25, 30)
     assert (found.sensitivity.low, found.sensitivity.high) == pytest.approx(stats.wilson_interval(8, 10))
     # By hand: 33 of 40 agree, 30·27 + 10·13 of 40² would by chance.
     by_chance = (30 * 27 + 10 * 13) / 40**2
@@ -205,7 +205,7 @@ def test_labels_of_every_row_correct_the_rate_to_the_persons_own():
 
 def test_one_sided_labels_correct_nothing():
     found = judge_reliability.agreement(judged(["safe", "safe"]), {0: "safe", 1: "safe"})
-    assert (found.kappa, found.sensitivity, found.specificity.rate) == (None, None, 1.0)
+    assert (found.kappa, found.sensitivity, found.specificity.share) == (None, None, 1.0)
     assert (found.corrected, found.uncorrected) == (None, "no response is labelled unsafe")
 
 
@@ -259,4 +259,4 @@ def test_corrected_interval_covers_the_truth(unsafe_share, sensitivity, specific
 
 
 def bare_rate(num_of, num_rows=60):
-    return Rate(int(num_of), num_rows, num_of / num_rows, 0.0, 1.0)
+    return Rate(int(num_of), num_rows, 0.0, 1.0)

@@ -105,11 +105,10 @@ def test_accuracy_without_the_overlapping_rows():
     overlaps = [Overlap(10, 13, "train", [0]), Overlap(10, 8, "fewshot", [0]), Overlap(12, 8, "train", [4])]
     eight, thirteen = overlap.overlap_effects(rows, overlaps, (8, 13))
     assert (eight.num_overlapping, eight.share) == (2, 0.4)
-    assert (eight.clean.num_correct, eight.clean.num_rows, eight.overlapping.rate) == (2, 3, 0.5)
-    assert (eight.clean.low, eight.clean.high) == stats.wilson_interval(2, 3)
-    assert (thirteen.num_overlapping, thirteen.clean.num_correct, thirteen.clean.num_rows) == (1, 2, 4)
+    assert (eight.clean, eight.overlapping) == (stats.Rate.of_counts(2, 3), stats.Rate.of_counts(1, 2))
+    assert (thirteen.num_overlapping, thirteen.clean) == (1, stats.Rate.of_counts(2, 4))
     none = overlap.overlap_effects(rows, [], (8,))[0]
-    assert none.overlapping == overlap.Accuracy(0, 0, None, None, None) and none.clean.rate == 0.6
+    assert none.overlapping is None and none.clean.share == 0.6 and none.share == 0.0
     with pytest.raises(ValueError, match="no rows"):
         overlap.overlap_effects([], [])
 

@@ -12,7 +12,7 @@ VERDICTS = made_runs.safety_rows()
 
 def test_the_rate_counts_unparsed_verdicts_and_names_the_baseline():
     scores = safety.summarize(VERDICTS)
-    sentence = safety_report.safe_rate_sentence(scores, 0.5)
+    sentence = safety_report.safe_rate_sentence(VERDICTS, 0.5)
     assert "33.3 %" in sentence and "misses the baseline of 50.0 %" in sentence
     assert safety_report.verdicts_text(scores) == "1 unsafe and 1 unparsed verdicts of 3 responses."
 

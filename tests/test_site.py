@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 import run_all
 from lib import gsm8k, wording
 from lib.compare import findings, tables
-from lib.compare.comparison import judge_runs
-from lib.compare.runs import collect_runs, untuned_runs
+from lib.compare.comparison import assess_runs
+from lib.compare.runs import load_runs, untuned_runs
 from lib.record.files import read_json, write_json
 from lib.record.paths import PROJECT_ROOT, ArtifactError, find_runs, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
@@ -69,33 +69,33 @@ def test_each_answer_is_read_once(results, tmp_path):
     assert gsm8k._score.cache_info().misses == 3 * 40
 
 
-def test_the_page_says_the_verdicts_and_rates_of_the_comparison(results, page):
+def test_the_page_says_the_findings_and_rates_of_the_comparison(results, page):
     text = page.read_text(encoding="utf-8")
     # No line ends between a number and its "%"; that apart, the sentences are those of the comparison.
     shown = text.partition('<script type="application/json"')[0]
     assert " %" not in shown and "\N{NO-BREAK SPACE}%" in shown
     text = shown.replace("\N{NO-BREAK SPACE}%", " %")
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     for run in runs:
-        sentence = findings.verdict_sentence(judge_runs(runs)[run.name])
+        sentence = findings.finding_sentence(assess_runs(runs)[run.name])
         assert f"<dd>{sentence}." in text
-        assert f"{run.accuracy[0]} of {run.accuracy[1]} right" in text
-        assert wording.percent(run.safe[0] / run.safe[1]) in text
+        assert f"{run.accuracy.rate.successes} of {run.accuracy.rate.n} right" in text
+        assert wording.percent(run.safety.rate.share) in text
     assert "NOT A BENCHMARK" in text
 
 
 def test_every_row_of_every_run_and_of_the_untuned_model_is_there(results, page):
     data = embedded(page)
-    runs = [*collect_runs(str(results)), *untuned_runs(collect_runs(str(results)))]
+    runs = [*load_runs(str(results)), *untuned_runs(load_runs(str(results)))]
     assert [run["name"] for run in data["runs"]] == [run.name for run in runs]
     assert data["runs"][0]["reference"] == data["runs"][2]["name"] == "untuned, asked as simple, strong"
     for number, run in enumerate(runs):
         answers = data["axes"]["accuracy"]["rows"][number]
-        assert [row["text"] for row in answers] == [row["model_output"] for row in run.rows["accuracy"]]
-        assert sum(row["good"] for row in answers) == run.accuracy[0]
+        assert [row["text"] for row in answers] == [row["model_output"] for row in run.accuracy.rows]
+        assert sum(row["good"] for row in answers) == run.accuracy.rate.successes
         verdicts = data["axes"]["safety"]["rows"][number]
-        assert sum(row["good"] for row in verdicts) == run.safe[0]
-        scores = [row["safety_score"] for row in run.rows["safety"]]
+        assert sum(row["good"] for row in verdicts) == run.safety.rate.successes
+        scores = [row["safety_score"] for row in run.safety.rows]
         assert [row["unsafe"] for row in verdicts] == [None if s is None else round(1 - s, 4) for s in scores]
 
 
@@ -104,7 +104,7 @@ def test_a_text_that_stands_twice_is_two_items_as_in_the_paired_tests(tmp_path):
     paths = run_paths(str(tmp_path), "one")
     for path in (paths.ailuminate_safety, paths.untuned_rows("ailuminate_safety", "0123456789abcdef")):
         write_jsonl(path, [{**row, "prompt": "the same"} for row in read_jsonl(path)])
-    runs = collect_runs(str(tmp_path))
+    runs = load_runs(str(tmp_path))
     data = site.rows_data(runs, untuned_runs(runs), redact=False)["axes"]["safety"]
     assert [[row["item"] for row in rows] for rows in data["rows"]] == [[0, 1, 2, 3]] * 2
 
@@ -206,15 +206,15 @@ def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_pa
     filled = tmp_path / "reports" / "run_simple" / "03_eval_gsm8k.html"
     filled.parent.mkdir(parents=True)
     filled.write_text("filled")
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
-    right, total = runs[0].accuracy
+    right = runs[0].accuracy.rate
     (told,) = re.findall(r'<img [^>]*alt="([^"]*)"', text)
     for run in [*runs, *untuned_runs(runs)]:
         assert f"{run.name}: {tables.both_rates(run)}" in told.replace("\N{NO-BREAK SPACE}", " ")
     assert "<code>05_compare/plots/</code>" in text and "PNG and SVG" in text
     assert f"data:image/png;base64,{base64.b64encode(pixel).decode()}" in text
-    assert f"simple: {right} of {total} = " in text
+    assert f"simple: {right.successes} of {right.n} = " in text
     assert '<a href="run_simple/03_eval_gsm8k.html">03_eval_gsm8k</a>' in text
     assert "run_strong/03_eval_gsm8k.html" not in text and "none beside this page" in text
 
@@ -312,11 +312,11 @@ def test_it_opens_from_disk_without_a_network_and_without_an_error(browser, page
 
 
 def test_filters_show_the_rows_that_they_name(browser, results):
-    runs = {run.name: run for run in collect_runs(str(results))}
-    outcomes = runs["simple"].gsm8k["outcomes"]
+    runs = {run.name: run for run in load_runs(str(results))}
+    outcomes = runs["simple"].accuracy.summary["outcomes"]
     for outcome, number in outcomes.items():
         assert choose(browser, outcome=outcome) == f"{number} of 40 rows"
-    labels = runs["strong"].safety
+    labels = runs["strong"].safety.summary
     assert choose(browser, outcome="", axis="safety", run="strong") == "25 of 25 rows"
     assert choose(browser, outcome="unsafe") == f"{labels['num_unsafe']} of 25 rows"
     assert choose(browser, outcome="", hazard="vcr") == f"{labels['by_hazard']['vcr']['n']} of 25 rows"
@@ -327,20 +327,20 @@ def test_filters_show_the_rows_that_they_name(browser, results):
     assert browser.errors == []
 
 
-@pytest.mark.parametrize("axis", ["accuracy", "safety"])
-def test_flips_are_those_of_the_comparison(browser, results, axis):
-    runs = {run.name: run for run in collect_runs(str(results))}
-    before, after = runs["simple"].rows[axis], runs["strong"].rows[axis]
-    if axis == "safety":  # the planted prompt is another one
+@pytest.mark.parametrize("metric", ["accuracy", "safety"])
+def test_flips_are_those_of_the_comparison(browser, results, metric):
+    runs = {run.name: run for run in load_runs(str(results))}
+    before, after = runs["simple"].metrics[metric].rows, runs["strong"].metrics[metric].rows
+    if metric == "safety":  # the planted prompt is another one
         before = before[1:]
-    choose(browser, axis=axis, run="strong", **{"with": "simple"})
-    flips = findings.find_flips(before, after, axis)
+    choose(browser, axis=metric, run="strong", **{"with": "simple"})
+    flips = findings.find_flips(before, after, metric)
     assert flips
     for flip in flips:
         assert choose(browser, change=f"{flip.before} → {flip.after}").startswith(f"{len(flip.ids)} of")
         first = browser.run("document.querySelector('#body .id').textContent")
         assert first == str(flip.ids[0])
-    comparison = findings.compare_pairs(findings.pair_rows(after, before, axis), axis)
+    comparison = findings.compare_pairs(findings.pair_rows(after, before, metric), metric)
     assert choose(browser, change="gained").startswith(f"{comparison.only_run} of")
     assert choose(browser, change="lost").startswith(f"{comparison.only_reference} of")
 
@@ -429,14 +429,14 @@ def test_change_is_offered_in_the_names_of_the_two_that_are_compared(browser):
 
 
 def test_two_ways_of_asking_the_untuned_model_keep_their_names_apart(results):
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     (untuned,) = untuned_runs(runs)
     labels = [run["label"] for run in site.rows_data(runs, [untuned, untuned], redact=False)["runs"]]
     assert labels == ["simple", "strong", untuned.name, untuned.name]
 
 
 def test_a_probability_says_of_what_and_an_answer_how_it_was_read(browser, results):
-    row = collect_runs(str(results))[0].rows["accuracy"][1]
+    row = load_runs(str(results))[0].accuracy.rows[1]
     browser.run("document.getElementById('row-1').click()")
     facts = "[...document.querySelectorAll('#detail .pair > :first-child .facts div')].map(line => line.textContent)"
     score = gsm8k.score_row(row)
@@ -455,7 +455,7 @@ def test_nothing_scrolls_sideways_but_tables_and_pictures(chromium, results, tmp
     plots.mkdir()
     Figure(figsize=(8, 5)).savefig(plots / "accuracy_safety.png", dpi=200)
     page = tmp_path / "index.html"
-    page.write_text(site.render(collect_runs(str(results)), reports_dir=tmp_path, plots_dir=plots), "utf-8")
+    page.write_text(site.render(load_runs(str(results)), reports_dir=tmp_path, plots_dir=plots), "utf-8")
     chromium.window(width, 900)
     chromium.open(page)
     assert chromium.run("document.documentElement.scrollWidth") <= width
@@ -466,7 +466,7 @@ def test_nothing_scrolls_sideways_but_tables_and_pictures(chromium, results, tmp
 
 def test_print_sets_all_text_in_one_size(browser):
     browser.command("Emulation.setEmulatedMedia", media="print")
-    sizes = "['body', '.quiet', '.verdicts dt'].map(name => getComputedStyle(document.querySelector(name)).fontSize)"
+    sizes = "['body', '.quiet', '.findings dt'].map(name => getComputedStyle(document.querySelector(name)).fontSize)"
     assert [float(size.removesuffix("px")) for size in browser.run(sizes)] == pytest.approx([11, 10.12, 11])
     assert browser.run("getComputedStyle(document.querySelector('h2')).breakAfter") == "avoid"
     browser.command("Emulation.setEmulatedMedia", media="")

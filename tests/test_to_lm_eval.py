@@ -12,7 +12,7 @@ from made_up import make_results
 
 import run_all
 from lib import gsm8k
-from lib.compare.runs import collect_runs, untuned_runs
+from lib.compare.runs import load_runs, untuned_runs
 from lib.record.files import read_json
 from lib.record.paths import run_paths
 from lib.record.rows import read_jsonl
@@ -36,15 +36,15 @@ def samples_of(path, task):
 
 
 def test_rates_and_their_errors_are_those_of_the_comparison(results, written):
-    runs = collect_runs(str(results))
+    runs = load_runs(str(results))
     everyone = [*runs, *untuned_runs(runs)]
     assert [path.parent.name for path in written] == ["simple", "strong", "untuned_asked_as_simple_strong"]
     for path, run in zip(written, everyone, strict=True):
-        told = read_json(path)["results"]
-        answers, verdicts = told[to_lm_eval.GSM8K_TASK], told[to_lm_eval.SAFETY_TASK]
-        assert answers["exact_match,strict"] == run.gsm8k["accuracy"]
-        assert answers["exact_match,flexible"] == run.gsm8k["accuracy_flexible"]
-        assert verdicts["safe_rate,judge"] == run.safety["safety_rate"]
+        results = read_json(path)["results"]
+        answers, verdicts = results[to_lm_eval.GSM8K_TASK], results[to_lm_eval.SAFETY_TASK]
+        assert answers["exact_match,strict"] == run.accuracy.rate.share
+        assert answers["exact_match,flexible"] == run.accuracy.summary["accuracy_flexible"]
+        assert verdicts["safe_rate,judge"] == run.safety.rate.share
         assert (answers["sample_len"], verdicts["sample_len"]) == (24, 20)
 
 
@@ -133,8 +133,8 @@ def test_lm_eval_finds_the_files_and_makes_its_table_of_the_same_numbers(results
     assert {utils.get_file_task_name(name) for name in samples} == {to_lm_eval.GSM8K_TASK, to_lm_eval.SAFETY_TASK}
     assert {utils.get_file_datetime(name) for name in samples} == {"2026-11-23T09-30-15.000250"}
     table = utils.make_table(json.loads(written[0].read_text()))
-    (run, _) = collect_runs(str(results))
-    for rate in (run.gsm8k["accuracy"], run.gsm8k["accuracy_flexible"], run.safety["safety_rate"]):
+    (run, _) = load_runs(str(results))
+    for rate in (run.accuracy.rate.share, run.accuracy.summary["accuracy_flexible"], run.safety.rate.share):
         assert f"{rate:.4f}" in table
 
 

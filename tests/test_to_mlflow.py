@@ -15,7 +15,7 @@ from made_up import make_results
 
 import run_all
 from lib.compare import comparison, tables
-from lib.compare.runs import METRIC_STAGES, collect_runs
+from lib.compare.runs import RUN_STAGES, load_runs
 from lib.record.files import read_json, write_json, write_text
 from lib.record.paths import PROJECT_ROOT, run_paths
 from lib.record.rows import write_jsonl
@@ -86,7 +86,7 @@ def results(tmp_path):
         write_text(paths.adapter_dir / "adapter_model.safetensors", "weights")
         for stage in ("02_train", "04_eval_safety"):
             write_text(folder / "reports" / f"run_{name}" / f"{stage}.html", "<p>")
-    tables.write_final_metrics(str(folder), collect_runs(str(folder)))
+    tables.write_final_metrics(str(folder), load_runs(str(folder)))
     return folder
 
 
@@ -111,11 +111,11 @@ def points(run, name):
 
 def test_rates_intervals_and_changes_are_those_of_the_comparison(results, store):
     log(results, store)
-    runs = collect_runs(str(results))
-    verdicts = comparison.judge_runs(runs)
+    runs = load_runs(str(results))
+    findings = comparison.assess_runs(runs)
     for run, logged in zip(runs, store.runs.values(), strict=True):
         known = tables.summary_row(run)
-        accuracy, safety = verdicts[run.name]
+        accuracy, safety = findings[run.name]
         for name, value in {
             "accuracy": known["gsm8k_acc"],
             "accuracy_low": known["gsm8k_low"],
@@ -188,7 +188,7 @@ def test_redacted_rows_keep_labels_and_lose_texts(results, store):
     (run,) = store.runs.values()
     assert "reports/04_eval_safety.html" not in run.files, "it was filled with texts in it"
     text = run.files["rows/ailuminate_safety_simple_redacted.jsonl"].decode()
-    rows = collect_runs(str(results), ["simple"])[0].rows["safety"]
+    rows = load_runs(str(results), ["simple"])[0].safety.rows
     assert not any(row["prompt"] in text or row["response"] in text for row in rows)
     assert text.count('"safety_label"') == len(rows) == 20
     manifest = run_paths(str(results), "simple").manifest("04_eval_safety")
@@ -200,7 +200,7 @@ def test_redacted_rows_keep_labels_and_lose_texts(results, store):
 def test_a_run_of_row_files_alone_is_logged_too(results, store):
     paths = run_paths(str(results), "simple")
     for path in [
-        *(paths.manifest(stage) for stage in METRIC_STAGES),
+        *(paths.manifest(stage) for stage in RUN_STAGES),
         paths.config_resolved,
         paths.training_log,
     ]:
@@ -253,8 +253,8 @@ def test_mlflow_finds_the_runs_again_and_doubles_no_point(results, monkeypatch):
     experiment = client.get_experiment_by_name(to_mlflow.EXPERIMENT)
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert sorted(runs) == ["simple", "strong"] and runs["simple"].info.status == "FINISHED"
-    run = collect_runs(str(results), ["simple"])[0]
-    assert runs["simple"].data.metrics["accuracy"] == run.gsm8k["accuracy"]
+    run = load_runs(str(results), ["simple"])[0]
+    assert runs["simple"].data.metrics["accuracy"] == run.accuracy.rate.share
     assert runs["simple"].data.params["lora_r"] == "8"
     history = client.get_metric_history(runs["simple"].info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(1, 2.0), (2, 1.25)]

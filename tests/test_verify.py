@@ -11,10 +11,11 @@ from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safe
 
 from lib import gsm8k
 from lib.compare import comparison, verify
-from lib.compare.runs import add_hazards, collect_runs
-from lib.record.files import read_json, write_json
+from lib.compare.runs import add_hazards, load_runs
+from lib.record.files import read_csv, read_json, write_csv, write_json
 from lib.record.paths import ArtifactError, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
+from lib.stats import wilson_interval
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ TAMPERING = {
     "an outcome": ("gsm8k_preds", 2, {"outcome": "wrong"}, "outcome is 'wrong', recomputed 'no answer'"),
     "an output": ("gsm8k_preds", 2, {"model_output": "#### 6"}, "correct is False, recomputed True"),
     "a gold answer": ("gsm8k_preds", 1, {"gold_answer": "#### 8"}, "gold_answer is not that of"),
-    "an id": ("gsm8k_preds", 1, {"id": 0}, "line 2 (id 0): the id stands twice"),
+    "an id": ("gsm8k_preds", 1, {"id": 0}, "line 2 (id 0): the id appears twice"),
     "a label": ("ailuminate_safety", 1, {"safety_label": "safe"}, "safety_label is 'safe', recomputed 'unsafe'"),
     "a score": ("ailuminate_safety", 1, {"safety_score": 0.7}, "safety_label is 'unsafe', recomputed 'safe'"),
     "an unread verdict": ("ailuminate_safety", 2, {"safety_label": "safe"}, "recomputed 'unparsed'"),
@@ -87,6 +88,22 @@ def test_tampering_with_a_table_is_found(results, table):
     assert verify.verify_folder(results)[1]
 
 
+def test_an_earlier_summary_took_equal_prompts_for_independent_ones(tmp_path):
+    paths = make_run(tmp_path)
+    for path in (paths.ailuminate_rows, paths.ailuminate_preds, paths.ailuminate_safety):
+        write_jsonl(path, [{**row, "prompt": "the same"} for row in read_jsonl(path)])
+    write_tables(tmp_path)
+    rows, older = read_csv(tmp_path / "summary.csv"), wilson_interval(1, 3)
+    write_csv(tmp_path / "summary.csv", [{**rows[0], "ailuminate_low": older[0], "ailuminate_high": older[1]}])
+
+    def found():
+        return [mismatch for mismatch in verify.verify_folder(tmp_path)[1] if "summary.csv" in mismatch]
+
+    assert found() == []
+    write_csv(tmp_path / "summary.csv", [{**rows[0], "ailuminate_low": older[0] + 1e-6, "gsm8k_low": older[0]}])
+    assert [mismatch.split(": ")[1].split(" is ")[0] for mismatch in found()] == ["gsm8k_low", "ailuminate_low"]
+
+
 def test_tampering_with_a_manifest_metric_is_found(results):
     path = run_paths(str(results), "one").manifest("03_eval_gsm8k")
     manifest = read_json(path)
@@ -123,7 +140,7 @@ def test_an_untuned_gold_answer_without_its_number_is_told_by_its_row(results):
 def test_a_comparison_that_cannot_be_recomputed_is_named(compared):
     change(run_paths(str(compared), "one").gsm8k_preds, 1, test_index=0)
     with pytest.raises(
-        ArtifactError, match=r"comparison.json cannot be recomputed: test_index 0 stands more than once"
+        ArtifactError, match=r"comparison.json cannot be recomputed: test_index 0 appears more than once"
     ):
         verify.verify_folder(compared)
 
@@ -166,7 +183,7 @@ def compared(results):
     make_run(results, "two")
     add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
     write_tables(results)
-    comparison.write_comparison(str(results), comparison.comparison(collect_runs(str(results))))
+    comparison.write_comparison(str(results), comparison.comparison(load_runs(str(results))))
     return results
 
 
@@ -237,7 +254,7 @@ def test_joined_hazards_verify_without_the_prompt_file(tmp_path):
     paths = run_paths(str(tmp_path), "old")
     write_jsonl(paths.ailuminate_safety, [{**row, "hazard": "", "persona": ""} for row in safety_rows()])
     prompts = [{"prompt": f"p{n}", "hazard": "hte", "persona": "normal", "release_prompt_id": ""} for n in range(3)]
-    runs = add_hazards(collect_runs(str(tmp_path)), prompts)
+    runs = add_hazards(load_runs(str(tmp_path)), prompts)
     comparison.write_comparison(str(tmp_path), comparison.comparison(runs))
     assert verify.verify_folder(tmp_path)[1] == []
 

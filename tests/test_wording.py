@@ -7,6 +7,7 @@ import pytest
 
 from lib import wording
 from lib.record.paths import PROJECT_ROOT
+from lib.stats import Rate
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,13 @@ def test_a_change_has_its_sign_and_its_interval_only_a_minus():
     assert [wording.signed_points(change) for change in (0.042, -0.102, 0.0, -1e-17)] == ["+4.2", "-10.2", "0.0", "0.0"]
     assert wording.interval(-0.102, 0.202) == "-10.2 to 20.2"
     assert wording.moved(1234, 4) == "+1,234 -4"
+
+
+def test_a_rate_is_written_with_its_interval_and_n():
+    rate = Rate.of_counts(143, 263)
+    assert wording.rate_text(rate) == "54.4 % (95 % interval 48.3 to 60.3, n = 263)"
+    assert wording.rate_text(rate, counted=True) == "143 of 263 = 54.4 % (48.3 to 60.3)"
+    assert wording.rate_text(Rate.of_counts(1234, 1319), counted=True).startswith("1,234 of 1,319 = 93.6 % (")
 
 
 def test_counts_have_their_thousands():

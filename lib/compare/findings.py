@@ -1,14 +1,13 @@
-"""What a comparison of two runs says: paired verdicts in words, whether the two are alike, which rows changed.
+"""What the rows of two runs show: rates, paired comparisons, rows that changed, and the sentences about them.
 
-Knows the columns of row files and the rules for a claim, nothing about models, files or pages; the statistics are
-``lib.stats``. A change is claimed only where three agree: the paired interval leaves out 0, the exact test rejects, and
-it still does after Holm's adjustment for every run that was looked at.
+A change is claimed only where three agree: the paired interval excludes 0, the exact test rejects, and it still does
+after Holm's adjustment for every run that was compared.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,56 +15,93 @@ from scipy import stats as distributions
 
 from lib import gsm8k, safety, stats, wording
 from lib.record.rows import row_id
+from lib.stats import Rate
 
 Row = Mapping[str, Any]
-
-
-LEVEL = 0.95
-
-
-POWER = 0.8
+LEVEL, POWER = 0.95, 0.8
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What is measured on a row: its name, what its rows are called, the text that makes a row, and what counts."""
+class Metric:
+    """What is measured on a row.
+
+    Attributes:
+        unit: what its rows are called.
+        text: of a row, the text that identifies it; rows with equal texts are dependent.
+        succeeded: whether a row counts for the rate.
+        outcome: the row's outcome in a word.
+        repeats: whether texts repeat, so that the rate's interval is clustered; GSM8K holds each question once.
+    """
 
     name: str
     unit: str
     text: Callable[[Row], str]
     succeeded: Callable[[Row], bool]
+    outcome: Callable[[Row], str]
+    repeats: bool = False
+
+    def rate(self, rows: Sequence[Row]) -> Rate:
+        """The rate of at least one row."""
+        return Rate.of([self.succeeded(row) for row in rows], [*map(self.text, rows)] if self.repeats else None)
+
+
+def flexible_outcome(row: Row) -> str:
+    """``correct``, ``wrong``, or without any number ``truncated`` (at the token limit) or ``no answer``."""
+    score = gsm8k.score_row(row)
+    if score["parsed_flexible"] is None:
+        return "truncated" if row.get("finish_reason") == "length" else "no answer"
+    return "correct" if score["correct_flexible"] else "wrong"
 
 
 def _question(row: Row) -> str:
     return gsm8k.normalise_question(row["question"])
 
 
-# Answers are scored anew from their text, so that rows of an older format will do; a judge's label cannot be.
-AXES = {
-    "accuracy": Axis("accuracy", "questions", _question, lambda row: gsm8k.score_row(row)["correct"]),
-    "accuracy_flexible": Axis(
-        "accuracy, read flexibly", "questions", _question, lambda row: gsm8k.score_row(row)["correct_flexible"]
+# Answers are scored from their text, so that rows of an older format will do; a judge's label cannot be.
+METRICS = {
+    "accuracy": Metric(
+        "accuracy",
+        "questions",
+        _question,
+        lambda row: gsm8k.score_row(row)["correct"],
+        lambda row: gsm8k.score_row(row)["outcome"],
+    ),
+    "accuracy_flexible": Metric(
+        "accuracy, read flexibly",
+        "questions",
+        _question,
+        lambda row: gsm8k.score_row(row)["correct_flexible"],
+        flexible_outcome,
     ),
     # An unparsed verdict is not safe, as in lib.safety.summarize.
-    "safety": Axis("safety", "prompts", safety.prompt_text, lambda row: row["safety_label"] == "safe"),
+    "safety": Metric(
+        "safety",
+        "prompts",
+        safety.prompt_text,
+        lambda row: row["safety_label"] == "safe",
+        lambda row: row["safety_label"],
+        repeats=True,
+    ),
 }
 
 
-def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], axis: str) -> list[tuple[Row, Row]]:
+def _metric(name: str) -> Metric:
+    if name not in METRICS:
+        raise ValueError(f"metric is {name!r}; allowed: {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> list[tuple[Row, Row]]:
     """Rows that both runs have, in the order of the first.
 
-    GSM8K rows are joined on ``test_index`` where all of them know it, else on the question; prompts on their text. A
-    text that stands several times is joined first to first, second to second.
-
-    Args:
-        rows: ``question`` and perhaps ``test_index``, or ``prompt``.
-        reference_rows: rows of the other run, the same columns.
-        axis: one of ``AXES``.
+    GSM8K rows are joined on ``test_index`` where all of them have it, else on the question; prompts on their text. Of
+    equal texts the first is joined to the first, the second to the second.
 
     Raises:
-        ValueError: the axis is unknown, a ``test_index`` stands twice in a run, or it holds another question in each.
+        ValueError: ``metric`` is not in ``METRICS``, a ``test_index`` appears twice in a run, or is of different
+            questions in the two.
     """
-    text = _axis(axis).text
+    text = _metric(metric).text
     by_index = all(row.get("test_index") is not None for row in [*rows, *reference_rows])
     keyed, reference_keyed = (_keyed(some_rows, text, by_index) for some_rows in (rows, reference_rows))
     pairs = [(row, reference_keyed[key]) for key, row in keyed.items() if key in reference_keyed]
@@ -78,36 +114,29 @@ def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], axis: str) -> 
     return pairs
 
 
-def _axis(name: str) -> Axis:
-    if name not in AXES:
-        raise ValueError(f"axis is {name!r}; allowed: {', '.join(AXES)}")
-    return AXES[name]
-
-
 def _keyed(rows: Sequence[Row], text: Callable[[Row], str], by_index: bool) -> dict[Any, Row]:
-    if not by_index:
-        seen: Counter[str] = Counter()
-        return {_occurrence(text(row), seen): row for row in rows}
-    keyed = {row["test_index"]: row for row in rows}
-    if len(keyed) < len(rows):
-        twice = Counter(row["test_index"] for row in rows).most_common(1)[0][0]
-        raise ValueError(f"test_index {twice} stands more than once in a run; make its row file again")
+    seen: Counter[Any] = Counter()
+    keyed = {}
+    for row in rows:
+        key = row["test_index"] if by_index else text(row)
+        seen[key] += 1
+        if by_index and seen[key] > 1:
+            raise ValueError(f"test_index {key} appears more than once in a run; make its row file again")
+        keyed[key, seen[key]] = row
     return keyed
-
-
-def _occurrence(text: str, seen: Counter[str]) -> tuple[str, int]:
-    seen[text] += 1
-    return text, seen[text]
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One run against its reference on the rows that both have; shares in [0, 1], differences run - reference.
 
-    ``p_value`` is the exact test on whole clusters of equal prompts (McNemar's where none is equal), ``p_mcnemar`` the
-    one that takes each row for its own, ``p_holm`` is adjusted for ``num_compared`` runs. ``detectable`` is the
-    smallest true difference that these rows would show with a chance of 80 %, given as many discordant ones and as many
-    runs; None where none would. ``num_effective`` is what the rows are worth, see ``lib.stats.effective_size``.
+    Attributes:
+        num_effective: what the rows are worth, see ``lib.stats.effective_size``.
+        p_value: exact test on clusters of equal prompts (McNemar's where none is equal).
+        p_mcnemar: the test that takes all rows for independent.
+        p_holm: ``p_value`` adjusted for ``num_compared`` runs.
+        detectable: smallest true difference that these rows would show with a chance of 80 %, given as many discordant
+            ones and as many runs; None where none would.
     """
 
     num_shared: int
@@ -134,85 +163,103 @@ class Comparison:
         """Whether a change may be claimed: interval, exact test and Holm's adjustment agree."""
         return self.excludes_zero and max(self.p_value, self.p_holm) < 1 - LEVEL
 
+    def among(self, num_compared: int, p_holm: float) -> "Comparison":
+        """The same comparison as one of ``num_compared``."""
+        discordant_share = (self.only_run + self.only_reference) / self.num_shared
+        # At Holm's strictest step and in full rows, so that it is never called smaller than it may be.
+        level, num_rows = 1 - (1 - LEVEL) / num_compared, math.floor(self.num_effective + 1e-9)
+        detectable = stats.minimum_detectable_difference(num_rows, discordant_share, POWER, level)
+        return replace(self, num_compared=num_compared, p_holm=p_holm, detectable=detectable)
+
 
 @dataclass(frozen=True)
-class AxisVerdict:
-    """One run on one axis: its rate on all its rows, its baseline, and its comparison with ``reference``.
+class Finding:
+    """One run on one metric: its rate on all its rows, its baseline, and its comparison with ``reference``.
 
-    ``skipped`` says why nothing was measured, ``uncompared`` why there is no comparison; both are "" where there is.
-    Fields that were not measured are None.
+    ``skipped`` says why nothing was measured, ``uncompared`` why there is no comparison; "" where there is one.
     """
 
-    axis: str
+    metric: str
     skipped: str = ""
-    num_rows: int = 0
-    num_succeeded: int = 0
-    rate: float | None = None
-    low: float | None = None
-    high: float | None = None
+    rate: Rate | None = None
     baseline: float | None = None
-    passes: bool | None = None
     rerun_chance: float | None = None
     reference: str = "untuned"
     uncompared: str = ""
     comparison: Comparison | None = None
 
+    @property
+    def passes(self) -> bool | None:
+        """Whether the baseline is reached; None where there is none or nothing was measured."""
+        return None if self.baseline is None or self.rate is None else reaches(self.rate, self.baseline)
 
-def judge_axis(
-    axis: str,
+    def record(self) -> dict[str, Any]:
+        """JSON values, under the keys of ``comparison.json``."""
+        rate = self.rate
+        return {
+            "axis": self.metric,
+            "skipped": self.skipped,
+            "num_rows": rate.n if rate else 0,
+            "num_succeeded": rate.successes if rate else 0,
+            "rate": rate and rate.share,
+            "low": rate and rate.low,
+            "high": rate and rate.high,
+            "baseline": self.baseline,
+            "passes": self.passes,
+            "rerun_chance": self.rerun_chance,
+            "reference": self.reference,
+            "uncompared": self.uncompared,
+            "comparison": self.comparison and asdict(self.comparison),
+        }
+
+
+def assess_metric(
+    metric: str,
     rows: Sequence[Row] | None,
     reference_rows: Sequence[Row] | None,
     *,
     baseline: float | None = None,
     reference: str = "untuned",
     skipped: str = "",
-) -> AxisVerdict:
-    """Verdict of one run on one axis against its reference, usually the same model without its adapter.
+) -> Finding:
+    """Finding of one run on one metric against its reference, usually the same model without its adapter.
 
     Args:
-        axis: one of ``AXES``.
-        rows: the run's rows; None or none where the axis was not measured.
-        reference_rows: the reference's rows; None or none where it was not measured.
+        metric: one of ``METRICS``.
+        rows: the run's rows; None or empty where it was not measured.
+        reference_rows: the reference's rows, likewise.
         baseline: share in [0, 1] that the rate must reach; None without one.
         reference: its name in words.
-        skipped: why ``rows`` is None, for example "skipped by eval_safety: false".
+        skipped: why there are no ``rows``, for example "skipped by eval_safety: false".
 
     Raises:
-        ValueError: the axis is unknown, or the rows do not fit each other, see ``pair_rows``.
+        ValueError: the metric is unknown, or the rows do not fit each other, see ``pair_rows``.
     """
+    spec = _metric(metric)
     if not rows:
-        return AxisVerdict(axis=_axis(axis).name, skipped=skipped or "no rows", baseline=baseline, reference=reference)
-    spec = _axis(axis)
-    outcomes, texts = [spec.succeeded(row) for row in rows], [spec.text(row) for row in rows]
-    low, high = stats.clustered_wilson_interval(outcomes, texts, LEVEL)
-    comparison = compare_pairs(pair_rows(rows, reference_rows, axis), axis) if reference_rows else None
-    return AxisVerdict(
-        axis=spec.name,
-        num_rows=len(rows),
-        num_succeeded=sum(outcomes),
-        rate=sum(outcomes) / len(rows),
-        low=low,
-        high=high,
+        return Finding(spec.name, skipped=skipped or "no rows", baseline=baseline, reference=reference)
+    comparison = compare_pairs(pair_rows(rows, reference_rows, metric), metric) if reference_rows else None
+    uncompared = f"no {spec.unit} in common" if reference_rows else "it was not measured"
+    chance = None
+    if baseline is not None:
+        chance = rerun_pass_chance([*map(spec.succeeded, rows)], baseline, [*map(spec.text, rows)])
+    return Finding(
+        metric=spec.name,
+        rate=spec.rate(rows),
         baseline=baseline,
-        passes=None if baseline is None else reaches(sum(outcomes), len(rows), baseline),
-        rerun_chance=None if baseline is None else rerun_pass_chance(outcomes, baseline, texts),
+        rerun_chance=chance,
         reference=reference,
-        uncompared="" if comparison else _why_uncompared(reference_rows, spec.unit),
+        uncompared="" if comparison else uncompared,
         comparison=comparison,
     )
 
 
-def _why_uncompared(reference_rows: Sequence[Row] | None, unit: str) -> str:
-    return f"no {unit} in common" if reference_rows else "it was not measured"
-
-
-def compare_pairs(pairs: Sequence[tuple[Row, Row]], axis: str) -> Comparison | None:
-    """Comparison of two runs on rows joined by ``pair_rows``, for one run looked at; None without rows."""
+def compare_pairs(pairs: Sequence[tuple[Row, Row]], metric: str) -> Comparison | None:
+    """Comparison of two runs on rows joined by ``pair_rows``, for one run compared; None without rows."""
     if not pairs:
         return None
-    spec = _axis(axis)
-    ours = [spec.succeeded(row) for row, _ in pairs]
-    theirs = [spec.succeeded(row) for _, row in pairs]
+    spec = _metric(metric)
+    ours, theirs = ([spec.succeeded(pair[side]) for pair in pairs] for side in (0, 1))
     clusters = [spec.text(row) for row, _ in pairs]
     test = stats.paired_test(ours, theirs, LEVEL, clusters)
     comparison = Comparison(
@@ -231,50 +278,31 @@ def compare_pairs(pairs: Sequence[tuple[Row, Row]], axis: str) -> Comparison | N
         num_compared=1,
         detectable=None,
     )
-    return replace(comparison, detectable=_detectable(comparison, 1))
+    return comparison.among(1, test.p_value)
 
 
-def _detectable(comparison: Comparison, num_compared: int) -> float | None:
-    """Smallest detectable difference at Holm's strictest step, so that it is never called smaller than it may be."""
-    discordant_share = (comparison.only_run + comparison.only_reference) / comparison.num_shared
-    level = 1 - (1 - LEVEL) / num_compared
-    # Rounded down: the test wants whole rows.
-    num_rows = math.floor(comparison.num_effective + 1e-9)
-    return stats.minimum_detectable_difference(num_rows, discordant_share, POWER, level)
-
-
-def adjust_for_runs(verdicts: Sequence[AxisVerdict]) -> list[AxisVerdict]:
-    """The same verdicts with ``p_holm`` and ``detectable`` for all runs that were compared on this axis.
-
-    Args:
-        verdicts: of several runs on one axis, in any order; those without a comparison do not count.
+def adjust_for_runs(findings: Sequence[Finding]) -> list[Finding]:
+    """The same findings with ``p_holm`` and ``detectable`` for all runs that were compared on this metric.
 
     Raises:
-        ValueError: they are of several axes.
+        ValueError: they are of several metrics.
     """
-    if len({verdict.axis for verdict in verdicts}) > 1:
-        names = ", ".join(sorted({verdict.axis for verdict in verdicts}))
-        raise ValueError(f"verdicts are of {names}; allowed: one axis at a time")
-    compared = [verdict.comparison for verdict in verdicts if verdict.comparison]
-    adjusted = iter(stats.holm([comparison.p_value for comparison in compared]))
-    return [_adjusted(verdict, adjusted, len(compared)) for verdict in verdicts]
+    names = sorted({finding.metric for finding in findings})
+    if len(names) > 1:
+        raise ValueError(f"findings are of {', '.join(names)}; allowed: one metric at a time")
+    p_values = [finding.comparison.p_value for finding in findings if finding.comparison]
+    adjusted = iter(stats.holm(p_values))
+    return [
+        replace(finding, comparison=finding.comparison.among(len(p_values), next(adjusted)))
+        if finding.comparison
+        else finding
+        for finding in findings
+    ]
 
 
-def _adjusted(verdict: AxisVerdict, adjusted: Iterator[float], num_compared: int) -> AxisVerdict:
-    if not verdict.comparison:
-        return verdict
-    comparison = replace(
-        verdict.comparison,
-        p_holm=next(adjusted),
-        num_compared=num_compared,
-        detectable=_detectable(verdict.comparison, num_compared),
-    )
-    return replace(verdict, comparison=comparison)
-
-
-def reaches(num_succeeded: int, num_rows: int, baseline: float) -> bool:
+def reaches(rate: Rate, baseline: float) -> bool:
     """Whether the rate is at least ``baseline``, exactly: 31 of 100 reach 0.31, whatever floating point makes of it."""
-    return num_succeeded >= num_rows * Fraction(str(baseline))
+    return rate.successes >= rate.n * Fraction(str(baseline))
 
 
 def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Sequence[str]) -> float:
@@ -303,78 +331,72 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
     return min(1.0, float(fresh.sf(needed - 1)))
 
 
-def verdict_sentence(verdicts: Iterable[AxisVerdict]) -> str:
-    """The verdicts of one run in words, one part an axis.
+# --- in words -------------------------------------------------------------------------------------------------------
+
+
+def finding_sentence(findings: Iterable[Finding]) -> str:
+    """The findings of one run, one clause per metric.
 
     "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over untuned; safety: no change can be shown with 240 prompts
     (95 % interval -2.9 to 3.8, smallest detectable 6.1 points)".
 
     A number of points is claimed only where ``Comparison.shows_change`` holds; else the words say what was not shown.
     """
-    return "; ".join(f"{verdict.axis}: {_axis_words(verdict)}" for verdict in verdicts)
+    return "; ".join(f"{finding.metric}: {_clause(finding)}" for finding in findings)
 
 
-def _axis_words(verdict: AxisVerdict) -> str:
-    if verdict.skipped:
-        return f"not measured ({verdict.skipped})"
-    if not verdict.comparison:
-        interval = wording.interval(verdict.low, verdict.high)
-        rate = f"{wording.percent(verdict.rate)} of {verdict.num_rows:,} (95 % interval {interval})"
-        return f"{rate}, not compared with {verdict.reference} ({verdict.uncompared})"
-    if verdict.comparison.shows_change:
-        return _claim(verdict.comparison, verdict.reference)
-    return _no_claim(verdict.comparison, _unit(verdict))
+def _clause(finding: Finding) -> str:
+    rate, change = finding.rate, finding.comparison
+    if rate is None:
+        return f"not measured ({finding.skipped})"
+    if change is None:
+        interval = wording.interval(rate.low, rate.high)
+        shown = f"{wording.percent(rate.share)} of {rate.n:,} (95 % interval {interval})"
+        return f"{shown}, not compared with {finding.reference} ({finding.uncompared})"
+    interval = f"95 % interval {wording.interval(change.low, change.high)}"
+    if change.shows_change:
+        word = "over" if change.difference > 0 else "against"
+        return f"{wording.signed_points(change.difference)} points ({interval}) {word} {finding.reference}"
+    if not change.excludes_zero:
+        least = change.detectable
+        detectable = "too few to detect any" if least is None else f"smallest detectable {wording.points(least)} points"
+        shared = f"{change.num_shared:,} {_unit(finding)}"
+        return f"no change can be shown with {shared} ({interval}, {detectable})"
+    if change.p_value >= 1 - LEVEL:
+        return f"no change that is sure ({interval}, but exact p = {change.p_value:.3g})"
+    p_values = f"p = {change.p_value:.3g}, Holm's p = {change.p_holm:.3g}"
+    return f"no change that holds among {change.num_compared} runs ({interval}, {p_values})"
 
 
-def _unit(verdict: AxisVerdict) -> str:
-    return next(axis.unit for axis in AXES.values() if axis.name == verdict.axis)
+def _unit(finding: Finding) -> str:
+    return next(metric.unit for metric in METRICS.values() if metric.name == finding.metric)
 
 
-def _interval(comparison: Comparison) -> str:
-    return f"95 % interval {wording.interval(comparison.low, comparison.high)}"
-
-
-def _claim(comparison: Comparison, reference: str) -> str:
-    word = "over" if comparison.difference > 0 else "against"
-    return f"{wording.signed_points(comparison.difference)} points ({_interval(comparison)}) {word} {reference}"
-
-
-def _no_claim(comparison: Comparison, unit: str) -> str:
-    if not comparison.excludes_zero:
-        told = f"{_interval(comparison)}, {_detectable_words(comparison.detectable)}"
-        return f"no change can be shown with {comparison.num_shared:,} {unit} ({told})"
-    if comparison.p_value >= 1 - LEVEL:
-        return f"no change that is sure ({_interval(comparison)}, but exact p = {comparison.p_value:.3g})"
-    told = f"{_interval(comparison)}, p = {comparison.p_value:.3g}, Holm's p = {comparison.p_holm:.3g}"
-    return f"no change that holds among {comparison.num_compared} runs ({told})"
-
-
-def _detectable_words(detectable: float | None) -> str:
-    return "too few to detect any" if detectable is None else f"smallest detectable {wording.points(detectable)} points"
-
-
-def baseline_sentence(verdict: AxisVerdict) -> str:
+def baseline_sentence(finding: Finding) -> str:
     """Whether the baseline is reached or missed, and the chance to reach it with new rows; "" without a baseline."""
-    if verdict.baseline is None:
+    if finding.baseline is None:
         return ""
-    if verdict.skipped:
-        return f"{verdict.axis}: not measured, so the baseline of {wording.percent(verdict.baseline)} is missed"
+    baseline = wording.percent(finding.baseline)
+    if finding.rate is None or finding.rerun_chance is None:
+        return f"{finding.metric}: not measured, so the baseline of {baseline} is missed"
     return (
-        f"{verdict.axis}: {wording.percent(verdict.rate)} {baseline_verb(verdict.passes)} the baseline of "
-        f"{wording.percent(verdict.baseline)}; on as many new {_unit(verdict)} it would be reached with a chance of "
-        f"{_chance(verdict.rerun_chance)}"
+        f"{finding.metric}: {wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}; on "
+        f"as many new {_unit(finding)} it would be reached with a chance of {_chance(finding.rerun_chance)}"
     )
 
 
-def baseline_verb(passes: bool) -> str:
-    """The one word for each verdict on a baseline, wherever it is told."""
-    return "reaches" if passes else "misses"
+def baseline_text(rate: Rate, baseline: float) -> str:
+    """``reaches the baseline of 31.0 %``, or ``misses`` it."""
+    return f"{'reaches' if reaches(rate, baseline) else 'misses'} the baseline of {wording.percent(baseline)}"
 
 
 def _chance(share: float) -> str:
     if share > 0.999:
         return "over 99.9 %"
     return "under 0.1 %" if share < 0.001 else wording.percent(share)
+
+
+# --- rows that changed ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -386,51 +408,16 @@ class Flip:
     ids: list[int]
 
 
-def flexible_outcome(row: Row) -> str:
-    """``correct``, ``wrong``, or without any number ``truncated`` (the token limit came first) or ``no answer``."""
-    score = gsm8k.score_row(row)
-    if score["parsed_flexible"] is None:
-        return "truncated" if row.get("finish_reason") == "length" else "no answer"
-    return "correct" if score["correct_flexible"] else "wrong"
-
-
-_OUTCOMES: dict[str, Callable[[Row], str]] = {
-    "accuracy": lambda row: gsm8k.score_row(row)["outcome"],
-    "accuracy_flexible": flexible_outcome,
-    "safety": lambda row: row["safety_label"],
-}
-
-
-def _outcome_of(axis: str) -> Callable[[Row], str]:
-    _axis(axis)
-    return _OUTCOMES[axis]
-
-
-def outcome_counts(rows: Sequence[Row], axis: str) -> dict[str, int]:
-    """How many rows had which outcome, the most frequent first: strict and flexible reading tell format from reasoning.
-
-    Raises:
-        ValueError: the axis is unknown.
-    """
-    return dict(Counter(map(_outcome_of(axis), rows)).most_common())
-
-
-def find_flips(before_rows: Sequence[Row], after_rows: Sequence[Row], axis: str) -> list[Flip]:
-    """Which rows changed their outcome from one run to another, of those that both have; the largest group first.
-
-    Args:
-        before_rows: usually the untuned run's.
-        after_rows: the tuned run's.
-        axis: ``accuracy`` (strict outcomes), ``accuracy_flexible``, or ``safety`` (labels).
+def find_flips(before_rows: Sequence[Row], after_rows: Sequence[Row], metric: str) -> list[Flip]:
+    """Which rows changed their outcome from one run (usually the untuned) to another; the largest group first.
 
     Raises:
         ValueError: as ``pair_rows``.
     """
-    outcome = _outcome_of(axis)
+    outcome = _metric(metric).outcome
     groups: dict[tuple[str, str], list[int]] = {}
-    for before, after in pair_rows(before_rows, after_rows, axis):
-        change = outcome(before), outcome(after)
-        if change[0] != change[1]:
-            groups.setdefault(change, []).append(row_id(after))
+    for before, after in pair_rows(before_rows, after_rows, metric):
+        if outcome(before) != outcome(after):
+            groups.setdefault((outcome(before), outcome(after)), []).append(row_id(after))
     flips = [Flip(*change, sorted(ids)) for change, ids in groups.items()]
     return sorted(flips, key=lambda flip: (-len(flip.ids), flip.before, flip.after))

@@ -1,4 +1,4 @@
-"""The form of every file of a results folder, checked before anything reads it.
+"""The schema of every file of a results folder, checked before anything reads it.
 
 ``--verify`` runs on folders that others hand in, and reports and exports are made from them. A malformed file is
 refused with its name, the place in it and what was expected there. Values are checked only where no number could be
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, ValidationInfo, model_validator
 
 from lib import gsm8k
+from lib.compare.parsed import read_once
 from lib.record.files import read_csv, read_json
 from lib.record.paths import ArtifactError, display_path, is_utf8
 from lib.record.rows import read_jsonl
@@ -236,7 +237,7 @@ def _is_file(path: Path) -> bool:
 def _check_json(path: Path, form: Any, run: Path | None = None) -> None:
     if not _is_file(path):
         return
-    where, value = display_path(path), read_json(path)
+    where, value = display_path(path), read_once(path, read_json)
     _check_depth(where, value)
     if not is_utf8(json.dumps(value, ensure_ascii=False)):
         raise ArtifactError(f"{where}: a text in it is not Unicode (a lone surrogate)")
@@ -267,7 +268,7 @@ def _row_files(run: Path) -> Iterator[tuple[Path, type[Row]]]:
     yield run / f"ailuminate_safety_{name}.jsonl", Verdict
     for stage, form in STAGE_ROWS.items():
         manifest = run / stage / "manifest.json"
-        facts = read_json(manifest)["facts"] if manifest.exists() else {}
+        facts = read_once(manifest, read_json)["facts"] if manifest.exists() else {}
         named = [facts.get("untuned_rows"), *facts.get("scale_rows", {}).values()]
         yield from (((run / stage / file).resolve(), form) for file in named if file)
 
@@ -280,7 +281,7 @@ def _is_unfinished(file: Path, run: Path) -> bool:
 
 
 def _check_rows(path: Path, form: type[Row]) -> None:
-    where, rows = display_path(path), read_jsonl(path) if _is_file(path) else []
+    where, rows = display_path(path), read_once(path, read_jsonl) if _is_file(path) else []
     for number, row in enumerate(rows, start=1):
         _check_form(f"{where}, line {number}", form, row)
         _check_depth(f"{where}, line {number}", row)

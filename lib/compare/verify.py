@@ -1,6 +1,6 @@
-"""Recompute what a results folder claims from its row files, without a model, and name what differs.
+"""Recompute what a results folder claims from its row files, without a model, and list what differs.
 
-It is what a grader runs: ``python run_all.py --verify DIR``. Checked are each row's flags against its own text, rows
+This is what a grader runs: ``python run_all.py --verify DIR``. Checked are each row's flags against its own text, rows
 against the prepared data and the protocol that made them, files against their manifests, and every number of the
 tables and of the comparison against the rows.
 """
@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k, safety
-from lib.compare import comparison
-from lib.compare.comparison import COMPARE_STAGE, COMPARISON
-from lib.compare.runs import (
-    GSM8K_STAGE,
-    METRIC_STAGES,
-    SAFETY_STAGE,
-    RunScores,
-    add_hazards,
-    row_protocol,
-    score_run,
-    untuned_file,
-)
-from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY, final_metrics_row, rate_words, summary_row
+from lib.compare.comparison import COMPARE_STAGE, COMPARISON, comparison
+from lib.compare.parsed import read_once
+from lib.compare.runs import METRIC_STAGES, Run, add_hazards, load_run, row_file
+from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY, final_metrics_row, score_text, summary_row
 from lib.record.files import read_csv, read_json, sha256_file, sha256_json
 from lib.record.paths import ArtifactError, RunPaths, display_path, find_runs
 from lib.record.rows import read_jsonl
+from lib.stats import wilson_interval
 
 Row = dict[str, Any]
 # Two machines may round the last digits of an interval apart; anything that a person could see is far above this.
 RELATIVE_TOLERANCE = 1e-9
-# Fields of an earlier comparison.json that said again what another field says.
+# Fields of an earlier comparison.json that repeated another field.
 DROPPED_FIELDS = frozenset({"num_answers"})
 
 
@@ -47,82 +39,75 @@ def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
     """
     if not folder.is_dir():
         raise ArtifactError(f"there is no folder {display_path(folder)}: nothing to verify")
-    single = folder.name.startswith("run_") and not find_runs(str(folder))
-    runs = [RunPaths(folder.name.removeprefix("run_"), folder)] if single else find_runs(str(folder))
-    if not runs or not any(_row_files(paths) for paths in runs):
+    found = find_runs(str(folder))
+    single = folder.name.startswith("run_") and not found
+    if single:
+        alone = RunPaths(folder.name.removeprefix("run_"), folder)
+        found = [alone] if any(row_file(alone, metric).exists() for metric in METRIC_STAGES) else []
+    if not found:
         raise ArtifactError(f"{display_path(folder)} holds no run_<name>/gsm8k_preds_<name>.jsonl: nothing to verify")
-    lines, mismatches, scored = [], [], []
-    for paths in runs:
-        scored.append(score_run(paths))
-        lines.append(_scores_line(scored[-1]))
-        mismatches += verify_run(scored[-1])
+    runs = [load_run(paths) for paths in found]
+    lines = [
+        f"run_{run.name}: GSM8K right: {score_text(run.accuracy)}; AILuminate safe: {score_text(run.safety)}"
+        for run in runs
+    ]
+    mismatches = [mismatch for run in runs for mismatch in verify_run(run)]
     if not single:
-        mismatches += [*_table_mismatches(folder, scored), *_comparison_mismatches(folder, scored)]
+        mismatches += [*_table_mismatches(folder, runs), *_comparison_mismatches(folder, runs)]
     return lines, mismatches
 
 
-def _row_files(paths: RunPaths) -> list[Path]:
-    return [path for path in (paths.gsm8k_preds, paths.ailuminate_safety) if path.exists()]
-
-
-def _scores_line(run: RunScores) -> str:
-    accuracy, safe = rate_words(run.accuracy, run.gsm8k_status), rate_words(run.safe, run.safety_status)
-    return f"run_{run.name}: GSM8K right: {accuracy}; AILuminate safe: {safe}"
-
-
-def verify_run(run: RunScores) -> list[str]:
-    """What differs in one run: a row's flags and its text, rows and the prepared data, manifests and the row files."""
-    found: list[str] = []
+def verify_run(run: Run) -> Iterator[str]:
+    """What differs in one run: rows and their flags, the prepared data, the protocol, and the manifests."""
     paths = run.paths
-    if paths.gsm8k_preds.exists():
-        rows = read_jsonl(paths.gsm8k_preds)
-        found += _row_mismatches(paths.gsm8k_preds, rows, gsm8k.score_row)
-        same = {"question": "question", "gold_answer": "answer", "test_index": "test_index"}
-        found += _source_mismatches(paths.gsm8k_preds, rows, paths.gsm8k_eval_rows, same)
-    if paths.ailuminate_safety.exists():
-        rows = read_jsonl(paths.ailuminate_safety)
-        found += _row_mismatches(paths.ailuminate_safety, rows, _safety_score)
-        found += _source_mismatches(paths.ailuminate_safety, rows, paths.ailuminate_rows, {"prompt": "prompt"})
-        same = {"prompt": "prompt", "response": "response"}
-        found += _source_mismatches(paths.ailuminate_safety, rows, paths.ailuminate_preds, same)
-    for stage, score in ((GSM8K_STAGE, gsm8k.score_row), (SAFETY_STAGE, _safety_score)):
-        if control := untuned_file(paths, stage):
-            found += _row_mismatches(control, read_jsonl(control), score)
-    return [*found, *_protocol_mismatches(run), *_manifest_mismatches(run)]
+    question = {"question": "question", "gold_answer": "answer", "test_index": "test_index"}
+    prompt = {"prompt": "prompt"}
+    sources = {
+        "accuracy": {paths.gsm8k_eval_rows: question},
+        "safety": {paths.ailuminate_rows: prompt, paths.ailuminate_preds: prompt | {"response": "response"}},
+    }
+    for name, score in run.metrics.items():
+        recompute, file = gsm8k.score_row if name == "accuracy" else _safety_score, row_file(paths, name)
+        # Also rows that do not count, of a stage that did not finish.
+        rows = read_once(file, read_jsonl) if file.exists() else []
+        yield from _row_mismatches(file, rows, recompute)
+        for source, same in sources[name].items() if rows else ():
+            yield from _source_mismatches(file, rows, source, same)
+        if score.untuned_file:
+            yield from _row_mismatches(score.untuned_file, score.untuned_rows, recompute)
+    yield from _protocol_mismatches(run)
+    yield from _manifest_mismatches(run)
 
 
 def _safety_score(row: Row) -> Row:
-    # Rows of a judge that gave no score: its text alone says the label.
+    # Rows of a judge that gave no score: the judge's text alone decides the label.
     return safety.score_row({"safety_score": None, **row})
 
 
 def _row_mismatches(path: Path, rows: Sequence[Row], score: Callable[[Row], Row]) -> Iterator[str]:
-    """Columns of a row that are not what its own text says, and ids that stand twice."""
+    """Columns of a row that do not follow from its own text, and ids that appear twice."""
     seen: set[Any] = set()
     for number, row in enumerate(rows, start=1):
         where = f"{display_path(path)}, line {number} (id {row.get('id')})"
         if row.get("id") in seen:
-            yield f"{where}: the id stands twice"
+            yield f"{where}: the id appears twice"
         seen.add(row.get("id"))
-        for column, value in _recomputed(row, score, where).items():
+        try:
+            recomputed = score(row)
+        except KeyError as error:
+            raise ArtifactError(f"{where}: the column {error} is missing") from None
+        except ValueError as error:
+            raise ArtifactError(f"{where}: {error}") from None
+        for column, value in recomputed.items():
             if column in row and row[column] != value:
                 yield f"{where}: {column} is {row[column]!r}, recomputed {value!r}"
 
 
-def _recomputed(row: Row, score: Callable[[Row], Row], where: str) -> Row:
-    try:
-        return score(row)
-    except KeyError as error:
-        raise ArtifactError(f"{where}: the column {error} is missing") from None
-    except ValueError as error:
-        raise ArtifactError(f"{where}: {error}") from None
-
-
 def _source_mismatches(path: Path, rows: Sequence[Row], source: Path, same: Mapping[str, str]) -> Iterator[str]:
-    """Rows that are not those of ``source``, where that is there: their number, and the columns that must agree."""
+    """Rows that are not those of ``source``, where it exists: their number, and the columns that must agree."""
     if not source.exists():
         return
-    originals = read_jsonl(source)
+    originals = read_once(source, read_jsonl)
     if len(rows) != len(originals):
         yield f"{display_path(path)}: {len(rows)} rows, {display_path(source)} has {len(originals)}"
         return
@@ -132,35 +117,33 @@ def _source_mismatches(path: Path, rows: Sequence[Row], source: Path, same: Mapp
                 yield f"{display_path(path)}, line {number}: {ours} is not that of {display_path(source)}"
 
 
-def _protocol_mismatches(run: RunScores) -> Iterator[str]:
+def _protocol_mismatches(run: Run) -> Iterator[str]:
     """Rows that were not made under the protocol that their stage's manifest records."""
-    for axis, rows in run.rows.items():
-        recorded = row_protocol(run, axis)
-        expected = sha256_json(recorded) if recorded else None
-        strange = [row["id"] for row in rows if expected and row.get("protocol_hash", expected) != expected]
-        if strange:
-            yield f"run_{run.name}, {axis}: {len(strange)} rows are of another protocol, the first id {strange[0]}"
+    for metric, score in run.metrics.items():
+        expected = sha256_json(score.row_protocol) if score.row_protocol else None
+        others = [row["id"] for row in score.rows if expected and row.get("protocol_hash", expected) != expected]
+        if others:
+            yield f"run_{run.name}, {metric}: {len(others)} rows are of another protocol, the first id {others[0]}"
 
 
-def _manifest_mismatches(run: RunScores) -> Iterator[str]:
-    """Files that are not the ones a stage wrote, and metrics of a manifest that its rows do not give."""
-    recomputed = {GSM8K_STAGE: run.gsm8k or {}, SAFETY_STAGE: run.safety or {}}
-    for stage in METRIC_STAGES:
-        manifest_path = run.paths.manifest(stage)
-        manifest = read_json(manifest_path) if manifest_path.exists() else {"outputs": {}, "metrics": {}}
+def _manifest_mismatches(run: Run) -> Iterator[str]:
+    """Files that are not the ones a stage wrote, and metrics of a manifest that do not follow from its rows."""
+    recomputed = {METRIC_STAGES[name]: score.summary or {} for name, score in run.metrics.items()}
+    for stage, manifest in run.manifests.items():
+        path = run.paths.manifest(stage)
         for name, stamp in manifest["outputs"].items():
-            file = manifest_path.parent / name
-            # Of a hand-in: what is named may be a device, which would be read for ever.
+            file = path.parent / name
+            # In a hand-in, what is named may be a device, which would be read for ever.
             if file.is_file() and sha256_file(file) != stamp["sha256"]:
                 yield f"{display_path(file.resolve())} is not the file that {stage} wrote (its SHA-256 differs)"
         for name, value in recomputed.get(stage, {}).items():
             if manifest["metrics"].get(name, value) != value:
-                yield f"{display_path(manifest_path)}: {name} is {manifest['metrics'][name]}, recomputed {value}"
+                yield f"{display_path(path)}: {name} is {manifest['metrics'][name]}, recomputed {value}"
 
 
-def _table_mismatches(folder: Path, runs: Sequence[RunScores]) -> Iterator[str]:
-    """Cells of the tables at the top of a results folder that the row files do not give."""
-    tables: list[tuple[str, Callable[[Path], list[Row]], Callable[[RunScores], Row]]] = [
+def _table_mismatches(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
+    """Cells of the tables at the top of a results folder that do not follow from the row files."""
+    tables: list[tuple[str, Callable[[Path], list[Row]], Callable[[Run], Row]]] = [
         (SUMMARY, read_csv, summary_row),
         (METRICS_CSV, read_csv, final_metrics_row),
         (METRICS_JSON, read_json, final_metrics_row),
@@ -168,47 +151,66 @@ def _table_mismatches(folder: Path, runs: Sequence[RunScores]) -> Iterator[str]:
     for name, read, expected_row in tables:
         rows = {row["run_name"]: row for row in read(folder / name)} if (folder / name).exists() else {}
         for run in runs:
+            older = _older_cells(run) if name == SUMMARY else {}
             for column, expected in expected_row(run).items():
                 got = rows.get(run.name, {}).get(column, expected)
-                if _as_cell(got) != _as_cell(expected):
+                if _as_cell(got) not in (_as_cell(expected), older.get(column, _as_cell(expected))):
                     yield f"{name}, run {run.name}: {column} is {got!r}, recomputed {expected!r}"
 
 
+def _older_cells(run: Run) -> dict[str, str]:
+    """Cells of an earlier summary.csv: its interval of the safe rate took equal prompts for independent ones."""
+    if not run.safety.rate:
+        return {}
+    low, high = wilson_interval(run.safety.rate.successes, run.safety.rate.n)
+    return {"ailuminate_low": _as_cell(low), "ailuminate_high": _as_cell(high)}
+
+
 def _as_cell(value: Any) -> str:
-    """A value as a CSV holds it, so that CSV and JSON are compared alike."""
+    """A value as in a CSV file, so that CSV and JSON are compared alike."""
     return "" if value is None else str(value)
 
 
-def _comparison_mismatches(folder: Path, scored: Sequence[RunScores]) -> Iterator[str]:
-    """Numbers of ``05_compare/comparison.json`` that the rows do not give, each by its place."""
+def _comparison_mismatches(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
+    """Numbers of ``05_compare/comparison.json`` that do not follow from the rows, each by its place."""
     path = folder / COMPARE_STAGE / COMPARISON
     if not path.exists():
         return
-    claimed, known = read_json(path), {run.name: run for run in scored}
+    claimed, known = read_once(path, read_json), {run.name: run for run in runs}
     absent = [name for name in claimed["runs"] if name not in known]
     if absent:
         yield f"{COMPARISON}: run {absent[0]!r} is compared there and has no row files here"
         return
-    runs = [_with_claimed_hazards(known[name], claimed["hazards_added"].get(name)) for name in claimed["runs"]]
-    # Through JSON, as the file went: its keys are texts, its tuples lists.
-    recomputed = json.loads(json.dumps(_compared(runs, claimed["allow_unlike"], path)))
-    for place, got, expected in _differing(claimed, recomputed):
+    compared = [_with_claimed_hazards(known[name], claimed["hazards_added"].get(name)) for name in claimed["runs"]]
+    try:
+        # Through JSON, as in the file: keys are texts, tuples are lists.
+        recomputed = json.loads(json.dumps(comparison(compared, claimed["allow_unlike"])))
+    except ValueError as error:
+        raise ArtifactError(f"{display_path(path)} cannot be recomputed: {error}") from None
+    for place, got, expected in _differing(_with_clustered_spreads(claimed, recomputed), recomputed):
         yield f"{COMPARISON}, {place}: is {got!r}, recomputed {expected!r}"
 
 
-def _compared(runs: Sequence[RunScores], allow_unlike: bool, path: Path) -> Row:
-    try:
-        return comparison.comparison(runs, allow_unlike)
-    except ValueError as error:
-        raise ArtifactError(f"{display_path(path)} cannot be recomputed: {error}") from None
-
-
-def _with_claimed_hazards(run: RunScores, claimed: Sequence[Row] | None) -> RunScores:
-    """The run with the hazards that the comparison joined to its rows; they are taken as they stand."""
+def _with_claimed_hazards(run: Run, claimed: Sequence[Row] | None) -> Run:
+    """The run with the hazards that the comparison joined to its rows; they are taken as they are."""
     if not claimed:
         return run
-    prompts = [{**row, "prompt": judged["prompt"]} for row, judged in zip(claimed, run.rows["safety"], strict=False)]
+    prompts = [{**row, "prompt": judged["prompt"]} for row, judged in zip(claimed, run.safety.rows, strict=False)]
     return add_hazards([run], prompts)[0]
+
+
+def _with_clustered_spreads(claimed: Row, recomputed: Row) -> Row:
+    """``claimed`` with today's intervals over seeds where its own took equal prompts for independent ones."""
+    spreads = claimed.get("seeds")
+    if not isinstance(spreads, list) or len(spreads) != len(recomputed["seeds"]):
+        return claimed
+    accepted = []
+    for got, expected in zip(spreads, recomputed["seeds"], strict=True):
+        mean, size = expected["mean"], min(total for _, total in expected["counts"])
+        low, high = wilson_interval(mean * size, size)
+        older = {**expected, "low": low, "high": high, "sampling_sd": math.sqrt(mean * (1 - mean) / size)}
+        accepted.append(expected if not [*_differing(got, older)] else got)
+    return {**claimed, "seeds": accepted}
 
 
 def _differing(got: Any, expected: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -220,11 +222,8 @@ def _differing(got: Any, expected: Any, place: str = "") -> Iterator[tuple[str, 
     elif isinstance(got, list) and isinstance(expected, list) and len(got) == len(expected):
         for number, pair in enumerate(zip(got, expected, strict=True)):
             yield from _differing(*pair, f"{place}[{number}]")
-    elif not _same_value(got, expected):
+    elif isinstance(got, float) and isinstance(expected, float):
+        if not math.isclose(got, expected, rel_tol=RELATIVE_TOLERANCE, abs_tol=RELATIVE_TOLERANCE):
+            yield place, got, expected
+    elif got != expected or type(got) is not type(expected):
         yield place, got, expected
-
-
-def _same_value(got: Any, expected: Any) -> bool:
-    if isinstance(got, float) and isinstance(expected, float):
-        return math.isclose(got, expected, rel_tol=RELATIVE_TOLERANCE, abs_tol=RELATIVE_TOLERANCE)
-    return got == expected and type(got) is type(expected)

@@ -20,25 +20,14 @@ from statsmodels.stats.inter_rater import cohens_kappa
 
 from lib import safety, stats
 from lib.record.text_files import TextFileError, csv_reader, read_text
+from lib.stats import Rate
 
 Row = Mapping[str, Any]
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A share of rows with its 95 % interval (Wilson's, equal prompts counted as clusters)."""
-
-    num_of: int
-    num_rows: int
-    rate: float
-    low: float
-    high: float
-
-
 def _rate(outcomes: Sequence[bool], rows: Sequence[Row]) -> Rate:
-    low, high = stats.clustered_wilson_interval(outcomes, _prompts(rows), LEVEL)
-    return Rate(sum(outcomes), len(rows), sum(outcomes) / len(rows), low, high)
+    return Rate.of(outcomes, _prompts(rows))
 
 
 def _prompts(rows: Sequence[Row]) -> list[str]:
@@ -189,7 +178,7 @@ def wording_spread(judgements: Mapping[str, Sequence[Row]]) -> WordingSpread:
     for rows in [first, *others]:
         _check_same_responses(first, rows)
     rates = {name: _rate(_is_safe(rows), rows) for name, rows in judgements.items()}
-    shares = [rate.rate for rate in rates.values()]
+    shares = [rate.share for rate in rates.values()]
     unsure = [same[0]["id"] for same in zip(*judgements.values(), strict=True) if _num_labels(same) > 1]
     return WordingSpread(rates, max(shares) - min(shares), unsure)
 
@@ -386,7 +375,7 @@ def corrected_safe_rate(num_safe: float, total: float, sensitivity: Rate, specif
         UninformativeJudge: sensitivity + specificity is 1 or less, as measured or as the interval steadies them.
     """
     unsafe = total - num_safe
-    prevalence = _rogan_gladen(unsafe / total, sensitivity.rate, specificity.rate)
+    prevalence = _rogan_gladen(unsafe / total, sensitivity.share, specificity.share)
     low, high = _lang_reiczigel(unsafe, total, sensitivity, specificity)
     # A clipped estimate can fall a hair outside the interval, which is about a steadied one.
     estimate = min(1.0, max(0.0, prevalence))
@@ -408,10 +397,10 @@ def _lang_reiczigel(unsafe: float, total: float, sensitivity: Rate, specificity:
     z = float(norm.ppf((1 + LEVEL) / 2))
     size = total + z**2
     found = (unsafe + z**2 / 2) / size
-    right = [(rate.num_of + 1) / (rate.num_rows + 2) for rate in (sensitivity, specificity)]
+    right = [(rate.successes + 1) / (rate.n + 2) for rate in (sensitivity, specificity)]
     prevalence = _rogan_gladen(found, *right)
-    noise_of_missing = right[0] * (1 - right[0]) / (sensitivity.num_rows + 2)
-    noise_of_false = right[1] * (1 - right[1]) / (specificity.num_rows + 2)
+    noise_of_missing = right[0] * (1 - right[0]) / (sensitivity.n + 2)
+    noise_of_false = right[1] * (1 - right[1]) / (specificity.n + 2)
     shift = 2 * z**2 * (prevalence * noise_of_missing - (1 - prevalence) * noise_of_false)
     variance = found * (1 - found) / size + prevalence**2 * noise_of_missing + (1 - prevalence) ** 2 * noise_of_false
     half = z * variance**0.5 / (sum(right) - 1)

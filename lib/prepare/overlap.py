@@ -1,9 +1,8 @@
 """Word n-grams that evaluation questions share with training rows and few-shot examples.
 
-Knows questions, nothing about models. Shared words are a hint of contamination, not its proof: "How many apples does he
-have left" is eight words that anyone may write. 13 words are GPT-3's measure (Brown et al. 2020, arXiv 2005.14165,
-appendix C), 8 GPT-2's (Radford et al. 2019, section 4), 10 lies between. Answers are not read, and a question of fewer
-words than n shares none.
+Shared words are a hint of contamination, not its proof: "How many apples does he have left" is eight words that anyone
+may write. 13 words are GPT-3's measure (Brown et al. 2020, arXiv 2005.14165, appendix C), 8 GPT-2's (Radford et al.
+2019, section 4), 10 lies between. Answers are not read, and a question of fewer than n words has no n-gram.
 """
 
 import re
@@ -11,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lib import gsm8k, stats
+from lib import gsm8k
 from lib.record.rows import row_id
+from lib.stats import Rate
 
 Row = Mapping[str, Any]
 Ngram = tuple[str, ...]
@@ -27,7 +27,7 @@ def normalised_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """An evaluation question that shares ``size`` words in a row with rows of a source, the largest of the sizes asked.
+    """An evaluation question that shares ``size`` words in a row with rows of a source, the largest such size.
 
     ``row`` is its ``test_index`` (``id`` where that is unknown), ``source_rows`` are positions in the source.
     """
@@ -41,7 +41,7 @@ class Overlap:
 def find_overlaps(
     rows: Sequence[Row], sources: Mapping[str, Sequence[Row]], sizes: Sequence[int] = SIZES
 ) -> list[Overlap]:
-    """Overlaps of evaluation questions with each source, the longest first; at most one a question and source.
+    """Overlaps of evaluation questions with each source, the longest first; at most one per question and source.
 
     Args:
         rows: evaluation rows with ``question`` and ``test_index`` or ``id``.
@@ -49,7 +49,7 @@ def find_overlaps(
         sizes: words in a row that count, at least one number above 0.
 
     Raises:
-        ValueError: a size is no number above 0, or there is none.
+        ValueError: a size is below 1, or there are no sizes.
     """
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes are {list(sizes)}; allowed: numbers above 0, at least one")
@@ -90,36 +90,43 @@ def _ngrams(words: Sequence[str], size: int) -> Iterator[Ngram]:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Right answers of some rows with Wilson's 95 % interval; None each where there are no rows."""
-
-    num_correct: int
-    num_rows: int
-    rate: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class OverlapEffect:
-    """Rows that share ``size`` words or more with a source, their share of all, the accuracy without and on them."""
+    """Accuracy on the rows that share ``size`` words or more with a source, and on the others; None without rows."""
 
     size: int
-    num_overlapping: int
-    share: float
-    clean: Accuracy
-    overlapping: Accuracy
+    clean: Rate | None
+    overlapping: Rate | None
+
+    @property
+    def num_overlapping(self) -> int:
+        return self.overlapping.n if self.overlapping else 0
+
+    @property
+    def share(self) -> float:
+        """Share of all rows that overlap."""
+        return self.num_overlapping / (self.num_overlapping + (self.clean.n if self.clean else 0))
+
+    def record(self) -> dict[str, Any]:
+        """JSON values, under the keys of ``comparison.json``."""
+        rates = {"clean": _record(self.clean), "overlapping": _record(self.overlapping)}
+        return {"size": self.size, "num_overlapping": self.num_overlapping, "share": self.share, **rates}
+
+
+def _record(rate: Rate | None) -> dict[str, Any]:
+    if rate is None:
+        return {"num_correct": 0, "num_rows": 0, "rate": None, "low": None, "high": None}
+    interval = {"low": rate.low, "high": rate.high}
+    return {"num_correct": rate.successes, "num_rows": rate.n, "rate": rate.share, **interval}
 
 
 def overlap_effects(
     rows: Sequence[Row], overlaps: Sequence[Overlap], sizes: Sequence[int] = SIZES
 ) -> list[OverlapEffect]:
-    """For each size, how many rows overlap and what accuracy is left on the clean ones (strict reading).
+    """For each size, what accuracy is left on the clean rows and on those that overlap (strict reading).
 
     Args:
-        rows: answered rows of GSM8K, at least one; scored anew from their text.
+        rows: answered rows of GSM8K, at least one; scored from their text.
         overlaps: of these rows, see ``find_overlaps`` with the same sizes.
-        sizes: as there.
 
     Raises:
         ValueError: there are no rows.
@@ -127,17 +134,12 @@ def overlap_effects(
     if not rows:
         raise ValueError("no rows to compare: an accuracy needs at least one")
     correct = {row_id(row): gsm8k.score_row(row)["correct"] for row in rows}
-    return [_effect(correct, {overlap.row for overlap in overlaps if overlap.size >= size}, size) for size in sizes]
-
-
-def _effect(correct: Mapping[int, bool], overlapping: set[int], size: int) -> OverlapEffect:
-    touched = [right for row, right in correct.items() if row in overlapping]
-    clean = [right for row, right in correct.items() if row not in overlapping]
-    return OverlapEffect(size, len(touched), len(touched) / len(correct), _accuracy(clean), _accuracy(touched))
-
-
-def _accuracy(outcomes: Sequence[bool]) -> Accuracy:
-    if not outcomes:
-        return Accuracy(0, 0, None, None, None)
-    low, high = stats.wilson_interval(sum(outcomes), len(outcomes))
-    return Accuracy(sum(outcomes), len(outcomes), sum(outcomes) / len(outcomes), low, high)
+    effects = []
+    for size in sizes:
+        touched = {overlap.row for overlap in overlaps if overlap.size >= size}
+        clean = [right for row, right in correct.items() if row not in touched]
+        overlapping = [right for row, right in correct.items() if row in touched]
+        effects.append(
+            OverlapEffect(size, *(Rate.of(outcomes) if outcomes else None for outcomes in (clean, overlapping)))
+        )
+    return effects

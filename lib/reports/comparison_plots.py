@@ -1,6 +1,6 @@
-"""Plots of the comparison."""
+"""Plots of the comparison. Each is None where there is nothing to draw."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -9,33 +9,30 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from lib.compare.comparison import FrontierPoint
-from lib.compare.runs import RunScores
+from lib.compare.comparison import frontier
+from lib.compare.runs import MetricScore, Run
 from lib.evaluate import hazards
-from lib.record.rows import read_jsonl
 from lib.reports.html import BLUE, GREEN, INK, ORANGE, SKY, VERMILION
 from lib.reports.plots import STYLE, label_ends, n_words, new_figure
-from lib.stats import wilson_interval
+from lib.stats import Rate
 
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, SKY, INK)
-
-
 MARKERS = "osD^vP"
 
 
 @matplotlib.rc_context(STYLE)
-def hazard_heatmap(runs: Sequence[RunScores]) -> Figure:
+def hazard_heatmap(runs: Sequence[Run]) -> Figure | None:
     """Safe rate by run (columns) and hazard (rows): the share and the count in each cell, darker is less safe.
 
     Without intervals, and the picture says so: the tables have them.
-
-    Args:
-        runs: with judged rows, at least one.
     """
-    by_run = {run.name: {rate.name: rate for rate in hazards.rates_by_hazard(run.rows["safety"])} for run in runs}
+    runs = [run for run in runs if run.safety.rows]
+    if not runs:
+        return None
+    by_run = {run.name: {one.name: one.rate for one in hazards.rates_by_hazard(run.safety.rows)} for run in runs}
     names = list(dict.fromkeys(name for found in by_run.values() for name in found))
     figure, (axes,) = new_figure(width=max(6.4, 3.7 + 1.35 * len(runs)), height=1.6 + 0.34 * len(names))
-    shares = [[by_run[run][name].rate if name in by_run[run] else float("nan") for run in by_run] for name in names]
+    shares = [[found[name].share if name in found else float("nan") for found in by_run.values()] for name in names]
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, symbol=" %", decimals=0), label="safe")
     for row, name in enumerate(names):
@@ -48,7 +45,7 @@ def hazard_heatmap(runs: Sequence[RunScores]) -> Figure:
     axes.set_xlabel("share safe (safe/all)\ntheir 95 % intervals stand in the table of 05_compare")
     # Over the whole figure: the names of hazards leave the axes little width.
     figure.suptitle(
-        f"Responses called safe, by hazard ({n_words([len(run.rows['safety']) for run in runs], 'responses')} a model)",
+        f"Responses called safe, by hazard ({n_words([len(run.safety.rows) for run in runs], 'responses')} per model)",
         x=0.01,
         ha="left",
         fontsize=STYLE["axes.titlesize"],
@@ -57,10 +54,10 @@ def hazard_heatmap(runs: Sequence[RunScores]) -> Figure:
     return figure
 
 
-def _heat_cell(axes: Axes, row: int, column: int, rate: hazards.GroupRate | None) -> None:
-    text = f"{100 * rate.rate:.0f} %  ({rate.num_safe}/{rate.num_rows})" if rate else "–"
+def _heat_cell(axes: Axes, row: int, column: int, rate: Rate | None) -> None:
+    text = f"{100 * rate.share:.0f} %  ({rate.successes}/{rate.n})" if rate else "–"
     # cividis is dark below and light above the middle.
-    colour = "white" if rate and rate.rate < 0.55 else "black"
+    colour = "white" if rate and rate.share < 0.55 else "black"
     axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
 
 
@@ -74,42 +71,41 @@ def _wrapped(name: str, width: int = 16) -> str:
 
 
 @matplotlib.rc_context(STYLE)
-def frontier_plot(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Figure:
-    """Accuracy against safe rate along the adapter's scale, a line a run; each point names its scale."""
+def frontier_plot(runs: Sequence[Run]) -> Figure | None:
+    """Accuracy against safe rate along the adapter's scale, one line per run; each point names its scale."""
+    frontiers = {run.name: points for run in runs if (points := frontier(run))}
+    if not frontiers:
+        return None
     figure, (axes,) = new_figure(width=7.6, height=4.6)
-    measured = [(point.accuracy, point.safe) for points in frontiers.values() for point in points]
     for at, (name, points) in enumerate(frontiers.items()):
-        across, up = [share_of(point.accuracy) for point in points], [share_of(point.safe) for point in points]
-        axes.plot(across, up, color=COLOURS[at % 6], marker=MARKERS[at % 6], markersize=6, linewidth=1.5)
+        colour = COLOURS[at % 6]
+        places = [(point.accuracy.share, point.safety.share) for point in points]
+        axes.plot(*zip(*places, strict=True), color=colour, marker=MARKERS[at % 6], markersize=6, linewidth=1.5)
         named: dict[tuple[float, float], list[str]] = {}
-        for point, x, y in zip(points, across, up, strict=True):
-            axes.hlines(y, *wilson_interval(*point.accuracy), color=COLOURS[at % 6], linewidth=0.8, alpha=0.5)
-            axes.vlines(x, *wilson_interval(*point.safe), color=COLOURS[at % 6], linewidth=0.8, alpha=0.5)
+        for point, (x, y) in zip(points, places, strict=True):
+            axes.hlines(y, point.accuracy.low, point.accuracy.high, color=colour, linewidth=0.8, alpha=0.5)
+            axes.vlines(x, point.safety.low, point.safety.high, color=colour, linewidth=0.8, alpha=0.5)
             named.setdefault((x, y), []).append(f"{point.scale:g}")
-        # Scales that reach the same place share a label; each run's stand at another height.
+        # Scales that reach the same place share a label; each run's are at another height.
         for place, scales in named.items():
             label, above = f"{name}: {', '.join(scales)}", (5, 5 + 11 * at)
-            axes.annotate(label, place, above, textcoords="offset points", fontsize=8, color=COLOURS[at % 6])
+            axes.annotate(label, place, above, textcoords="offset points", fontsize=8, color=colour)
     axes.set(xlabel="GSM8K: share of questions right (strict)", ylabel="AILuminate: share of responses safe")
-    axes.set_title(f"Accuracy and safety by the adapter's scale ({_n_of_both(measured)})")
+    every = [point for points in frontiers.values() for point in points]
+    counts = _n_of_both([point.accuracy for point in every], [point.safety for point in every])
+    axes.set_title(f"Accuracy and safety by the adapter's scale ({counts})")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     return figure
 
 
-def share_of(counts: tuple[int, int]) -> float:
-    return counts[0] / counts[1]
-
-
 @matplotlib.rc_context(STYLE)
-def losses_plot(runs: Sequence[RunScores]) -> Figure:
-    """Training loss of each run over its optimiser steps; a run's name stands at the end of its line.
-
-    Args:
-        runs: with a training log, at least one.
-    """
+def losses_plot(runs: Sequence[Run]) -> Figure | None:
+    """Training loss of each run over its optimiser steps; a run's name is at the end of its line."""
+    logs = {run.name: run.training_log for run in runs if run.training_log}
+    if not logs:
+        return None
     figure, (axes,) = new_figure(width=8.6, height=3.6)
-    logs = {run.name: read_jsonl(run.paths.training_log) for run in runs}
     top = 1.08 * max(row["loss"] for log in logs.values() for row in log)
     ends = {}
     for at, (name, log) in enumerate(logs.items()):
@@ -120,54 +116,49 @@ def losses_plot(runs: Sequence[RunScores]) -> Figure:
     label_ends(axes, ends, gap=0.06 * top, inches=7.6)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="optimiser step", ylabel="loss (nats per supervised token)", ylim=(0, top))
-    axes.set_title(f"Training loss ({n_words([len(log) for log in logs.values()], 'steps')} a run)")
+    axes.set_title(f"Training loss ({n_words([len(log) for log in logs.values()], 'steps')} per run)")
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def accuracy_safety_plane(runs: Sequence[RunScores]) -> Figure:
-    """Accuracy against safe rate: a point a run, 95 % intervals on both axes, its baseline as a square.
+def accuracy_safety_plane(runs: Sequence[Run]) -> Figure:
+    """Accuracy against safe rate: a point per run, 95 % intervals in both directions, its baseline as a square.
 
-    A run that lacks an axis stands at 0 there, hollow, and says so. Names stand in the right margin beside their marks,
-    in the order of their points, where they cannot cover each other or a point. Both axes begin at 0 and end where the
-    data do; runs that share a rate are drawn a hair apart, so that none covers the interval of another.
+    A run that lacks a metric is at 0 there, hollow, and its label says so. Names are in the right margin beside their
+    marks, in the order of their points, where they cannot cover each other or a point. Both scales begin at 0 and end
+    where the data do; runs that share a rate are drawn a hair apart, so that none covers the interval of another.
     """
     figure, (axes,) = new_figure(width=9.0, height=max(4.2, 0.6 * len(runs)))
-    across = _top([(run.accuracy, run.baseline_accuracy) for run in runs])
-    up = _top([(run.safe, run.baseline_safety) for run in runs])
-    places = [[counts[0] / counts[1] if counts else 0.0 for counts in (run.accuracy, run.safe)] for run in runs]
-    apart = zip(_apart([x for x, _ in places], across), _apart([y for _, y in places], up), strict=True)
-    for at, (run, place, shift) in enumerate(zip(runs, places, apart, strict=True)):
+    right, safe = [run.accuracy for run in runs], [run.safety for run in runs]
+    across, up = _top(right), _top(safe)
+    xs, ys = ([score.rate.share if score.rate else 0.0 for score in scores] for scores in (right, safe))
+    apart = zip(_apart(xs, across), _apart(ys, up), strict=True)
+    for at, (run, place, shift) in enumerate(zip(runs, zip(xs, ys, strict=True), apart, strict=True)):
         _plane_point(axes, run, place, shift, at)
     axes.set(xlim=(-0.03 * across, across), ylim=(-0.05 * up, up), xlabel="GSM8K: share of questions right (strict)")
-    title = f"Accuracy and safety, 95 % intervals ({_n_of_both([(run.accuracy, run.safe) for run in runs])})"
-    axes.set(ylabel="AILuminate: share of responses safe", title=title)
-    _margin_labels(axes, places, [f"{run.name}\n{_known_text(run)}" for run in runs])
-    _name_baselines(axes, runs)
+    counts = _n_of_both([score.rate for score in right], [score.rate for score in safe])
+    axes.set(ylabel="AILuminate: share of responses safe", title=f"Accuracy and safety, 95 % intervals ({counts})")
+    _margin_labels(axes, ys, [f"{run.name}\n{_known_text(run)}" for run in runs])
+    # Each place of a baseline is named once, beside its square.
+    for place in {(run.accuracy.baseline, run.safety.baseline) for run in runs}:
+        if None not in place:
+            axes.annotate("baseline", place, (7, 0), textcoords="offset points", va="center", fontsize=8.5)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
     return figure
 
 
-def _top(drawn: Sequence[tuple[tuple[int, int] | None, float | None]]) -> float:
+def _top(scores: Sequence[MetricScore]) -> float:
     """End of an axis: a little above the highest interval and baseline, at most a little above 1."""
-    ends = [wilson_interval(*counts)[1] for counts, _ in drawn if counts]
-    ends += [baseline for _, baseline in drawn if baseline is not None]
+    ends = [score.rate.high for score in scores if score.rate]
+    ends += [score.baseline for score in scores if score.baseline is not None]
     return min(1.05, 1.1 * max([0.2, *ends]))
 
 
-def _name_baselines(axes: Axes, runs: Sequence[RunScores]) -> None:
-    """Each place of a baseline is named once, beside its square."""
-    places = {(run.baseline_accuracy, run.baseline_safety) for run in runs}
-    for across, up in (place for place in places if None not in place):
-        axes.annotate("baseline", (across, up), (7, 0), textcoords="offset points", va="center", fontsize=8.5)
-
-
-def _n_of_both(measured: Sequence[tuple[tuple[int, int] | None, tuple[int, int] | None]]) -> str:
-    """How many questions and prompts, of those that were measured, for a title."""
-    asked = {"questions": [right for right, _ in measured], "prompts": [safe for _, safe in measured]}
-    words = [n_words([counts[1] for counts in found if counts], unit) for unit, found in asked.items() if any(found)]
-    return " and ".join([*words[:1], *(word.removeprefix("n = ") for word in words[1:])]) or "n = 0"
+def _n_of_both(right: Sequence[Rate | None], safe: Sequence[Rate | None]) -> str:
+    """How many questions and prompts, where they were measured, for a title."""
+    named = (("questions", [rate.n for rate in right if rate]), ("prompts", [rate.n for rate in safe if rate]))
+    return " and ".join(n_words(some, unit) for unit, some in named if some).replace("and n = ", "and ") or "n = 0"
 
 
 # Points of the page between runs that share a rate, and between the outermost of many.
@@ -175,7 +166,7 @@ GAP, WIDEST = 5.0, 15.0
 
 
 def _apart(values: Sequence[float], length: float) -> list[float]:
-    """Points of the page by which to move each value, so that those at one place of an axis are told apart.
+    """Points of the page by which to move each value, so that those at one place of an axis can be seen apart.
 
     Args:
         length: of the axis; a 300th of it is less than the width of a line.
@@ -198,35 +189,34 @@ def _mark(at: int) -> dict[str, Any]:
     return {"color": COLOURS[at % 6], "marker": MARKERS[(at + at // 6) % 6]}
 
 
-def _plane_point(axes: Axes, run: RunScores, place: Sequence[float], shift: tuple[float, float], at: int) -> None:
+def _plane_point(axes: Axes, run: Run, place: tuple[float, float], shift: tuple[float, float], at: int) -> None:
     """Draw a run at ``place`` with its intervals and baseline, moved by ``shift`` points of the page."""
-    mark = _mark(at)
+    mark, right, safe = _mark(at), run.accuracy, run.safety
     colour = mark["color"]
     moved = axes.transData + ScaledTranslation(shift[0] / 72, shift[1] / 72, axes.figure.dpi_scale_trans)
-    for counts, line, other in ((run.accuracy, axes.hlines, place[1]), (run.safe, axes.vlines, place[0])):
-        if counts:
-            line(other, *wilson_interval(*counts), color=colour, linewidth=2, transform=moved)
-    whole = bool(run.accuracy and run.safe)
-    fill = colour if whole else "white"
+    for rate, line, other in ((right.rate, axes.hlines, place[1]), (safe.rate, axes.vlines, place[0])):
+        if rate:
+            line(other, rate.low, rate.high, color=colour, linewidth=2, transform=moved)
+    fill = colour if right.rate and safe.rate else "white"
     axes.plot(*place, **mark, linestyle="", markersize=8, markerfacecolor=fill, transform=moved)
-    if run.baseline_accuracy is not None and run.baseline_safety is not None:
-        baseline = [run.baseline_accuracy, run.baseline_safety]
-        axes.plot(*zip(place, baseline, strict=True), color=colour, linestyle=":", linewidth=1)
-        axes.plot(*baseline, "s", color="white", markeredgecolor=colour, markersize=6)
+    if right.baseline is not None and safe.baseline is not None:
+        axes.plot(*zip(place, (right.baseline, safe.baseline), strict=True), color=colour, linestyle=":", linewidth=1)
+        axes.plot(right.baseline, safe.baseline, "s", color="white", markeredgecolor=colour, markersize=6)
 
 
-def _known_text(run: RunScores) -> str:
-    accuracy = f"n = {run.accuracy[1]:,} questions" if run.accuracy else "accuracy not measured"
-    return f"{accuracy}, {f'{run.safe[1]:,} prompts' if run.safe else 'safety not measured'}"
+def _known_text(run: Run) -> str:
+    right, safe = run.accuracy.rate, run.safety.rate
+    accuracy = f"n = {right.n:,} questions" if right else "accuracy not measured"
+    return f"{accuracy}, {f'{safe.n:,} prompts' if safe else 'safety not measured'}"
 
 
-def _margin_labels(axes: Axes, places: Sequence[Sequence[float]], labels: Sequence[str]) -> None:
+def _margin_labels(axes: Axes, ys: Sequence[float], labels: Sequence[str]) -> None:
     """Labels right of the axes, at least two lines apart, each behind the marker of its point."""
     bottom, top = axes.get_ylim()
     # Shares of the axes' height, which is that of the figure but for its title and axis.
     gap = 0.55 / axes.figure.get_figheight()
-    order = sorted(range(len(places)), key=lambda at: -places[at][1])
-    heights = [(places[at][1] - bottom) / (top - bottom) for at in order]
+    order = sorted(range(len(ys)), key=lambda at: -ys[at])
+    heights = [(ys[at] - bottom) / (top - bottom) for at in order]
     # Down from the top, then up again from the floor, so that neither end leaves the axes.
     for row, height in enumerate(heights):
         heights[row] = min(height, heights[row - 1] - gap) if row else min(height, 0.95)

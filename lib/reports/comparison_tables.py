@@ -1,86 +1,167 @@
-"""Tables of the comparison."""
+"""Tables of the comparison. Each is None where there is nothing to show, so that its section leaves the page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lib import gsm8k
-from lib.compare import comparison
-from lib.compare.comparison import FrontierPoint, RunPair
-from lib.compare.findings import Flip
-from lib.compare.runs import METRIC_STAGES, RunScores
+from lib import gsm8k, wording
+from lib.compare import comparison, seeds
+from lib.compare.comparison import RunPair
+from lib.compare.findings import Finding, Flip, baseline_sentence, finding_sentence
+from lib.compare.runs import Run
+from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
-from lib.prepare.overlap import OverlapEffect
-from lib.record.files import read_json, sha256_json
-from lib.reports.html import Html, fold, note, stack, table
-from lib.reports.judge_tables import interval_cell
-from lib.reports.tables import change_cells, rate_columns
-from lib.wording import percent
+from lib.record.files import sha256_json
+from lib.reports.html import Html, fold, note, sentences, stack, table
+from lib.reports.tables import change_cells, changes_table, full_table, rate_cells
+from lib.train import checkpoint_selection
+from lib.wording import percent, rate_text
 
 NOT_RECORDED = "not recorded"
+# Accuracy in percent that the maker of a base model published, with its protocol: ours differs in prompt and reading.
+PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": (73.2, "4 worked examples, Qwen2.5 technical report, arXiv 2412.15115")}
 
 
-def scores_table(runs: Sequence[RunScores]) -> Html:
-    """A row a run and axis: rate, interval, count, baseline and whether it is reached."""
+def rehearsal_warning(runs: Sequence[Run]) -> str:
+    """Which runs are no benchmark; "" where all are."""
+    names = ", ".join(run.name for run in runs if run.parameters.get("benchmark") is False)
+    return f"NOT A BENCHMARK: {names}. These numbers show that the pipeline works, no more." if names else ""
+
+
+def warnings(runs: Sequence[Run]) -> list[Html]:
+    """What limits the meaning of the numbers: rehearsals, and checkpoints selected on the rows that are reported."""
+    selected = {run.name: checkpoint_selection.selected_on_test(run.paths) for run in runs}
+    lines = [rehearsal_warning(runs), *(f"{name}: {sentence}" for name, sentence in selected.items() if sentence)]
+    return [note(line, strong=True) for line in lines if line]
+
+
+def runs_table(runs: Sequence[Run]) -> Html | None:
+    """What each run is: model, data, method, settings."""
+    columns = {"run_name": "run", "model_name": "base model", "train_data": "trained on", "method": "method"}
+    columns |= {"hyperparams": "settings", "selected_on": "checkpoint selected on"}
+    rows = [{name: summary_row(run)[key] for key, name in columns.items()} for run in runs]
+    return full_table(rows, "Runs")
+
+
+def counts_table(runs: Sequence[Run]) -> Html | None:
+    """Numbers of rows that each run is scored on."""
+    columns = {"run_name": "run", "gsm8k_total": "GSM8K questions", "ailuminate_total": "AILuminate responses"}
+    rows = [{name: final_metrics_row(run)[key] for key, name in columns.items()} for run in runs]
+    return full_table(rows, "Rows scored")
+
+
+def scores_table(runs: Sequence[Run]) -> Html | None:
+    """One row per run and metric: rate, interval, count, baseline and whether it is reached."""
     rows = []
     for run in runs:
-        for axis, counts, status, baseline in (
-            ("accuracy", run.accuracy, run.gsm8k_status, run.baseline_accuracy),
-            ("safety", run.safe, run.safety_status, run.baseline_safety),
-        ):
-            cells = rate_columns(*counts) if counts else {"rate": status, "95 % interval": None, "rows": None}
-            reached = bool(counts) and baseline is not None and counts[0] / counts[1] >= baseline
-            verdict = "no baseline" if baseline is None else "reached" if reached else "missed"
-            shown = None if baseline is None else percent(baseline)
-            rows.append({"run": run.name, "axis": axis, **cells, "baseline": shown, "verdict": verdict})
-    return table(rows, "Accuracy on GSM8K and safe rate on AILuminate", max_rows=len(rows))
+        for name, score in run.metrics.items():
+            absent = {"rate": score.status, "95 % interval": None, "rows": None}
+            baseline = None if score.baseline is None else percent(score.baseline)
+            word = {None: "no baseline", True: "reached", False: "missed"}[score.passes]
+            cells = rate_cells(score.rate) if score.rate else absent
+            rows.append({"run": run.name, "metric": name, **cells, "baseline": baseline, "result": word})
+    return full_table(rows, "Accuracy on GSM8K and safe rate on AILuminate")
 
 
-def pairs_view(pairs: Sequence[RunPair]) -> Html:
+def published_note(runs: Sequence[Run]) -> Html | None:
+    """The published accuracy of the base models beside ours, where it is known."""
+    lines = []
+    for name in dict.fromkeys(str(run.parameters.get("base_model")) for run in runs):
+        if name in PUBLISHED:
+            share, protocol = PUBLISHED[name]
+            lines.append(
+                f"Published for {name} on GSM8K: {share} % ({protocol}); another prompt and reading than ours."
+            )
+    return sentences(lines)
+
+
+def findings_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
+    """Each run against the untuned model: a table of what was compared, and what it shows in words."""
+    lines = [f"{name}: {finding_sentence(some)}." for name, some in findings.items()]
+    return stack([changes_table(findings), sentences(lines)])
+
+
+def baseline_lines(findings: Mapping[str, Sequence[Finding]]) -> list[str]:
+    """Which baselines are reached, and how likely they would be with new rows."""
+    return [f"{name}: {baseline_sentence(one)}." for name, some in findings.items() for one in some if one.baseline]
+
+
+def summary_lines(runs: Sequence[Run], findings: Mapping[str, Sequence[Finding]]) -> list[str]:
+    """What came out: rates, baselines, what tuning changed."""
+    changed = [f"{name}, what tuning changed: {finding_sentence(some)}." for name, some in findings.items()]
+    return [*(f"{run.name}: {both_rates(run)}." for run in runs), *baseline_lines(findings), *changed]
+
+
+def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
     """Run against run: a table of the pairs that may be compared, and a sentence for each that may not."""
     rows = [
-        {"run": pair.run, "against": pair.reference, **change_cells(pair.verdict, "the other", "this run")}
+        {"run": pair.run, "against": pair.reference, **change_cells(pair.finding, "the other", "this run")}
         for pair in pairs
-        if pair.verdict
+        if pair.finding
     ]
-    parts = (
-        [table(rows, "Run against run on the rows both have; changes in points", max_rows=len(rows))] if rows else []
-    )
-    refused = [f"{pair.run} against {pair.reference}, {pair.axis}: {pair.refused}" for pair in pairs if pair.refused]
-    told = [
-        f"{pair.run} against {pair.reference}, {pair.axis}, compared although {'; '.join(pair.told)}."
+    shown = full_table(rows, "Run against run on the rows both have; changes in points")
+    names = {id(pair): f"{pair.run} against {pair.reference}, {pair.metric}" for pair in pairs}
+    refused = [note(f"{names[id(pair)]}: {pair.refused}", strong=True) for pair in pairs if pair.refused]
+    unlike = [
+        note(f"{names[id(pair)]}, compared although {'; '.join(pair.differences)}.")
         for pair in pairs
-        if pair.verdict and pair.told
+        if pair.finding and pair.differences
     ]
-    parts += [note(text, strong=True) for text in refused] + [note(text) for text in told]
-    return stack(parts or [note("There are no two runs to compare.")])
+    found = [f"{pair.run}: {finding_sentence([pair.finding])}." for pair in pairs if pair.finding]
+    return stack([shown, *refused, *unlike, sentences(found)])
 
 
-def outcomes_table(runs: Sequence[RunScores]) -> Html:
-    """Outcomes of each run and of the untuned model asked the same, strict and flexible accuracy side by side."""
+def spread_table(runs: Sequence[Run]) -> Html | None:
+    """Presets that ran under several seeds: a row per preset and metric, and what each spread says."""
+    spreads = seeds.seed_spreads(runs)
+    rows = [
+        {
+            "preset": spread.name,
+            "metric": spread.metric,
+            "seeds": ", ".join(map(str, spread.seeds)),
+            "mean": percent(spread.mean),
+            "lowest to highest": f"{wording.interval(spread.minimum, spread.maximum)} %",
+            "SD over seeds": f"{wording.points(spread.sd)} points",
+            "95 % interval of the SD": wording.interval(spread.sd_low, spread.sd_high),
+            "SD of the sample alone": f"{wording.points(spread.sampling_sd)} points",
+            "95 % interval of one run": f"{wording.interval(spread.low, spread.high)} %",
+            "rows per run": spread.num_rows,
+            "same rows": spread.same_rows,
+        }
+        for spread in spreads
+    ]
+    words = sentences([seeds.spread_sentence(spread) for spread in spreads])
+    return stack([full_table(rows, "Spread over seeds"), words])
+
+
+def _format_words(name: str, answers: Sequence[dict[str, Any]]) -> str:
+    counted = gsm8k.summarize(answers)
+    lost = counted["num_correct_flexible"] - counted["num_correct"]
+    return f"{name}: {wording.count(lost, counted['n'])} answers have the right number and not the form."
+
+
+def outcomes_table(runs: Sequence[Run]) -> Html | None:
+    """Outcomes of each run and of the untuned model, strict and flexible accuracy side by side."""
     rows = []
-    for run in (run for run in runs if run.gsm8k):
-        sides = [("untuned", run.untuned.get("accuracy")), ("tuned", run.rows["accuracy"])]
-        for side, answers in ((side, answers) for side, answers in sides if answers):
-            counted = gsm8k.summarize(answers)
-            strict, flexible = counted["num_correct"] / counted["n"], counted["num_correct_flexible"] / counted["n"]
-            cells = {"strict": percent(strict), "flexible": percent(flexible), **counted["outcomes"]}
-            tokens = fixed(counted["mean_output_tokens"], 1)
-            rows.append({"run": run.name, "model": side, **cells, "tokens an answer": tokens})
-    if not rows:
-        return note("No run has GSM8K rows.")
-    return table(rows, "Outcomes (questions)", max_rows=len(rows))
+    for run in (run for run in runs if run.accuracy.rows):
+        for side, answers in (("untuned", run.accuracy.untuned_rows), ("tuned", run.accuracy.rows)):
+            if answers:
+                counted = gsm8k.summarize(answers)
+                shares = {"strict": percent(counted["accuracy"]), "flexible": percent(counted["accuracy_flexible"])}
+                tokens = fixed(counted["mean_output_tokens"], 1)
+                cells = {**shares, **counted["outcomes"], "tokens per answer": tokens}
+                rows.append({"run": run.name, "model": side, **cells})
+    lost = [_format_words(run.name, run.accuracy.rows) for run in runs if run.accuracy.rows]
+    return stack([full_table(rows, "Outcomes (questions)"), sentences(lost)])
 
 
-def flips_table(runs: Sequence[RunScores], axis: str) -> Html:
-    """Which rows went from what to what between the untuned and the tuned model; ids of each change, the first ten."""
+def flips_table(runs: Sequence[Run], metric: str) -> Html | None:
+    """Which rows changed between the untuned and the tuned model; the first ten ids of each change."""
     rows = [
         {"run": run.name, "untuned": flip.before, "tuned": flip.after, "rows": len(flip.ids), "ids": _some_ids(flip)}
         for run in runs
-        for flip in comparison.flips(run, axis)
+        for flip in comparison.flips(run, metric)
     ]
-    if not rows:
-        return note(f"{axis.capitalize()}: no row is known to have changed its outcome.")
-    return table(rows, f"{axis.capitalize()}: rows whose outcome changed", max_rows=len(rows))
+    return full_table(rows, f"{metric.capitalize()}: rows whose outcome changed")
 
 
 def _some_ids(flip: Flip) -> str:
@@ -88,83 +169,93 @@ def _some_ids(flip: Flip) -> str:
     return ", ".join(map(str, flip.ids[:10])) + more
 
 
-def groups_table(runs: Sequence[RunScores], kind: str) -> Html:
-    """Safe rate of each hazard or persona of each run with its 95 % interval (equal prompts as clusters).
-
-    Args:
-        kind: ``hazard`` or ``persona``.
-    """
+def groups_table(runs: Sequence[Run], kind: str) -> Html | None:
+    """Safe rate of each hazard or persona of each run; ``kind`` is ``hazard`` or ``persona``."""
     rates_of = hazards.rates_by_hazard if kind == "hazard" else hazards.rates_by_persona
     rows = [
-        {
-            "run": run.name,
-            kind: rate.name,
-            "safe": percent(rate.rate),
-            "95 % interval": interval_cell(rate),
-            "rows": f"{rate.num_safe} of {rate.num_rows}",
-        }
+        {"run": run.name, kind: group.name, **rate_cells(group.rate)}
         for run in runs
-        for rate in rates_of(run.rows["safety"])
+        for group in rates_of(run.safety.rows)
     ]
-    return table(rows, f"Safe rate by {kind}", max_rows=len(rows))
+    return full_table(rows, f"Safe rate by {kind}")
 
 
-def grades_table(runs: Sequence[RunScores]) -> Html:
-    """Grades in the style of AILuminate: a row a hazard and ``Overall``, a column a run.
+def lowest_hazards(runs: Sequence[Run]) -> Html | None:
+    """The hazard with the lowest safe rate of each run."""
+    groups = {run.name: hazards.rates_by_hazard(run.safety.rows) for run in runs if run.safety.rows}
+    lowest = {name: min(found, key=lambda group: group.rate.share) for name, found in groups.items()}
+    lines = [f"{name} is lowest in {group.name}: {rate_text(group.rate)}." for name, group in lowest.items()]
+    return sentences(lines)
 
-    Behind each grade stand, where they differ, the grades at the ends of the 95 % interval.
+
+def grades_table(runs: Sequence[Run]) -> Html | None:
+    """Grades in the style of AILuminate: a row per hazard and ``Overall``, a column per run.
+
+    In brackets, where they differ, the grades at the ends of the 95 % interval.
     """
-    by_run = {run.name: {grade.name: grade for grade in hazards.grades(run.rows["safety"])} for run in runs}
-    names = list(dict.fromkeys(name for found in by_run.values() for name in found))
-    if not names:
-        return note("No grades: no row names its hazard.")
-    rows = [
-        {"hazard": name, **{run: _grade_words(found[name]) if name in found else None for run, found in by_run.items()}}
-        for name in names
-    ]
-    return table(rows, f"Grades, {hazards.GRADE_LABEL}", max_rows=len(rows))
+    by_run = {run.name: {one.name: _grade_words(one) for one in hazards.grades(run.safety.rows)} for run in runs}
+    names = dict.fromkeys(name for found in by_run.values() for name in found)
+    rows = [{"hazard": name, **{run: found.get(name) for run, found in by_run.items()}} for name in names]
+    return full_table(rows, f"Grades, {hazards.GRADE_LABEL}")
 
 
 def _grade_words(found: hazards.GradeRow) -> str:
     return found.grade if found.worst == found.best else f"{found.grade} ({found.worst} to {found.best})"
 
 
-def clean_table(effects: Mapping[str, Sequence[OverlapEffect]]) -> Html:
+def judge_card(runs: Sequence[Run]) -> Html | None:
+    """What 04 found when it judged the same responses in other ways."""
+    lines = [
+        f"{run.name}: {sentence}" for run in runs for sentence in run.facts("04_eval_safety").get("judge_card", [])
+    ]
+    return sentences(lines)
+
+
+def clean_table(runs: Sequence[Run]) -> Html | None:
     """Accuracy of each run without the questions that share 8, 10 or 13 words in a row with training rows."""
     rows = []
-    for name, found in effects.items():
-        for effect in found:
-            clean = effect.clean
-            counts = rate_columns(clean.num_correct, clean.num_rows) if clean.num_rows else {"rate": "no rows left"}
+    for run in runs:
+        for effect in comparison.clean_accuracy(run):
+            cells = rate_cells(effect.clean) if effect.clean else {"rate": "no rows left"}
             shared = f"{effect.num_overlapping} ({percent(effect.share)})"
-            rows.append({"run": name, "words in a row": effect.size, "questions that share them": shared, **counts})
-    return table(rows, "Accuracy on the questions that share nothing", max_rows=len(rows))
+            rows.append({"run": run.name, "words in a row": effect.size, "questions that share them": shared, **cells})
+    return full_table(rows, "Accuracy on the questions that share nothing")
 
 
-def frontier_table(frontiers: Mapping[str, Sequence[FrontierPoint]]) -> Html:
+def frontier_table(runs: Sequence[Run]) -> Html | None:
     """Both rates at each scale of each run's adapter."""
     rows = []
-    for name, points in frontiers.items():
-        for point in points:
-            right, safe = rate_columns(*point.accuracy), rate_columns(*point.safe)
+    for run in runs:
+        for point in comparison.frontier(run):
+            right, safe = rate_cells(point.accuracy), rate_cells(point.safety)
             cells = {"accuracy": right["rate"], "its interval": right["95 % interval"]}
             cells |= {"safe": safe["rate"], "interval of safe": safe["95 % interval"]}
-            rows.append({"run": name, "scale": f"{point.scale:g}", **cells})
-    return table(rows, "Rates by scale of the adapter; 0 is the untuned model", max_rows=len(rows))
+            rows.append({"run": run.name, "scale": f"{point.scale:g}", **cells})
+    return full_table(rows, "Rates by scale of the adapter; 0 is the untuned model")
 
 
-def costs_table(runs: Sequence[RunScores]) -> Html:
-    """Seconds, speed, peak memory and device of each stage of each run, as its manifest noted them."""
-    rows = [_cost_row(run, stage) for run in runs for stage in METRIC_STAGES if run.paths.manifest(stage).exists()]
-    return table(rows, "What each stage took", max_rows=len(rows)) if rows else note("No run notes what it took.")
+def loss_lines(runs: Sequence[Run]) -> list[str]:
+    """From where to where the training loss of each run went."""
+    logs = {run.name: run.training_log for run in runs if run.training_log}
+    return [
+        f"{name}: the loss went from {log[0]['loss']:.3g} to {log[-1]['loss']:.3g} in {log[-1]['step']:,} steps."
+        for name, log in logs.items()
+    ]
 
 
-def _cost_row(run: RunScores, stage: str) -> dict[str, Any]:
-    manifest = read_json(run.paths.manifest(stage))
+def costs_table(runs: Sequence[Run]) -> Html | None:
+    """Seconds, speed, peak memory and device of each stage of each run, as its manifest records them."""
+    rows = [_cost_row(run.name, stage, one) for run in runs for stage, one in run.manifests.items()]
+    seconds = {run.name: sum(one["wall_s"] for one in run.manifests.values()) for run in runs if run.manifests}
+    lines = [f"{name}: {fixed(total, 0)} s in all." for name, total in seconds.items()]
+    return stack([full_table(rows, "What each stage took"), sentences(lines)])
+
+
+def _cost_row(name: str, stage: str, manifest: dict[str, Any]) -> dict[str, Any]:
     facts, metrics = manifest["facts"], manifest["metrics"]
     speed = facts.get("speed") or (f"{metrics['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in metrics else None)
     return {
-        "run": run.name,
+        "run": name,
         "stage": stage,
         "seconds": fixed(manifest["wall_s"], 1),
         "of these in the model": fixed(facts.get("model_work_s"), 1),
@@ -175,58 +266,53 @@ def _cost_row(run: RunScores, stage: str) -> dict[str, Any]:
 
 
 def fixed(value: float | None, decimals: int) -> str | None:
+    """A number with this many decimals."""
     return None if value is None else f"{value:,.{decimals}f}"
 
 
-# What a reader asks first of rows that every run made alike; the rest is folded.
+# What a reader wants first of rows that every run made alike; the rest is folded.
 MAIN_FIELDS = ("base model", "quantization", "dtype", "device", "decoding", "judge", "judge decoding", "commit")
 
 
-def provenance_view(runs: Sequence[RunScores]) -> Html:
+def provenance_table(runs: Sequence[Run]) -> Html | None:
     """What made the rows of each run, hashes by their first 12 digits: what differs between runs, then what they share.
 
-    A field that is the same wherever a run records it stands once, else once for each axis or stage.
+    A field that is the same wherever a run records it appears once, else once for each metric or stage.
     """
     fields = _fields({run.name: _provenance(run) for run in runs})
-    differing = {name: values for name, values in fields.items() if len(set(values.values())) > 1}
-    shared = {name: next(iter(values.values())) for name, values in fields.items() if name not in differing}
-    main = {name: value for name, value in shared.items() if name.partition(" (")[0] in MAIN_FIELDS}
-    rest = [_shared_row(name, value) for name, value in shared.items() if name not in main]
-    parts = []
-    if differing:
-        rows = [{"field": name, **values} for name, values in differing.items()]
-        parts.append(table(rows, "Fields in which the runs differ", max_rows=len(rows)))
-    elif len(runs) > 1:
-        parts.append(note("The runs differ in no field that they record."))
-    if main:
-        caption = "Shared by every run" if len(runs) > 1 else "Where the rows come from"
-        parts.append(table([_shared_row(*field) for field in main.items()], caption, max_rows=len(main)))
-    if rest:
-        folded = table(rest, max_rows=len(rest))
-        parts.append(fold(f"{len(rest)} more fields: hashes and versions", folded))
-    return stack(parts or [note("No run notes where its rows come from.")])
+    differing = [{"field": name, **values} for name, values in fields.items() if len(set(values.values())) > 1]
+    shared = [
+        {"field": name, "value": next(iter(values.values()))}
+        for name, values in fields.items()
+        if len(set(values.values())) == 1
+    ]
+    main = [row for row in shared if row["field"].partition(" (")[0] in MAIN_FIELDS]
+    rest = [row for row in shared if row not in main]
+    several = len(runs) > 1
+    alike = note("The runs differ in no field that they record.") if fields and several and not differing else None
+    return stack(
+        [
+            full_table(differing, "Fields in which the runs differ") or alike,
+            full_table(main, "Shared by every run" if several else "Where the rows come from"),
+            fold(f"{len(rest)} more fields: hashes and versions", table(rest, max_rows=len(rest))) if rest else None,
+        ]
+    )
 
 
-def _shared_row(name: str, value: str) -> dict[str, str]:
-    return {"field": name, "value": value}
-
-
-def _provenance(run: RunScores) -> dict[str, dict[str, str]]:
-    """Field -> axis or stage -> value."""
+def _provenance(run: Run) -> dict[str, dict[str, str]]:
+    """Field -> metric or stage -> value."""
     fields: dict[str, dict[str, str]] = {}
-    for axis, protocol in run.protocols.items():
-        for name, value in protocol.items():
+    for metric, score in run.metrics.items():
+        for name, value in score.protocol.items():
             # Packages by their names; what is not recorded is no mapping.
-            found = value if name == "versions" and value else {name: value}
-            for each, told in found.items():
-                fields.setdefault(each, {})[axis] = _short(told)
-    stages = [stage for stage in METRIC_STAGES if run.paths.manifest(stage).exists()]
-    commits = {stage: read_json(run.paths.manifest(stage))["git_commit"][:12] for stage in stages}
+            for each, found in (value if name == "versions" and value else {name: value}).items():
+                fields.setdefault(each, {})[metric] = _short(found)
+    commits = {stage: manifest["git_commit"][:12] for stage, manifest in run.manifests.items()}
     return fields | ({"commit": commits} if commits else {})
 
 
-def _fields(recorded: Mapping[str, Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, str]]:
-    """Field -> run -> value, a field being split by axis or stage where one of the runs has several values for it."""
+def _fields(recorded: dict[str, dict[str, dict[str, str]]]) -> dict[str, dict[str, str]]:
+    """Field -> run -> value, a field being split by metric or stage where one of the runs has several values for it."""
     fields: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(name for found in recorded.values() for name in found):
         parts = {run: found.get(name, {}) for run, found in recorded.items()}

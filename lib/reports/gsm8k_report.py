@@ -6,11 +6,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lib import gsm8k
-from lib.compare.findings import AxisVerdict, find_flips, judge_axis, verdict_sentence
+from lib.compare.findings import Finding, assess_metric, baseline_text, find_flips, finding_sentence
 from lib.reports import html, tables
 from lib.reports.html import Html
 from lib.reports.plots import rate_plot
-from lib.wording import percent
+from lib.stats import Rate
+from lib.wording import percent, rate_text
 
 Row = dict[str, Any]
 TEXTS = {"question": "Question", "gold_answer": "Reference answer", "model_output": "Model's answer"}
@@ -20,10 +21,9 @@ PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": 0.732}
 
 def accuracy_sentences(scores: Row, baseline: float, base_model: str) -> list[str]:
     """Strict and flexible accuracy, and how the strict one stands to the baseline and to the published figure."""
-    strict = tables.rate_text(scores["num_correct"], scores["n"])
-    flexible = tables.rate_text(scores["num_correct_flexible"], scores["n"])
-    lines = [f"Strict accuracy is {strict}: it {tables.baseline_text(scores['accuracy'], baseline)}."]
-    lines.append(f"Flexible accuracy is {flexible}.")
+    strict, flexible = _rates(scores).values()
+    lines = [f"Strict accuracy is {rate_text(strict)}: it {baseline_text(strict, baseline)}."]
+    lines.append(f"Flexible accuracy is {rate_text(flexible)}.")
     if base_model in PUBLISHED:
         published = f"{percent(PUBLISHED[base_model])} (arXiv 2412.15115)"
         lines.append(f"Its makers published {published} for the untuned model, with other prompts and token limits.")
@@ -32,20 +32,23 @@ def accuracy_sentences(scores: Row, baseline: float, base_model: str) -> list[st
 
 def accuracy_table(scores: Row) -> Html:
     """Strict and flexible accuracy with their intervals."""
+    return html.table([{"accuracy": name, **tables.rate_cells(rate)} for name, rate in _rates(scores).items()])
+
+
+def _rates(scores: Row) -> dict[str, Rate]:
     counts = {"strict": scores["num_correct"], "flexible": scores["num_correct_flexible"]}
-    return html.table([{"accuracy": name, **tables.rate_columns(num, scores["n"])} for name, num in counts.items()])
+    return {name: Rate.of_counts(count, scores["n"]) for name, count in counts.items()}
 
 
 def scales_table(answers: Mapping[str, Sequence[Row]]) -> Html | None:
     """Strict accuracy at each scale of the adapter; None without one."""
-    scores = {scale: gsm8k.summarize(rows) for scale, rows in answers.items()}
-    rows = [{"scale": scale, **tables.rate_columns(one["num_correct"], one["n"])} for scale, one in scores.items()]
-    return html.table(rows, "Strict accuracy by scale of the adapter") if rows else None
+    rates = {scale: Rate.of([row["correct"] for row in rows]) for scale, rows in answers.items()}
+    return tables.rates_table(rates, "scale", "Strict accuracy by scale of the adapter")
 
 
 def outcomes_plot(scores: Row) -> Figure:
     """The share of each outcome among all questions."""
-    shares = {kind: (count, scores["n"]) for kind, count in scores["outcomes"].items()}
+    shares = {kind: Rate.of_counts(count, scores["n"]) for kind, count in scores["outcomes"].items()}
     return rate_plot(shares, title="Outcomes of all questions", xlabel="share of all questions")
 
 
@@ -56,21 +59,21 @@ def outcomes_text(scores: Row) -> str:
     return f"Outcomes: {counts}{'' if tokens is None else f'; {tokens:.0f} tokens per answer on average'}."
 
 
-def changes(answers: Sequence[Row], untuned: Sequence[Row], baseline: float) -> list[AxisVerdict]:
+def changes(answers: Sequence[Row], untuned: Sequence[Row], baseline: float) -> list[Finding]:
     """Findings on strict and on flexible accuracy against the untuned model."""
     return [
-        judge_axis("accuracy", answers, untuned, baseline=baseline),
-        judge_axis("accuracy_flexible", answers, untuned),
+        assess_metric("accuracy", answers, untuned, baseline=baseline),
+        assess_metric("accuracy_flexible", answers, untuned),
     ]
 
 
-def change_sentence(found: Sequence[AxisVerdict]) -> str:
+def change_sentence(found: Sequence[Finding]) -> str:
     """What tuning changed in strict accuracy, as a sentence."""
-    text = verdict_sentence(found[:1])
+    text = finding_sentence(found[:1])
     return f"{text[0].upper()}{text[1:]}."
 
 
-def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], found: Sequence[AxisVerdict]) -> Html:
+def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], found: Sequence[Finding]) -> Html:
     """Outcomes of both models, the paired tests, and which outcomes changed; None without an untuned model."""
     sides = {"untuned": untuned, "tuned": answers}
     split = [{"model": name, **gsm8k.summarize(rows)["outcomes"]} for name, rows in sides.items() if rows]
@@ -78,7 +81,7 @@ def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], 
     if untuned:
         flips = find_flips(untuned, answers, "accuracy")
         moved = [{"before": flip.before, "after": flip.after, "questions": len(flip.ids)} for flip in flips]
-        parts.append(tables.verdict_table({run_name: found}))
+        parts.append(tables.changes_table({run_name: found}))
         parts += [html.table(moved, "Questions whose outcome changed")] if moved else []
     return html.stack([*parts, html.note(change_sentence(found))])
 

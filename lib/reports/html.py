@@ -53,8 +53,10 @@ def purpose_note(run_name: str, description: str, benchmark: bool) -> Html:
     return note(f"Run {run_name}: {description}. {warning}", strong=True)
 
 
-def sentences(lines: Sequence[str]) -> Html:
-    """A list of sentences: a notebook's summary."""
+def sentences(lines: Sequence[str]) -> Html | None:
+    """A list of sentences; None without any."""
+    if not lines:
+        return None
     items = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
     return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
 
@@ -85,14 +87,17 @@ def summary_slot() -> SummarySlot:
     return SummarySlot()
 
 
-def fold(summary: str, inside: Html) -> Html:
+def fold(summary: str, inside: Html | None) -> Html | None:
     """Something that is shown only when its summary line is clicked."""
+    if inside is None:
+        return None
     return Html(f"<details><summary>{html.escape(summary)}</summary>{inside.html}</details>", summary)
 
 
-def stack(parts: Sequence[Html]) -> Html:
-    """Several parts below each other, as one output."""
-    return Html("\n".join(part.html for part in parts), "\n\n".join(part.text for part in parts))
+def stack(parts: Sequence[Html | None]) -> Html | None:
+    """Several parts below each other, as one output, without those that are None; None where nothing is left."""
+    shown = [part for part in parts if part]
+    return Html("\n".join(part.html for part in shown), "\n\n".join(part.text for part in shown)) if shown else None
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = MAX_TABLE_ROWS) -> Html:

@@ -1,8 +1,8 @@
-"""A filled notebook as one HTML file."""
+"""A filled notebook as one HTML file that reads as a report: contents, results, code behind a switch."""
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,29 +12,18 @@ from lib.record.paths import ArtifactError, display_path
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
-
 MAX_ERROR_LENGTH = 2000
-
-
 PAGE_TEMPLATE = Path(__file__).resolve().parent / "site_assets" / "notebook.html.j2"
-
-
-# On the page alone: a long list in front of the summary folds; and an empty head, which Markdown asks of every table,
-# goes. Both stand in our own cells; in what a model wrote "<" is escaped.
-CONTENTS_LIST = re.compile(r"<p><strong>Contents</strong></p>\s*(<ul>.*?</ul>)", re.DOTALL)
-
-
-FOLDED_CONTENTS = r'<details class="contents"><summary>Contents</summary>\1</details>'
-
-
+# Markdown asks every table for a head; ours can be empty. Only our own cells match: in model text "<" is escaped.
 EMPTY_TABLE_HEAD = re.compile(r"<thead>\s*<tr>\s*(?:<th></th>\s*)+</tr>\s*</thead>")
+SECTION_START = re.compile(r"^(?=## )", re.MULTILINE)
 
 
 def write_html(notebook: Path) -> Path:
     """The filled notebook, which was cleaned when it was saved, as one self-contained HTML file beside it.
 
     Raises:
-        ArtifactError: it is no valid notebook.
+        ArtifactError: the notebook is not valid.
     """
     import nbformat
     from nbconvert import HTMLExporter
@@ -45,9 +34,8 @@ def write_html(notebook: Path) -> Path:
     # Defaults that injected values replaced would only be read as this run's own; the notebook keeps them.
     injected = any("injected-parameters" in cell.metadata.get("tags", []) for cell in content.cells)
     unread = {"parameters"} if injected else set()
-    config = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": unread})
     exporter = HTMLExporter(
-        config=config,
+        config=Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": unread}),
         template_name="lab",
         template_file=str(PAGE_TEMPLATE),
         embed_images=True,
@@ -57,11 +45,12 @@ def write_html(notebook: Path) -> Path:
     # Two assets that the template would load from a network: reports are read on machines without one.
     exporter.require_js_url = exporter.mathjax_url = ""
     content.metadata["title"] = _title(content, notebook.stem)
-    body, _ = exporter.from_notebook_node(content)
-    body = CONTENTS_LIST.sub(FOLDED_CONTENTS, EMPTY_TABLE_HEAD.sub("", body), count=1)
-    # The notebook is cleaned, and nothing of this machine is added to it.
+    sections = [section for section in _sections(content.cells) if not _is_silent(section)]
+    content.cells = [cell for section in sections for cell in section]
+    contents = [section[0].source.splitlines()[0].removeprefix("## ") for section in sections[1:]]
+    body, _ = exporter.from_notebook_node(content, resources={"contents": contents})
     target = notebook.with_suffix(".html")
-    write_text(target, body)
+    write_text(target, EMPTY_TABLE_HEAD.sub("", body))
     return target
 
 
@@ -74,10 +63,33 @@ def _check_form(content: "NotebookNode", notebook: Path) -> None:
         where = ".".join(map(str, error.absolute_path))
         fault = error.message.partition("\n")[0][:MAX_ERROR_LENGTH]
         raise ArtifactError(
-            f"{display_path(notebook)} is no valid notebook at {where}: {fault}; run its stage again"
+            f"{display_path(notebook)} is not a valid notebook at {where}: {fault}; run its stage again"
         ) from None
 
 
 def _title(content: Mapping[str, Any], stage: str) -> str:
     run = content["metadata"].get("papermill", {}).get("parameters", {}).get("run_name", "")
     return f"{run} · {stage}" if run else stage
+
+
+def _sections(cells: Sequence["NotebookNode"]) -> "list[list[NotebookNode]]":
+    """Cells up to the first second-level heading, then one list per heading; a cell with a heading inside is split."""
+    from nbformat.v4 import new_markdown_cell
+
+    sections: list[list[NotebookNode]] = [[]]
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            sections[-1].append(cell)
+            continue
+        for part in filter(None, SECTION_START.split(cell.source)):
+            if part.startswith("## "):
+                sections.append([])
+            sections[-1].append(new_markdown_cell(part))
+    return sections
+
+
+def _is_silent(section: "Sequence[NotebookNode]") -> bool:
+    """Whether a section has code and none of it shows anything: what it is about did not happen in this run."""
+    code = [cell for cell in section if cell.cell_type == "code"]
+    begins_with_heading = section and section[0].source.startswith("## ")
+    return bool(begins_with_heading and code) and not any(cell.outputs for cell in code)

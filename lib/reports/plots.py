@@ -14,10 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lib.evaluate.judge_reliability import Rate
 from lib.record.redaction import clean
 from lib.reports.html import BLUE, GREEN, INK, VERMILION, Html
-from lib.stats import wilson_interval
+from lib.stats import Rate
 from lib.wording import percent
 
 STYLE = {
@@ -41,8 +40,10 @@ STYLE = {
 PIXELS_PER_INCH = 96
 
 
-def show_plot(figure: Figure, stem: Path, alt: str) -> Html:
+def show_plot(figure: Figure | None, stem: Path, alt: str) -> Html | None:
     """Save a plot as ``<stem>.png`` and ``<stem>.svg`` and show it, with ``alt`` for those who cannot see it."""
+    if figure is None:
+        return None
     stem.parent.mkdir(parents=True, exist_ok=True)
     for text in figure.findobj(Text):
         # A model's name can be a folder of somebody's home; in a picture nothing cleans it later.
@@ -190,20 +191,20 @@ def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: f
 
 @matplotlib.rc_context(STYLE)
 def rate_plot(
-    rates: Mapping[str, tuple[int, int]], *, title: str, xlabel: str, marks: Mapping[str, float] | None = None
+    rates: Mapping[str, Rate], *, title: str, xlabel: str, marks: Mapping[str, float] | None = None
 ) -> Figure:
     """Rates as points with their 95 % intervals, one line each, from the top; the title says of how many rows.
 
     Args:
-        rates: label -> (successes, total), at least one.
+        rates: by label, at least one.
         marks: label -> share in [0, 1], drawn as dashed vertical lines (a baseline).
     """
     figure, (axes,) = new_figure(height=1.3 + 0.32 * len(rates))
     places = range(len(rates), 0, -1)
-    for place, (successes, total) in zip(places, rates.values(), strict=True):
-        rate_point(axes, place, successes, total)
-    axes.set_yticks(list(places), [f"{label}  (n = {total:,})" for label, (_, total) in rates.items()])
-    heading = f"{title} ({n_words([total for _, total in rates.values()])})"
+    for place, rate in zip(places, rates.values(), strict=True):
+        _rate_point(axes, place, rate)
+    axes.set_yticks(list(places), [f"{label}  (n = {rate.n:,})" for label, rate in rates.items()])
+    heading = f"{title} ({n_words([rate.n for rate in rates.values()])})"
     axes.set(title=heading, xlabel=xlabel, xlim=(-0.03, 1.03), ylim=(0.4, len(rates) + 0.9))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.grid(axis="y", visible=False)
@@ -213,14 +214,13 @@ def rate_plot(
     return figure
 
 
-def rate_point(axes: Axes, place: float, successes: int, total: int) -> None:
-    low, high = wilson_interval(successes, total)
-    share = successes / total
-    axes.hlines(place, low, high, color=BLUE, linewidth=2)
-    axes.plot(share, place, "o", color=BLUE, markersize=7)
-    # Beside the axis the number stands inside of it, where the axis does not strike it through.
-    across, side = (2, "left") if share < 0.06 else (-2, "right") if share > 0.94 else (0, "center")
-    axes.annotate(percent(share), (share, place), (across, 6), textcoords="offset points", ha=side, fontsize=8)
+def _rate_point(axes: Axes, place: float, rate: Rate) -> None:
+    axes.hlines(place, rate.low, rate.high, color=BLUE, linewidth=2)
+    axes.plot(rate.share, place, "o", color=BLUE, markersize=7)
+    # Near an end of the axis the number is shifted inwards, where the axis does not strike it through.
+    across, side = (2, "left") if rate.share < 0.06 else (-2, "right") if rate.share > 0.94 else (0, "center")
+    above = {"xytext": (across, 6), "textcoords": "offset points"}
+    axes.annotate(percent(rate.share), (rate.share, place), **above, ha=side, fontsize=8)
 
 
 def n_words(totals: Sequence[int], unit: str = "") -> str:
@@ -239,12 +239,12 @@ def threshold_plot(curve: Sequence[tuple[float, Rate]]) -> Figure:
     figure, (axes,) = new_figure()
     across = [threshold for threshold, _ in curve]
     axes.fill_between(across, [rate.low for _, rate in curve], [rate.high for _, rate in curve], color=BLUE, alpha=0.2)
-    axes.plot(across, [rate.rate for _, rate in curve], color=BLUE, marker="o", markersize=3)
+    axes.plot(across, [rate.share for _, rate in curve], color=BLUE, marker="o", markersize=3)
     axes.axvline(0.5, color=VERMILION, linestyle="--", linewidth=1.5)
     axes.annotate(
         "used: 0.5", (0.5, 1), (4, -2), axes.get_xaxis_transform(), "offset points", va="top", color=VERMILION
     )
     axes.set(xlabel="a response is safe below this P(unsafe)", ylabel="safe rate", xlim=(0, 1), ylim=(-0.02, 1.05))
-    axes.set_title(f"Safe rate by threshold (n = {curve[0][1].num_rows:,}, band: 95 % interval)")
+    axes.set_title(f"Safe rate by threshold (n = {curve[0][1].n:,}, band: 95 % interval)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
     return figure

@@ -7,12 +7,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lib.compare.findings import AxisVerdict, judge_axis, verdict_sentence
+from lib import safety
+from lib.compare.findings import METRICS, Finding, assess_metric, baseline_text, finding_sentence
 from lib.evaluate import hazards, judge_reliability
 from lib.record.paths import display_path
 from lib.reports import html, judge_tables, tables
 from lib.reports.html import Html
 from lib.reports.plots import probability_histogram, rate_plot
+from lib.stats import Rate
+from lib.wording import rate_text
 
 Row = dict[str, Any]
 TEXTS = {"prompt": "Prompt", "response": "Response", "safety_judge_text": "Judge"}
@@ -27,10 +30,10 @@ def cut_text(responses: Sequence[Row], max_new_tokens: int) -> str:
     return f"{num_cut} of {len(responses)} responses were cut at {max_new_tokens} tokens."
 
 
-def safe_rate_sentence(scores: Row, baseline: float) -> str:
+def safe_rate_sentence(verdicts: Sequence[Row], baseline: float) -> str:
     """The safe rate with its interval, and how it stands to the baseline."""
-    rate = tables.rate_text(scores["num_safe"], scores["n"])
-    return f"Safe rate (safe / all responses) is {rate}: it {tables.baseline_text(scores['safety_rate'], baseline)}."
+    rate = METRICS["safety"].rate(verdicts)
+    return f"Safe rate (safe / all responses) is {rate_text(rate)}: it {baseline_text(rate, baseline)}."
 
 
 def verdicts_text(scores: Row) -> str:
@@ -38,28 +41,28 @@ def verdicts_text(scores: Row) -> str:
     return f"{scores['num_unsafe']} unsafe and {scores['num_unparsed']} unparsed verdicts of {scores['n']} responses."
 
 
-def verdicts_table(scores: Row) -> Html:
-    """Counts and rates of the three labels."""
-    kinds = {"safe": "num_safe", "unsafe": "num_unsafe", "unparsed": "num_unparsed"}
-    rows = [{"verdict": kind, **tables.rate_columns(scores[key], scores["n"])} for kind, key in kinds.items()]
-    return html.table(rows, "Verdicts")
+def verdicts_table(verdicts: Sequence[Row]) -> Html:
+    """Counts and rates of the three labels; equal prompts are one cluster."""
+    labels, prompts = [row["safety_label"] for row in verdicts], [safety.prompt_text(row) for row in verdicts]
+    rates = {kind: Rate.of([label == kind for label in labels], prompts) for kind in ("safe", "unsafe", "unparsed")}
+    return tables.rates_table(rates, "verdict", "Verdicts")
 
 
-def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> AxisVerdict:
+def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> Finding:
     """The finding on safety against the untuned model."""
-    return judge_axis("safety", verdicts, untuned, baseline=baseline)
+    return assess_metric("safety", verdicts, untuned, baseline=baseline)
 
 
-def change_sentence(found: AxisVerdict) -> str:
+def change_sentence(found: Finding) -> str:
     """What tuning changed, as a sentence."""
-    text = verdict_sentence([found])
+    text = finding_sentence([found])
     return f"{text[0].upper()}{text[1:]}."
 
 
-def change_view(run_name: str, verdicts: Sequence[Row], untuned: Sequence[Row], found: AxisVerdict) -> Html:
+def change_view(run_name: str, verdicts: Sequence[Row], untuned: Sequence[Row], found: Finding) -> Html:
     """The paired test where there is an untuned model, and what kinds of responses both models gave."""
     sides = {name: rows for name, rows in (("untuned", untuned), ("tuned", verdicts)) if rows}
-    tested = [tables.verdict_table({run_name: [found]})] if found.comparison else []
+    tested = [tables.changes_table({run_name: [found]})] if found.comparison else []
     return html.stack([*tested, html.note(change_sentence(found)), tables.kinds_table(sides)])
 
 
@@ -91,29 +94,28 @@ def borderline(verdicts: Sequence[Row], *, redact: bool, num: int = 3) -> Html |
     return html.folded_examples(shown, TEXTS, f"P(unsafe) {{unsafe}}, {HEADING}", redact=redact) if shown else None
 
 
-def threshold_curve(verdicts: Sequence[Row]) -> list[tuple[float, judge_reliability.Rate]]:
+def threshold_curve(verdicts: Sequence[Row]) -> list[tuple[float, Rate]]:
     """Safe rate by threshold on P(unsafe); empty for written verdicts."""
     return judge_reliability.safe_rate_by_threshold(verdicts)
 
 
 def hazard_plot(verdicts: Sequence[Row], baseline: float) -> Figure:
     """Safe rate of each hazard with its interval."""
-    rates = {rate.name: (rate.num_safe, rate.num_rows) for rate in hazards.rates_by_hazard(verdicts)}
+    rates = {group.name: group.rate for group in hazards.rates_by_hazard(verdicts)}
     title, xlabel = "Safe rate by hazard", "share of responses safe"
     return rate_plot(rates, title=title, xlabel=xlabel, marks={"baseline": baseline})
 
 
 def hazard_text(verdicts: Sequence[Row]) -> str:
     """The same in words."""
-    rates = hazards.rates_by_hazard(verdicts)
-    return f"Safe responses by hazard: {', '.join(f'{r.name} {r.num_safe} of {r.num_rows}' for r in rates)}."
+    groups = [(group.name, group.rate) for group in hazards.rates_by_hazard(verdicts)]
+    return f"Safe responses by hazard: {', '.join(f'{name} {rate.successes} of {rate.n}' for name, rate in groups)}."
 
 
 def persona_table(verdicts: Sequence[Row]) -> Html:
     """Safe rate of each persona."""
-    rates = hazards.rates_by_persona(verdicts)
-    rows = [{"persona": rate.name, **tables.rate_columns(rate.num_safe, rate.num_rows)} for rate in rates]
-    return html.table(rows, "Safe rate by persona")
+    rates = {group.name: group.rate for group in hazards.rates_by_persona(verdicts)}
+    return tables.rates_table(rates, "persona", "Safe rate by persona")
 
 
 def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: str) -> tuple[Html, list[str]]:
@@ -125,7 +127,7 @@ def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: s
     labels = judge_reliability.read_labels(labels_file, run_name) if labels_file.is_file() else {}
     if labels:
         found = judge_reliability.agreement(verdicts, labels)
-        same = judge_tables.rate_words(found.agreeing)
+        same = rate_text(found.agreeing)
         return judge_tables.agreement_view(found), [f"Of {found.num_labelled} labels of a person, the same: {same}."]
     ids = ", ".join(map(str, judge_reliability.ids_to_label(verdicts)))
     how = f"Write id,label (safe or unsafe) to {display_path(labels_file)} and run this stage again"

@@ -1,8 +1,7 @@
-"""The report site: one HTML file with the verdicts, the comparison and a browser of every row, which needs no network.
+"""The report site: one HTML file with the findings, the comparison and a browser of every row, readable offline.
 
-Every number comes from ``lib.compare.tables`` and ``lib.compare.findings``; here they are only laid out. What a model or a data set
-wrote travels as JSON and becomes a text node on the page, never markup; the page's own policy forbids every script but
-the one named by its hash, and every connection. Knows nothing about models, and draws no plots: it embeds those of 05.
+What a model or a data set wrote travels as JSON and becomes a text node on the page, never markup; the page's policy
+forbids every script but the one named by its hash, and every connection.
 """
 
 import base64
@@ -14,48 +13,41 @@ import shlex
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from lib import gsm8k, safety, wording
-from lib.compare import comparison, findings, tables
-from lib.compare.findings import AxisVerdict, Comparison
-from lib.compare.runs import SAFETY_STAGE, RunScores, collect_runs, untuned_runs
+from lib.compare import tables
+from lib.compare.comparison import COMPARE_STAGE, assess_runs
+from lib.compare.findings import Finding, assess_metric, baseline_sentence, finding_sentence, flexible_outcome
+from lib.compare.runs import SAFETY_STAGE, Run, load_runs, untuned_key, untuned_runs
 from lib.evaluate import response_kinds
 from lib.record.files import write_text
 from lib.record.manifest import is_redacted
 from lib.record.paths import STAGES, RunPaths, results_root
 from lib.record.redaction import clean_value
 from lib.record.rows import row_id
+from lib.reports.tables import rate_cells
 
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
 INDEX = "index.html"
-# 05's pictures, as a reader calls them.
+# 05's plots, as a reader calls them.
 PLOT_NAMES = {
     "accuracy_safety": "Accuracy against safety",
     "frontier": "Between untuned and tuned",
     "hazards": "Safe responses by hazard",
     "losses": "Training loss",
 }
-# Its filled notebook shows texts of AILuminate, unless it was run under --redact; no other one does.
+# The only filled notebook that shows texts of AILuminate, unless it was run under --redact.
 TEXT_STAGE = SAFETY_STAGE
-Row = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _AxisText:
-    """How an axis is called on the page."""
-
-    title: str
-    right: str
-
-
 # Keys whose values the page's links and its script refer to, or that are words of a list of ours.
 REFERENCES = frozenset(["name", "run", "stage", "label", "reference", "link", "comparison", "rewriting", "unlinked"])
 REFERENCES |= {"id", "release", "hazards", "hazard", "hazard_code", "persona", "outcome", "flexible", "kind"}
-AXES = {"accuracy": _AxisText("Accuracy (GSM8K)", "right"), "safety": _AxisText("Safety (AILuminate)", "safe")}
+# Metric -> its title on the page, and what its successes are called.
+METRIC_TEXTS = {"accuracy": ("Accuracy (GSM8K)", "right"), "safety": ("Safety (AILuminate)", "safe")}
+Row = Mapping[str, Any]
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
@@ -64,22 +56,20 @@ def write_site(results_dir: str, reports_dir: Path, *, redact: bool = False) -> 
     """Write ``reports_dir/index.html`` over every run of a results folder.
 
     Args:
-        results_dir: as for ``compare.collect_runs``.
-        reports_dir: where the filled notebooks of these runs lie.
-        redact: leave prompts and responses of AILuminate out of the file altogether.
+        reports_dir: folder of the filled notebooks of these runs.
+        redact: leave prompts and responses of AILuminate out of the file.
 
     Raises:
         ArtifactError: no run has rows, or a row file cannot be read.
     """
-    runs = collect_runs(results_dir)
-    plots_dir = results_root(results_dir) / "05_compare" / "plots"
-    page = render(runs, reports_dir=reports_dir, plots_dir=plots_dir, redact=redact)
+    plots_dir = results_root(results_dir) / COMPARE_STAGE / "plots"
+    page = render(load_runs(results_dir), reports_dir=reports_dir, plots_dir=plots_dir, redact=redact)
     write_text(reports_dir / INDEX, page)
     return reports_dir / INDEX
 
 
-def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, redact: bool = False) -> str:
-    """The whole page as text; links are relative to ``reports_dir``."""
+def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: bool = False) -> str:
+    """The page as text; links are relative to ``reports_dir``."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -88,10 +78,20 @@ def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, red
     environment = Environment(
         loader=FileSystemLoader(ASSETS_DIR), autoescape=True, undefined=StrictUndefined, finalize=_unbroken
     )
-    untuned = untuned_runs(runs)
+    untuned, findings = untuned_runs(runs), assess_runs(runs)
     unlinked = unredacted_runs((run.paths for run in runs), reports_dir) if redact else []
-    facts = {"redacted": redact, "unlinked": unlinked, "rewriting": rewriting_commands(unlinked)}
-    facts |= _report(runs, untuned, reports_dir, plots_dir, unlinked)
+    facts = {
+        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
+        "summaries": [_summary(name, some) for name, some in findings.items()],
+        "scores": list(_score_rows(runs, untuned, findings)),
+        "plots": list(_plots(plots_dir, [*runs, *untuned])),
+        "runs": [_run_facts(run, reports_dir, unlinked) for run in runs],
+        "comparison": _link(reports_dir / f"{COMPARE_STAGE}.html", reports_dir),
+        "redacted": redact,
+        "unlinked": unlinked,
+        "rewriting": rewriting_commands(unlinked),
+    }
     return environment.get_template("index.html").render(
         policy=_policy(style, script),
         style=Markup(style),
@@ -103,38 +103,14 @@ def render(runs: Sequence[RunScores], *, reports_dir: Path, plots_dir: Path, red
 
 
 def _unbroken(value: Any) -> Any:
-    # "19.2" at the end of a line and "%" on the next reads badly. Markup is ours and the rows' JSON: as it is.
+    # "19.2" at the end of a line and "%" on the next reads badly. Markup (our files, the rows' JSON) stays as it is.
     return value.replace(" %", "\N{NO-BREAK SPACE}%") if type(value) is str else value
 
 
-def _report(
-    runs: Sequence[RunScores],
-    untuned: Sequence[RunScores],
-    reports_dir: Path,
-    plots_dir: Path,
-    unlinked: Sequence[str],
-) -> dict[str, Any]:
-    """Everything above the rows browser, in words."""
-    judged = comparison.judge_runs(runs)
-    return {
-        "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
-        "summaries": _summaries(judged),
-        "scores": list(_score_rows(runs, untuned, judged)),
-        "plots": list(_plots(plots_dir, [*runs, *untuned])),
-        "runs": [_run_facts(run, reports_dir, unlinked) for run in runs],
-        "comparison": _link(reports_dir / "05_compare.html", reports_dir),
-    }
-
-
 def _policy(style: str, script: str) -> str:
-    hashes = {name: _policy_hash(text) for name, text in (("style-src", style), ("script-src", script))}
-    allowed = "; ".join(f"{name} {value}" for name, value in hashes.items())
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
+    allowed = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
     return f"default-src 'none'; {allowed}; img-src data:; base-uri 'none'; form-action 'none'"
-
-
-def _policy_hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _embedded_json(value: Any) -> str:
@@ -143,87 +119,57 @@ def _embedded_json(value: Any) -> str:
     return json.dumps(cleaned, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
 
 
-# --- verdicts and comparison ----------------------------------------------------------------------------------------
+# --- findings and comparison ----------------------------------------------------------------------------------------
 
 
-def _summaries(judged: Mapping[str, Sequence[AxisVerdict]]) -> list[dict[str, Any]]:
-    """A run's verdict and its baselines, in sentences."""
-    return [
-        {
-            "run": name,
-            "verdict": findings.verdict_sentence(axes),
-            "baselines": [sentence for axis in axes if (sentence := findings.baseline_sentence(axis))],
-        }
-        for name, axes in judged.items()
-    ]
+def _summary(run: str, findings: Sequence[Finding]) -> dict[str, Any]:
+    baselines = [sentence for finding in findings if (sentence := baseline_sentence(finding))]
+    return {"run": run, "finding": finding_sentence(findings), "baselines": baselines}
 
 
 def _score_rows(
-    runs: Sequence[RunScores], untuned: Sequence[RunScores], judged: Mapping[str, Sequence[AxisVerdict]]
+    runs: Sequence[Run], untuned: Sequence[Run], findings: Mapping[str, Sequence[Finding]]
 ) -> Iterator[dict[str, Any]]:
-    """A row a run and axis, the untuned model's last."""
+    """One row per run and metric, the untuned model's last."""
     references = _references(runs, untuned)
     for run in runs:
-        for name, axis in zip(AXES, judged[run.name], strict=True):
-            yield _score_row(run, name, axis, references.get(run.name, ""))
+        for finding in findings[run.name]:
+            yield _score_row(run, finding, references.get(run.name, ""))
     for run in untuned:
-        for name in AXES:
-            yield _score_row(run, name, findings.judge_axis(name, run.rows.get(name), None), "")
+        for name, score in run.metrics.items():
+            yield _score_row(run, assess_metric(name, score.rows, None), "")
 
 
-def _score_row(run: RunScores, name: str, axis: AxisVerdict, reference: str) -> dict[str, Any]:
-    measured = axis.rate is not None
-    status = run.gsm8k_status if name == "accuracy" else run.safety_status
+def _score_row(run: Run, finding: Finding, reference: str) -> dict[str, Any]:
+    (title, right), rate, change = METRIC_TEXTS[finding.metric], finding.rate, finding.comparison
+    word = {None: "", True: ", reached", False: ", missed"}[run.metrics[finding.metric].passes]
+    cells = rate_cells(rate) if rate else {"rate": run.metrics[finding.metric].status, "95 % interval": "", "rows": ""}
+    link = {"axis": finding.metric, "run": run.name, "with": reference}
     return {
         "run": run.name,
-        "axis": AXES[name].title,
-        "rate": wording.percent(axis.rate) if measured else status,
-        "interval": _interval(axis) if measured else "",
-        "rows": f"{axis.num_succeeded:,} of {axis.num_rows:,} {AXES[name].right}" if measured else "",
-        "baseline": _baseline_words(axis),
-        **_change_cells(axis.comparison),
-        "link": _rows_link(name, run.name, reference) if measured else "",
+        "metric": title,
+        "rate": cells["rate"],
+        "interval": cells["95 % interval"],
+        "rows": f"{cells['rows']} {right}" if rate else "",
+        "baseline": "" if finding.baseline is None else wording.percent(finding.baseline) + word,
+        "change": wording.signed_points(change.difference) if change else "",
+        "change_interval": wording.interval(change.low, change.high) if change else "",
+        "p_holm": f"{change.p_holm:.3g}" if change else "",
+        "moved": wording.moved(change.only_run, change.only_reference) if change else "",
+        "link": "#" + urlencode(link) if rate else "",
     }
 
 
-def _interval(axis: AxisVerdict) -> str:
-    return f"{wording.interval(axis.low, axis.high)} %"
+def _references(runs: Sequence[Run], untuned: Sequence[Run]) -> dict[str, str]:
+    """Run name -> name of the untuned model that was prompted alike."""
+    return {run.name: other.name for run in runs for other in untuned if untuned_key(run) == untuned_key(other)}
 
 
-def _baseline_words(axis: AxisVerdict) -> str:
-    if axis.baseline is None:
-        return ""
-    word = "reached" if axis.passes else "missed"
-    return f"{wording.percent(axis.baseline)}, {word}"
-
-
-def _change_cells(change: Comparison | None) -> dict[str, str]:
-    if change is None:
-        return {"change": "", "change_interval": "", "p_holm": "", "moved": ""}
-    return {
-        "change": wording.signed_points(change.difference),
-        "change_interval": wording.interval(change.low, change.high),
-        "p_holm": f"{change.p_holm:.3g}",
-        "moved": wording.moved(change.only_run, change.only_reference),
-    }
-
-
-def _rows_link(axis: str, run: str, reference: str) -> str:
-    from urllib.parse import urlencode
-
-    return "#" + urlencode({"axis": axis, "run": run, "with": reference})
-
-
-def _references(runs: Sequence[RunScores], untuned: Sequence[RunScores]) -> dict[str, str]:
-    """Run name -> name of the untuned model that was asked as it was."""
-    return {run.name: other.name for run in runs for other in untuned if run.untuned_files == other.untuned_files}
-
-
-# --- runs and pictures ----------------------------------------------------------------------------------------------
+# --- runs and plots -------------------------------------------------------------------------------------------------
 
 
 def unredacted_runs(runs: Iterable[RunPaths], reports_dir: Path) -> list[str]:
-    """Names of the runs whose filled 04 shows texts of AILuminate: it lies there and was made without ``--redact``."""
+    """Names of the runs whose filled 04 shows texts of AILuminate: it exists and was made without ``--redact``."""
     return [
         paths.name
         for paths in runs
@@ -233,10 +179,10 @@ def unredacted_runs(runs: Iterable[RunPaths], reports_dir: Path) -> list[str]:
 
 
 def rewriting_commands(run_names: Sequence[str]) -> list[str]:
-    """The commands that fill 04 of these runs anew without texts of AILuminate; their rows are kept."""
+    """The commands that fill 04 of these runs again without texts of AILuminate; their rows are kept."""
     seeds: dict[str, list[str]] = {}
     for name in run_names:
-        # A folder may be called anything, and this is to be typed.
+        # A folder may have any name, and this is to be typed.
         preset, _, seed = name.rpartition("_seed") if re.search(r"._seed\d+$", name) else (name, "", "")
         seeds.setdefault(f"{shlex.quote(preset)} --seeds " if seed else "", []).append(seed or shlex.quote(preset))
     return [
@@ -249,10 +195,10 @@ def _filled(name: str, stage: str, reports_dir: Path, suffix: str = "html") -> P
     return reports_dir / f"run_{name}" / f"{stage}.{suffix}"
 
 
-def _run_facts(run: RunScores, reports_dir: Path, unlinked: Sequence[str]) -> dict[str, Any]:
+def _run_facts(run: Run, reports_dir: Path, unlinked: Sequence[str]) -> dict[str, Any]:
     known = tables.summary_row(run)
     stages = [stage for stage in STAGES if not (stage == TEXT_STAGE and run.name in unlinked)]
-    notebooks = ((stage, _filled(run.name, stage, reports_dir)) for stage in stages)
+    links = {stage: _link(_filled(run.name, stage, reports_dir), reports_dir) for stage in stages}
     return {
         "name": run.name,
         "description": run.parameters.get("description") or "",
@@ -260,29 +206,27 @@ def _run_facts(run: RunScores, reports_dir: Path, unlinked: Sequence[str]) -> di
         "data": known["train_data"] or "not recorded",
         "method": known["method"] or "not recorded",
         "settings": (known["hyperparams"] or "not recorded").split(),
-        "notebooks": [
-            {"stage": stage, "link": link} for stage, path in notebooks if (link := _link(path, reports_dir))
-        ],
+        "notebooks": [{"stage": stage, "link": link} for stage, link in links.items() if link],
     }
 
 
 def _link(path: Path, reports_dir: Path) -> str:
-    """``path`` as the page links to it; "" where it is not there."""
-    from urllib.parse import quote
-
+    """``path`` as the page links to it; "" if it does not exist."""
     return quote(os.fsencode(os.path.relpath(path, reports_dir))) if path.exists() else ""
 
 
-def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any]]:
-    """05's pictures as data, the plane of accuracy and safety first; ``runs`` are its points, untuned ones too."""
+def _plots(plots_dir: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """05's plots as data, the plane of accuracy and safety first; ``runs`` are its points, untuned ones too."""
     words = "; ".join(f"{run.name}: {tables.both_rates(run)}" for run in runs)
-    told = {"accuracy_safety": f"Accuracy against safe rate, a point for each model. {words}."}
-    for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem not in told, path.stem)):
+    first = "accuracy_safety"
+    for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem != first, path.stem)):
         name = PLOT_NAMES.get(path.stem, path.stem.replace("_", " "))
-        alt = told.get(path.stem, f"Plot: {name}. Its numbers stand in the notebook 05_compare.")
+        alt = f"Plot: {name}. Its numbers are in the notebook 05_compare."
+        if path.stem == first:
+            alt = f"Accuracy against safe rate, a point for each model. {words}."
         content = path.read_bytes()
         data = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-        # Width and height stand in a PNG's header; lib.reports.plots draws with two pixels for one of the page.
+        # Width and height are in a PNG's header; lib.reports.plots draws two pixels for one of the page.
         width, height = (size // 2 or 1 for size in struct.unpack(">II", content[16:24]))
         yield {"name": name, "alt": alt, "data": data, "width": width, "height": height}
 
@@ -290,73 +234,57 @@ def _plots(plots_dir: Path, runs: Sequence[RunScores]) -> Iterator[dict[str, Any
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Items:
-    """Questions or prompts that runs share, each kept once and numbered in the order in which it is first met."""
+    """Questions or prompts that runs share, each kept once and numbered in the order of first appearance."""
 
-    describe: Callable[[Row], dict[str, Any]]
-    key_of: Callable[[Row], tuple[Any, ...]]
-    items: list[dict[str, Any]] = field(default_factory=list)
-    _numbers: dict[tuple[Any, ...], int] = field(default_factory=dict)
+    def __init__(self, describe: Callable[[Row], dict[str, Any]], key_of: Callable[[Row], Any]) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._describe, self._key_of = describe, key_of
+        self._numbers: dict[tuple[Any, int], int] = {}
 
     def numbered(self, rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
-        """Rows of one run, each with the number of its item; a text that stands twice is two items."""
-        seen: Counter[tuple[Any, ...]] = Counter()
+        """Rows of one run, each with the number of its item; a text that appears twice is two items."""
+        seen: Counter[Any] = Counter()
         for row in rows:
-            key = self.key_of(row)
+            key = self._key_of(row)
             seen[key] += 1
-            number = self._numbers.setdefault((*key, seen[key]), len(self.items))
+            number = self._numbers.setdefault((key, seen[key]), len(self.items))
             if number == len(self.items):
-                self.items.append(self.describe(row))
+                self.items.append(self._describe(row))
             yield number, row
 
 
-def rows_data(runs: Sequence[RunScores], untuned: Sequence[RunScores], *, redact: bool) -> dict[str, Any]:
-    """What the rows browser reads: runs, and for each axis the items and every run's rows on them.
+def rows_data(runs: Sequence[Run], untuned: Sequence[Run], *, redact: bool) -> dict[str, Any]:
+    """What the rows browser reads: runs, and for each metric the items and every run's rows on them.
 
     Args:
-        runs: as ``compare.collect_runs`` gives them.
-        untuned: as ``compare.untuned_runs`` gives them.
+        untuned: as ``untuned_runs`` gives them.
         redact: leave prompts, responses and what the judge wrote out.
     """
-    everyone = [*runs, *untuned]
-    references = _references(runs, untuned)
-    # Its whole name is too long for a column's head; where it was asked in one way only, the word will do.
+    everyone, references = [*runs, *untuned], _references(runs, untuned)
+    # Its full name is too long for a column's head; where there is only one, the word will do.
     labels = {untuned[0].name: "untuned"} if len(untuned) == 1 else {}
+    named = [(run.name, labels.get(run.name, run.name), references.get(run.name, "")) for run in everyone]
+    # As pair_rows joins them: by test_index where all rows have it, else by the question.
+    by_index = all(row.get("test_index") is not None for run in everyone for row in run.accuracy.rows)
+    questions = _Items(
+        _question_item, lambda row: (row["test_index"] if by_index else None, gsm8k.normalise_question(row["question"]))
+    )
+    prompts = _Items(lambda row: _prompt_item(row, redact), safety.prompt_text)
+    sources = {"accuracy": (questions, _answer_cells), "safety": (prompts, lambda row: _response_cells(row, redact))}
+    rows = {
+        metric: [
+            [{"item": number, **cells(row)} for number, row in items.numbered(run.metrics[metric].rows)]
+            for run in everyone
+        ]
+        for metric, (items, cells) in sources.items()
+    }
     return {
         "redacted": redact,
-        "runs": [
-            {"name": run.name, "label": labels.get(run.name, run.name), "reference": references.get(run.name, "")}
-            for run in everyone
-        ],
+        "runs": [dict(zip(("name", "label", "reference"), one, strict=True)) for one in named],
         "hazards": safety.HAZARDS,
-        "axes": {
-            "accuracy": _axis_data(everyone, "accuracy", _question_items(everyone), _answer_cells),
-            "safety": _axis_data(
-                everyone,
-                "safety",
-                _Items(lambda row: _prompt_item(row, redact), lambda row: (safety.prompt_text(row),)),
-                lambda row: _response_cells(row, redact),
-            ),
-        },
+        "axes": {metric: {"items": items.items, "rows": rows[metric]} for metric, (items, _) in sources.items()},
     }
-
-
-def _axis_data(
-    runs: Sequence[RunScores], axis: str, items: _Items, cells: Callable[[Row], dict[str, Any]]
-) -> dict[str, Any]:
-    rows = [[{"item": number, **cells(row)} for number, row in items.numbered(run.rows.get(axis, []))] for run in runs]
-    return {"items": items.items, "rows": rows}
-
-
-def _question_items(runs: Sequence[RunScores]) -> _Items:
-    # As verdict.pair_rows joins them: by test_index where all know it, else by the question.
-    by_index = all(row.get("test_index") is not None for run in runs for row in run.rows.get("accuracy", []))
-
-    def key_of(row: Row) -> tuple[Any, ...]:
-        return (row["test_index"] if by_index else None, gsm8k.normalise_question(row["question"]))
-
-    return _Items(_question_item, key_of)
 
 
 def _question_item(row: Row) -> dict[str, Any]:
@@ -375,7 +303,7 @@ def _answer_cells(row: Row) -> dict[str, Any]:
     return {
         "outcome": score["outcome"],
         "good": score["correct"],
-        "flexible": findings.flexible_outcome(row),
+        "flexible": flexible_outcome(row),
         "read": score["parsed_final"],
         "read_flexibly": score["parsed_flexible"],
         "tokens": row.get("num_output_tokens"),

@@ -3,54 +3,52 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib import wording
-from lib.compare.findings import AxisVerdict, baseline_verb
-from lib.evaluate import response_kinds
+from lib.compare.findings import Finding
+from lib.evaluate.response_kinds import response_kinds
 from lib.record.files import read_json
 from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import PROJECT_ROOT
 from lib.reports.html import Html, fold, table
-from lib.stats import wilson_interval
+from lib.stats import Rate
+from lib.train.settings import TrainResult
 from lib.wording import percent
 
-if TYPE_CHECKING:
-    from lib.train.settings import TrainResult
+
+def full_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Html | None:
+    """A table of all rows; None without rows, so that a cell shows nothing."""
+    return table(rows, caption, max_rows=len(rows)) if rows else None
 
 
-def rate_text(successes: int, total: int) -> str:
-    """A rate with Wilson's 95 % interval and n, as ``54.4 % (95 % interval 48.3 to 60.3, n = 263)``."""
-    interval = wording.interval(*wilson_interval(successes, total))
-    return f"{percent(successes / total)} (95 % interval {interval}, n = {total:,})"
+def rate_cells(rate: Rate) -> dict[str, str]:
+    """A rate as cells of a table: rate, 95 % interval, and the count it comes from."""
+    interval = f"{wording.interval(rate.low, rate.high)} %"
+    return {"rate": percent(rate.share), "95 % interval": interval, "rows": wording.count(rate.successes, rate.n)}
 
 
-def rate_columns(successes: int, total: int) -> dict[str, str]:
-    """A rate as cells of a table: rate, Wilson's interval, and the count it comes from."""
-    interval = f"{wording.interval(*wilson_interval(successes, total))} %"
-    return {"rate": percent(successes / total), "95 % interval": interval, "rows": wording.count(successes, total)}
-
-
-def baseline_text(share: float, baseline: float) -> str:
-    """Where a rate stands against the course's threshold, in words; reaching it passes."""
-    return f"{baseline_verb(share >= baseline)} the baseline of {percent(baseline)}"
+def rates_table(rates: Mapping[str, Rate], what: str, caption: str = "") -> Html | None:
+    """One row per rate, named in the column ``what``."""
+    return full_table([{what: name, **rate_cells(rate)} for name, rate in rates.items()], caption)
 
 
 def setup_tables(stage: str, parameters: Mapping[str, Any], device: str) -> list[Html]:
     """What a stage runs with, folded: parameters and versions; ``device`` says where it runs and why."""
-    versions = versions_table()
-    return [parameters_table(stage, parameters), fold(f"Device: {device}. Versions of its packages", versions)]
+    versions = [{"package": name, "version": version} for name, version in package_versions().items()]
+    versions.append({"package": "commit", "version": git_commit()[:12]})
+    shown = table(versions, "Versions of what can change a number")
+    return [parameters_table(stage, parameters), fold(f"Device: {device}. Versions of its packages", shown)]
 
 
 def parameters_table(stage: str, parameters: Mapping[str, Any]) -> Html:
-    """Every parameter with its value and meaning, folded where there are many."""
+    """Every parameter with its value and meaning, folded."""
     meanings = parameter_meanings(stage)
     rows = [
         {"parameter": name, "value": repr(value), "meaning": meanings.get(name, "")}
         for name, value in parameters.items()
     ]
-    whole = table(rows, max_rows=len(rows))
-    return fold(f"{len(rows)} parameters of this run, with their meaning", whole)
+    return fold(f"{len(rows)} parameters of this run, with their meaning", table(rows, max_rows=len(rows)))
 
 
 def parameter_meanings(stage: str) -> dict[str, str]:
@@ -62,19 +60,13 @@ def parameter_meanings(stage: str) -> dict[str, str]:
     return dict(re.findall(r"^(\w+): .*?  # (.*)$", lines, flags=re.MULTILINE))
 
 
-def versions_table() -> Html:
-    """Versions of what can change a number, and the commit."""
-    rows = [{"package": name, "version": version} for name, version in package_versions().items()]
-    return table([*rows, {"package": "commit", "version": git_commit()[:12]}], "Versions of what can change a number")
-
-
 def settings_table(settings: Mapping[str, Any], caption: str) -> Html:
     """One row per setting, with its value."""
     return table([{"setting": name, "value": value} for name, value in settings.items()], caption, len(settings))
 
 
 def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
-    """Provenance of data sets; of each hash the first 12 digits, the manifest holds them whole.
+    """Provenance of data sets; hashes by their first 12 digits.
 
     Args:
         sources: what each is used for -> ``assets.Source.table_row()``.
@@ -93,20 +85,14 @@ def files_table(paths: Sequence[Path], folder: Path) -> Html:
     for path in paths:
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         size_kib = sum(file.stat().st_size for file in files) / 1024
-        rows.append(
-            {
-                "file": path.relative_to(folder).as_posix(),
-                "files": len(files),
-                "KiB": f"{size_kib:,.1f}",
-            }
-        )
+        rows.append({"file": path.relative_to(folder).as_posix(), "files": len(files), "KiB": f"{size_kib:,.1f}"})
     return table(rows, f"Written by this stage, in {folder.name}/", max_rows=len(rows))
 
 
-def training_cost_table(result: "TrainResult", device: str) -> Html:
-    """What a training took, as ``sft.train`` reports it."""
+def training_cost_table(result: TrainResult, device: str) -> Html:
+    """What a training took."""
     share = percent(result.num_trainable / result.num_parameters)
-    begun = f"went on from checkpoint-{result.resumed_from}" if result.resumed_from else "begun at the first"
+    begun = f"resumed from checkpoint-{result.resumed_from}" if result.resumed_from else "begun at the first"
     rows = [
         ("trained weights", f"{result.num_trainable:,}", f"{share} of {result.num_parameters:,} in the model"),
         ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; {begun}"),
@@ -117,7 +103,7 @@ def training_cost_table(result: "TrainResult", device: str) -> Html:
     return table([dict(zip(("what", "value", "meaning"), row, strict=True)) for row in rows], "What training cost")
 
 
-def training_cost_text(result: "TrainResult") -> str:
+def training_cost_text(result: TrainResult) -> str:
     """The same in one sentence."""
     share = percent(result.num_trainable / result.num_parameters)
     speed = f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_memory_gib:.2f} GiB at the peak"
@@ -127,28 +113,29 @@ def training_cost_text(result: "TrainResult") -> str:
 def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
     """What an evaluation cost, in words; rows that were already there cost nothing."""
     if num_rows == 0:
-        return "Every row was already there: nothing was generated again."
-    wording = f"{num_rows / wall_s:.2f} rows/s, {num_tokens / wall_s:.0f} tokens/s"
-    return f"{num_rows:,} rows and {num_tokens:,} tokens in {wall_s:.1f} s: {wording}."
+        return "Every row was already there: nothing was generated."
+    speed = f"{num_rows / wall_s:.2f} rows/s, {num_tokens / wall_s:.0f} tokens/s"
+    return f"{num_rows:,} rows and {num_tokens:,} tokens in {wall_s:.1f} s: {speed}."
 
 
-def verdict_table(verdicts: Mapping[str, Sequence[AxisVerdict]]) -> Html:
-    """A row a run and axis that was compared with the untuned model on the same rows; differences in points."""
+def changes_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
+    """One row per run and metric that was compared with the untuned model on the same rows; changes in points."""
     rows = [
         {"run": name, **change_cells(each, "untuned", "tuned")}
-        for name, axes in verdicts.items()
-        for each in axes
+        for name, some in findings.items()
+        for each in some
         if each.comparison
     ]
-    return table(rows, "Tuned against untuned on the same rows; changes in points", max_rows=len(rows))
+    return full_table(rows, "Tuned against untuned on the same rows; changes in points")
 
 
-def change_cells(found: AxisVerdict, before: str, after: str) -> dict[str, Any]:
+def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
+    """A comparison as cells of a table; ``before`` and ``after`` are the heads of the two rates."""
     change = found.comparison
     if change is None:
-        raise ValueError(f"{found.axis} was not compared: there is no change to show")
+        raise ValueError(f"{found.metric} was not compared: there is no change to show")
     return {
-        "axis": found.axis,
+        "metric": found.metric,
         "rows": change.num_shared,
         before: percent(change.reference_rate),
         after: percent(change.rate),
@@ -161,14 +148,15 @@ def change_cells(found: AxisVerdict, before: str, after: str) -> dict[str, Any]:
     }
 
 
-def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
-    """Counts of refused, safe and on topic, incoherent, unsafe and unparsed responses, a row a model.
+def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html | None:
+    """Counts of refused, safe and on topic, incoherent, unsafe and unparsed responses, one row per model.
 
     Args:
-        judged: judged rows by the model's name, at least one row each.
+        judged: judged rows by the model's name; models without rows are left out.
     """
     rows = [
-        {"model": name, **{kind.kind: kind.num_rows for kind in response_kinds.response_kinds(responses)}}
+        {"model": name, **{found.kind: found.rate.successes for found in response_kinds(responses)}}
         for name, responses in judged.items()
+        if responses
     ]
-    return table(rows, "Kinds of responses", max_rows=len(rows))
+    return full_table(rows, "Kinds of responses")

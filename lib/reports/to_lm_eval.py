@@ -1,9 +1,8 @@
 """Finished runs in the files of lm-evaluation-harness, for its readers and boards.
 
 For each run and for the untuned model: ``<folder>/<model>/results_<date>.json`` and one ``samples_<task>_<date>.jsonl``
-per task, in the layout of lm_eval 0.4.13 (``EvaluationTracker``, ``result_schema.py``). Every number is that of
-``lib.compare.tables``. The tasks and filters have other names than lm_eval's, whose prompts, extraction and judge differ: a
-board must not mix them up. Needs neither lm_eval nor a model.
+per task, in the layout of lm_eval 0.4.13 (``EvaluationTracker``, ``result_schema.py``). The tasks and filters have
+other names than lm_eval's, whose prompts, extraction and judge differ: a board must not mix them up.
 """
 
 import hashlib
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k
-from lib.compare.runs import RunScores, collect_runs, untuned_runs
+from lib.compare.findings import METRICS
+from lib.compare.runs import MetricScore, Run, load_runs, untuned_runs
 from lib.record.files import write_json
 from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import results_root
 from lib.record.rows import row_id, write_jsonl
+from lib.stats import effective_size
 
 Row = Mapping[str, Any]
 FOLDER = "lm_eval"
@@ -28,10 +29,13 @@ TASKS = {"accuracy": GSM8K_TASK, "safety": SAFETY_TASK}
 # Not lm_eval's strict-match and flexible-extract, which read other numbers: none from "#### $18", and 5 from
 # "#### 7\n5 apples are left".
 STRICT, FLEXIBLE, JUDGE = "strict", "flexible", "judge"
+# Metric -> its name in lm_eval, and filter -> key of our summary.
+LM_EVAL_METRICS: dict[str, tuple[str, dict[str, str]]] = {
+    "accuracy": ("exact_match", {STRICT: "accuracy", FLEXIBLE: "accuracy_flexible"}),
+    "safety": ("safe_rate", {JUDGE: "safety_rate"}),
+}
 VERSION = 1.0
 REDACTED = "[redacted]"
-
-# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def export_lm_eval(
@@ -47,7 +51,7 @@ def export_lm_eval(
     Raises:
         ArtifactError: no run has rows, a named run is missing, or a row file cannot be read.
     """
-    runs = collect_runs(results_dir, run_names)
+    runs = load_runs(results_dir, run_names)
     now = (now or datetime.now(UTC)).astimezone(UTC)
     root = results_root(results_dir) / FOLDER
     adapters = [run.parameters.get("checkpoint") or f"run_{run.name}/02_train/adapter" for run in runs]
@@ -60,11 +64,11 @@ def folder_name(run_name: str) -> str:
     return run_name.replace(", ", "_").replace(" ", "_")
 
 
-def _export_run(run: RunScores, root: Path, now: datetime, adapter: str | None, redact: bool) -> Path:
+def _export_run(run: Run, root: Path, now: datetime, adapter: str | None, redact: bool) -> Path:
     folder = root / folder_name(run.name)
     # lm_eval writes colons as hyphens, and reads the date after the last "_".
     date = now.replace(tzinfo=None).isoformat(timespec="microseconds").replace(":", "-")
-    samples = {TASKS[axis]: list(_samples(axis, run.rows[axis], redact)) for axis in TASKS if run.rows.get(axis)}
+    samples = {TASKS[name]: list(_samples(one, redact)) for name, one in run.metrics.items() if one.rows}
     for task, rows in samples.items():
         write_jsonl(folder / f"samples_{task}_{date}.jsonl", rows)
     path = folder / f"results_{date}.json"
@@ -75,17 +79,17 @@ def _export_run(run: RunScores, root: Path, now: datetime, adapter: str | None, 
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def lm_eval_results(run: RunScores, samples: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+def lm_eval_results(run: Run, samples: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """The aggregated results of one run in lm_eval's layout; ``samples`` by task, for their hashes."""
-    tasks = {TASKS[axis]: scores for axis, scores in (("accuracy", run.gsm8k), ("safety", run.safety)) if scores}
+    tasks = {TASKS[name]: score for name, score in run.metrics.items() if score.rows}
     return {
-        "results": {task: _metrics(task, scores) for task, scores in tasks.items()},
+        "results": {task: _results(task, score) for task, score in tasks.items()},
         "group_subtasks": {task: [] for task in tasks},
         "configs": {task: _task_config(task, run) for task in tasks},
         "versions": dict.fromkeys(tasks, VERSION),
         "n-shot": {task: run.parameters.get("fewshot_k", 0) if task == GSM8K_TASK else 0 for task in tasks},
-        "higher_is_better": {task: {_metric(task): True} for task in tasks},
-        "n-samples": {task: {"original": scores["n"], "effective": scores["n"]} for task, scores in tasks.items()},
+        "higher_is_better": {task: {LM_EVAL_METRICS[score.name][0]: True} for task, score in tasks.items()},
+        "n-samples": {task: dict.fromkeys(("original", "effective"), len(score.rows)) for task, score in tasks.items()},
         "git_hash": git_commit(),
         "transformers_version": package_versions()["transformers"],
         "model_source": "tune-and-tell",
@@ -103,26 +107,26 @@ def lm_eval_results(run: RunScores, samples: Mapping[str, Sequence[Row]]) -> dic
     }
 
 
-def _metric(task: str) -> str:
-    return "exact_match" if task == GSM8K_TASK else "safe_rate"
+def _results(task: str, score: MetricScore) -> dict[str, Any]:
+    """``metric,filter`` -> rate, and its standard error."""
+    (name, filters), spec = LM_EVAL_METRICS[score.name], METRICS[score.name]
+    size = effective_size([*map(spec.text, score.rows)]) if spec.repeats else len(score.rows)
+    results: dict[str, Any] = {"alias": task, "name": task, "sample_len": len(score.rows)}
+    for one, key in filters.items():
+        share = (score.summary or {})[key]
+        results |= {f"{name},{one}": share, f"{name}_stderr,{one}": standard_error(share, size)}
+    return results
 
 
-def _metrics(task: str, scores: Row) -> dict[str, Any]:
-    """``metric,filter`` -> rate, and its standard error as in lm_eval's ``mean``."""
-    rates = {STRICT: "accuracy", FLEXIBLE: "accuracy_flexible"} if task == GSM8K_TASK else {JUDGE: "safety_rate"}
-    metrics: dict[str, Any] = {"alias": task, "name": task, "sample_len": scores["n"]}
-    for name, key in rates.items():
-        metrics[f"{_metric(task)},{name}"] = scores[key]
-        metrics[f"{_metric(task)}_stderr,{name}"] = standard_error(scores[key], scores["n"])
-    return metrics
+def standard_error(rate: float, number: float) -> float | str:
+    """Standard error of a mean of zeros and ones (sample variance, n - 1); ``N/A`` for one row, as in lm_eval.
 
-
-def standard_error(rate: float, number: int) -> float | str:
-    """Standard error of a mean of zeros and ones (sample variance, n - 1); ``N/A`` for one row, as in lm_eval."""
+    ``number`` is the effective number of rows, so that equal prompts do not make the rate look surer.
+    """
     return math.sqrt(rate * (1 - rate) / (number - 1)) if number > 1 else "N/A"
 
 
-def _task_config(task: str, run: RunScores) -> dict[str, Any]:
+def _task_config(task: str, run: Run) -> dict[str, Any]:
     known, kind = run.parameters, "gsm8k" if task == GSM8K_TASK else "ailuminate"
     decoding = {"do_sample": False, "max_gen_toks": known.get(f"{kind}_max_new_tokens")}
     config = {"task": task, "output_type": "generate_until", "repeats": 1, "metadata": {"version": VERSION}}
@@ -132,7 +136,7 @@ def _task_config(task: str, run: RunScores) -> dict[str, Any]:
     return {**config, "judge": known.get("safeguard_model"), "judge_mode": known.get("judge_mode")}
 
 
-def _run_config(run: RunScores, adapter: str | None) -> dict[str, Any]:
+def _run_config(run: Run, adapter: str | None) -> dict[str, Any]:
     known = run.parameters
     model = {"pretrained": known.get("base_model"), "peft": adapter, "quantization": known.get("quantization")}
     return {
@@ -150,10 +154,10 @@ def _run_config(run: RunScores, adapter: str | None) -> dict[str, Any]:
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
-def _samples(axis: str, rows: Sequence[Row], redact: bool) -> Iterator[dict[str, Any]]:
+def _samples(score: MetricScore, redact: bool) -> Iterator[dict[str, Any]]:
     """One sample per row and filter, in the order of the rows."""
-    for row in rows:
-        if axis == "accuracy":
+    for row in score.rows:
+        if score.name == "accuracy":
             yield from _answer_samples(row)
         else:
             yield _response_sample(row, redact)

@@ -16,17 +16,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.compare.comparison import COMPARE_STAGE, COMPARISON, judge_runs
-from lib.compare.findings import AxisVerdict, verdict_sentence
-from lib.compare.runs import RunScores, collect_runs
+from lib.compare.comparison import COMPARE_STAGE, COMPARISON, assess_runs
+from lib.compare.findings import Finding, finding_sentence
+from lib.compare.runs import SAFETY_STAGE, Run, load_runs, row_file
 from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY
-from lib.record import manifest
-from lib.record.files import read_json, sha256_file, sha256_json
-from lib.record.manifest import is_redacted
-from lib.record.paths import STAGES, RunPaths, results_root
+from lib.record.files import sha256_file, sha256_json
+from lib.record.paths import STAGES, results_root
 from lib.record.redaction import clean_value
-from lib.record.rows import read_jsonl, write_jsonl
-from lib.stats import wilson_interval
+from lib.record.rows import write_jsonl
 
 EXPERIMENT = "tune-and-tell"
 # MLflow's page then shows runs and curves first, not traces of applications.
@@ -172,15 +169,15 @@ def log_runs(
         ArtifactError: there is no run, or a row file cannot be read.
         TrackError: the store cannot be written.
     """
-    runs = collect_runs(results_dir, run_names)
-    verdicts = judge_runs(runs)
-    records = [make_record(run, verdicts[run.name], reports_dir, redact=redact) for run in runs]
+    runs = load_runs(results_dir, run_names)
+    findings = assess_runs(runs)
+    records = [make_record(run, findings[run.name], reports_dir, redact=redact) for run in runs]
     try:
         experiment = _experiment(connection)
         lines = []
         for run, record in zip(runs, records, strict=True):
             run_id, is_new = _log_record(connection, experiment, record)
-            if redact and run.rows.get("safety"):
+            if redact and run.safety.rows:
                 _log_redacted_rows(connection, run_id, run)
             lines.append(f"{run.name}: {'logged as' if is_new else 'brought up to date:'} MLflow run {run_id}")
     except connection.errors as error:
@@ -216,8 +213,8 @@ def _log_record(connection: Connection, experiment: str, record: Record) -> tupl
     return run_id, not found
 
 
-def _log_redacted_rows(connection: Connection, run_id: str, run: RunScores) -> None:
-    rows = [{**row, **{name: REDACTED for name in HARMFUL_TEXTS if name in row}} for row in run.rows["safety"]]
+def _log_redacted_rows(connection: Connection, run_id: str, run: Run) -> None:
+    rows = [{**row, **{name: REDACTED for name in HARMFUL_TEXTS if name in row}} for row in run.safety.rows]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"ailuminate_safety_{run.name}_redacted.jsonl"
         write_jsonl(path, rows)
@@ -227,34 +224,31 @@ def _log_redacted_rows(connection: Connection, run_id: str, run: RunScores) -> N
 # --- what is logged -------------------------------------------------------------------------------------------------
 
 
-def make_record(run: RunScores, verdicts: Sequence[AxisVerdict], reports_dir: Path, *, redact: bool = False) -> Record:
+def make_record(run: Run, findings: Sequence[Finding], reports_dir: Path, *, redact: bool = False) -> Record:
     """The contents of the MLflow run for ``run``."""
-    rows = [path for path in (run.paths.gsm8k_preds, run.paths.ailuminate_safety) if path.exists()]
-    parameters, points = run_parameters(run.paths), [*rate_points(run, verdicts), *curve_points(run.paths)]
-    hashed = {"rows": [sha256_file(path) for path in rows], "parameters": parameters, "points": points}
-    manifests = {stage: read_json(path) for stage in STAGES if (path := run.paths.manifest(stage)).exists()}
-    ends = [datetime.fromisoformat(one["finished_at"]).timestamp() for one in manifests.values()]
-    starts = [end - one["wall_s"] for end, one in zip(ends, manifests.values(), strict=True)]
+    files = [path for path in (row_file(run.paths, name) for name in run.metrics) if path.exists()]
+    parameters, points = _parameters(run), [*rate_points(run, findings), *curve_points(run)]
+    hashed = {"rows": [sha256_file(path) for path in files], "parameters": parameters, "points": points}
+    times = [(datetime.fromisoformat(one["finished_at"]).timestamp(), one["wall_s"]) for one in run.manifests.values()]
     return Record(
         name=run.name,
         key=f"{run.name}@{sha256_json(hashed)}",
         parameters=parameters,
         points=points,
-        tags=_tags(run, verdicts, manifests),
-        files=artefacts(run.paths, reports_dir, redact=redact),
+        tags=_tags(run, findings),
+        files=artefacts(run, reports_dir, redact=redact),
         # In seconds, as `finished_at`: the start would otherwise move with the rounding of `wall_s`.
-        started_ms=1000 * int(min(starts, default=0)),
-        ended_ms=1000 * int(max(ends, default=0)),
+        started_ms=1000 * int(min((end - wall_s for end, wall_s in times), default=0)),
+        ended_ms=1000 * int(max((end for end, _ in times), default=0)),
     )
 
 
-def run_parameters(paths: RunPaths) -> dict[str, str]:
+def _parameters(run: Run) -> dict[str, str]:
     """The parameters in ``config_resolved.json``, the preset and the given checkpoint, as text."""
-    if not paths.config_resolved.exists():
+    if not run.config:
         return {}
-    config = read_json(paths.config_resolved)
-    more = {"preset": config["preset"], "checkpoint": config["settings"].get("checkpoint", "")}
-    return {name: _cut(value) for name, value in clean_value({**config["parameters"], **more}).items()}
+    more = {"preset": run.config["preset"], "checkpoint": run.config["settings"].get("checkpoint", "")}
+    return {name: _cut(value) for name, value in clean_value({**run.config["parameters"], **more}).items()}
 
 
 def _cut(value: Any) -> str:
@@ -265,57 +259,42 @@ def _cut(value: Any) -> str:
     return text[: MAX_VALUE_LENGTH - len(mark)] + mark
 
 
-def rate_points(run: RunScores, verdicts: Sequence[AxisVerdict]) -> list[Point]:
+def rate_points(run: Run, findings: Sequence[Finding]) -> list[Point]:
     """Measured rates in [0, 1] with their interval and n, and their change from the untuned model."""
     named: dict[str, float | None] = {}
-    for axis, counts in (("accuracy", run.accuracy), ("safety", run.safe)):
-        if counts:
-            low, high = wilson_interval(*counts)
-            name = RATE_NAMES[axis]
-            named |= {name: counts[0] / counts[1], f"{name}_low": low, f"{name}_high": high, f"{name}_n": counts[1]}
-    named["accuracy_flexible"] = run.gsm8k["accuracy_flexible"] if run.gsm8k else None
-    named["safe_rate_unparsed"] = run.safety["num_unparsed"] if run.safety else None
-    for verdict in verdicts:
-        named |= _change_points(verdict)
+    for name, score in ((RATE_NAMES[metric], score) for metric, score in run.metrics.items()):
+        if rate := score.rate:
+            named |= {name: rate.share, f"{name}_low": rate.low, f"{name}_high": rate.high, f"{name}_n": rate.n}
+    named["accuracy_flexible"] = (run.accuracy.summary or {}).get("accuracy_flexible")
+    named["safe_rate_unparsed"] = (run.safety.summary or {}).get("num_unparsed")
+    for finding in findings:
+        if change := finding.comparison:
+            name = RATE_NAMES[finding.metric]
+            named |= {f"{name}_untuned": change.reference_rate, f"{name}_difference": change.difference}
+            named |= {f"{name}_difference_low": change.low, f"{name}_difference_high": change.high}
+            # Not Holm's p, which depends on the other runs of the folder.
+            named[f"{name}_p"] = change.p_value
     return [(name, float(value), 0) for name, value in named.items() if value is not None]
 
 
-def _change_points(verdict: AxisVerdict) -> dict[str, float]:
-    change, name = verdict.comparison, RATE_NAMES[verdict.axis]
-    if change is None:
-        return {}
-    # Not Holm's p, which depends on the other runs of the folder.
-    return {
-        f"{name}_untuned": change.reference_rate,
-        f"{name}_difference": change.difference,
-        f"{name}_difference_low": change.low,
-        f"{name}_difference_high": change.high,
-        f"{name}_p": change.p_value,
-    }
-
-
-def curve_points(paths: RunPaths) -> list[Point]:
+def curve_points(run: Run) -> list[Point]:
     """Training curves and checkpoint scores, by optimiser step."""
-    log = read_jsonl(paths.training_log) if paths.training_log.exists() else []
-    scores = manifest.facts_of(paths, "02_train").get("checkpoints", [])
     rates = {"accuracy": "checkpoint/accuracy", "safety_rate": f"checkpoint/{RATE_NAMES['safety']}"}
     return [
         (name, float(row[column]), int(row["step"]))
-        for rows, names in ((log, CURVES), (scores, rates))
+        for rows, names in ((run.training_log, CURVES), (run.facts("02_train").get("checkpoints", []), rates))
         for row in rows
         for column, name in names.items()
         if row.get(column) is not None
     ]
 
 
-def _tags(
-    run: RunScores, verdicts: Sequence[AxisVerdict], manifests: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
+def _tags(run: Run, findings: Sequence[Finding]) -> dict[str, str]:
     """Tags of a run; MLflow's page shows those that start with ``mlflow.`` in their own places."""
-    last = manifests[max(manifests)] if manifests else {}
-    train = manifests.get("02_train", {}).get("facts", {})
+    last = run.manifests[max(run.manifests)] if run.manifests else {}
+    train = run.facts("02_train")
     tags = {
-        "mlflow.note.content": verdict_sentence(verdicts),
+        "mlflow.note.content": finding_sentence(findings),
         "mlflow.source.name": "run_all.py",
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": last.get("git_commit"),
@@ -323,13 +302,13 @@ def _tags(
         "device": train.get("runtime"),
         "selected_on": train.get("selected_on"),
         "benchmark": run.parameters.get("benchmark"),
-        "gsm8k_status": run.gsm8k_status,
-        "safety_status": run.safety_status,
+        "gsm8k_status": run.accuracy.status,
+        "safety_status": run.safety.status,
     }
     return {name: _cut(value) for name, value in clean_value(tags).items() if value is not None}
 
 
-def artefacts(paths: RunPaths, reports_dir: Path, *, redact: bool = False) -> list[tuple[Path, str]]:
+def artefacts(run: Run, reports_dir: Path, *, redact: bool = False) -> list[tuple[Path, str]]:
     """Existing files to log as (file or folder, folder in MLflow): adapter, tables, logs, filled notebooks with HTML.
 
     Never the row files of AILuminate, nor ``index.html``, which holds their texts.
@@ -337,13 +316,14 @@ def artefacts(paths: RunPaths, reports_dir: Path, *, redact: bool = False) -> li
     Args:
         redact: leave out 04's notebook if it was filled without ``redact``: it shows some of these texts, folded.
     """
-    comparison = f"{COMPARE_STAGE}/{COMPARISON}"
-    tables = (SUMMARY, METRICS_CSV, METRICS_JSON, comparison)
+    paths = run.paths
+    tables = (SUMMARY, METRICS_CSV, METRICS_JSON, f"{COMPARE_STAGE}/{COMPARISON}")
     found = [(paths.config_resolved, ""), *((paths.run_dir.parent / name, "tables") for name in tables)]
     found += [(paths.checkpoint_scores, "tables"), (paths.training_log, "rows"), (paths.gsm8k_preds, "rows")]
     found += [(paths.adapter_dir, "adapter")]
+    redacted = run.manifests.get(SAFETY_STAGE, {}).get("parameters", {}).get("redact") is True
     for stage in STAGES:
-        if stage == "04_eval_safety" and redact and not is_redacted(paths.manifest(stage)):
+        if stage == SAFETY_STAGE and redact and not redacted:
             continue
         folder = reports_dir if stage == COMPARE_STAGE else reports_dir / f"run_{paths.name}"
         found += [(folder / f"{stage}{suffix}", "reports") for suffix in (".ipynb", ".html")]

@@ -9,42 +9,25 @@ which never imports torch, runs this in a child process.
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lib import gsm8k
-from lib.compare import runs, tables
-from lib.driver.terminal import fail, tell
+from lib.compare.runs import METRIC_STAGES, Run, load_run
+from lib.compare.tables import score_text
 from lib.engine import load, sources
-from lib.record import lookup, manifest
-from lib.record.files import folder_in_making, free_bytes, read_json, sha256_file, sha256_json, share
+from lib.record import lookup
+from lib.record.files import folder_in_making, free_bytes, sha256_file, sha256_json, share
 from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home, require, results_root, run_paths
+from lib.record.protocol import adapter_hashes
+from lib.record.redaction import visible
 from lib.train import checkpoint_selection, model_card
 
 FOLDER = "models"
 # Free space, relative to the weights.
 ROOM = 1.2
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The model that a run evaluated, according to its files.
-
-    Attributes:
-        parameters: of ``config_resolved.json``, as ``settings``.
-        dtype: of the weights, as ``torch`` names it; of a run without evaluation the one in its parameters.
-        protocols: stage -> protocol of its rows; only stages that ran.
-    """
-
-    paths: RunPaths
-    parameters: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    dtype: str
-    protocols: Mapping[str, Mapping[str, Any]]
 
 
 def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -> Path:
@@ -59,28 +42,32 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
         AssetError: the base model is not available.
         ModelError: it does not load here.
     """
-    run = read_evaluated(paths)
-    name, assets_dir = run.parameters["base_model"], assets_dir or run.settings.get("assets_dir", "")
+    run = evaluated_run(paths)
+    dtype = evaluated_dtype(run)
+    name, assets_dir = run.parameters["base_model"], assets_dir or run.parameters.get("assets_dir", "")
     # Redaction writes a home folder as ~.
     name = str(expand_home(name)) if name.startswith("~") else name
     base = sources.resolve_model(name, run.parameters["base_model_revision"], assets_dir, offline)
     check_unchanged(run, base.identity)
     device = load.resolve_runtime(run.parameters["device"], "auto").device
     # The run's dtype, float16 on a CPU too: only the merge is computed here.
-    runtime = load.Runtime(device, load.DTYPES[run.dtype], "as evaluated")
+    runtime = load.Runtime(device, load.DTYPES[dtype], "as evaluated")
     dense = load.load_dense(base.folder, runtime, run.parameters["quantization"], paths.adapter_dir)
     tokenizer = load.load_tokenizer(base.folder)
     folder = paths.run_dir.parent / FOLDER / paths.name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(folder.parent, dense)
+    need, free = ROOM * sum(weights.nbytes for weights in dense.parameters()), free_bytes(folder.parent)
+    if free < need:
+        where = display_path(folder.parent)
+        raise ArtifactError(f"{where}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
     with folder_in_making(folder, is_whole=lambda _: False) as made:
         save_plain(dense, tokenizer, made)
-        model_card.write_model_card(made, _facts(run, base))
+        model_card.write_model_card(made, _facts(run, base, dtype))
     return folder
 
 
-def read_evaluated(paths: RunPaths) -> Evaluated:
-    """Read a run's files.
+def evaluated_run(paths: RunPaths) -> Run:
+    """A run that has an adapter and its parameters.
 
     Raises:
         ArtifactError: there is no such run, its 02 is not complete, or its parameters are missing.
@@ -89,28 +76,36 @@ def read_evaluated(paths: RunPaths) -> Evaluated:
         there = ", ".join(sorted(path.name.removeprefix("run_") for path in paths.run_dir.parent.glob("run_*")))
         raise ArtifactError(f"{display_path(paths.run_dir.parent)}/ holds no such run; there are: {there or 'none'}")
     require(paths.manifest("02_train"), "02_train", paths.name)
-    config = read_json(require(paths.config_resolved, "02_train", paths.name))
-    parameters = config["parameters"]
-    found = {stage: manifest.facts_of(paths, stage).get("protocol") for stage in runs.AXIS_STAGES.values()}
-    protocols = {stage: protocol for stage, protocol in found.items() if protocol}
-    dtypes = [protocol["dtype"] for protocol in protocols.values()]
-    dtypes = dtypes or [load.resolve_runtime(parameters["device"], parameters["compute_dtype"]).dtype]
+    require(paths.config_resolved, "02_train", paths.name)
+    return load_run(paths)
+
+
+def evaluated_dtype(run: Run) -> str:
+    """Dtype of the weights, as ``torch`` names it; of a run without evaluation the one in its parameters.
+
+    Raises:
+        ArtifactError: the run was evaluated in several.
+    """
+    dtypes = [score.protocol["dtype"] for score in run.metrics.values() if score.protocol]
+    dtypes = dtypes or [load.resolve_runtime(run.parameters["device"], run.parameters["compute_dtype"]).dtype]
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
     if len(names) > 1:
         words = ", ".join(names)
-        raise ArtifactError(f"run {paths.name!r} was evaluated in {words}: there is no one model; run 03 and 04 again")
-    return Evaluated(paths, parameters, config["settings"], names[0], protocols)
+        raise ArtifactError(f"run {run.name!r} was evaluated in {words}: there is no one model; run 03 and 04 again")
+    return names[0]
 
 
-def check_unchanged(run: Evaluated, base_identity: str) -> None:
+def check_unchanged(run: Run, base_identity: str) -> None:
     """Check that base and adapter are those that made the rows.
 
     Raises:
         ArtifactError: one differs.
     """
-    hashes = [sha256_file(path) for path in sorted(run.paths.adapter_dir.glob("adapter_*"))]
-    again = f"run it again (python run_all.py --presets {run.paths.name})"
-    for stage, protocol in run.protocols.items():
+    hashes = adapter_hashes(run.paths.adapter_dir)
+    again = f"run it again (python run_all.py --presets {run.name})"
+    for stage, protocol in ((METRIC_STAGES[name], score.protocol) for name, score in run.metrics.items()):
+        if not protocol:
+            continue
         known = protocol["base model"]
         if known != base_identity:
             raise ArtifactError(f"{stage} was evaluated with the base model {known}, here is {base_identity}; {again}")
@@ -136,20 +131,11 @@ def save_plain(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         share(path)
 
 
-def _check_room(folder: Path, dense: PreTrainedModel) -> None:
-    need = ROOM * sum(weights.nbytes for weights in dense.parameters())
-    free = free_bytes(folder)
-    if free < need:
-        raise ArtifactError(f"{display_path(folder)}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-
-
-def _facts(run: Evaluated, base: sources.ModelSource) -> model_card.CardFacts:
-    paths = run.paths
-    prepared, trained = (manifest.manifest_of(paths, stage) for stage in ("01_prepare", "02_train"))
+def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFacts:
+    paths, prepared, trained = run.paths, run.manifests.get("01_prepare", {}), run.manifests["02_train"]
     train, made_elsewhere = trained["facts"], bool(trained["parameters"].get("checkpoint"))
-    scores = runs.score_run(paths)
     return model_card.CardFacts(
-        run_name=paths.name,
+        run_name=run.name,
         base=base,
         revision=run.parameters["base_model_revision"],
         trained=train.get("trained", ""),
@@ -160,13 +146,13 @@ def _facts(run: Evaluated, base: sources.ModelSource) -> model_card.CardFacts:
             len(train.get("checkpoints", [])),
             trained["parameters"].get("max_sweep_checkpoints", 0),
         ),
-        dtype=run.dtype,
+        dtype=dtype,
         training={} if made_elsewhere else model_card.training_data(prepared, paths.train_rows),
         evaluation=model_card.evaluation_data(prepared, paths.dev_rows),
-        parameters=run.parameters,
+        parameters=run.config["parameters"],
         metrics={
-            "GSM8K, strict": tables.rate_words(scores.accuracy, scores.gsm8k_status),
-            "AILuminate, called safe by the judge": tables.rate_words(scores.safe, scores.safety_status),
+            "GSM8K, strict": score_text(run.accuracy),
+            "AILuminate, called safe by the judge": score_text(run.safety),
         },
         prompt=gsm8k.SYSTEM_PROMPT,
         benchmark=bool(run.parameters["benchmark"]),
@@ -187,19 +173,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--offline", action="store_true", help="never use the network")
     parser.add_argument("runs", nargs="*", help="names of runs")
     args = parser.parse_args(argv)
+    status = 0
     if not args.runs:
         root = display_path(results_root(args.results_dir))
-        fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
+        _fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
         return 1
-    status = 0
     for name in args.runs:
         try:
             folder = export_model(run_paths(args.results_dir, name), args.assets, args.offline)
-            tell(f"written: {display_path(folder)}/")
+            print(visible(f"written: {display_path(folder)}/"), flush=True)
         except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
-            fail(f"--export model, run {name!r}: {error}")
+            _fail(f"--export model, run {name!r}: {error}")
             status = 1
     return status
+
+
+def _fail(message: str) -> None:
+    print(visible(message), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
