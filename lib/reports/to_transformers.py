@@ -18,11 +18,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lib import gsm8k
 from lib.compare import runs, tables
-from lib.driver.terminal import fail, tell
 from lib.engine import load, sources
 from lib.record import lookup, manifest
 from lib.record.files import folder_in_making, free_bytes, read_json, sha256_file, sha256_json, share
 from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home, require, results_root, run_paths
+from lib.record.terminal import fail, tell
 from lib.train import checkpoint_selection, model_card
 
 FOLDER = "models"
