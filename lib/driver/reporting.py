@@ -14,9 +14,9 @@ from lib.driver.plan import Plan, output_folders
 from lib.driver.run import set_kernel_environment
 from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path, find_runs
 from lib.record.terminal import as_typed, fail, tell
+from lib.reports import to_mlflow
 from lib.reports.site import TEXT_STAGE, rewriting_commands, unredacted_runs, write_site
 from lib.reports.to_lm_eval import export_lm_eval
-from lib.reports.to_mlflow import TrackError, connect, how_to_look, log_runs, missing
 
 
 def verify(folder: str) -> int:
@@ -119,7 +119,7 @@ def export_models(args: argparse.Namespace) -> int:
 
 def check_tracker(args: argparse.Namespace) -> None:
     """Raise UsageError if the runs cannot be logged as ``--track`` demands."""
-    if args.track and (why := missing()):
+    if args.track and (why := to_mlflow.missing()):
         raise UsageError(why)
 
 
@@ -133,10 +133,10 @@ def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> i
         fail(f"--track {args.track}: no run has rows to score yet, nothing was logged")
         return status or 1
     try:
-        connection = connect(str(results))
-        lines = log_runs(display_path(results), reports, connection, scored, redact=args.redact)
-    except (ArtifactError, TrackError) as error:
+        connection = to_mlflow.connect(str(results))
+        lines = to_mlflow.log_runs(display_path(results), reports, connection, scored, redact=args.redact)
+    except (ArtifactError, to_mlflow.TrackError) as error:
         fail(f"--track {args.track}: {error}")
         return status or 1
-    tell("\n".join([*lines, how_to_look(connection)]))
+    tell("\n".join([*lines, to_mlflow.how_to_look(connection)]))
     return status
