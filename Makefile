@@ -43,9 +43,10 @@ test-slow: setup  ## what takes longer: kills, fuzzing, browsers, notebooks with
 lab: setup  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-check: setup  ## format, lint, clean notebook sources, tests, sandbox: the same here and in CI
+check: setup  ## format, lint, layers of imports, clean notebook sources, tests, sandbox: the same here and in CI
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 	$(MAKE) test
 	$(MAKE) test-slow

@@ -405,7 +405,7 @@ def evaluate(
 
     if todo:
         conversations = [build_messages(rows[position]["question"], fewshot) for position in todo]
-        with log.whole_rows():
+        with log.complete_rows("answers", len(rows)):
             generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
     return log.finish(range(len(rows)))
 

@@ -177,7 +177,7 @@ def respond(rows: Sequence[Row], generator: "Engine", *, max_new_tokens: int, lo
 
     if todo:
         conversations = [[{"role": "user", "content": row["prompt"]}] for row in todo]
-        with log.whole_rows():
+        with log.complete_rows("responses", len(rows)):
             generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
     return log.finish([row["id"] for row in rows])
 
@@ -312,12 +312,12 @@ def judge(
         log.append(_judged_row(todo[index], score, text))
 
     if todo and mode == "probabilities":
-        with log.whole_rows():
+        with log.complete_rows("verdicts", len(rows)):
             generator.label_probabilities(
                 conversations, labels=LABELS, on_result=lambda index, shares: record(index, *_likelier(shares))
             )
     elif todo:
-        with log.whole_rows():
+        with log.complete_rows("verdicts", len(rows)):
             generator.generate(
                 conversations,
                 max_new_tokens=max_new_tokens,

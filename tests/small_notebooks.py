@@ -46,7 +46,7 @@ def hanging_cell(folder, marker):
     """
     return (
         "import pathlib, time\nfrom lib.record.rows import RowLog\n"
-        f"with RowLog(pathlib.Path({str(folder)!r}, {marker} + '.jsonl'), 'p').whole_rows():\n"
+        f"with RowLog(pathlib.Path({str(folder)!r}, {marker} + '.jsonl'), 'p').complete_rows():\n"
         f"    pathlib.Path({str(folder)!r}, {marker}).touch()\n"
         f"    time.sleep({LONG_S})"
     )
@@ -57,7 +57,7 @@ def rows_cell(path, pause_s, num_rows=None):
     return (
         "import itertools, pathlib, time\nfrom lib.record.rows import RowLog\n"
         f"log = RowLog(pathlib.Path({path}), 'p')\n"
-        "with log.whole_rows():\n"
+        "with log.complete_rows():\n"
         f"    for number in itertools.islice(itertools.count(len(log.rows)), {num_rows}):\n"
         f"        time.sleep({pause_s})\n"
         "        log.append({'id': number})"

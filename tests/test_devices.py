@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-import run_all
-from lib.driver import devices
+from lib.driver import devices, run
+from lib.driver.cli import UsageError, build_parser
+from lib.driver.plan import make_plans
 from lib.record import locks
 from lib.record.paths import PROJECT_ROOT
 
@@ -88,7 +89,7 @@ def test_a_number_and_its_uuid_are_one_device(machine, monkeypatch):
 def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch, tmp_path):
     machine(TWO_GPUS)
     code = (
-        "import sys; from lib import devices\n"
+        "import sys; from lib.driver import devices\n"
         "with devices.held_gpus(['GPU-aaaa-1'], 1, 'other'): print('held', flush=True); sys.stdin.readline()"
     )
 
@@ -119,7 +120,7 @@ def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch
 
 def test_whichever_gpu_is_free_first_is_taken(monkeypatch, tmp_path):
     code = (
-        "import sys; from lib import devices\n"
+        "import sys; from lib.driver import devices\n"
         "with devices.held_gpus([sys.argv[1]], 1, 'other'): print('held', flush=True); sys.stdin.readline()"
     )
     monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
@@ -156,8 +157,8 @@ def test_cores_are_shared_unless_somebody_said_how(monkeypatch):
 
 
 def places(*argv):
-    args = run_all.build_parser().parse_args(["--presets", "simple", "medium", "strong", *argv])
-    with run_all.places(args, run_all.make_plans(args)) as found:
+    args = build_parser().parse_args(["--presets", "simple", "medium", "strong", *argv])
+    with run.places(args, make_plans(args)) as found:
         return found
 
 
@@ -173,7 +174,7 @@ def test_one_preset_after_the_other_holds_one_gpu(machine):
     machine(TWO_GPUS)
     with held(1):
         assert places() == [{"CUDA_VISIBLE_DEVICES": "GPU-bbbb-2"}]
-        with held(1), pytest.raises(run_all.UsageError, match="--set device=cpu needs none"):
+        with held(1), pytest.raises(UsageError, match="--set device=cpu needs none"):
             places()
         assert places("--stages", "05") == [{}], "a comparison computes nothing"
 
@@ -181,7 +182,7 @@ def test_one_preset_after_the_other_holds_one_gpu(machine):
 def test_the_only_gpu_is_held_and_left_to_its_default(machine):
     machine(TWO_GPUS.splitlines()[0] + "\n")
     assert places("--jobs", "3") == [{}]
-    with held(1), pytest.raises(run_all.UsageError, match="no GPU is free"):
+    with held(1), pytest.raises(UsageError, match="no GPU is free"):
         places()
 
 

@@ -16,8 +16,10 @@ import yaml
 import run_all
 from lib import safety
 from lib.driver import notebook as driver_notebook
-from lib.driver import terminal
+from lib.driver.cli import build_parser
+from lib.driver.plan import make_plans
 from lib.params import preset_path
+from lib.record import terminal
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.rows import RowLog, read_jsonl
 from lib.reports.html import folded_examples
@@ -228,8 +230,8 @@ def test_a_judge_reads_a_hostile_response_as_text():
 def test_a_preset_of_nasty_texts_is_data(tmp_path):
     values = {**yaml.safe_load(preset_path("simple").read_text()), "description": NASTY[0] + "'; import os; '"}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
-    args = run_all.build_parser().parse_args(["--presets", "mine", "--params-dir", str(tmp_path)])
-    assert run_all.make_plans(args)[0].params.description == values["description"]
+    args = build_parser().parse_args(["--presets", "mine", "--params-dir", str(tmp_path)])
+    assert make_plans(args)[0].params.description == values["description"]
 
 
 def test_a_settings_file_with_megabytes_of_one_line_is_told_short(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Several presets at once: side by side in processes of their own, told on one console, stopped together.
+"""Several presets at once: side by side in their own processes, shown on one console, stopped together.
 
 Small notebooks stand in for the real ones, in real kernels of real drivers under real signals.
 """
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from itertools import islice
 
 import psutil
@@ -18,8 +19,8 @@ from rich.console import Console
 from small_notebooks import DRIVER, hanging_cell, is_gone, rows_cell, wait_for, write_notebook
 
 from lib.driver import jobs
-from lib.driver.display import Board, Look
-from lib.record import locks
+from lib.driver.display import Display
+from lib.record import files, locks, progress
 from lib.record.paths import PROJECT_ROOT
 from lib.record.rows import count_lines
 
@@ -119,21 +120,21 @@ def test_presets_go_on_when_nobody_reads_what_they_say(start, shared, tmp_path):
 SLOW_START = """
 import io, os, sys, time
 from rich.console import Console
-from lib import jobs
-from lib.driver.display import Board
+from lib.driver import jobs
+from lib.driver.display import Display
 
 def slow(parent):
     os.write(1, b"forked\\n")  # in one piece: two say it at once
     time.sleep(2)
 
-def work(channel):
+def work():
     for _ in range(600):
         time.sleep(0.1)
     return "ran to its end"
 
 jobs.die_with = slow
-board = Board(console=Console(file=io.StringIO()))
-print(jobs.run_jobs({"one": work, "two": work, "three": work}, [{}, {}], board), flush=True)
+display = Display({}, console=Console(file=io.StringIO()), background=False)
+print(jobs.run_jobs({"one": work, "two": work, "three": work}, [{}, {}], display), flush=True)
 """
 
 
@@ -204,55 +205,67 @@ def test_a_killed_driver_takes_everything_with_it_and_the_next_one_goes_on(start
 # --- what is shown ------------------------------------------------------------------------------------------------
 
 
-def board(terminal, monkeypatch, **more):
+def display(terminal, monkeypatch, runs, **more):
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     console = Console(file=io.StringIO(), force_terminal=terminal, width=80, height=20, highlight=False)
-    return Board(console=console, **more), console.file
+    return Display(runs, console=console, every_s=1e-6, background=False, **more), console.file
 
 
-def test_a_terminal_has_a_live_line_a_run_and_told_lines_above(monkeypatch):
-    screen, file = board(True, monkeypatch)
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs at stage 03, as their drivers and kernels leave it in their files."""
+    runs = {name: tmp_path / f"run_{name}" for name in ("simple", "medium")}
+    for name, num_done in (("simple", 3), ("medium", 5)):
+        path = runs[name] / "03_eval_gsm8k" / progress.FILE_NAME
+        work = [asdict(progress.Counts("answers", 24, num_done))]
+        files.write_json(path, {"driver": os.getpid(), "work": work})
+    return runs
+
+
+def test_a_terminal_has_one_live_line_per_run_and_printed_lines_above(monkeypatch, runs):
+    screen, file = display(True, monkeypatch, runs)
     with screen:
-        screen.show("simple", Look("simple 03", "answers", 3, 24))
-        screen.show("medium", Look("medium 03", "answers", 5, 24))
+        screen.update()
         screen.tell("strong 01_prepare: done\x1b[2J in 9 s")
         drawn = file.getvalue()
-        screen.forget("simple")
+        (runs["simple"] / "03_eval_gsm8k" / progress.FILE_NAME).unlink()
+        screen.update()
         after = file.getvalue()[len(drawn) :]
     assert "simple 03  3/24 answers" in drawn and "medium 03  5/24 answers" in drawn
     assert "strong 01_prepare: done" in drawn and "\x1b[2J" not in drawn
     assert "medium 03" in after and "simple 03" not in after
 
 
-def test_elsewhere_there_are_plain_lines_and_quiet_says_only_what_is_told(monkeypatch, capsys):
-    for quiet, expected in ((False, "  simple 03  3/24 answers\ntold\n"), (True, "told\n")):
-        screen, file = board(False, monkeypatch, quiet=quiet)
+def test_elsewhere_there_are_plain_lines_and_quiet_prints_no_progress(monkeypatch, capsys, runs):
+    monkeypatch.setattr("lib.driver.display.memory_words", lambda _: "")
+    both = "  simple 03  3/24 answers\n  medium 03  5/24 answers\n"
+    for quiet, expected in ((False, f"{both}line\n"), (True, "line\n")):
+        screen, file = display(False, monkeypatch, runs, quiet=quiet)
         with screen:
-            screen.show("simple", Look("simple 03", "answers", 3, 24))
-            screen.tell("told")
+            screen.update()
+            screen.update()
+            screen.tell("line")
             screen.tell("wrong", error=True)
-            screen.forget("simple")
         assert file.getvalue() == expected and capsys.readouterr().err == "wrong\n"
 
 
 def test_results_and_lines_of_jobs_reach_the_driver(monkeypatch, capsys):
-    screen, file = board(False, monkeypatch)
+    screen, file = display(False, monkeypatch, {})
 
-    def work(channel):
+    def work():
         print("a line", "and", "\n", "another", end="")
         print(".", flush=True)
         print("two lines\nof one message", flush=True)
         print("an error", file=sys.stderr)
-        channel.show(Look("one", "rows", 1, 2))
         return {"place": os.environ["PLACE"]}
 
-    def die(_):
+    def die():
         raise RuntimeError("planted")
 
     environments = [{"PLACE": "first"}]
     results = jobs.run_jobs({"one": work, "two": die, "three": work}, environments, screen)
     assert results == {"one": {"place": "first"}, "two": None, "three": {"place": "first"}}
-    assert file.getvalue() == 2 * "a line and \n another.\ntwo lines\nof one message\n  one  1/2 rows\n"
-    told = capsys.readouterr().err
-    assert told.count("an error\n") == 2 and "RuntimeError: planted" in told
+    assert file.getvalue() == 2 * "a line and \n another.\ntwo lines\nof one message\n"
+    errors = capsys.readouterr().err
+    assert errors.count("an error\n") == 2 and "RuntimeError: planted" in errors

@@ -119,7 +119,7 @@ def test_none_is_started_where_it_is_not_wanted_or_a_kernel_could_not_be_watched
     ],
 )
 def test_it_refuses_where_a_fork_is_not_sound(prelude, reason):
-    code = f"import torch\n{prelude}\nfrom lib import kernel_server as k\nk.PRELOADED = ()\nprint(k.preload())"
+    code = f"import torch\n{prelude}\nfrom lib.driver import kernel_server as k\nk.PRELOADED = ()\nprint(k.preload())"
     environment = os.environ | kernel_server.SERVER_ENVIRONMENT
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
@@ -128,7 +128,7 @@ def test_it_refuses_where_a_fork_is_not_sound(prelude, reason):
 
 
 def test_a_driver_that_is_killed_takes_its_server_with_it():
-    code = "import time\nfrom lib import kernel_server as k\nk.start()\n"
+    code = "import time\nfrom lib.driver import kernel_server as k\nk.start()\n"
     code += "print(k._server._process.pid, flush=True)\ntime.sleep(600)"
     environment = os.environ | {kernel_server.SERVER_VARIABLE: "1"}
     driver = subprocess.Popen(

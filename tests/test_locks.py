@@ -17,6 +17,7 @@ import pytest
 from small_notebooks import wait_for
 
 import run_all
+from lib.driver import run
 from lib.record import locks
 from lib.record.paths import PROJECT_ROOT
 from lib.record.rows import count_lines
@@ -178,7 +179,7 @@ def test_a_read_only_folder_is_refused_before_anything_starts(tmp_path, capsys):
 
 
 def test_a_disk_without_room_to_begin_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_all, "MIN_FREE_BYTES", 10**18)
+    monkeypatch.setattr(run, "MIN_FREE_BYTES", 10**18)
     assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path / "out")]) == 2
     assert "MB free on its disk, at least" in capsys.readouterr().err
 

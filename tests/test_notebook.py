@@ -122,7 +122,7 @@ def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_
     del content["metadata"][driver_notebook.COMPLETE_MARK]
     kept.write_text(json.dumps(content))
     assert run_all.main(argv) == 0
-    assert "running (its filled notebook is not whole)" in capsys.readouterr().out
+    assert "running (its filled notebook is incomplete)" in capsys.readouterr().out
 
 
 def test_the_summary_stands_on_top_of_the_report_and_no_default_that_was_replaced(tmp_path, notebook):
@@ -369,7 +369,7 @@ def test_one_interrupt_finishes_the_row_saves_and_ends_with_130(tmp_path, notebo
     assert "stopping after the row in work; Ctrl-C again stops now" in out and "to go on: " in told
     assert rows.read_bytes().endswith(b"}\n")
     html = (tmp_path / "out/reports/run_simple/01_prepare.html").read_text()
-    assert "Stopped by hand" in html and "stopped after a whole row" in html
+    assert "Stopped by hand" in html and "stopped after a complete row" in html
 
 
 def test_two_interrupts_end_it_now(tmp_path, notebook, start_driver):
@@ -447,7 +447,7 @@ def test_a_disk_that_is_full_for_the_report_itself_is_told_in_a_line(tmp_path, n
     monkeypatch.setattr(notebook_page, "write_text", full)
     assert run_all.main(["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().err
-    assert "01_prepare.ipynb cannot be written: the disk is full" in told and "to go on: " in told
+    assert "01_prepare.html cannot be written: the disk is full" in told and "to go on: " in told
 
 
 def test_a_failed_write_for_want_of_space_leaves_the_old_file(small_disk):

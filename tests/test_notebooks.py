@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from lib import gsm8k, safety
+from lib.driver.cli import build_parser
 from lib.driver.notebook import declared_parameters, execute
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
 from lib.record.files import read_json
@@ -26,7 +27,6 @@ from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RES
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import gsm8k_report, html, safety_report
 from lib.train import checkpoint_selection
-from run_all import build_parser
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
 SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "offline": False, "checkpoint": ""}

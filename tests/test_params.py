@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-import run_all
 from lib import params
+from lib.driver import run
 from lib.params import Params, ParamsError, find_presets, load_params, parse_assignment, preset_path
 from lib.record.paths import PROJECT_ROOT
 
@@ -385,7 +385,7 @@ def test_a_preset_replaces_what_the_cell_declares_and_nothing_else(monkeypatch):
 def test_what_the_driver_injected_is_never_replaced(monkeypatch):
     # A copy: what the driver sets for its kernels is not for the tests that follow.
     monkeypatch.setattr(os, "environ", {**os.environ, "PRESET": "medium"})
-    run_all.set_kernel_environment(offline=False)
+    run.set_kernel_environment(offline=False)
     for name in ("", "strong", "no such preset"):
         assert params.from_notebook(cell(PRESET=name)) == {"run_name": "sandbox_one", "offline": True, "lora_r": 8}
 
@@ -400,7 +400,16 @@ def test_a_preset_that_is_none_names_those_there_are(monkeypatch, wrong):
         params.from_notebook(cell())
 
 
-TORCH_FREE = ("params", "artifacts", "assets", "gsm8k", "safety", "stats", "compare", "execution")
+TORCH_FREE = (
+    "gsm8k",
+    "safety",
+    "stats",
+    "record.manifest",
+    "record.rows",
+    "compare.verify",
+    "driver.commands",
+    "driver.reporting",
+)
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

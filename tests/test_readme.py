@@ -4,10 +4,10 @@ import re
 
 import pytest
 
+from lib.driver.cli import build_parser
 from lib.params import load_params
 from lib.record.paths import PROJECT_ROOT
 from lib.stats import wilson_interval
-from run_all import build_parser
 
 PAGES = [PROJECT_ROOT / name for name in ("README.md", "docs/method.md", "docs/reference.md", "docs/layout.md")]
 README, METHOD, REFERENCE, LAYOUT = (page.read_text(encoding="utf-8") for page in PAGES)

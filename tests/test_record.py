@@ -1,4 +1,4 @@
-"""Files of a run: whole or not at all, torn lines, garbage, manifests and when they stop holding."""
+"""Files of a run: complete or not at all, incomplete lines, garbage, manifests and when stages become stale."""
 
 import errno
 import fcntl
@@ -14,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from small_notebooks import copy_project
 
-import run_all
+from lib.driver import run
 from lib.record import files, locks, source_code
 from lib.record import paths as record_paths
 from lib.record.manifest import stale_reason, start_stage
@@ -82,8 +83,8 @@ def test_a_folder_is_used_where_nothing_but_files_can_be_made(tmp_path, poor_fil
 
 
 def test_a_driver_holds_a_folder_where_nothing_but_files_can_be_made(tmp_path, poor_file_system, capsys):
-    with run_all.locked(tmp_path, "python run_all.py"), locks.one_at_a_time(tmp_path / "asset"):
-        run_all.check_writable(tmp_path / "reports")
+    with run.locked(tmp_path, "python run_all.py"), locks.one_at_a_time(tmp_path / "asset"):
+        run.check_writable(tmp_path / "reports")
     assert "without locks: start no second run" in capsys.readouterr().err
 
 
@@ -249,47 +250,71 @@ def test_a_stage_that_started_again_or_was_skipped_is_not_complete(finished_stag
 
 @pytest.fixture
 def small_project(tmp_path, monkeypatch):
-    """A project of one notebook and six modules; only four of them are behind the notebook."""
+    """A project of one notebook; its modules ``site``, ``track`` and ``record.typed`` are not behind the notebook."""
     modules = {
         "__init__": "",
-        "rows": "from lib.paths import (\n    one,\n    two,\n)\n",
-        "paths": "def f():\n    from lib import late as later  # not earlier, not never\n",
-        "late": "NUMBER = 1\n",
+        "rows": "from lib.record.paths import (\n    one,\n    two,\n)\n",
+        "record/__init__": "",
+        "record/paths": "if TYPE_CHECKING:\n    from lib.record.typed import T\ndef f():\n    from lib import late\n",
+        "record/typed": "from lib import track\n",
+        "late": "# from lib import track\nNUMBER = 'import lib.site'\n",
         "site": "from lib import rows\n",
         "track": "NUMBER = 1\n",
+        "json_lines": "",
     }
-    (tmp_path / "lib").mkdir()
     for name, text in modules.items():
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "lib" / f"{name}.py").write_text(text)
     cells = [{"cell_type": "code", "metadata": {}, "source": ["import json\n", "from lib import rows, json_lines"]}]
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "01_prepare.ipynb").write_text(json.dumps({"cells": cells}))
-    (tmp_path / "lib" / "json_lines.py").write_text("")
-    monkeypatch.setattr(record_paths, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(source_code, "PROJECT_ROOT", tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("module", "is_behind"),
-    [("__init__", True), ("rows", True), ("paths", True), ("late", True), ("site", False), ("track", False)],
+    [
+        ("__init__", True),
+        ("rows", True),
+        ("json_lines", True),
+        ("record/paths", True),
+        ("late", True),
+        ("record/typed", False),
+        ("site", False),
+        ("track", False),
+    ],
 )
-def test_a_stage_is_stale_when_a_module_that_it_stands_on_has_changed(small_project, module, is_behind):
+def test_a_stage_is_stale_when_a_module_behind_it_has_changed(small_project, module, is_behind):
     before = source_code.code_hash("01_prepare")
     with (small_project / "lib" / f"{module}.py").open("a") as stream:
         stream.write("# edited\n")
     assert (source_code.code_hash("01_prepare") != before) is is_behind
 
 
-def test_every_stage_stands_on_what_it_needs_and_on_nothing_of_the_reports():
-    def behind(stage):
-        cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text())["cells"]
-        return source_code._modules_behind("\n".join("".join(cell["source"]) for cell in cells))
-
-    assert {"artifacts", "params", "assets", "gsm8k", "safety", "model", "generate"} <= behind("03_eval_gsm8k").keys()
-    assert {"sft", "packed", "control", "locks", "redaction"} <= behind("02_train").keys()
-    assert {"stats", "verdict", "hazards", "overlap"} <= behind("05_compare").keys()
-    for stage in record_paths.STAGES:
-        assert not {"site", "track", "export", "merged", "plans", "command_line", "jobs"} & behind(stage).keys()
+@pytest.mark.parametrize(
+    ("module", "stale", "fresh"),
+    [
+        ("reports/comparison_plots.py", "05", "01 02 03 04"),
+        ("engine/generate.py", "03 04", "05"),
+        ("train/sft.py", "02", "01 03 04 05"),
+        ("gsm8k.py", "01 02 03 05", ""),
+        ("record/manifest.py", "01 02 03 04 05", ""),
+        ("reports/site.py", "", "01 02 03 04 05"),
+        ("reports/to_mlflow.py", "", "01 02 03 04 05"),
+        ("driver/run.py", "", "01 02 03 04 05"),
+        ("driver/display.py", "", "01 02 03 04 05"),
+        ("compare/verify.py", "", "01 02 03 04 05"),
+    ],
+)
+def test_a_changed_module_makes_exactly_the_stages_stale_that_run_it(tmp_path, monkeypatch, module, stale, fresh):
+    project = copy_project(tmp_path)
+    monkeypatch.setattr(source_code, "PROJECT_ROOT", project)
+    before = {stage[:2]: source_code.code_hash(stage) for stage in record_paths.STAGES}
+    with (project / "lib" / module).open("a") as stream:
+        stream.write("# edited\n")
+    changed = {stage[:2] for stage in record_paths.STAGES if source_code.code_hash(stage) != before[stage[:2]]}
+    assert set(stale.split()) <= changed and not set(fresh.split()) & changed
 
 
 def test_code_that_is_edited_while_a_stage_runs_is_not_recorded_as_what_ran(small_project):

@@ -19,15 +19,17 @@ import yaml
 from small_notebooks import write_notebook
 
 import run_all
-from lib.driver import notebook
+from lib.driver import notebook, run, terminal
+from lib.driver.cli import build_parser
+from lib.driver.plan import make_plans
 from lib.params import preset_path
 from lib.record.paths import PROJECT_ROOT
 
 
 def plan(*argv):
     """The plans that a command line leads to."""
-    args = run_all.build_parser().parse_args(argv)
-    return {plan.preset: plan for plan in run_all.make_plans(args)}
+    args = build_parser().parse_args(argv)
+    return {plan.preset: plan for plan in make_plans(args)}
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_help_comes_in_under_a_second_without_torch():
     ],
 )
 def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_all, "run_all", lambda *_: pytest.fail("something was started"))
+    monkeypatch.setattr("lib.driver.commands.run_all", lambda *_: pytest.fail("something was started"))
     assert run_all.main([*argv, "--output-dir", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -173,10 +175,10 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
 
 
 def test_a_second_driver_on_the_same_folder_is_refused_and_names_the_holder(tmp_path, capsys):
-    with run_all.locked(tmp_path):
+    with run.locked(tmp_path):
         assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)]) == 2
     assert f"process {os.getpid()}" in capsys.readouterr().err
-    with run_all.locked(tmp_path):
+    with run.locked(tmp_path):
         assert (tmp_path / ".lock").exists()
 
 
@@ -222,7 +224,7 @@ def test_a_notebook_gets_exactly_the_parameters_that_it_declares():
     for stage in simple.stages:
         settings = {**simple.settings, "run_names": []}
         simple.settings = settings
-        assert run_all.stage_parameters(stage, simple).keys() == notebook.declared_parameters(stage).keys()
+        assert run.stage_parameters(stage, simple).keys() == notebook.declared_parameters(stage).keys()
 
 
 def test_seeds_are_runs_of_their_own_that_share_everything_else():
@@ -232,9 +234,9 @@ def test_seeds_are_runs_of_their_own_that_share_everything_else():
     assert one.params.model_dump() == base.params.model_dump() | {"seed": 1}
     assert one.params.origin["seed"] == "--seeds" and one.settings == base.settings | {"run_name": "simple_seed1"}
     assert one.paths.gsm8k_preds.name == "gsm8k_preds_simple_seed1.jsonl" and one.paths.run_dir != base.paths.run_dir
-    assert run_all.resolved_config(one)["preset"] == "simple" and one.reports_dir.name == "run_simple_seed1"
+    assert run.resolved_config(one)["preset"] == "simple" and one.reports_dir.name == "run_simple_seed1"
     # Baselines of a run come from what it was resolved to, for there is no preset of its name.
-    assert run_all.resolved_config(one)["parameters"]["baseline_accuracy"] == 0.26
+    assert run.resolved_config(one)["parameters"]["baseline_accuracy"] == 0.26
 
 
 def test_a_faulty_preset_is_told_once_for_all_its_seeds(tmp_path, capsys):
@@ -273,9 +275,9 @@ def test_results_that_were_moved_have_their_own_reports(monkeypatch, tmp_path):
 
 
 def test_places_are_told_as_they_can_be_typed(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_all, "TYPED_IN", tmp_path)
-    assert run_all._shown(tmp_path / "out" / "reports") == "out/reports"
-    assert run_all._shown(PROJECT_ROOT / "results") == str(PROJECT_ROOT / "results")
+    monkeypatch.setattr(terminal, "TYPED_IN", tmp_path)
+    assert terminal.as_typed(tmp_path / "out" / "reports") == "out/reports"
+    assert terminal.as_typed(PROJECT_ROOT / "results") == str(PROJECT_ROOT / "results")
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -379,10 +381,10 @@ def test_a_user_without_a_home_has_one_for_the_libraries_and_a_sentence(tmp_path
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
-    run_all.ensure_home()
+    run.ensure_home()
     assert Path(os.environ["HOME"]).parent == tmp_path
     assert f"libraries keep their files in {os.environ['HOME']}" in capsys.readouterr().err
-    run_all.ensure_home()
+    run.ensure_home()
     assert capsys.readouterr().err == ""
 
 
@@ -390,7 +392,7 @@ def test_kernels_import_this_checkout_wherever_the_environment_leads(tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "__init__.py").touch()
     code = (
-        "import run_all, subprocess, sys; run_all.set_kernel_environment(offline=True)\n"
+        "import subprocess, sys; from lib.driver import run; run.set_kernel_environment(offline=True)\n"
         "subprocess.run([sys.executable, '-P', '-c', 'import lib; print(lib.__file__)'], cwd='/', check=True)"
     )
     done = run_python(code, PYTHONPATH=str(tmp_path))

@@ -21,6 +21,8 @@ from lib import gsm8k, wording
 from lib.compare import findings, tables
 from lib.compare.comparison import assess_runs
 from lib.compare.runs import load_runs, untuned_runs
+from lib.driver import reporting
+from lib.driver.cli import build_parser
 from lib.record.files import read_json, write_json
 from lib.record.paths import PROJECT_ROOT, ArtifactError, find_runs, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
@@ -262,7 +264,7 @@ def test_the_driver_writes_the_site_alone_and_says_where_it_failed(results, tmp_
 
 def test_a_run_whose_site_cannot_be_written_ends_with_1_and_says_so(results, tmp_path, monkeypatch, capsys):
     for name in ("run_preset", "run_comparison", "set_kernel_environment"):
-        monkeypatch.setattr(run_all, name, lambda *_: None)
+        monkeypatch.setattr(f"lib.driver.run.{name}", lambda *_: None)
     monkeypatch.chdir(PROJECT_ROOT)
     folder = tmp_path / "out"
     shutil.copytree(results, folder)
@@ -271,7 +273,7 @@ def test_a_run_whose_site_cannot_be_written_ends_with_1_and_says_so(results, tmp
     assert f"{folder.name}/reports/index.html" in capsys.readouterr().out
     rows = read_jsonl(run_paths(str(folder), "simple").gsm8k_preds)
     write_jsonl(run_paths(str(folder), "simple").gsm8k_preds, [{**row, "gold_answer": "none"} for row in rows])
-    assert run_all.write_report_site(run_all.build_parser().parse_args(argv)) is False
+    assert reporting.write_report_site(build_parser().parse_args(argv)) is False
     assert "index.html was not written" in capsys.readouterr().err
 
 

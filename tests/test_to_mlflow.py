@@ -16,6 +16,8 @@ from made_up import make_results
 import run_all
 from lib.compare import comparison, tables
 from lib.compare.runs import RUN_STAGES, load_runs
+from lib.driver import reporting
+from lib.driver.cli import build_parser
 from lib.record.files import read_json, write_json, write_text
 from lib.record.paths import PROJECT_ROOT, run_paths
 from lib.record.rows import write_jsonl
@@ -222,7 +224,7 @@ def test_a_store_that_does_not_answer_is_told_in_a_line_without_its_password(res
 
 def test_without_mlflow_nothing_starts(results, monkeypatch, capsys):
     monkeypatch.setattr(to_mlflow.importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr(run_all, "run_all", lambda *_: pytest.fail("something was started"))
+    monkeypatch.setattr("lib.driver.commands.run_all", lambda *_: pytest.fail("something was started"))
     for command in (["--report-only"], ["--presets", "sandbox_one"]):
         assert run_all.main([*command, "--track", "mlflow", "--output-dir", str(results)]) == 2
         assert "pip install mlflow==" in capsys.readouterr().err
@@ -232,12 +234,12 @@ def test_failing_to_log_is_status_1_and_keeps_a_worse_one(results, store, monkey
     store.is_down = True
     connection = to_mlflow.Connection(store, Metric, Entry, Entry, None, (StoreDown,), "here")
     monkeypatch.setattr(to_mlflow, "connect", lambda _: connection)
-    args = run_all.build_parser().parse_args(["--track", "mlflow", "--output-dir", str(results)])
-    assert [run_all.track_runs(args, ["simple"], status) for status in (0, 1, 3, 130)] == [1, 1, 3, 130]
+    args = build_parser().parse_args(["--track", "mlflow", "--output-dir", str(results)])
+    assert [reporting.track_runs(args, ["simple"], status) for status in (0, 1, 3, 130)] == [1, 1, 3, 130]
     assert capsys.readouterr().err.count("MLflow at here could not be written: no answer") == 3
     store.is_down = False
-    assert run_all.track_runs(args, ["simple"], 0) == 0 and [run.name for run in store.runs.values()] == ["simple"]
-    assert run_all.track_runs(args, ["absent"], 0) == 1 and "no run has rows" in capsys.readouterr().err
+    assert reporting.track_runs(args, ["simple"], 0) == 0 and [run.name for run in store.runs.values()] == ["simple"]
+    assert reporting.track_runs(args, ["absent"], 0) == 1 and "no run has rows" in capsys.readouterr().err
 
 
 # --- mlflow itself ------------------------------------------------------------------------------------------------

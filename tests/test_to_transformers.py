@@ -18,7 +18,7 @@ from lib.engine import load
 from lib.engine.sources import resolve_model
 from lib.record.files import read_json, sha256_file, sha256_json, write_json
 from lib.record.manifest import start_stage
-from lib.record.paths import run_paths
+from lib.record.paths import PROJECT_ROOT, run_paths
 from lib.record.rows import write_jsonl
 from lib.reports import to_transformers
 
@@ -232,7 +232,7 @@ def test_the_driver_exports_in_a_process_of_its_own(run, tmp_path):
     folder = str(run.run_dir.parent)
     code = "import sys, run_all; status = run_all.main(sys.argv[1:]); sys.exit(9 if 'torch' in sys.modules else status)"
     command = [sys.executable, "-c", code, "--export", "model", "--presets", "one", "--output-dir", folder]
-    done = subprocess.run(command, cwd=run_all.PROJECT_ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "models/one/" in done.stdout and json.loads((run.run_dir.parent / "models/one/config.json").read_text())
     assert run_all.main(["--export", "model", "--output-dir", str(tmp_path / "none")]) == 1

@@ -12,31 +12,21 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Literal
 
-from lib.driver.display import Board, Look
+from lib.driver.display import Display
 from lib.driver.kernel_server import die_with
 
 LOOK_AGAIN_S = 0.5
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Channel:
-    """A job's connection to its driver's console; ``live`` if that is a terminal whose lines can be rewritten."""
-
-    def __init__(self, connection: Connection, live: bool) -> None:
-        self._connection, self.live = connection, live
-
-    def show(self, look: Look) -> None:
-        """Show the job's progress."""
-        self.send("look", asdict(look))
-
-    def send(self, kind: Literal["look", "out", "err", "end", "stopped"], value: Any) -> None:
-        """Send one message, as JSON: nothing that comes from a job is ever executed."""
-        self._connection.send_bytes(json.dumps([kind, value]).encode())
+def _send(connection: Connection, kind: Literal["out", "err", "end", "stopped"], value: Any) -> None:
+    """Send one message, as JSON: nothing that comes from a job is ever executed."""
+    connection.send_bytes(json.dumps([kind, value]).encode())
 
 
 class _Lines:
@@ -44,8 +34,8 @@ class _Lines:
 
     encoding, errors = "utf-8", "strict"
 
-    def __init__(self, channel: Channel, kind: Literal["out", "err"]) -> None:
-        self._channel, self._kind, self._part = channel, kind, ""
+    def __init__(self, connection: Connection, kind: Literal["out", "err"]) -> None:
+        self._connection, self._kind, self._part = connection, kind, ""
 
     def write(self, text: str) -> int:
         self._part += text
@@ -55,13 +45,13 @@ class _Lines:
         """Send the complete lines written since the last flush."""
         lines, newline, self._part = self._part.rpartition("\n")
         if newline:
-            self._channel.send(self._kind, lines)
+            _send(self._connection, self._kind, lines)
 
     def isatty(self) -> bool:
         return False
 
 
-Work = Callable[[Channel], Any]
+Work = Callable[[], Any]
 
 
 @dataclass
@@ -74,7 +64,7 @@ class _Running:
     was_stopped: bool = False
 
 
-def run_jobs(jobs: Mapping[str, Work], environments: Sequence[Mapping[str, str]], board: Board) -> dict[str, Any]:
+def run_jobs(jobs: Mapping[str, Work], environments: Sequence[Mapping[str, str]], display: Display) -> dict[str, Any]:
     """Run ``jobs`` in order, as many at once as there are ``environments``.
 
     After Ctrl-C or SIGTERM no further job is started; both signals are passed to all running jobs, each time.
@@ -82,11 +72,10 @@ def run_jobs(jobs: Mapping[str, Work], environments: Sequence[Mapping[str, str]]
     Args:
         jobs: name -> function for the job's process; its result must be JSON.
         environments: variables for a running job, such as its device; each is used by one job at a time.
-        board: shows progress and messages.
+        display: shows progress and the lines that jobs print.
 
     Returns:
-        name -> result; ``None`` for a job whose process died. Jobs that never started, or were stopped before they
-        returned, are left out.
+        name -> result; ``None`` for a job whose process died. Left out are jobs that never started or were stopped.
     """
     left, free = deque(jobs.items()), deque(environments)
     running: list[_Running] = []
@@ -97,14 +86,15 @@ def run_jobs(jobs: Mapping[str, Work], environments: Sequence[Mapping[str, str]]
                 # A signal that arrives here is held until it can be passed to the new job too.
                 with _stops_blocked():
                     others = [one.connection for one in running]
-                    running.append(_start(*left.popleft(), free.popleft(), board.live, others))
+                    running.append(_start(*left.popleft(), free.popleft(), others))
             for connection in wait([one.connection for one in running], LOOK_AGAIN_S):
                 job = next(one for one in running if one.connection is connection)
-                if not _hear(job, board):
+                if not _receive(job, display):
                     running.remove(job)
                     free.append(job.environment)
                     if not job.was_stopped:
                         results[job.name] = job.result
+            display.update()
     return results
 
 
@@ -117,12 +107,12 @@ def _stops_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-def _start(name: str, work: Work, environment: Mapping[str, str], live: bool, others: Sequence[Connection]) -> _Running:
+def _start(name: str, work: Work, environment: Mapping[str, str], others: Sequence[Connection]) -> _Running:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     # Forked: the job inherits the driver's locks and its imports.
     process = multiprocessing.get_context("fork").Process(
         target=_work,
-        args=(work, environment, Channel(theirs, live), os.getpid(), [ours, *others]),
+        args=(work, environment, theirs, os.getpid(), [ours, *others]),
         name=name,
         # Where the system cannot end it with the driver, Python does so when the driver exits normally.
         daemon=True,
@@ -134,7 +124,7 @@ def _start(name: str, work: Work, environment: Mapping[str, str], live: bool, ot
 
 
 def _work(
-    work: Work, environment: Mapping[str, str], channel: Channel, parent: int, not_ours: Sequence[Connection]
+    work: Work, environment: Mapping[str, str], driver: Connection, parent: int, not_ours: Sequence[Connection]
 ) -> None:
     """Main function of a job's process; signals are blocked at its start, as in the driver when it forked."""
     # Ctrl-C in the terminal reaches only the driver, which passes it on: each job gets it once.
@@ -146,34 +136,31 @@ def _work(
     for connection in not_ours:
         connection.close()
     os.environ |= environment
-    sys.stdout, sys.stderr = _Lines(channel, "out"), _Lines(channel, "err")
+    sys.stdout, sys.stderr = _Lines(driver, "out"), _Lines(driver, "err")
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        kind, value = "end", work(channel)
+        kind, value = "end", work()
     except KeyboardInterrupt:
         kind, value = "stopped", None
     # A further signal must not cut the message.
     with _stops_blocked():
-        channel.send(kind, value)
+        _send(driver, kind, value)
 
 
-def _hear(job: _Running, board: Board) -> bool:
+def _receive(job: _Running, display: Display) -> bool:
     """Handle one message; False when the job has ended."""
     try:
         kind, value = json.loads(job.connection.recv_bytes())
     except EOFError:
         job.connection.close()
         job.process.join()
-        board.forget(job.name)
         return False
-    if kind == "look":
-        board.show(job.name, Look(**value))
-    elif kind == "end":
+    if kind == "end":
         job.result = value
     elif kind == "stopped":
         job.was_stopped = True
     else:
-        board.tell(value, error=kind == "err")
+        display.tell(value, error=kind == "err")
     return True
 
 

@@ -15,10 +15,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.driver.terminal import tell
 from lib.record.files import full_disk_text, json_text, write_text
 from lib.record.paths import PRESET_VARIABLE, PROJECT_ROOT, display_path
 from lib.record.redaction import clean, clean_notebook, visible
+from lib.record.terminal import tell
 from lib.reports.notebook_page import MAX_ERROR_LENGTH, write_html
 
 if TYPE_CHECKING:

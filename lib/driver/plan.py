@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from lib.record.paths import (
 )
 
 if TYPE_CHECKING:
-    from lib.driver.jobs import Channel
     from lib.params import Params
 
+COMPARE = "05_compare"
 SUBMISSION_PRESETS = ("simple", "medium", "strong")
 
 
@@ -31,8 +31,7 @@ SUBMISSION_PRESETS = ("simple", "medium", "strong")
 class Plan:
     """One run, resolved: its parameters, its settings, the stages asked for, and what became of them.
 
-    ``preset`` is the run's name: its preset's, with ``_seed<N>`` after it under ``--seeds``. ``channel`` leads to the
-    console of the driver where several presets run at once.
+    ``preset`` is the run's name: its preset's, with ``_seed<N>`` after it under ``--seeds``.
     """
 
     preset: str
@@ -47,9 +46,7 @@ class Plan:
     wall_s: float = 0.0
     failure: str = ""
     interrupted: bool = False
-    ran: list[str] = field(default_factory=list)
     of_preset: str = ""
-    channel: "Channel | None" = None
 
 
 def make_plans(args: argparse.Namespace) -> list[Plan]:

@@ -43,7 +43,7 @@ class Sides:
         if side == TUNED:
             return RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
         path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
-        return RowLog(path, sha256_json(at_scale(self._protocol, float(side))))
+        return RowLog(path, sha256_json(at_scale(self._protocol, float(side))), label=f"scale {side:g}")
 
     def kept_text(self, side: str | float = TUNED) -> str:
         """How many rows are reused from an earlier run."""

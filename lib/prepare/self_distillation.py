@@ -134,7 +134,7 @@ def sample_answers(
     _check_kept(questions, asking.num_samples, log)
     kept, before_s = set(log.rows), generator.wall_s
     asked = [(place, sample) for place in range(len(questions)) for sample in range(asking.num_samples)]
-    with log.whole_rows():
+    with log.complete_rows("samples", len(asked)):
         for chunk in _chunks(asked, asking.questions_per_call * asking.num_samples):
             ids = [place * asking.num_samples + sample for place, sample in chunk]
             if not kept.issuperset(ids):

@@ -62,6 +62,13 @@ def full_disk_text(path: Path) -> str:
     )
 
 
+def error_text(error: Exception) -> str:
+    """What an error says; of a full disk also where, and how to go on."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return full_disk_text(Path(error.filename or "."))
+    return str(error)
+
+
 def free_bytes(folder: Path) -> float:
     """What is free on the disk of ``folder``; infinity where the file system does not say, as some FUSE ones do not."""
     try:

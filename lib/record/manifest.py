@@ -19,7 +19,8 @@ from typing import Any
 
 from lib.record import locks
 from lib.record.files import read_json, sha256_file, write_json
-from lib.record.paths import DRIVER_VARIABLE, PROJECT_ROOT, ArtifactError, RunPaths, display_path
+from lib.record.paths import PROJECT_ROOT, ArtifactError, RunPaths, display_path
+from lib.record.progress import someone_looks
 from lib.record.redaction import clean, clean_value, home_folder
 from lib.record.source_code import code_hash
 
@@ -158,15 +159,6 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
     manifest_path.unlink(missing_ok=True)
     # Of now: what is edited during the hours of a stage is not the code that it ran.
     return StageRecord(stage, manifest_path, run_name, dict(parameters), code_hash(stage), git_commit())
-
-
-def someone_looks() -> bool:
-    """Whether a person may be looking: in a kernel that neither the driver nor a test has started."""
-    if "IPython" not in sys.modules or os.environ.get(DRIVER_VARIABLE):
-        return False
-    from IPython import get_ipython
-
-    return hasattr(get_ipython(), "kernel")
 
 
 def _keep_drivers_away(manifest_path: Path, what: str) -> None:

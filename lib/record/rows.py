@@ -1,14 +1,15 @@
-"""Row files: JSON lines that grow a row at a time and survive a kill."""
+"""Row files: JSON lines that grow one row at a time and survive a kill."""
 
 import json
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lib.record import progress
 from lib.record.files import named_when_full, sha256_json, write_text
 from lib.record.locks import hold_file, release_file
 from lib.record.paths import ArtifactError, RunPaths, display_path
@@ -17,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object per line, atomically."""
     write_text(path, "".join(json_line(row) for row in rows))
 
 
@@ -36,7 +37,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         raise ArtifactError(f"{display_path(path)} is missing")
     rows = [_parse_row(path, number, line) for number, line in _numbered_lines(path) if line.strip()]
     if not rows:
-        raise ArtifactError(f"{display_path(path)} is empty: a row a line was expected; delete it and make it again")
+        raise ArtifactError(
+            f"{display_path(path)} is empty: one row per line was expected; delete it and make it again"
+        )
     return rows
 
 
@@ -49,7 +52,7 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{display_path(path)}, line {number}: not JSON ({error}); mend or delete it") from None
+        raise ArtifactError(f"{display_path(path)}, line {number}: not JSON ({error}); fix or delete it") from None
     if not isinstance(row, dict):
         raise ArtifactError(f"{display_path(path)}, line {number}: a {type(row).__name__}, a JSON object was expected")
     return row
@@ -58,32 +61,33 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 class RowLog:
     """An append-only row file that survives ``kill -9``.
 
-    On opening, whole rows made under the same protocol are kept in ``rows`` (key -> row), rows of another protocol
-    are dropped (``num_dropped``) and a torn last line is cut off (``torn``). ``append`` flushes each row as it is
-    finished; ``finish`` rewrites the file in the order asked for, so that its bytes do not depend on which row
-    happened to finish first.
+    Opening it keeps complete rows of the same protocol in ``rows`` (key -> row), drops rows of another one
+    (``num_dropped``) and cuts off an incomplete last line (``torn``). ``finish`` sorts the file, so that its bytes do
+    not depend on which row happened to finish first.
 
     Args:
         path: the row file; its folder is made where it is missing.
         protocol_hash: hash of everything that makes the rows what they are (model, prompts, decoding).
         key: the column that identifies a row.
+        label: whose rows they are, for the progress: ``untuned`` or a checkpoint's name.
 
     Raises:
-        ArtifactError: a line in the middle is not a JSON object, or lacks ``key``; the line number is named.
+        ArtifactError: a line before the last is not a JSON object or lacks ``key``; its number is named.
     """
 
-    def __init__(self, path: Path, protocol_hash: str, key: str = "id") -> None:
-        self.path, self.protocol_hash, self.key = path, protocol_hash, key
+    def __init__(self, path: Path, protocol_hash: str, key: str = "id", label: str = "") -> None:
+        self.path, self.protocol_hash, self.key, self.label = path, protocol_hash, key, label
         self.rows: dict[Any, dict[str, Any]] = {}
         self.num_dropped, self.torn = 0, False
+        self._tracker: progress.Tracker | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and self._load():
             write_jsonl(path, self.rows.values())
 
     def _load(self) -> bool:
-        """Fill ``rows``; returns whether the file holds more than they are and has to be written anew."""
+        """Fill ``rows``; returns whether the file holds anything else and has to be rewritten."""
         lines = _numbered_lines(self.path)
-        # Every finished row ends in a newline, so what follows the last one is a row that a kill cut short.
+        # Every finished row ends in a newline: what follows the last one was cut short by a kill.
         self.torn = bool(lines.pop()[1])
         for number, line in lines:
             row = _parse_row(self.path, number, line)
@@ -95,43 +99,41 @@ class RowLog:
                 self.num_dropped += 1
         return self.torn or len(lines) != len(self.rows)
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Row) -> None:
         """Add one finished row and hand it to the operating system before returning.
 
         Raises:
-            DiskFull: there is no room for it; the rows before it are whole.
-            KeyboardInterrupt: an interrupt came inside ``whole_rows``; the row is in the file.
+            DiskFull: there is no room for it; the rows before it are complete.
+            KeyboardInterrupt: an interrupt came inside ``complete_rows``; the row is in the file.
         """
         stamped = {**row, "protocol_hash": self.protocol_hash}
         with named_when_full(self.path), self.path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(json_line(stamped))
         self.rows[stamped[self.key]] = stamped
+        if self._tracker:
+            self._tracker.advance(stamped)
         _stop_between_rows()
 
     @contextmanager
-    def whole_rows(self) -> Iterator[None]:
-        """Inside, an interrupt waits until the row in work is in the file; a second one stops at once.
+    def complete_rows(self, kind: str = "rows", total: int = 0) -> Iterator[None]:
+        """Inside, progress is shown and an interrupt waits until the current row is in the file; a second one does not.
 
-        Minutes of a model's work may stand in a row that is nearly finished.
+        Args:
+            kind: what the rows are, in words.
+            total: rows of the finished file; 0 where that is not known.
         """
-        # Python lets only the main thread set handlers, and delivers signals nowhere else.
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        _stop_asked.clear()
-        before = signal.signal(signal.SIGINT, _on_interrupt)
-        try:
-            yield
-            _stop_between_rows()
-        finally:
-            signal.signal(signal.SIGINT, before)
-            _stop_asked.clear()
+        with progress.track(f"{self.label} {kind}".strip(), total, self.rows.values()) as tracker, _late_interrupt():
+            self._tracker = tracker
+            try:
+                yield
+            finally:
+                self._tracker = None
 
     def finish(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
         """Rows of ``keys`` in their order, as written back to the file; other rows leave it.
 
         Raises:
-            ArtifactError: a row is not there.
+            ArtifactError: a row is missing.
         """
         missing = [key for key in keys if key not in self.rows]
         if missing:
@@ -141,19 +143,61 @@ class RowLog:
         return rows
 
 
-# Set by the first interrupt inside `RowLog.whole_rows`, looked at by each `RowLog.append`.
-_stop_asked = threading.Event()
+def fill_rows(
+    log: RowLog,
+    rows: Sequence[Row],
+    generate: Callable[[list[Row], Callable[[int, Any], None]], None],
+    to_row: Callable[[Row, Any], Row],
+    *,
+    kind: str = "rows",
+    key: str = "id",
+) -> list[Row]:
+    """The finished row of each of ``rows``, in their order; only those that ``log`` lacks are generated.
+
+    Args:
+        generate: gets the missing rows, and calls back with the position of a row among them and its result, in any
+            order; each result is in the file before the call returns.
+        to_row: finished row from the given row and its result.
+        kind: what the rows are, for the progress.
+        key: column of ``rows`` that identifies a row in ``log``.
+    """
+    missing = [row for row in rows if row[key] not in log.rows]
+    if missing:
+        with log.complete_rows(kind, len(rows)):
+            generate(missing, lambda index, result: log.append(to_row(missing[index], result)))
+    return log.finish([row[key] for row in rows])
+
+
+# Set by the first interrupt inside `RowLog.complete_rows`, read by each `RowLog.append`.
+_stop_wanted = threading.Event()
+
+
+@contextmanager
+def _late_interrupt() -> Iterator[None]:
+    """Inside, the first Ctrl-C takes effect after the current row: minutes of a model's work may stand in it."""
+    # Python lets only the main thread set handlers, and delivers signals nowhere else.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _stop_wanted.clear()
+    before = signal.signal(signal.SIGINT, _on_interrupt)
+    try:
+        yield
+        _stop_between_rows()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _stop_wanted.clear()
 
 
 def _on_interrupt(_number: int, _frame: FrameType | None) -> None:
-    if _stop_asked.is_set():
+    if _stop_wanted.is_set():
         raise KeyboardInterrupt("stopped inside a row")
-    _stop_asked.set()
+    _stop_wanted.set()
 
 
 def _stop_between_rows() -> None:
-    if _stop_asked.is_set():
-        raise KeyboardInterrupt("stopped after a whole row")
+    if _stop_wanted.is_set():
+        raise KeyboardInterrupt("stopped after a complete row")
 
 
 class SharedRowLog(RowLog):
@@ -162,9 +206,9 @@ class SharedRowLog(RowLog):
     It is held from here to ``finish``, or to the end of the process.
     """
 
-    def __init__(self, path: Path, protocol_hash: str) -> None:
+    def __init__(self, path: Path, protocol_hash: str, key: str = "id", label: str = "") -> None:
         hold_file(path)
-        super().__init__(path, protocol_hash)
+        super().__init__(path, protocol_hash, key, label)
 
     def finish(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
         """As ``RowLog.finish``; other runs may have the file then."""
@@ -176,7 +220,7 @@ class SharedRowLog(RowLog):
 def open_untuned_log(paths: RunPaths, kind: str, protocol: Mapping[str, Any]) -> SharedRowLog:
     """The row file of the untuned model under ``protocol``; ``kind`` begins its name, as ``gsm8k_preds``."""
     protocol_hash = sha256_json(protocol)
-    return SharedRowLog(paths.untuned_rows(kind, protocol_hash), protocol_hash)
+    return SharedRowLog(paths.untuned_rows(kind, protocol_hash), protocol_hash, label="untuned")
 
 
 def row_id(row: Row) -> int:

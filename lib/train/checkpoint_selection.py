@@ -226,14 +226,14 @@ def ask(checkpoint: Path, generator: "LazyGenerator", rows: SweepRows, protocol:
     adapter = sha256_file(checkpoint / "adapter_model.safetensors")
     by = [dict(protocol.model), adapter]
     answer_hash = sha256_json([by, gsm8k.SYSTEM_PROMPT, protocol.fewshot, protocol.max_answer_tokens, rows.questions])
-    log = RowLog(folder / f"answers_{checkpoint.name}.jsonl", answer_hash)
+    log = RowLog(folder / f"answers_{checkpoint.name}.jsonl", answer_hash, label=checkpoint.name)
     answers = gsm8k.evaluate(
         rows.questions, protocol.fewshot, generator, max_new_tokens=protocol.max_answer_tokens, log=log
     )
     if not rows.prompts:
         return Asked(checkpoint, adapter, answers, [], generator.wall_s)
     response_hash = sha256_json([by, protocol.max_response_tokens, rows.prompts])
-    log = RowLog(folder / f"responses_{checkpoint.name}.jsonl", response_hash)
+    log = RowLog(folder / f"responses_{checkpoint.name}.jsonl", response_hash, label=checkpoint.name)
     responses = safety.respond(rows.prompts, generator, max_new_tokens=protocol.max_response_tokens, log=log)
     return Asked(checkpoint, adapter, answers, responses, generator.wall_s)
 
@@ -245,7 +245,8 @@ def judge(asked: Asked, generator: "LazyGenerator", protocol: Protocol, folder: 
     prompt_hash = safety.judge_prompt_hash(protocol.guidelines, protocol.judge_context, protocol.judge_mode)
     by = [dict(protocol.judge), prompt_hash, protocol.max_verdict_tokens]
     made_of = [row["protocol_hash"] for row in asked.responses[:1]]
-    log = RowLog(folder / f"verdicts_{asked.checkpoint.name}.jsonl", sha256_json([by, made_of]))
+    name = asked.checkpoint.name
+    log = RowLog(folder / f"verdicts_{name}.jsonl", sha256_json([by, made_of]), label=name)
     return safety.judge(
         asked.responses,
         generator,

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lib.record import progress
 from lib.record.files import write_json
 from lib.record.rows import write_jsonl
 from lib.train.checkpoints import COMPLETE, UNSOUND, list_checkpoints, save_adapter
@@ -267,7 +268,9 @@ class Recorder(TrainerCallback):
     ) -> None:
         with self.log_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(logs) + "\n")
-        # One line at the end: what is seen meanwhile is read from the log, and a notebook that is kept holds no bar.
+        num_tokens = sum(row["num_tokens"] for row in state.log_history)
+        shown = {"num_tokens": num_tokens, "loss": logs["loss"], "dev_loss": logs.get("dev_loss")}
+        progress.report("steps", logs["step"], self.num_steps, **shown)
         if logs["step"] == self.num_steps:
             self.say(self._final_line(logs))
 

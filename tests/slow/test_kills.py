@@ -41,7 +41,7 @@ record = start_stage(paths.manifest("03_eval_gsm8k"), "03_eval_gsm8k", run_name,
 log = RowLog(paths.gsm8k_preds, "p")
 untuned = open_untuned_log(paths, "gsm8k_preds", {"model": "untuned"})
 for rows in (log, untuned):
-    with rows.whole_rows():
+    with rows.complete_rows():
         for number in range(25):
             if number not in rows.rows:
                 time.sleep(0.03)

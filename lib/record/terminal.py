@@ -1,10 +1,21 @@
-"""Lines for the person at the terminal."""
+"""Lines and paths for the person at the terminal."""
 
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
+from lib.record.paths import PROJECT_ROOT
 from lib.record.redaction import visible
+
+# Where the command was typed: once something runs, the project is the working directory.
+TYPED_IN = Path.cwd()
+
+
+def as_typed(path: Path) -> str:
+    """``path`` as it can be used where the command was typed."""
+    path = (PROJECT_ROOT / path).resolve()
+    return str(path.relative_to(TYPED_IN) if path.is_relative_to(TYPED_IN) else path)
 
 
 def tell(message: str) -> None:

@@ -1,0 +1,62 @@
+"""Which command a command line gives, and the list of presets."""
+
+import argparse
+
+from lib.driver.cli import UsageError
+from lib.driver.plan import COMPARE, make_plans, output_folders
+from lib.driver.run import locked, places, run_all, stage_parameters
+from lib.params import ParamsError, find_presets
+from lib.record.manifest import stale_reason
+from lib.record.paths import STAGES
+from lib.record.terminal import fail, tell
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run the command and return the exit status.
+
+    Raises:
+        UsageError: it cannot be done; nothing was started.
+    """
+    args.params_dir = args.params_dir.resolve()
+    if args.list:
+        return show_list(args)
+    if not (args.verify or args.export or args.report_only or args.track):
+        return _run(args)
+    # Scipy and statsmodels behind it take two seconds.
+    from lib.driver import reporting
+
+    if args.verify:
+        return reporting.verify(args.verify)
+    if args.export:
+        return reporting.export_models(args) if args.export == "model" else reporting.export_runs(args)
+    reporting.check_tracker(args)
+    if args.report_only:
+        return reporting.track_runs(args, [], 0) if reporting.write_report_site(args, required=True) else 1
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    plans = make_plans(args)
+    with locked(output_folders(args)[0], args.typed, args.wait), places(args, plans) as environments:
+        return run_all(args, plans, environments)
+
+
+def show_list(args: argparse.Namespace) -> int:
+    """Print the presets and the state of their stages; 2 if one that was named cannot be run."""
+    status = 0
+    chosen = args.presets or find_presets(args.params_dir)
+    if not chosen:
+        raise UsageError(f"--params-dir {args.params_dir}: there is no preset in this folder")
+    for preset in chosen:
+        try:
+            plans = make_plans(argparse.Namespace(**{**vars(args), "presets": [preset]}))
+        except (UsageError, ParamsError) as error:
+            fail(f"{preset}: {error}")
+            status = 2 if args.presets else status
+            continue
+        for plan in plans:
+            tell(f"{plan.preset}: {plan.params.description}")
+            for stage in (stage for stage in STAGES if stage != COMPARE):
+                reason = stale_reason(plan.paths.manifest(stage), stage, stage_parameters(stage, plan))
+                tell(f"  {stage:<15} {reason or 'complete'}")
+    return status

@@ -1,0 +1,142 @@
+"""What is made of finished runs: verification, the report site, exports, tracking, and the table at a run's end."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lib.compare.folder_schema import check_folder
+from lib.compare.tables import missed_baselines, results_table
+from lib.compare.verify import verify_folder
+from lib.driver.cli import UsageError
+from lib.driver.plan import Plan, output_folders
+from lib.driver.run import set_kernel_environment
+from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path, find_runs
+from lib.record.terminal import as_typed, fail, tell
+from lib.reports import to_mlflow
+from lib.reports.site import TEXT_STAGE, rewriting_commands, unredacted_runs, write_site
+from lib.reports.to_lm_eval import export_lm_eval
+
+
+def verify(folder: str) -> int:
+    """Recompute every metric below ``folder`` from its row files; 1 when anything differs.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise UsageError(f"--verify {folder}: there is no such folder; results of a run lie in results/")
+    try:
+        check_folder(Path(folder).resolve())
+        lines, mismatches = verify_folder(Path(folder).resolve())
+    except ArtifactError as error:
+        fail(f"--verify {folder}: {error}")
+        return 1
+    tell("\n".join(lines))
+    for mismatch in mismatches:
+        fail(f"MISMATCH {mismatch}")
+    runs = f"{len(lines)} run{'s' if len(lines) != 1 else ''}"
+    tell(f"{len(mismatches)} mismatch{'es' if len(mismatches) != 1 else ''}; recomputed from the rows of {runs}")
+    return 1 if mismatches else 0
+
+
+def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
+    """Write ``index.html`` over every run of the folder; prints why and returns False where that failed.
+
+    Args:
+        required: a folder without any scored run is a failure too.
+    """
+    results, reports = output_folders(args)
+    if not required and not find_runs(display_path(results)):
+        return True
+    try:
+        check_folder(results, for_report=True)
+        path = write_site(display_path(results), reports, redact=args.redact)
+    except (ArtifactError, OSError, ValueError) as error:
+        fail(f"reports/index.html was not written: {error}")
+        return False
+    names = unredacted_runs(find_runs(str(results)), reports) if args.redact else []
+    if names:
+        fail(f"--redact: {TEXT_STAGE} of {', '.join(names)} was made without it and still shows texts of AILuminate;")
+        fail("index.html does not link it; with the other flags of the run, this makes it again from its rows:")
+        fail("\n".join(f"  {command}" for command in rewriting_commands(names)))
+    if required:
+        tell(f"written: {as_typed(path)}")
+    return True
+
+
+def show_results(args: argparse.Namespace, plans: list[Plan]) -> None:
+    """Print the small table at the end, and where everything lies."""
+    results, reports = output_folders(args)
+    table = results_table(display_path(results), {plan.preset: plan.wall_s for plan in plans})
+    if table:
+        tell("\n" + table)
+    if any(not plan.params.benchmark for plan in plans):
+        tell("a rehearsal, not a benchmark: sandbox runs use a 135M model and small data.")
+    tell(f"\nartefacts: {as_typed(results)}/\nreports:   {as_typed(reports)}/ (.ipynb and .html)")
+    if (reports / "index.html").exists():
+        tell(f"begin at:  {as_typed(reports)}/index.html")
+
+
+def baselines_missed(args: argparse.Namespace, plans: list[Plan]) -> bool:
+    """Whether a preset is below a baseline; prints each miss."""
+    misses = missed_baselines(display_path(output_folders(args)[0]), [plan.preset for plan in plans])
+    for miss in misses:
+        fail(miss)
+    return bool(misses)
+
+
+def export_runs(args: argparse.Namespace) -> int:
+    """Write the runs of ``--presets``, or all, as lm-evaluation-harness writes them; 1 if there is none."""
+    results = output_folders(args)[0]
+    try:
+        check_folder(results, for_report=True)
+        paths = export_lm_eval(display_path(results), _named_runs(args), redact=args.redact)
+    except (ArtifactError, ValueError) as error:
+        fail(f"--export {args.export}: {error}")
+        return 1
+    tell("\n".join(f"written: {as_typed(path)}" for path in paths))
+    return 0
+
+
+def _named_runs(args: argparse.Namespace) -> list[str]:
+    """The runs that ``--presets`` and ``--seeds`` name; empty for all."""
+    presets = args.presets or []
+    return [f"{preset}_seed{seed}" for preset in presets for seed in args.seeds or []] or presets
+
+
+def export_models(args: argparse.Namespace) -> int:
+    """Write the evaluated model of the runs of ``--presets``, or of all; 1 if one failed."""
+    results, _ = output_folders(args)
+    names = _named_runs(args) or [run.name for run in find_runs(str(results))]
+    sources = (["--assets", str(args.assets.resolve())] if args.assets else []) + ["--offline"] * args.offline
+    set_kernel_environment(args.offline)
+    # A child process: the driver never imports torch.
+    command = [sys.executable, "-m", "lib.reports.to_transformers", "--results-dir", str(results), *sources, *names]
+    return min(1, subprocess.run(command, cwd=PROJECT_ROOT).returncode)
+
+
+def check_tracker(args: argparse.Namespace) -> None:
+    """Raise UsageError if the runs cannot be logged as ``--track`` demands."""
+    if args.track and (why := to_mlflow.missing()):
+        raise UsageError(why)
+
+
+def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> int:
+    """Log the runs ``names`` (all if empty) to ``--track``; returns ``status``, or 1 where logging failed."""
+    if not args.track or status == 130:
+        return status
+    results, reports = output_folders(args)
+    scored = [run.name for run in find_runs(str(results)) if not names or run.name in names]
+    if not scored:
+        fail(f"--track {args.track}: no run has rows to score yet, nothing was logged")
+        return status or 1
+    try:
+        connection = to_mlflow.connect(str(results))
+        lines = to_mlflow.log_runs(display_path(results), reports, connection, scored, redact=args.redact)
+    except (ArtifactError, to_mlflow.TrackError) as error:
+        fail(f"--track {args.track}: {error}")
+        return status or 1
+    tell("\n".join([*lines, to_mlflow.how_to_look(connection)]))
+    return status
