@@ -3,7 +3,7 @@
 import json
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -139,6 +139,30 @@ class RowLog:
         rows = [self.rows[key] for key in keys]
         write_jsonl(self.path, rows)
         return rows
+
+
+def fill_rows(
+    log: RowLog,
+    rows: Sequence[Row],
+    generate: Callable[[list[Row], Callable[[int, Any], None]], None],
+    to_row: Callable[[Row, Any], Row],
+    *,
+    kind: str = "rows",
+    key: str = "id",
+) -> list[Row]:
+    """The rows of ``log`` in the order of ``rows``; missing ones are generated and appended as they finish.
+
+    Args:
+        rows: what to generate from, each with its ``key``.
+        generate: gets the missing rows, and a function to call with the index of one and its result.
+        to_row: the row to keep, from a row and its result.
+        kind: what the rows are, in words.
+    """
+    missing = [row for row in rows if row[key] not in log.rows]
+    if missing:
+        with log.whole_rows():
+            generate(missing, lambda index, result: log.append(to_row(missing[index], result)))
+    return log.finish([row[key] for row in rows])
 
 
 # Set by the first interrupt inside `RowLog.whole_rows`, looked at by each `RowLog.append`.
