@@ -107,7 +107,7 @@ def _train_data(run: RunScores) -> str | None:
     known = run.parameters
     if known.get("train_source") == "self_distilled":
         # How many is said: GSM8K's own answers may be most of the rows (distil_fallback: gold).
-        return self_distillation.told(facts_of(run.paths, "01_prepare").get("distil"), known["gsm8k_source"])
+        return self_distillation.describe(facts_of(run.paths, "01_prepare").get("distil"), known["gsm8k_source"])
     return known.get("train_file") or known.get("gsm8k_source")
 
 
