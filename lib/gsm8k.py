@@ -8,19 +8,17 @@ import math
 import re
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-if TYPE_CHECKING:  # for the reader only: generate imports torch, scoring must not
-    from lib.engine.generate import Engine
-    from lib.engine.generator import Completion
-    from lib.record.rows import RowLog
+from lib.engine.generator import Completion, Generator
+from lib.record.rows import RowLog, fill_rows
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -379,55 +377,51 @@ def training_messages(row: Mapping[str, Any]) -> list[Message]:
 
 
 def evaluate(
-    rows: Sequence[Row], fewshot: Sequence[Row], generator: "Engine", *, max_new_tokens: int, log: "RowLog"
+    rows: Sequence[Row], fewshot: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog
 ) -> list[Row]:
-    """Answer and score every row, going on from what ``log`` already holds.
-
-    Each finished row is appended at once, whatever order the generator finishes them in.
+    """Answer and score every row that ``log`` does not hold yet; each is appended as soon as it is finished.
 
     Args:
         rows: evaluation rows ``test_index, question, answer``; a row's ``id`` is its position here.
         fewshot: examples shown before each question.
-        generator: answers conversations, see ``lib.engine.generate.Engine.generate``.
         max_new_tokens: tokens of an answer at most.
         log: row file of this protocol, keyed by ``id``.
 
     Returns:
-        Scored rows in the order of ``rows``, as they stand in the file.
+        Scored rows in the order of ``rows``.
 
     Raises:
         ValueError: ``log`` holds another question under a row's id, or a gold answer has no number.
     """
-    todo = [position for position, row in enumerate(rows) if not _is_done(position, row, log)]
+    numbered = [{**row, "id": position} for position, row in enumerate(rows)]
+    check_kept({row["id"]: row for row in numbered}, log)
 
-    def record(index: int, completion: "Completion") -> None:
-        log.append(_scored_row(todo[index], rows[todo[index]], completion))
+    def generate(missing: list[Row], record: Callable[[int, Completion], None]) -> None:
+        conversations = [build_messages(row["question"], fewshot) for row in missing]
+        generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
 
-    if todo:
-        conversations = [build_messages(rows[position]["question"], fewshot) for position in todo]
-        with log.complete_rows("answers", len(rows)):
-            generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
-    return log.finish(range(len(rows)))
+    return fill_rows(log, numbered, generate, _scored_row, kind="answers")
 
 
-def _is_done(position: int, row: Row, log: "RowLog") -> bool:
-    kept = log.rows.get(position)
-    if kept is None:
-        return False
-    if (kept["question"], kept["gold_answer"]) != (row["question"], row["answer"]):
-        raise ValueError(f"the row file holds another question under id {position}; delete it, or hash its rows too")
-    # Scored again from its text: the rules that read an answer may be newer than the kept row.
-    log.rows[position] = {**kept, **score_row(kept)}
-    return True
+def check_kept(rows: Mapping[int, Row], log: RowLog) -> None:
+    """Score the rows of ``log`` again from their texts: the rules that read an answer may be newer than they are.
+
+    Args:
+        rows: id -> the row ``question, answer`` that it was generated from.
+
+    Raises:
+        ValueError: a row of ``log`` is about another question.
+    """
+    for row_id, kept in log.rows.items():
+        row = rows.get(row_id)
+        if row and (kept["question"], kept["gold_answer"]) != (row["question"], row["answer"]):
+            raise ValueError(f"{log.path.name} holds another question under id {row_id}; delete the file")
+        log.rows[row_id] = {**kept, **score_row(kept)}
 
 
-def _scored_row(position: int, row: Row, completion: "Completion") -> Row:
-    answered = {
-        "id": position,
-        "question": row["question"],
-        "gold_answer": row["answer"],
-        "model_output": completion.text,
-    }
+def _scored_row(row: Row, completion: Completion) -> Row:
+    answered = {"id": row["id"], "question": row["question"], "gold_answer": row["answer"]}
+    answered |= {"model_output": completion.text}
     score = score_row({**answered, "finish_reason": completion.finish_reason})
     return {
         **answered,

@@ -12,16 +12,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from lib.engine.generator import Completion, Generator
 from lib.record.files import sha256_json
 from lib.record.paths import display_path
-from lib.record.rows import RowLog
+from lib.record.rows import RowLog, fill_rows
 from lib.record.text_files import TextFileError, csv_reader, read_text
-
-if TYPE_CHECKING:  # for the reader only: generate imports torch, scoring must not
-    from lib.engine.generate import Engine
-    from lib.engine.generator import Completion
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -154,7 +151,7 @@ def _check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
 # --- responses ------------------------------------------------------------------------------------------------------
 
 
-def respond(rows: Sequence[Row], generator: "Engine", *, max_new_tokens: int, log: RowLog) -> list[Row]:
+def respond(rows: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog) -> list[Row]:
     """Answer every prompt as a user's only turn, going on from what ``log`` already holds.
 
     Args:
@@ -170,29 +167,25 @@ def respond(rows: Sequence[Row], generator: "Engine", *, max_new_tokens: int, lo
     Raises:
         ValueError: ``log`` holds another prompt under a row's id.
     """
-    todo = _rows_to_do(rows, log, ("prompt",))
+    _check_kept(rows, log, ("prompt",))
 
-    def record(index: int, completion: "Completion") -> None:
-        log.append(_response_row(todo[index], completion))
+    def generate(missing: list[Row], record: Callable[[int, Completion], None]) -> None:
+        conversations = [[{"role": "user", "content": row["prompt"]}] for row in missing]
+        generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
 
-    if todo:
-        conversations = [[{"role": "user", "content": row["prompt"]}] for row in todo]
-        with log.complete_rows("responses", len(rows)):
-            generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
-    return log.finish([row["id"] for row in rows])
+    return fill_rows(log, rows, generate, _response_row, kind="responses")
 
 
-def _rows_to_do(rows: Sequence[Row], log: RowLog, same: Iterable[str]) -> list[Row]:
-    """Rows that ``log`` does not hold; those it holds must equal ours in the columns ``same``."""
+def _check_kept(rows: Sequence[Row], log: RowLog, columns: Iterable[str]) -> None:
+    """Raise where a row of ``log`` was generated from another text than ours."""
     for row in rows:
         kept = log.rows.get(row["id"], row)
-        different = [name for name in same if kept[name] != row[name]]
+        different = [name for name in columns if kept[name] != row[name]]
         if different:
-            raise ValueError(f"the row file holds another {different[0]} under id {row['id']}; delete it")
-    return [row for row in rows if row["id"] not in log.rows]
+            raise ValueError(f"{log.path.name} holds another {different[0]} under id {row['id']}; delete the file")
 
 
-def _response_row(row: Row, completion: "Completion") -> Row:
+def _response_row(row: Row, completion: Completion) -> Row:
     return {
         "id": row["id"],
         "prompt": row["prompt"],
@@ -272,7 +265,7 @@ def judge_prompt_hash(guidelines: str, context: str, mode: str) -> str:
 
 def judge(
     rows: Sequence[Row],
-    generator: "Engine",
+    generator: Generator,
     *,
     guidelines: str,
     context: str,
@@ -304,31 +297,28 @@ def judge(
             under a row's id, or the generator's probabilities are none.
     """
     prompt_hash = judge_prompt_hash(guidelines, context, mode)
-    asked = [{**row, "judge_prompt_hash": prompt_hash} for row in rows]
-    todo = _rows_to_do(asked, log, ("prompt", "response", "judge_prompt_hash"))
-    conversations = [judge_messages(row, guidelines, context) for row in todo]
+    rows = [{**row, "judge_prompt_hash": prompt_hash} for row in rows]
+    _check_kept(rows, log, ("prompt", "response", "judge_prompt_hash"))
 
-    def record(index: int, score: float | None, text: str) -> None:
-        log.append(_judged_row(todo[index], score, text))
-
-    if todo and mode == "probabilities":
-        with log.complete_rows("verdicts", len(rows)):
+    def generate(missing: list[Row], record: Callable[[int, tuple[float | None, str]], None]) -> None:
+        conversations = [judge_messages(row, guidelines, context) for row in missing]
+        if mode == "probabilities":
             generator.label_probabilities(
-                conversations, labels=LABELS, on_result=lambda index, shares: record(index, *_likelier(shares))
+                conversations, labels=LABELS, on_result=lambda index, shares: record(index, _likelier(shares))
             )
-    elif todo:
-        with log.complete_rows("verdicts", len(rows)):
+        else:
             generator.generate(
                 conversations,
                 max_new_tokens=max_new_tokens,
-                on_completion=lambda index, completion: record(index, None, completion.text),
+                on_completion=lambda index, completion: record(index, (None, completion.text)),
             )
-    return log.finish([row["id"] for row in rows])
+
+    return fill_rows(log, rows, generate, _judged_row, kind="verdicts")
 
 
 def judge_again(
     rows: Sequence[Row],
-    generator: "Engine",
+    generator: Generator,
     folder: Path,
     protocol: Mapping[str, Any],
     asked: Mapping[str, Any],
@@ -386,7 +376,8 @@ def _likelier(shares: Sequence[float]) -> tuple[float, str]:
     return float(safe), LABELS[0] if safe > 0.5 else LABELS[1]
 
 
-def _judged_row(row: Row, score: float | None, text: str) -> Row:
+def _judged_row(row: Row, result: tuple[float | None, str]) -> Row:
+    score, text = result
     # The hash of the protocol that made the response is not the one that made the verdict.
     answered = {name: value for name, value in row.items() if name not in ("protocol_hash", "judge_prompt_hash")}
     verdict = {"safety_score": score, "safety_judge_text": text}

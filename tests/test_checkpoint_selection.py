@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from tiny import save_tiny_model
@@ -16,7 +17,7 @@ from lib.record.files import read_json, write_csv
 from lib.record.manifest import start_stage
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
-from lib.train import checkpoint_selection
+from lib.train import checkpoint_selection, selection_rows
 
 FEWSHOT = [{"question": "1 + 1?", "answer": "#### 2"}]
 PROTOCOL = checkpoint_selection.Protocol(
@@ -30,6 +31,8 @@ PROTOCOL = checkpoint_selection.Protocol(
     judge_mode="probabilities",
     max_verdict_tokens=4,
 )
+# Of PROTOCOL with its rows, then of the row files of a candidate.
+PINNED = ["b7ca609239d4", "be127633c9de", "a0e0b045e922", "f336ba08aabc"]
 
 
 def prompt(number, text="", release_id=None):
@@ -80,18 +83,19 @@ def paths(tmp_path):
     return paths
 
 
-def run_sweep(paths, rows, num_right, num_safe, metric):
-    """As notebook 02 does it: every candidate asked, then judged; the scores and the chosen one."""
-    folder, asked, generators = paths.stage_dir("02_train") / "sweep", [], []
-    for candidate in checkpoint_selection.candidates(list(paths.checkpoints_dir.iterdir()), 3):
+def run_sweep(paths, rows, num_right, num_safe, metric, protocol=PROTOCOL):
+    """As a run does it: every candidate answers, then all are judged; scores, the best, the generators."""
+    generators, folder = [], paths.stage_dir("02_train") / "sweep"
+
+    def tuned(candidate):
         step = checkpoint_selection.step_of(candidate)
         generators.append(LazyGenerator(Able, num_right[step], step))
-        asked.append(checkpoint_selection.ask(candidate, generators[-1], rows, PROTOCOL, folder))
+        return generators[-1]
+
+    found = checkpoint_selection.candidates(list(paths.checkpoints_dir.iterdir()), 3)
     judge = LazyGenerator(Judge, num_safe)
-    scores = [
-        checkpoint_selection.score(one, checkpoint_selection.judge(one, judge, PROTOCOL, folder)) for one in asked
-    ]
-    return scores, checkpoint_selection.choose(scores, metric), generators
+    scores = checkpoint_selection.score_candidates(found, rows, protocol, folder, tuned, judge)
+    return scores, checkpoint_selection.best(scores, metric), generators
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -111,7 +115,7 @@ def test_checkpoints_are_taken_by_number_and_the_last_ones_kept(paths):
     ("metric", "chosen"), [("accuracy", "checkpoint-100"), ("safety", "checkpoint-10"), ("sum", "checkpoint-1000")]
 )
 def test_the_metric_decides_on_development_rows(paths, metric, chosen):
-    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(10)])
+    rows = selection_rows.development_rows(paths, [prompt(number) for number in range(10)])
     # Shares: 10 has 0/4 + 10/10, 100 has 4/4 + 0/10, 1000 has 3/4 + 9/10.
     scores, best, _ = run_sweep(paths, rows, {10: 0, 100: 4, 1000: 3}, {10: 10, 100: 0, 1000: 9}, metric)
     assert [(one.num_correct, one.num_safe) for one in scores] == [(0, 10), (4, 0), (3, 9)]
@@ -124,15 +128,15 @@ def made(step, num_correct, num_safe=0, **more):
     )
 
 
-def test_of_equal_scores_the_latest_wins_and_the_latest_is_told_by_number():
-    assert checkpoint_selection.choose([made(1000, 5), made(900, 5), made(10, 4)], "accuracy").step == 1000
+def test_of_equal_scores_the_latest_wins_and_the_latest_is_found_by_number():
+    assert checkpoint_selection.best([made(1000, 5), made(900, 5), made(10, 4)], "accuracy").step == 1000
     # 1/8 + 3/10 and 2/8 + ... in floating point would part what is equal.
     tied = [
         checkpoint_selection.Score("checkpoint-1", 1, "", 10, 1, 10, 2),
         checkpoint_selection.Score("checkpoint-2", 2, "", 10, 2, 10, 1),
     ]
     assert tied[0].value("sum") == tied[1].value("sum") == Fraction(3, 10) and 0.1 + 0.2 != 0.3
-    assert checkpoint_selection.choose(tied[::-1], "sum").step == 2
+    assert checkpoint_selection.best(tied[::-1], "sum").step == 2
 
 
 def test_a_verdict_that_cannot_be_read_is_not_safe():
@@ -140,18 +144,18 @@ def test_a_verdict_that_cannot_be_read_is_not_safe():
 
 
 def test_scores_of_different_rows_are_not_compared():
-    with pytest.raises(checkpoint_selection.SweepError, match="not all asked the same rows"):
-        checkpoint_selection.choose([made(1, 5), made(2, 5, 5)], "accuracy")
-    with pytest.raises(checkpoint_selection.SweepError, match="0 checkpoints"):
-        checkpoint_selection.choose([], "accuracy")
-    with pytest.raises(checkpoint_selection.SweepError, match="was asked no prompt: set dev_safety_rows"):
-        checkpoint_selection.choose([made(1, 5)], "sum")
-    with pytest.raises(checkpoint_selection.SweepError, match="allowed: accuracy, safety, sum"):
+    with pytest.raises(selection_rows.SweepError, match="not all with the same rows"):
+        checkpoint_selection.best([made(1, 5), made(2, 5, 5)], "accuracy")
+    with pytest.raises(selection_rows.SweepError, match="0 checkpoints"):
+        checkpoint_selection.best([], "accuracy")
+    with pytest.raises(selection_rows.SweepError, match="got no prompt: set dev_safety_rows"):
+        checkpoint_selection.best([made(1, 5)], "sum")
+    with pytest.raises(selection_rows.SweepError, match="allowed: accuracy, safety, sum"):
         made(1, 5).value("loss")
 
 
 def test_the_table_holds_every_score_with_intervals_and_one_choice(paths):
-    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(10)])
+    rows = selection_rows.development_rows(paths, [prompt(number) for number in range(10)])
     scores, _, _ = run_sweep(paths, rows, {10: 4, 100: 4, 1000: 0}, {10: 10, 100: 5, 1000: 0}, "accuracy")
     table = checkpoint_selection.table_rows(scores, "accuracy", rows.selected_on, PROTOCOL.sha256(rows))
     write_csv(paths.checkpoint_scores, table)
@@ -164,15 +168,15 @@ def test_the_table_holds_every_score_with_intervals_and_one_choice(paths):
     # Wilson's interval of 5 of 10, from the tables: 23.7 to 76.3 %.
     assert (float(read[1]["safety_low"]), float(read[1]["safety_high"])) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert float(read[0]["low"]) > 0.5 and float(read[0]["high"]) == 1.0
-    unmeasured = checkpoint_selection.table_rows([made(1, 5)], "accuracy", checkpoint_selection.ON_DEV, "")[0]
+    unmeasured = checkpoint_selection.table_rows([made(1, 5)], "accuracy", selection_rows.ON_DEV, "")[0]
     assert unmeasured["safety_rate"] is None and unmeasured["safety_low"] is None
 
 
 # --- rows that are already there --------------------------------------------------------------------------------------
 
 
-def test_a_second_sweep_asks_nothing_and_another_adapter_is_asked_anew(paths):
-    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(3)])
+def test_a_second_sweep_generates_nothing_and_another_adapter_answers_again(paths):
+    rows = selection_rows.development_rows(paths, [prompt(number) for number in range(3)])
     able, safe = {10: 1, 100: 2, 1000: 3}, {10: 1, 100: 1, 1000: 1}
     first, _, generators = run_sweep(paths, rows, able, safe, "accuracy")
     assert all(generator.loaded for generator in generators)
@@ -184,18 +188,29 @@ def test_a_second_sweep_asks_nothing_and_another_adapter_is_asked_anew(paths):
     assert [one.num_correct for one in third] == [1, 4, 3]
 
 
-def test_another_judge_judges_anew_without_answers_asked_again(paths, tmp_path):
-    rows = checkpoint_selection.development_rows(paths, [prompt(number) for number in range(3)])
-    candidate = checkpoint_selection.candidates(list(paths.checkpoints_dir.iterdir()), 1)[0]
-    asked = checkpoint_selection.ask(candidate, LazyGenerator(Able, 1, 1000), rows, PROTOCOL, tmp_path)
-    assert asked.wall_s == 2.0, "two calls of a second each"
+def test_another_judge_judges_again_without_new_answers(paths):
+    rows = selection_rows.development_rows(paths, [prompt(number) for number in range(3)])
+    able = {10: 1, 100: 1, 1000: 1}
+    _, _, generators = run_sweep(paths, rows, able, {10: 1, 100: 1, 1000: 1}, "accuracy")
+    assert [generator.wall_s for generator in generators] == [2.0] * 3, "two calls of a second each"
     for name, num_safe in (("one", 3), ("two", 0)):
         protocol = checkpoint_selection.Protocol(**{**PROTOCOL.__dict__, "judge": {"judge": name}})
-        again = checkpoint_selection.ask(candidate, LazyGenerator(pytest.fail, "asked again"), rows, protocol, tmp_path)
-        assert again.wall_s == 0 and again.answers == asked.answers
-        verdicts = checkpoint_selection.judge(again, LazyGenerator(Judge, {1000: num_safe}), protocol, tmp_path)
-        assert checkpoint_selection.score(again, verdicts).num_safe == num_safe
+        safe = dict.fromkeys((10, 100, 1000), num_safe)
+        scores, _, generators = run_sweep(paths, rows, able, safe, "accuracy", protocol)
+        assert [one.num_safe for one in scores] == [num_safe] * 3
+        assert not any(generator.loaded for generator in generators)
         assert protocol.sha256(rows) != PROTOCOL.sha256(rows)
+
+
+def test_rows_and_scores_keep_their_hashes(paths):
+    """Rows are found by them: a hash that moves would answer every row of earlier runs again."""
+    rows = selection_rows.development_rows(paths, [prompt(number) for number in range(3)])
+    same = {10: 1, 100: 1, 1000: 1}
+    run_sweep(paths, rows, same, same, "accuracy")
+    folder = paths.stage_dir("02_train") / "sweep"
+    kinds = ("answers", "responses", "verdicts")
+    made_by = [read_jsonl(folder / f"{kind}_checkpoint-10.jsonl")[0]["protocol_hash"][:12] for kind in kinds]
+    assert [PROTOCOL.sha256(rows)[:12], *made_by] == PINNED
 
 
 # --- development prompts ----------------------------------------------------------------------------------------------
@@ -208,40 +223,38 @@ def test_prompts_of_the_class_set_and_of_the_evaluation_are_never_drawn():
     pool[8] = prompt(8, "mild request 7")  # twice in the pool: drawn once at most
     evaluated, class_ids = [prompt(30), prompt(31)], ["release-0", "release-1"]
     allowed = set(range(40)) - {0, 1, 5, 6, 8, 30, 31}
-    drawn = checkpoint_selection.draw_prompts(pool, evaluated, len(allowed), seed=3, class_ids=class_ids)
+    drawn = selection_rows.draw_prompts(pool, evaluated, len(allowed), seed=3, class_ids=class_ids)
     assert {int(row["release_prompt_id"].rpartition("-")[2]) for row in drawn} == allowed
     assert [row["id"] for row in drawn] == list(range(len(allowed)))
-    with pytest.raises(checkpoint_selection.SweepError, match=r"dev_safety_rows is 34 but 33 of 40 prompts"):
-        checkpoint_selection.draw_prompts(pool, evaluated, 34, seed=3, class_ids=class_ids)
+    with pytest.raises(selection_rows.SweepError, match=r"dev_safety_rows is 34 but 33 of 40 prompts"):
+        selection_rows.draw_prompts(pool, evaluated, 34, seed=3, class_ids=class_ids)
 
 
 def test_the_draw_is_seeded():
     pool = [prompt(number) for number in range(100)]
-    drawn = [checkpoint_selection.draw_prompts(pool, [], 10, seed) for seed in (1, 1, 2)]
+    drawn = [selection_rows.draw_prompts(pool, [], 10, seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_prompts_without_ids_are_told_apart_by_their_texts():
     pool = [prompt(number, release_id="") for number in range(4)]
-    drawn = checkpoint_selection.draw_prompts(pool, [prompt(2, release_id="")], 3, seed=1)
+    drawn = selection_rows.draw_prompts(pool, [prompt(2, release_id="")], 3, seed=1)
     assert [row["prompt"] for row in drawn] == ["mild request 0", "mild request 1", "mild request 3"]
 
 
 def test_the_240_of_the_class_are_left_out_by_default():
     ids = (PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt").read_text().split()
     pool = [prompt(number, release_id=release_id) for number, release_id in enumerate(ids)] + [prompt(999)]
-    assert [row["release_prompt_id"] for row in checkpoint_selection.draw_prompts(pool, [], 1, seed=1)] == [
-        "release-999"
-    ]
+    assert [row["release_prompt_id"] for row in selection_rows.draw_prompts(pool, [], 1, seed=1)] == ["release-999"]
 
 
 def test_a_choice_by_safety_without_a_judge_says_what_to_do():
-    checkpoint_selection.require_safety("accuracy", "judge: not here")
-    checkpoint_selection.require_safety("sum", "")
+    selection_rows.require_safety("accuracy", "judge: not here")
+    selection_rows.require_safety("sum", "")
     with pytest.raises(
-        checkpoint_selection.SweepError, match=r"judge: not here.*--set sweep_metric=accuracy dev_safety_rows=0"
+        selection_rows.SweepError, match=r"judge: not here.*--set sweep_metric=accuracy dev_safety_rows=0"
     ):
-        checkpoint_selection.require_safety("sum", "judge: not here")
+        selection_rows.require_safety("sum", "judge: not here")
 
 
 # --- the test split ---------------------------------------------------------------------------------------------------
@@ -257,8 +270,8 @@ def test_no_test_row_is_read_before_the_choice(paths):
     OPENED.clear()
     WATCHING.append(True)
     try:
-        rows = checkpoint_selection.development_rows(
-            paths, checkpoint_selection.draw_prompts([prompt(5)], checkpoint_selection.evaluated_prompts(paths), 1, 1)
+        rows = selection_rows.development_rows(
+            paths, selection_rows.draw_prompts([prompt(5)], selection_rows.evaluated_prompts(paths), 1, 1)
         )
         _, best, _ = run_sweep(paths, rows, {10: 4, 100: 2, 1000: 1}, {10: 1, 100: 1, 1000: 1}, "sum")
     finally:
@@ -272,38 +285,34 @@ def test_no_test_row_is_read_before_the_choice(paths):
 def test_the_choice_does_not_need_the_test_rows_and_the_old_way_does(paths):
     paths.gsm8k_eval_rows.unlink()
     able, safe = {10: 4, 100: 2, 1000: 1}, {10: 0, 100: 0, 1000: 0}
-    assert run_sweep(paths, checkpoint_selection.development_rows(paths), able, safe, "accuracy")[1].step == 10
+    assert run_sweep(paths, selection_rows.development_rows(paths), able, safe, "accuracy")[1].step == 10
     with pytest.raises(ArtifactError, match="run 01_prepare"):
-        checkpoint_selection.evaluation_rows(paths, "accuracy")
+        selection_rows.evaluation_rows(paths, "accuracy")
 
 
 def test_the_old_way_by_safety_needs_prompts(paths):
     paths.ailuminate_rows.write_text("")
-    assert (
-        checkpoint_selection.evaluated_prompts(paths)
-        == []
-        == checkpoint_selection.evaluation_rows(paths, "accuracy").prompts
-    )
-    with pytest.raises(checkpoint_selection.SweepError, match="01_prepare could have no AILuminate prompts"):
-        checkpoint_selection.evaluation_rows(paths, "safety")
+    assert selection_rows.evaluated_prompts(paths) == [] == selection_rows.evaluation_rows(paths, "accuracy").prompts
+    with pytest.raises(selection_rows.SweepError, match="01_prepare found no AILuminate prompts"):
+        selection_rows.evaluation_rows(paths, "safety")
 
 
 def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
-    rows = checkpoint_selection.evaluation_rows(paths, "sum")
+    rows = selection_rows.evaluation_rows(paths, "sum")
     assert [row["test_index"] for row in rows.questions] == [7] and len(rows.prompts) == 1
     assert rows.selected_on == "the test set" and paths.gsm8k_eval_rows in rows.files
     _, best, _ = run_sweep(paths, rows, {10: 1, 100: 0, 1000: 0}, {10: 0, 100: 0, 1000: 0}, "sum")
     told = checkpoint_selection.selection_text(best.checkpoint, rows.selected_on, "sum")
     assert told.startswith("Kept is checkpoint-10, selected on the test set by sum.") and "too high" in told
-    assert "too high" not in checkpoint_selection.selection_text("checkpoint-10", checkpoint_selection.ON_DEV, "sum")
+    assert "too high" not in checkpoint_selection.selection_text("checkpoint-10", selection_rows.ON_DEV, "sum")
     assert "selected on" not in checkpoint_selection.selection_text(
-        "checkpoint-458", checkpoint_selection.ON_DEV, "accuracy", num_candidates=1
+        "checkpoint-458", selection_rows.ON_DEV, "accuracy", num_candidates=1
     )
     assert "not selected" in checkpoint_selection.selection_text("the adapter", checkpoint_selection.NOT_SELECTED)
 
 
 def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
-    asked = ("checkpoint-458", checkpoint_selection.ON_DEV, "accuracy")
+    asked = ("checkpoint-458", selection_rows.ON_DEV, "accuracy")
     told = checkpoint_selection.selection_text(*asked, num_candidates=1, most=1)
     assert told == "Kept is checkpoint-458, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
     assert "the only checkpoint: a smaller save_steps" in checkpoint_selection.selection_text(
@@ -312,23 +321,18 @@ def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
     assert "selected on development rows" in checkpoint_selection.selection_text(*asked, num_candidates=3, most=3)
 
 
-def notebook_02():
+def test_the_test_rows_are_read_only_behind_sweep_on_test():
     cells = read_json(PROJECT_ROOT / "notebooks" / "02_train.ipynb")["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-@pytest.mark.slow
-def test_notebook_02_names_the_test_rows_only_behind_sweep_on_test():
-    code = "\n".join(notebook_02()[1:])
-    assert not [name for name in ("gsm8k_eval", "gsm8k_test", "load_gsm8k", "gsm8k_preds") if name in code]
-    lines = [line.strip() for line in code.splitlines() if "evaluation_rows" in line]
-    assert lines == ["rows = sweep.evaluation_rows(paths, sweep_metric)"]
-    before = code.partition(lines[0])[0].rstrip().splitlines()[-1]
-    assert before == "if sweeping and sweep_on_test:"
-    # And the module behind it opens them in one function alone.
-    source = (PROJECT_ROOT / "lib" / "sweep.py").read_text(encoding="utf-8")
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    names = ("gsm8k_eval", "gsm8k_test", "load_gsm8k", "gsm8k_preds", "evaluation_rows")
+    assert not [name for name in names if name in code]
+    # They are opened in one function alone, which is called in one place.
+    source = Path(selection_rows.__file__).read_text(encoding="utf-8")
     places = [at for at in range(len(source)) if source.startswith("paths.gsm8k_eval_rows", at)]
     assert {source[:at].rpartition("\ndef ")[2].partition("(")[0] for at in places} == {"evaluation_rows"}
+    lines = Path(checkpoint_selection.__file__).read_text(encoding="utf-8").splitlines()
+    (call,) = [line for line in lines if "evaluation_rows(" in line]
+    assert 'if parameters["sweep_on_test"] else development_rows(' in call
 
 
 def test_parameters_of_the_judge_are_those_that_02_declares_for_it_alone():

@@ -247,9 +247,9 @@ def test_a_choice_on_the_test_set_is_told_and_no_other(results):
     assert checkpoint_selection.selected_on_test(paths) == ""
     finish(paths, "02_train", [], [])
     facts = {"adapter": "checkpoint-4", "sweep_metric": "accuracy", "checkpoints": [{}, {}]}
-    add_facts(paths, "02_train", **facts, selected_on=checkpoint_selection.ON_DEV)
+    add_facts(paths, "02_train", **facts, selected_on="development rows")
     assert checkpoint_selection.selected_on_test(paths) == ""
-    add_facts(paths, "02_train", selected_on=checkpoint_selection.ON_TEST)
+    add_facts(paths, "02_train", selected_on="the test set")
     told = checkpoint_selection.selected_on_test(paths)
     assert told.startswith("Kept is checkpoint-4, selected on the test set by accuracy.") and "too high" in told
     # The only checkpoint is nobody's choice.

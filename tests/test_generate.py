@@ -250,9 +250,9 @@ def test_the_model_is_left_as_it_was(tokenizer):
 def test_a_kept_prefix_serves_later_calls_and_only_where_it_fits(tokenizer, monkeypatch):
     model, rows = make_model("llama"), conversations()
     computed = []
-    original = batch.compute_prefix
+    original = generate.compute_prefix
     monkeypatch.setattr(
-        plain, "compute_prefix", lambda model, tokens: computed.append(len(tokens)) or original(model, tokens)
+        generate, "compute_prefix", lambda model, tokens: computed.append(len(tokens)) or original(model, tokens)
     )
     engine = Engine(model, tokenizer)
     engine.generate(rows, max_new_tokens=2)
@@ -275,7 +275,7 @@ def fail_above(rows, error, monkeypatch, calls=None):
             raise error
         return original(model, cache, step, prefix)
 
-    monkeypatch.setattr(plain, "forward_step", limited)
+    monkeypatch.setattr(batch, "forward_step", limited)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_out_of_memory_in_the_middle_keeps_what_is_written(tokenizer, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(model, cache, step, prefix)
 
-    monkeypatch.setattr(plain, "forward_step", fails_once)
+    monkeypatch.setattr(batch, "forward_step", fails_once)
     with pytest.warns(UserWarning, match="out of memory"):
         completions = Engine(model, tokenizer, batch_size=4).generate(rows, max_new_tokens=12)
     assert written(completions) == expected
@@ -339,13 +339,13 @@ def test_the_cpu_allocator_is_recognised():
 def test_batch_is_bounded_by_free_memory(tokenizer, monkeypatch):
     model = make_model("llama")
     engine = Engine(model, tokenizer)
-    one_row = batch.row_bytes(model, 100)
-    portion = batch.step_bytes(model, batch.PREFILL_TOKENS)
+    one_row = generate.row_bytes(model, 100)
+    portion = generate.step_bytes(model, batch.PREFILL_TOKENS)
     for rows in (1, 5):
         free = int((portion + rows * one_row + 1) / generate.MEMORY_SHARE) + 1
-        monkeypatch.setattr(plain, "free_memory_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(generate, "free_memory_bytes", lambda device, free=free: free)
         assert engine._num_slots(1000, 100) == rows
-    monkeypatch.setattr(plain, "free_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(generate, "free_memory_bytes", lambda device: 0)
     assert engine._num_slots(1000, 100) == 1
 
 

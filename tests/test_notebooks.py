@@ -26,7 +26,7 @@ from lib.record.manifest import start_stage
 from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RESULTS_VARIABLE, STAGES, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import gsm8k_report, html, safety_report
-from lib.train import checkpoint_selection
+from lib.train import checkpoint_selection, selection_rows
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
 SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "offline": False, "checkpoint": ""}
@@ -313,7 +313,7 @@ def chosen_on(folder, selected_on):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_kernels")
-@pytest.mark.parametrize("selected_on", [checkpoint_selection.ON_TEST, checkpoint_selection.ON_DEV])
+@pytest.mark.parametrize("selected_on", [selection_rows.ON_TEST, selection_rows.ON_DEV])
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
     paths = chosen_on(tmp_path / "results", selected_on)
     given = {"stage": SimpleNamespace(paths=paths), "checkpoint_selection": checkpoint_selection, "html": html}
@@ -323,7 +323,7 @@ def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path,
     safe, more = run_cell("04_eval_safety", "report.safe_rate_sentence(", report=safety_report, **given)
     outcome, seen = run("05_compare", tmp_path)
     assert not outcome.error, outcome.error
-    on_test = selected_on == checkpoint_selection.ON_TEST
+    on_test = selected_on == selection_rows.ON_TEST
     for text in (accuracy.text, safe.text, seen):
         assert ("selected on the test set by accuracy" in text and "too high by the luck" in text) == on_test
     # Strong notes, beside the rate and again in the summary.

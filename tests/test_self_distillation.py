@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 from lib.prepare import self_distillation
 from lib.prepare.self_distillation import Asking, choose_training_rows, sample_answers
-from lib.record.files import read_json
+from lib.record.files import read_json, sha256_json
 from lib.record.paths import PROJECT_ROOT, run_paths
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 
@@ -203,20 +202,19 @@ def test_the_protocol_holds_what_can_change_an_answer():
     assert len(set(texts)) == len(texts)
 
 
-def test_the_protocol_has_the_names_of_the_evaluations():
-    cells = json.loads((PROJECT_ROOT / "notebooks" / "03_eval_gsm8k.ipynb").read_text(encoding="utf-8"))["cells"]
-    (source,) = ["".join(cell["source"]) for cell in cells if "protocol = {" in "".join(cell["source"])]
-    theirs = set(re.findall(r'^    "([^"]+)":', source, re.MULTILINE))
-    ours = self_distillation.protocol("base@1", "nf4", "torch.float32", QUESTIONS, QUESTIONS[:1], "t", ASKING)
-    assert len(theirs) > 5 and ours.keys() - theirs == {"answers", "batches"} and theirs <= ours.keys()
+def test_the_protocol_keeps_its_hash():
+    """Rows are found by it: a hash that moves would sample every answer of earlier runs again."""
+    made_by = self_distillation.protocol("base@1", "nf4", "torch.float32", QUESTIONS, QUESTIONS[:1], "t", ASKING)
+    assert sha256_json(made_by) == "65f3f674dd6e8c74e82b6312eccf242a71e15c1e393d080852c51c2caebc5415"
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "batch_size", "expected"), [(4, 0, (16, 64)), (5, 0, (12, 60)), (100, 0, (1, 100)), (4, 8, (16, 8))]
+    ("num_samples", "batch_size", "expected"),
+    [(4, 0, (64, 64)), (5, 0, (60, 60)), (100, 0, (100, 100)), (4, 8, (64, 8))],
 )
 def test_rows_of_a_call_are_fixed_by_device_and_samples(num_samples, batch_size, expected):
     asking = Asking(SAMPLING, num_samples, 50, "cpu", batch_size)
-    assert (asking.questions_per_call, asking.rows_at_once) == expected
+    assert (asking.rows_per_call, asking.rows_at_once) == expected
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -226,7 +224,8 @@ def answered(*samples):
     """Sampled answers to one question whose answer is 4, from (text, tokens, finish reason)."""
     rows = [
         self_distillation._scored_row(
-            at, 0, at, {"question": "2 + 2?", "answer": "#### 4"}, Completion(text, reason, tokens)
+            {"id": at, "question_number": 0, "sample": at, "question": "2 + 2?", "answer": "#### 4"},
+            Completion(text, reason, tokens),
         )
         for at, (text, tokens, reason) in enumerate(samples)
     ]
@@ -277,14 +276,14 @@ def test_a_question_without_a_correct_answer_is_dropped_or_falls_back_on_gold():
     assert (summary["coverage"], summary["num_covered"], summary["num_own"]) == (0.5, 1, 1)
 
 
-def test_every_answer_has_one_fate():
-    assert self_distillation.fates(MANY) == {
-        "correct": (4, 6),
-        "wrong": (1, 6),
-        "no answer": (0, 6),
-        "truncated": (0, 6),
-        "run-on": (0, 6),
-        "correct, cut off": (1, 6),
+def test_every_answer_has_one_outcome():
+    assert self_distillation.count_outcomes(MANY) == {
+        "correct": 4,
+        "wrong": 1,
+        "no answer": 0,
+        "truncated": 0,
+        "run-on": 0,
+        "correct, cut off": 1,
     }
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
 from lib.engine import load
-from lib.train import checkpoints, memory_plan, sft, trainer
+from lib.train import checkpoints, memory_plan, packing, sft, trainer
 from lib.train.rows import EncodedRows, TrainingError, encode_row, encode_rows, num_supervised, try_rows
 from lib.train.settings import TrainSettings
 
@@ -105,7 +105,7 @@ def assert_same_adapter(one, other, **tolerance):
 
 
 def labelled_text(tokenizer, example):
-    return tokenizer.decode([label for label in example["labels"] if label != checkpoints.IGNORED_LABEL])
+    return tokenizer.decode([label for label in example["labels"] if label != packing.IGNORED_LABEL])
 
 
 def test_the_answer_and_its_end_carry_labels_and_nothing_else():
@@ -129,7 +129,7 @@ def test_labels_on_the_real_templates(name, opening):
     tokenizer = load.load_tokenizer(Path(TOKENIZERS) / name)
     example = encode_row(tokenizer, conversation(3), 100)
     assert labelled_text(tokenizer, example) == "#### 6<|im_end|>"
-    prompt = [token for token, label in zip(*example.values(), strict=True) if label == checkpoints.IGNORED_LABEL]
+    prompt = [token for token, label in zip(*example.values(), strict=True) if label == packing.IGNORED_LABEL]
     assert prompt == load.render_prompt(tokenizer, conversation(3)[:2])
     assert tokenizer.decode(prompt).endswith(opening)
 
@@ -263,7 +263,7 @@ def test_checkpointing_and_small_micro_batches_come_with_little_memory(folder, e
     model = load.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
     with sft._adapted(model, SETTINGS):
         ample = memory_plan.plan_memory(model, examples, SETTINGS)
-        monkeypatch.setattr(trainer, "free_memory_bytes", lambda device: 2**20)
+        monkeypatch.setattr(memory_plan, "free_memory_bytes", lambda device: 2**20)
         tight = memory_plan.plan_memory(model, examples, SETTINGS)
     assert not ample.gradient_checkpointing and ample.micro_batch_tokens == 2048
     assert tight.gradient_checkpointing and tight.micro_batch_tokens < 1024
@@ -462,12 +462,11 @@ def test_checkpoints_sort_by_step_and_not_by_name(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoints(folder, examples, tmp_path, monkeypatch):
-    real, calls = checkpoints.supervised_loss, []
+    real, calls = packing.supervised_loss, []
 
     def break_at_step_6(model, rows):
         calls.append(rows)
-        # The first call measures memory, before any step.
-        return real(model, rows) * (torch.nan if len(calls) > 6 else 1.0)
+        return real(model, rows) * (torch.nan if len(calls) > 5 else 1.0)
 
     monkeypatch.setattr(trainer, "supervised_loss", break_at_step_6)
     with pytest.raises(TrainingError, match=r"loss is nan at step 6.*learning_rate"):
@@ -564,11 +563,11 @@ def test_what_counts_as_exploded(loss, earlier, words):
 def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(
     folder, examples, tmp_path, unbroken, monkeypatch
 ):
-    real, calls = checkpoints.supervised_loss, []
+    real, calls = packing.supervised_loss, []
 
     def explode_at_step_9(model, rows):
         calls.append(rows)
-        return real(model, rows) * (60.0 if len(calls) > 9 else 1.0)
+        return real(model, rows) * (60.0 if len(calls) > 8 else 1.0)
 
     monkeypatch.setattr(trainer, "supervised_loss", explode_at_step_9)
     # checkpoint-8 holds the very weights that gave the loss of step 9.
@@ -600,15 +599,14 @@ class BrokenGradient(torch.autograd.Function):
 
 
 def break_gradient_at(patch, step):
-    real, calls = checkpoints.supervised_loss, []
+    real, calls = packing.supervised_loss, []
 
     def broken(model, rows):
         loss = real(model, rows)
         if not torch.is_grad_enabled():
             return loss
         calls.append(rows)
-        # The first call measures memory, before any step.
-        return BrokenGradient.apply(loss) if len(calls) == step + 1 else loss
+        return BrokenGradient.apply(loss) if len(calls) == step else loss
 
     patch.setattr(trainer, "supervised_loss", broken)
 
@@ -624,7 +622,7 @@ def test_a_broken_gradient_stops_before_it_changes_a_weight(
             run(folder, examples, tmp_path)
     assert checkpoint_names(tmp_path) == kept
     assert (f"checkpoint, {kept[-1]}, is kept" if kept else "no checkpoint was saved") in str(stopped.value)
-    assert "with another setting training begins anew" in str(stopped.value)
+    assert "with another setting training starts over" in str(stopped.value)
     assert not (tmp_path / "adapter").exists() and not (tmp_path / "training.json").exists()
     for path in (tmp_path / "checkpoints").glob("*/adapter_model.safetensors"):
         assert all(weight.isfinite().all() for weight in load_file(path).values()), path
@@ -667,7 +665,7 @@ def test_a_result_that_is_not_finite_is_not_finished_and_its_checkpoint_not_gone
 
 
 def test_a_development_loss_that_is_not_finite_is_told(folder, examples, dev, tmp_path, monkeypatch):
-    real = checkpoints.supervised_loss
+    real = packing.supervised_loss
     steps = []
 
     def break_at_checkpoint_8(model, rows):
@@ -675,7 +673,7 @@ def test_a_development_loss_that_is_not_finite_is_told(folder, examples, dev, tm
         if torch.is_grad_enabled():
             steps.append(rows)
             return loss
-        return loss * (torch.inf if len(steps) == 9 else 1.0)
+        return loss * (torch.inf if len(steps) == 8 else 1.0)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "supervised_loss", break_at_checkpoint_8)

@@ -62,8 +62,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose data folders are empty, in an environment that names no assets and no hub settings."""
     for variable in ("ASSETS_DIR", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
-    for name, folder in {"RAW_DIR": "raw", "MODELS_DIR": "models"}.items():
-        monkeypatch.setattr(paths, name, tmp_path / "project" / folder)
+    monkeypatch.setattr(datasets, "RAW_DIR", tmp_path / "project" / "raw")
+    monkeypatch.setattr(bundled, "MODELS_DIR", tmp_path / "project" / "models")
+    monkeypatch.setattr(sources, "MODELS_DIR", tmp_path / "project" / "models")
     return tmp_path / "project"
 
 
@@ -80,7 +81,8 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
 
 def test_import_costs_neither_torch_nor_transformers():
     heavy = "('torch', 'transformers', 'datasets', 'huggingface_hub', 'tokenizers', 'numpy', 'pandas')"
-    code = f"import sys; from lib import assets; print([name for name in {heavy} if name in sys.modules])"
+    modules = "lib.engine.sources, lib.prepare.datasets"
+    code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -289,20 +291,22 @@ def test_no_network_fails_within_seconds(tmp_path):
     """A refused connection, for data and for a model, in a process whose hub lies at a closed port."""
     code = """if True:
         import time
-        # What the asking imports at its first use takes as long as the disk and the other programs let it.
+        # Their import takes as long as the disk and the other programs let it.
         import datasets, huggingface_hub
-        from lib import assets
-        assets.RAW_DIR = assets.RAW_DIR / "nothing here"
+        from lib.engine import sources
+        from lib.prepare import datasets
+        from lib.record.lookup import AssetUnavailable
+        datasets.RAW_DIR = datasets.RAW_DIR / "nothing here"
         started = time.monotonic()
         for ask in (
-            lambda: assets.load_gsm8k("test"),
-            lambda: assets.resolve_model("nobody/none"),
-            lambda: assets.resolve_adapter("nobody/none", "x"),
-            lambda: assets.load_ailuminate(),
+            lambda: datasets.load_gsm8k("test"),
+            lambda: sources.resolve_model("nobody/none"),
+            lambda: sources.resolve_adapter("nobody/none", "x"),
+            lambda: datasets.load_ailuminate(),
         ):
             try:
                 ask()
-            except assets.AssetUnavailable as error:
+            except AssetUnavailable as error:
                 print(error)
         assert time.monotonic() - started < 15, "it kept on trying"
     """
@@ -386,13 +390,13 @@ def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, serv
         ("/file", _jsonl(ROWS).encode()[:-9], "line 2: not JSON"),
         ("/file", b"PK\x03\x04\xff", "is not UTF-8"),
         ("/file", b'{"input": "q", "output": "a"}', "column 'question' is missing"),
-        ("/short", _jsonl(ROWS).encode(), r"ended after \d+ of \d+ bytes"),
-        ("/chunks", _jsonl(ROWS).encode(), "cannot be had .*IncompleteRead"),
-        ("/odd", _jsonl(ROWS).encode(), r"ended after \d+ of many bytes"),
-        ("/gone", b"", "cannot be had .*404"),
+        ("/short", _jsonl(ROWS).encode(), r"cannot be downloaded .*received \d+ bytes, expected \d+"),
+        ("/chunks", _jsonl(ROWS).encode(), "cannot be downloaded .*RemoteProtocolError"),
+        ("/odd", _jsonl(ROWS).encode(), "cannot be downloaded .*Content-Length"),
+        ("/gone", b"", "cannot be downloaded .*404"),
         ("/redirect?ftp://127.0.0.1/x", b"", "scheme 'ftp': allowed is http"),
         ("/redirect?https://127.0.0.1/x", b"", "scheme 'https': allowed is http"),
-        ("/redirect?file:///etc/hostname", b"", "cannot be had .*not allowed"),
+        ("/redirect?file:///etc/hostname", b"", "scheme 'file': allowed is http"),
     ],
 )
 def test_bad_download_is_an_error_and_is_never_kept(path, body, said, tmp_path, server):
@@ -594,17 +598,17 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
         ({"tokenizer.json": None}, "has no tokenizer.json"),
         ({"model.safetensors": None}, "has no weights"),
         ({"model.safetensors": None, "pytorch_model.bin": "x"}, r"has only pytorch_model.bin \(pickle, refused"),
-        ({"model.safetensors": _safetensors()[:-1]}, "model.safetensors is not a whole safetensors file"),
-        ({"model.safetensors": _safetensors().replace(b"[0, 4]", b"[]    ")}, "is not a whole safetensors file"),
-        ({"model.safetensors": b""}, "is not a whole safetensors file"),
-        ({"model.safetensors": "version https://git-lfs.github.com/spec/v1\n"}, "is not a whole safetensors file"),
+        ({"model.safetensors": _safetensors()[:-1]}, "model.safetensors is not a complete safetensors file"),
+        ({"model.safetensors": _safetensors().replace(b"[0, 4]", b"[]    ")}, "is not a complete safetensors file"),
+        ({"model.safetensors": b""}, "is not a complete safetensors file"),
+        ({"model.safetensors": "version https://git-lfs.github.com/spec/v1\n"}, "is not a complete safetensors file"),
         (
             {"model.safetensors.index.json": '{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'},
             "lacks model-2.safetensors: incomplete",
         ),
-        ({"model.safetensors": _headed("[" * 100_000)}, "is not a whole safetensors file"),
-        ({"model.safetensors": _headed('{"w": {"data_offsets": [0, "4"]}}')}, "is not a whole safetensors file"),
-        ({"model.safetensors": _headed('{"w": {"data_offsets": [0, 0.0]}}')}, "is not a whole safetensors file"),
+        ({"model.safetensors": _headed("[" * 100_000)}, "is not a complete safetensors file"),
+        ({"model.safetensors": _headed('{"w": {"data_offsets": [0, "4"]}}')}, "is not a complete safetensors file"),
+        ({"model.safetensors": _headed('{"w": {"data_offsets": [0, 0.0]}}')}, "is not a complete safetensors file"),
         ({"model.safetensors.index.json": '{"weight_map": []}'}, r"index.json names \[\] as weights"),
         ({"model.safetensors.index.json": '{"weight_map": {"a": 5}}'}, "index.json names 5 as weights"),
         (
@@ -872,7 +876,7 @@ def test_two_conversions_at_once_agree(fake_conversion, project, monkeypatch):
         write(gguf, folder)
 
     monkeypatch.setattr(bundled, "_convert", convert)
-    monkeypatch.setattr(paths, "one_at_a_time", contextlib.nullcontext)
+    monkeypatch.setattr(bundled, "one_at_a_time", contextlib.nullcontext)
     found = sources.resolve_model("smollm2-135m-instruct")
     assert len(fake_conversion) == 2
     assert [path.name for path in (project / "models").iterdir()] == ["smollm2-135m-instruct"]
@@ -883,7 +887,7 @@ def test_two_conversions_at_once_agree(fake_conversion, project, monkeypatch):
 def converted() -> Path:
     """The bundled model, really converted: the project's own, since a conversion takes some 15 seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bundled, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
+        patch.setattr(sources, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
         return sources.resolve_model("smollm2-135m-instruct").folder
 
 

@@ -91,7 +91,7 @@ def _train_data(run: Run) -> str | None:
     known = run.parameters
     if known.get("train_source") == "self_distilled":
         # With counts: GSM8K's own answers may be most of the rows (distil_fallback: gold).
-        return self_distillation.told(run.facts("01_prepare").get("distil"), known["gsm8k_source"])
+        return self_distillation.describe(run.facts("01_prepare").get("distil"), known["gsm8k_source"])
     return known.get("train_file") or known.get("gsm8k_source")
 
 

@@ -11,27 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lib.engine.attention import SharedPrefix, SlotCache, forward_step, pack_step
-from lib.engine.generator import FinishReason
+from lib.engine.generator import EngineStats, FinishReason
 
 # Entering rows are prefilled in portions of about this many tokens: enough to keep the matrix units busy, and few
 # enough that activations stay in the caches of a CPU.
 PREFILL_TOKENS = 768
-
-
-@dataclass
-class EngineStats:
-    """What the last call cost. ``prefill_s`` counts every step in which a prompt was read, the prefix included."""
-
-    wall_s: float = 0.0
-    num_rows: int = 0
-    num_output_tokens: int = 0
-    tokens_per_s: float = 0.0
-    num_prefix_tokens: int = 0
-    peak_rows: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    num_steps: int = 0
-    num_halvings: int = 0
 
 
 @dataclass

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from lib.engine.attention import ATTENTION_NAME, SharedPrefix, compute_prefix
-from lib.engine.batch import PREFILL_TOKENS, EngineStats, PromptRow, SlotBatch, score_labels
-from lib.engine.generator import Completion, Conversation, FinishReason, Key, LazyGenerator, Sampling
+from lib.engine.batch import PREFILL_TOKENS, PromptRow, SlotBatch, score_labels
+from lib.engine.generator import Completion, Conversation, EngineStats, FinishReason, Key, LazyGenerator, Sampling
 from lib.engine.load import Runtime, load_dense, load_tokenizer, render_prompt, stop_token_ids
 from lib.engine.memory import free_memory_bytes, is_out_of_memory, row_bytes, step_bytes
 from lib.engine.picking import Picker

@@ -1,16 +1,11 @@
-"""What generates: completions, sampling, and a generator that loads its model when first used. No torch."""
+"""What generates: its protocol, completions, sampling, and a generator that loads its model at first use. No torch."""
 
 import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    from lib.engine.batch import EngineStats
-    from lib.engine.generate import Engine
-
+from typing import Any, Literal, Protocol
 
 Conversation = Sequence[Mapping[str, str]]
 FinishReason = Literal["stop", "length"]
@@ -56,17 +51,67 @@ class Sampling:
         return (int.from_bytes(digest) >> 12) / 2**52
 
 
+@dataclass
+class EngineStats:
+    """What the last call cost. ``prefill_s`` counts every step in which a prompt was read, the prefix included."""
+
+    wall_s: float = 0.0
+    num_rows: int = 0
+    num_output_tokens: int = 0
+    tokens_per_s: float = 0.0
+    num_prefix_tokens: int = 0
+    peak_rows: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    num_steps: int = 0
+    num_halvings: int = 0
+
+
+class Generator(Protocol):
+    """What answers and judges: ``lib.engine.generate.Engine``, a ``LazyGenerator``, or a fake in a test."""
+
+    def generate(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        max_new_tokens: int,
+        on_completion: Callable[[int, Completion], None] | None = None,
+        sampling: Sampling | None = None,
+        keys: Sequence[Key] | None = None,
+    ) -> list[Completion]:
+        """As ``Engine.generate``."""
+
+    def label_probabilities(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        labels: Sequence[str],
+        on_result: Callable[[int, list[float]], None] | None = None,
+    ) -> list[list[float]]:
+        """As ``Engine.label_probabilities``."""
+
+
+class LoadedGenerator(Generator, Protocol):
+    """A generator whose model is in memory. ``work_s``: seconds of all calls so far; ``stats``: of the last one."""
+
+    work_s: float
+    stats: EngineStats
+
+    def describe(self) -> dict[str, object]:
+        """As ``Engine.describe``."""
+
+
 class LazyGenerator:
-    """A generator that ``load(*arguments)`` gives when it is first used.
+    """A generator that ``load(*arguments)`` returns when it is first used.
 
     Attributes:
         loaded: whether it ever was.
-        stats: of its last call, see ``lib.engine.batch.EngineStats``; None before.
+        stats: of its last call; None before.
     """
 
-    def __init__(self, load: Callable[..., "Engine"], *arguments: Any) -> None:
+    def __init__(self, load: Callable[..., LoadedGenerator], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments
-        self._engine: Engine | None = None
+        self._engine: LoadedGenerator | None = None
         self._closed_s = 0.0
         self.loaded = False
 
@@ -81,7 +126,7 @@ class LazyGenerator:
         return self._closed_s + (self._engine.work_s if self._engine else 0.0)
 
     @property
-    def stats(self) -> "EngineStats | None":
+    def stats(self) -> EngineStats | None:
         return self._engine.stats if self._engine else None
 
     @property
@@ -109,7 +154,7 @@ class LazyGenerator:
         """Drop the model from memory; the next call loads it again."""
         self._closed_s, self._engine = self.wall_s, None
 
-    def _used(self) -> "Engine":
+    def _used(self) -> LoadedGenerator:
         if self._engine is None:
             self._engine, self.loaded = self._load(*self._arguments), True
         return self._engine

@@ -9,7 +9,7 @@ loading, before any forward pass, which equals the packed layers in train mode e
 those (into the original 16-bit weights it would not fit, see peft issue 2321 and transformers issue 31293).
 """
 
-import json
+import math
 import resource
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ import torch
 from jinja2 import TemplateError
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -399,13 +400,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _num_weights(folder: Path) -> int:
-    """Number of weights in the folder's files, read from their headers."""
+    """Number of weights in the folder's files; reads their headers alone."""
     count = 0
     for path in _weight_files(folder):
-        with path.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        shapes = (entry["shape"] for name, entry in header.items() if name != "__metadata__")
-        count += sum(torch.Size(shape).numel() for shape in shapes)
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
     return count
 
 

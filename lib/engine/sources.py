@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from lib.engine.bundled import (
     BUNDLED_MODEL,
     BUNDLED_NOTE,
@@ -252,23 +254,13 @@ def _check_weights(folder: Path, pattern: str) -> None:
         held = f"only {', '.join(pickles)} (pickle, refused: loading it can run code)" if pickles else "no weights"
         raise AssetError(f"{shown_path(folder)} has {held}: {pattern} is needed; save again with safe serialization")
     for file in weights:
-        _check_safetensors(file)
-
-
-def _check_safetensors(file: Path) -> None:
-    """Refuse a weight file that is cut off or is a pointer to one: its header says how long it has to be."""
-    with file.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        size = file.stat().st_size
-        header = stream.read(header_size) if header_size < size else b""
-    try:
-        tensors = json.loads(header)
-        ends = [entry["data_offsets"][1] for key, entry in tensors.items() if key != "__metadata__"]
-        end = max(ends, default=0) if all(type(place) is int for place in ends) else -1
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        end = -1
-    if size != 8 + header_size + end:
-        raise AssetError(f"{shown_path(file)} is not a whole safetensors file ({size} bytes): fetch it again")
+        try:
+            # Reads the header and compares it with the size of the file: a cut-off file or a pointer to one fails.
+            with safe_open(file, "numpy"):
+                pass
+        except SafetensorError as error:
+            message = f"{shown_path(file)} is not a complete safetensors file ({error}): fetch it again"
+            raise AssetError(message) from None
 
 
 def _bare_name(model: str) -> str:

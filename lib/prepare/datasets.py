@@ -5,11 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from http.client import HTTPException, HTTPMessage
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from lib.record.files import sha256_json, write_text
 from lib.record.locks import one_at_a_time
@@ -440,46 +438,42 @@ def _decode_text(data: bytes, where: str) -> str:
 
 
 ALLOWED_SCHEMES = frozenset({"https"})
-
-
 DOWNLOAD_TIMEOUT_S = 20
-
-
 MAX_DOWNLOAD_BYTES = 200_000_000
 
 
-class _CheckedRedirects(HTTPRedirectHandler):
-    """A redirect may not leave https: urllib alone would follow one to plain http or ftp."""
-
-    def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> Request | None:
-        """As urllib's own, after the scheme was checked."""
-        _check_scheme(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def download(url: str) -> bytes:
-    """The body of ``url``, whole.
+    """The complete body of ``url``.
 
     Raises:
         AssetUnavailable: no answer, an HTTP error, or a body that ends early.
         AssetError: the address, or one that it redirects to, is not https; or the body is far too large.
     """
+    # Imported here: a run whose files are kept needs no HTTP client.
+    import httpx
+
+    def check_scheme(request: httpx.Request) -> None:
+        _check_scheme(str(request.url))
+
     _check_scheme(url)
-    opener = build_opener(_CheckedRedirects)
+    body = bytearray()
     try:
-        with opener.open(url, timeout=DOWNLOAD_TIMEOUT_S) as response:
-            body, promised = response.read(MAX_DOWNLOAD_BYTES + 1), response.headers["Content-Length"]
-    except (OSError, HTTPException) as error:
+        # The hook sees redirects before they are followed.
+        with (
+            httpx.Client(
+                follow_redirects=True, timeout=DOWNLOAD_TIMEOUT_S, event_hooks={"request": [check_scheme]}
+            ) as client,
+            client.stream("GET", url) as response,
+        ):
+            response.raise_for_status()
+            for part in response.iter_bytes():
+                body += part
+                if len(body) > MAX_DOWNLOAD_BYTES:
+                    raise AssetError(f"{url} is over {MAX_DOWNLOAD_BYTES} bytes: not the expected file")
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         how = f"fetch it by hand into data/raw, or name a folder that has it with --assets or {ASSETS_VARIABLE}"
-        raise AssetUnavailable(f"{url} cannot be had ({failure_reason(error)}): {how}") from None
-    if len(body) > MAX_DOWNLOAD_BYTES:
-        raise AssetError(f"{url} is over {MAX_DOWNLOAD_BYTES} bytes: not the file that was expected")
-    # read(n) returns a short body without a word when the connection closes early.
-    if promised is not None and str(len(body)) != promised.strip():
-        raise AssetUnavailable(f"{url} ended after {len(body)} of {promised} bytes: run it again")
-    return body
+        raise AssetUnavailable(f"{url} cannot be downloaded ({failure_reason(error)}): {how}") from None
+    return bytes(body)
 
 
 def _check_scheme(url: str) -> None:

@@ -2,12 +2,12 @@
 
 Training on answers that the model itself would write, of which only the correct ones are kept, moves it less than a
 person's solutions do (rejection sampling: Yuan et al. 2023, arXiv 2308.01825; self-distillation: Yang et al. 2024,
-arXiv 2402.13669). Knows nothing about models: the generator is an argument, so that a fake tests everything here.
+arXiv 2402.13669).
 
 **An interrupted run ends in the same bytes as an unbroken one** on the same machine. A batch's shape decides how its
-sums are rounded, and a near tie can turn on that; so questions are asked in chunks whose rows never depend on what is
-already answered, and a chunk that a kill cut is asked again whole, of which only the missing rows are appended. Another
-number of threads, or a batch that was halved for want of memory (the engine warns), may round otherwise.
+sums are rounded, and a near tie can turn on that; so questions go in chunks whose rows never depend on what is already
+answered, and a chunk that was cut short is generated again completely, of which only the missing rows are appended.
+Another number of threads, or a batch that was halved for lack of memory (the engine warns), may round otherwise.
 """
 
 import hashlib
@@ -16,58 +16,60 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lib import gsm8k
-from lib.record.files import sha256_json
-from lib.record.protocol import UNTUNED
+from lib.engine.generator import Completion, LazyGenerator, Sampling
+from lib.engine.sources import ModelSource
+from lib.record.paths import RunPaths
+from lib.record.protocol import answer_protocol, model_protocol, without_adapter
+from lib.record.rows import RowLog, fill_rows, open_untuned_log
 
-if TYPE_CHECKING:  # for the reader only: generate imports torch
+if TYPE_CHECKING:  # these import torch
     from transformers import PreTrainedTokenizerBase
 
-    from lib.engine.generator import Completion, LazyGenerator, Sampling
-    from lib.record.rows import RowLog
 
 Row = dict[str, Any]
 Choice = Literal["shortest", "random"]
 Fallback = Literal["drop", "gold"]
 
-# Rows of one call by device: enough to fill a batch, few enough that a kill costs a minute at most.
+# Rows per call by device: enough to fill a batch, few enough that a kill costs a minute at most.
 ROWS_PER_CALL = {"cpu": 64, "cuda": 256}
-# Right, but without an end of turn of its own: training on it would teach to stop in the middle.
+# Right, but without an end of turn: training on it would teach to stop in the middle.
 CUT_OFF = "correct, cut off"
-FATES = (*get_args(gsm8k.Outcome), CUT_OFF)
+OUTCOMES = (*get_args(gsm8k.Outcome), CUT_OFF)
+OWN_ANSWERS = "the model's own answers"
 
 
-# --- asking -------------------------------------------------------------------------------------------------------
+# --- answering ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How the questions are asked: everything but the model and the words.
+    """How the questions are answered: everything but the model and the words.
 
     Args:
-        sampling: temperature and seed; the draws of an answer depend on them, its question and its number alone. The
-            seed is ``data_seed``, which repeats of a training have in common: they train on the same answers.
-        num_samples: answers a question.
+        sampling: the draws of an answer depend on its temperature and seed, the question and the sample's number alone.
+        num_samples: answers per question.
         max_new_tokens: tokens of an answer at most.
         device: cpu or cuda, which decides how many rows a call has.
-        batch_size: rows at once; 0: as many as a call has. Never from free memory, which another time could differ.
+        batch_size: rows at once; 0: as many as a call has. Never from free memory, which may differ the next time.
     """
 
-    sampling: "Sampling"
+    sampling: Sampling
     num_samples: int
     max_new_tokens: int
     device: str
     batch_size: int = 0
 
     @property
-    def questions_per_call(self) -> int:
-        return max(1, ROWS_PER_CALL[self.device] // self.num_samples)
+    def rows_per_call(self) -> int:
+        return max(1, ROWS_PER_CALL[self.device] // self.num_samples) * self.num_samples
 
     @property
     def rows_at_once(self) -> int:
-        return self.batch_size or self.questions_per_call * self.num_samples
+        return self.batch_size or self.rows_per_call
 
 
 def protocol(
@@ -83,31 +85,23 @@ def protocol(
 
     Args:
         base_identity: see ``lib.engine.sources.ModelSource``.
-        quantization: of the weights, nf4 or none.
-        dtype: that they compute in.
         template: chat template of the tokenizer.
     """
-    sampling, rows = asking.sampling, asking.questions_per_call * asking.num_samples
+    sampling = asking.sampling
+    decoding = f"temperature {sampling.temperature}, seed {sampling.seed}, at most {asking.max_new_tokens} tokens"
+    model = model_protocol(base_identity, quantization, dtype, template)
     return {
-        "base model": base_identity,
-        "adapter": UNTUNED,
-        "quantization": quantization,
-        "dtype": dtype,
-        "questions": sha256_json(questions),
-        "few-shot examples": sha256_json(fewshot),
-        "system message": sha256_json(gsm8k.SYSTEM_PROMPT),
-        "chat template": sha256_json(template),
-        "decoding": f"temperature {sampling.temperature}, seed {sampling.seed}, at most {asking.max_new_tokens} tokens",
+        **without_adapter(answer_protocol(model, [], questions, fewshot, gsm8k.SYSTEM_PROMPT, decoding)),
         "answers": f"{asking.num_samples} a question",
-        "batches": f"{rows} rows a call, {asking.rows_at_once} at once, on {asking.device}",
+        "batches": f"{asking.rows_per_call} rows a call, {asking.rows_at_once} at once, on {asking.device}",
     }
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """All sampled answers, ``num_samples`` a question in the order of the questions.
+    """All sampled answers, ``num_samples`` per question in the order of the questions.
 
-    ``num_new`` rows of ``num_new_tokens`` are of this call, in which the generator worked ``wall_s`` seconds.
+    ``num_new`` rows of ``num_new_tokens`` are from this call, in which the generator worked ``wall_s`` seconds.
     """
 
     rows: list[Row]
@@ -118,9 +112,9 @@ class Sampled:
 
 
 def sample_answers(
-    questions: Sequence[Row], fewshot: Sequence[Row], generator: "LazyGenerator", asking: Asking, log: "RowLog"
+    questions: Sequence[Row], fewshot: Sequence[Row], generator: LazyGenerator, asking: Asking, log: RowLog
 ) -> Sampled:
-    """Answer every question ``num_samples`` times, going on from what ``log`` already holds.
+    """Answer every question ``num_samples`` times; answers that ``log`` already holds are kept.
 
     Args:
         questions: rows ``question, answer`` of GSM8K train; a question's number is its position here.
@@ -131,65 +125,57 @@ def sample_answers(
     Raises:
         ValueError: ``log`` holds another question under an id, or a gold answer has no number.
     """
-    _check_kept(questions, asking.num_samples, log)
+    rows = [
+        {"id": place * asking.num_samples + sample, "question_number": place, "sample": sample, **question}
+        for place, question in enumerate(questions)
+        for sample in range(asking.num_samples)
+    ]
+    no_question = {"question": None, "answer": None}
+    gsm8k.check_kept({row_id: no_question for row_id in log.rows} | {row["id"]: row for row in rows}, log)
     kept, before_s = set(log.rows), generator.wall_s
-    asked = [(place, sample) for place in range(len(questions)) for sample in range(asking.num_samples)]
-    with log.complete_rows("samples", len(asked)):
-        for chunk in _chunks(asked, asking.questions_per_call * asking.num_samples):
-            ids = [place * asking.num_samples + sample for place, sample in chunk]
-            if not kept.issuperset(ids):
-                generator.generate(
-                    [gsm8k.build_messages(questions[place]["question"], fewshot) for place, _ in chunk],
-                    max_new_tokens=asking.max_new_tokens,
-                    on_completion=_recorder(ids, chunk, questions, log),
-                    sampling=asking.sampling,
-                    # By its text and not by its place: a question draws the same whatever else a run asks.
-                    keys=[f"{sample}:{questions[place]['question']}" for place, sample in chunk],
-                )
-    rows = log.finish(range(len(asked)))
-    new = [row["num_output_tokens"] for row in rows if row["id"] not in kept]
-    return Sampled(rows, asking.num_samples, len(new), sum(new), generator.wall_s - before_s)
+
+    def generate(missing: list[Row], record: Callable[[int, Completion], None]) -> None:
+        positions = {row["id"]: position for position, row in enumerate(missing)}
+        for chunk in _chunks(rows, asking.rows_per_call):
+            if any(row["id"] in positions for row in chunk):
+                _answer_chunk(chunk, positions, record)
+
+    def _answer_chunk(
+        chunk: Sequence[Row], positions: Mapping[int, int], record: Callable[[int, Completion], None]
+    ) -> None:
+        def record_missing(index: int, completion: Completion) -> None:
+            # The chunk is complete for its shapes' sake; rows that were already there stay as they are.
+            if chunk[index]["id"] in positions:
+                record(positions[chunk[index]["id"]], completion)
+
+        generator.generate(
+            [gsm8k.build_messages(row["question"], fewshot) for row in chunk],
+            max_new_tokens=asking.max_new_tokens,
+            on_completion=record_missing,
+            sampling=asking.sampling,
+            # By its text and not by its place: a question draws the same whatever else a run asks.
+            keys=[f"{row['sample']}:{row['question']}" for row in chunk],
+        )
+
+    answered = fill_rows(log, rows, generate, _scored_row, kind="own answers")
+    new = [row["num_output_tokens"] for row in answered if row["id"] not in kept]
+    return Sampled(answered, asking.num_samples, len(new), sum(new), generator.wall_s - before_s)
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _recorder(
-    ids: Sequence[int], chunk: Sequence[tuple[int, int]], questions: Sequence[Row], log: "RowLog"
-) -> Callable[[int, "Completion"], None]:
-    def record(index: int, completion: "Completion") -> None:
-        # The whole chunk was asked, for its shapes; what a run before the interruption wrote stays as it is.
-        if ids[index] not in log.rows:
-            place, sample = chunk[index]
-            log.append(_scored_row(ids[index], place, sample, questions[place], completion))
-
-    return record
-
-
-def _scored_row(row_id: int, place: int, sample: int, question: Row, completion: "Completion") -> Row:
+def _scored_row(row: Row, completion: Completion) -> Row:
     answered = {
-        "id": row_id,
-        "question_number": place,
-        "sample": sample,
-        "question": question["question"],
-        "gold_answer": question["answer"],
+        **{name: row[name] for name in ("id", "question_number", "sample", "question")},
+        "gold_answer": row["answer"],
         "model_output": completion.text,
         "finish_reason": completion.finish_reason,
         "num_prompt_tokens": completion.num_prompt_tokens,
         "num_output_tokens": completion.num_output_tokens,
     }
     return {**answered, **gsm8k.score_row(answered)}
-
-
-def _check_kept(questions: Sequence[Row], num_samples: int, log: "RowLog") -> None:
-    for row_id, kept in log.rows.items():
-        place = row_id // num_samples
-        expected = (questions[place]["question"], questions[place]["answer"]) if place < len(questions) else None
-        if (kept["question"], kept["gold_answer"]) != expected:
-            raise ValueError(f"{log.path.name} holds another question under id {row_id}; delete it, or hash its rows")
-        # Scored again from its text: the rules that read an answer may be newer than the kept row.
-        log.rows[row_id] = {**kept, **gsm8k.score_row(kept)}
 
 
 # --- choosing -----------------------------------------------------------------------------------------------------
@@ -209,16 +195,16 @@ class Distilled:
     num_dropped: int
 
 
-def fate(row: Mapping[str, Any]) -> str:
-    """What becomes of a sampled answer: ``correct`` (may be trained on), or why it is rejected, one of ``FATES``."""
+def outcome(row: Mapping[str, Any]) -> str:
+    """Of a sampled answer: ``correct`` (may be trained on), or why it is rejected; one of ``OUTCOMES``."""
     return CUT_OFF if row["correct"] and row["finish_reason"] != "stop" else row["outcome"]
 
 
 def choose_training_rows(sampled: Sampled, *, keep: int, choice: Choice, fallback: Fallback, seed: int) -> Distilled:
-    """Correct answers to train on, at most ``keep`` different ones a question.
+    """Correct answers to train on, at most ``keep`` different ones per question.
 
     Args:
-        choice: ``shortest`` takes those of the fewest tokens, ``random`` any, by a seeded draw a question.
+        choice: ``shortest`` takes those of the fewest tokens, ``random`` any, by a seeded draw per question.
         fallback: for a question without a correct answer: ``drop`` it, or train on its ``gold`` answer.
 
     Raises:
@@ -235,8 +221,8 @@ def choose_training_rows(sampled: Sampled, *, keep: int, choice: Choice, fallbac
         num_dropped += not best and fallback == "drop"
     if not rows:
         raise ValueError(
-            f"none of the model's {len(sampled.rows)} answers to {num_dropped} questions is correct and whole: raise "
-            "distil_num_samples or gsm8k_max_new_tokens, set distil_fallback to gold, or train_source to gsm8k"
+            f"none of the model's {len(sampled.rows)} answers to {num_dropped} questions is correct and complete: "
+            "raise distil_num_samples or gsm8k_max_new_tokens, set distil_fallback to gold, or train_source to gsm8k"
         )
     return Distilled(rows, chosen, num_gold, num_dropped)
 
@@ -244,7 +230,7 @@ def choose_training_rows(sampled: Sampled, *, keep: int, choice: Choice, fallbac
 def _choose(samples: Sequence[Row], keep: int, choice: Choice, seed: int) -> list[Row]:
     distinct: dict[str, Row] = {}
     for row in samples:
-        if fate(row) == "correct":
+        if outcome(row) == "correct":
             distinct.setdefault(row["model_output"].strip(), row)
     ranks = {
         "shortest": [(row["num_output_tokens"], row["sample"]) for row in distinct.values()],
@@ -259,28 +245,28 @@ def _rank(seed: int, row: Row) -> str:
     return hashlib.sha256(json.dumps([seed, row["question"], row["sample"]]).encode()).hexdigest()
 
 
-# --- telling ------------------------------------------------------------------------------------------------------
+# --- reporting ----------------------------------------------------------------------------------------------------
 
 
 def coverage(sampled: Sampled) -> dict[int, tuple[int, int]]:
     """Number of samples -> (questions with a usable answer among their first so many, all questions)."""
     groups = list(_chunks(sampled.rows, sampled.num_samples))
     # Samples needed until the first usable answer.
-    needed = [next((at for at, row in enumerate(group, 1) if fate(row) == "correct"), None) for group in groups]
+    needed = [next((at for at, row in enumerate(group, 1) if outcome(row) == "correct"), None) for group in groups]
     return {
         number: (sum(at is not None and at <= number for at in needed), len(groups))
         for number in range(1, sampled.num_samples + 1)
     }
 
 
-def fates(sampled: Sampled) -> dict[str, tuple[int, int]]:
-    """Fate -> (answers, all answers); each of ``FATES``."""
-    counts = Counter(map(fate, sampled.rows))
-    return {name: (counts[name], len(sampled.rows)) for name in FATES}
+def count_outcomes(sampled: Sampled) -> dict[str, int]:
+    """Answers with each of ``OUTCOMES``."""
+    counts = Counter(map(outcome, sampled.rows))
+    return {name: counts[name] for name in OUTCOMES}
 
 
 def length_rows(sampled: Sampled, distilled: Distilled, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
-    """Rows of a table: how long answers are, in tokens; dashes where there are none.
+    """Rows of a table: lengths of answers in tokens; dashes where there is no answer.
 
     GSM8K's answers hold calculator marks, those of a model that was shown examples with them often do too: only texts
     without marks are alike.
@@ -309,21 +295,21 @@ def _spread(values: Sequence[int]) -> dict[str, float | None]:
 
 
 def summarize(sampled: Sampled, distilled: Distilled) -> dict[str, Any]:
-    """What the record of a run keeps: counts, of which every shown rate is made."""
+    """What the record of a run keeps: the counts behind every shown rate."""
     num_covered, num_questions = coverage(sampled)[sampled.num_samples]
     return {
         "num_questions": num_questions,
         "num_covered": num_covered,
         "coverage": num_covered / num_questions,
         "num_answers": len(sampled.rows),
-        "fates": {name: count for name, (count, _) in fates(sampled).items()},
+        "fates": count_outcomes(sampled),
         "num_own": len(distilled.chosen),
         "num_gold": distilled.num_gold,
         "num_dropped": distilled.num_dropped,
     }
 
 
-def told(counts: Mapping[str, Any] | None, source: str) -> str:
+def describe(counts: Mapping[str, Any] | None, source: str) -> str:
     """What was trained on, in words.
 
     Args:
@@ -336,3 +322,62 @@ def told(counts: Mapping[str, Any] | None, source: str) -> str:
         return f"own answers to {source}"
     own = f"own answers to {num_covered} of {num_questions} questions of {source}"
     return f"{own}, GSM8K's to {num_gold}" if num_gold else own
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The model's own answers of a run: what made them, all of them, the chosen ones, and the row file."""
+
+    protocol: dict[str, str]
+    sampled: Sampled
+    distilled: Distilled
+    file: Path
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"protocol": self.protocol, **summarize(self.sampled, self.distilled)}
+
+
+def distil(
+    parameters: Mapping[str, Any],
+    paths: RunPaths,
+    base: ModelSource,
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[Row],
+    fewshot: Sequence[Row],
+) -> Distillation | None:
+    """Sample the base model's answers to the training questions and choose rows; None unless the run wants them.
+
+    The row file is shared by all runs with the same protocol; their seeds of training differ, their answers do not.
+    """
+    if parameters["train_source"] != "self_distilled":
+        return None
+    # Imports torch, which other training sources do not need this module for.
+    from lib.engine.generate import load_engine
+    from lib.engine.load import resolve_runtime
+
+    runtime = resolve_runtime(parameters["device"], parameters["compute_dtype"])
+    asking = Asking(
+        Sampling(parameters["distil_temperature"], parameters["data_seed"]),
+        parameters["distil_num_samples"],
+        parameters["gsm8k_max_new_tokens"],
+        runtime.device,
+        parameters["eval_batch_size"],
+    )
+    quantization, template = parameters["quantization"], tokenizer.chat_template
+    made_by = protocol(base.identity, quantization, str(runtime.dtype), questions, fewshot, template, asking)
+    log = open_untuned_log(paths, "distil_samples", made_by)
+    generator = LazyGenerator(load_engine, base.folder, runtime, quantization, None, asking.rows_at_once)
+    sampled = sample_answers(questions, fewshot, generator, asking, log)
+    distilled = choose_training_rows(
+        sampled,
+        keep=parameters["distil_keep"],
+        choice=parameters["distil_choice"],
+        fallback=parameters["distil_fallback"],
+        seed=parameters["data_seed"],
+    )
+    return Distillation(made_by, sampled, distilled, log.path)

@@ -35,10 +35,10 @@ class Stage:
         self._record = start_stage(self.folder / "manifest.json", name, run_name, parameters)
         self._slot: html.SummarySlot | None = None
 
-    def header(self) -> html.Html:
-        """What this run is, its parameters and versions, folded."""
+    def header(self, device: str = "") -> html.Html:
+        """What this run is, its parameters and versions, folded; ``device``: in place of that of ``open_stage``."""
         known = self.parameters
-        parts = tables.setup_tables(self.name, known, self._device)
+        parts = tables.setup_tables(self.name, known, device or self._device)
         if self.paths:
             parts.insert(0, html.purpose_note(known["run_name"], known["description"], known["benchmark"]))
         return html.stack(parts)
@@ -85,6 +85,7 @@ class Stage:
         metrics: Mapping[str, Any],
         summary: Sequence[str],
         notes: Sequence[html.Html] = (),
+        skipped: str = "",
     ) -> html.Html:
         """Write the manifest, after which nothing else of the stage may be written, and fill the summary.
 
@@ -93,12 +94,13 @@ class Stage:
             facts, metrics: see ``StageRecord.finish``.
             summary: what came out, in sentences.
             notes: shown above them.
+            skipped: what could not be done, see ``StageRecord.finish``.
 
         Returns:
             Table of the files written.
         """
         shown = tables.files_table([path for path in outputs if path.is_relative_to(self.root)], self.root)
-        self._record.finish(inputs=inputs, outputs=outputs, facts=facts, metrics=metrics)
+        self._record.finish(inputs=inputs, outputs=outputs, facts=facts, metrics=metrics, skipped=skipped)
         if self._slot:
             self._slot.fill(html.stack([*notes, html.sentences(summary)]))
         return shown

@@ -1,39 +1,52 @@
-"""Which checkpoint to keep: candidates asked the same rows under one protocol, scored with intervals, one chosen.
+"""Which checkpoint to keep: candidates get the same rows under one protocol, are scored, and one is chosen.
 
 Chosen on development rows: questions of GSM8K's train split that are not trained on, and public AILuminate prompts that
-are not evaluated. Evaluation rows are read by ``evaluation_rows`` alone, for ``sweep_on_test: true``: what is chosen on
-them scores too well on them, and every report says so. Knows nothing about models: generators are arguments.
+are not evaluated. With ``sweep_on_test: true`` it is chosen on the evaluation rows: what is chosen on them scores too
+well on them, and every report says so.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lib import gsm8k, safety
-from lib.record.files import sha256_file, sha256_json
+from lib.engine.generator import LazyGenerator
+from lib.engine.sources import ModelSource, resolve_adapter, resolve_model
+from lib.prepare import datasets
+from lib.record.files import sha256_file, sha256_json, write_csv
+from lib.record.lookup import load_or_reason
 from lib.record.manifest import facts_of
-from lib.record.paths import PROJECT_ROOT, RunPaths, require
-from lib.record.rows import RowLog, read_jsonl
-from lib.record.text_files import read_text
+from lib.record.paths import RunPaths, project_path
+from lib.record.rows import RowLog, read_jsonl, write_jsonl
 from lib.stats import wilson_interval
+from lib.train.selection_rows import (
+    ON_TEST,
+    SelectionRows,
+    SweepError,
+    development_rows,
+    draw_prompts,
+    evaluated_prompts,
+    evaluation_rows,
+    needs_safety,
+    require_safety,
+)
 
-if TYPE_CHECKING:  # for the reader only: generate imports torch
-    from lib.engine.generator import LazyGenerator
+if TYPE_CHECKING:  # imports torch
+    from lib.engine.load import Runtime
 
 Row = dict[str, Any]
 
-ON_DEV, ON_TEST, NOT_SELECTED = "development rows", "the test set", "not selected"
+NOT_SELECTED = "not selected"
 # What is highest at the chosen checkpoint; each a share or a sum of shares, so that the number of rows has no weight.
 METRICS = {
     "accuracy": "share of questions answered right (strict)",
     "safety": "share of responses judged safe; a verdict that cannot be read is not safe",
     "sum": "accuracy plus safety, both as shares, with equal weight",
 }
-# What 02 reads only where candidates are asked prompts: otherwise a change of the judge does not run it again.
+# What 02 reads only where candidates get prompts: otherwise a change of the judge does not run it again.
 SAFETY_PARAMETERS = (
     "safeguard_model",
     "safeguard_revision",
@@ -44,134 +57,9 @@ SAFETY_PARAMETERS = (
     "judge_max_new_tokens",
     "guidelines_file",
 )
-CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
 
 
-class SweepError(Exception):
-    """A checkpoint cannot be chosen as asked; the text says why and what to do."""
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SweepRows:
-    """What every candidate is asked.
-
-    Attributes:
-        questions: ``test_index`` (position among the development rows, or in the test split), ``question, answer``.
-        prompts: as ``safety.parse_prompts_csv``; none where safety is not measured.
-        selected_on: ``ON_DEV`` or ``ON_TEST``.
-        files: what was read.
-    """
-
-    questions: list[Row]
-    prompts: list[Row]
-    selected_on: str
-    files: list[Path]
-
-
-def development_rows(paths: RunPaths, prompts: Sequence[Row] = ()) -> SweepRows:
-    """Development rows of the run and the prompts drawn for it.
-
-    Raises:
-        ArtifactError: 01_prepare left no development rows.
-    """
-    rows = read_jsonl(require(paths.dev_rows, "01_prepare", paths.name))
-    questions = [{"test_index": number, **row} for number, row in enumerate(rows)]
-    return SweepRows(questions, list(prompts), ON_DEV, [paths.dev_rows])
-
-
-def evaluation_rows(paths: RunPaths, metric: str) -> SweepRows:
-    """The rows that 03 and 04 report on: the old way, in which the choice and the report share their rows.
-
-    Raises:
-        ArtifactError: 01_prepare left no questions.
-        SweepError: it left no prompts, and the metric needs them.
-    """
-    questions = read_jsonl(require(paths.gsm8k_eval_rows, "01_prepare", paths.name))
-    files = [paths.gsm8k_eval_rows]
-    if not needs_safety(metric):
-        return SweepRows(questions, [], ON_TEST, files)
-    prompts = evaluated_prompts(paths)
-    require_safety(metric, "" if prompts else "01_prepare could have no AILuminate prompts")
-    return SweepRows(questions, prompts, ON_TEST, [*files, paths.ailuminate_rows])
-
-
-def needs_safety(metric: str) -> bool:
-    """Whether the metric cannot be computed without verdicts."""
-    return metric != "accuracy"
-
-
-def require_safety(metric: str, why_not: str) -> None:
-    """Ends a sweep that is to choose by safety where that cannot be measured.
-
-    Args:
-        why_not: what is missing; empty where nothing is.
-
-    Raises:
-        SweepError: it is missing and needed.
-    """
-    if why_not and needs_safety(metric):
-        raise SweepError(
-            f"sweep_metric is {metric!r} but safety cannot be measured here: {why_not}. Put the file or the model into "
-            "the folder that --assets names, or choose without it: --set sweep_metric=accuracy dev_safety_rows=0"
-        )
-
-
-def prompt_pool(ailuminate_source: str) -> str:
-    """Where development prompts come from: the class CSV holds evaluation prompts alone, the public file more."""
-    return "mlcommons" if ailuminate_source == "class" else ailuminate_source
-
-
-def evaluated_prompts(paths: RunPaths) -> list[Row]:
-    """The prompts that 04 evaluates, read to be left out; none where 01_prepare could have none.
-
-    Raises:
-        ArtifactError: 01_prepare did not run.
-    """
-    path = require(paths.ailuminate_rows, "01_prepare", paths.name)
-    return read_jsonl(path) if path.stat().st_size else []
-
-
-def draw_prompts(
-    pool: Sequence[Row], evaluated: Sequence[Row], num_prompts: int, seed: int, class_ids: Sequence[str] | None = None
-) -> list[Row]:
-    """A seeded draw of prompts that are neither in the class set nor evaluated by this run.
-
-    Left out by id and by text, for some prompts stand in the public file twice; of equal texts the first may be drawn.
-
-    Args:
-        pool: as ``assets.load_ailuminate`` gives them.
-        evaluated: the run's evaluation prompts.
-        class_ids: ``release_prompt_id`` of the class set; None: the 240 of ``params/``.
-
-    Returns:
-        ``num_prompts`` rows in the order of ``pool``, ``id`` being the position in this list.
-
-    Raises:
-        SweepError: fewer are left than asked for.
-    """
-    class_ids = read_text(CLASS240_IDS).split() if class_ids is None else class_ids
-    # A CSV of one's own may have no ids: its prompts are told apart by their texts alone.
-    ids = ({row["release_prompt_id"] for row in evaluated} | set(class_ids)) - {""}
-    texts = {_text(row) for row in [*evaluated, *(row for row in pool if row["release_prompt_id"] in ids)]}
-    distinct = {_text(row): row for row in reversed(pool)}
-    free = [row for row in pool if _text(row) not in texts and distinct[_text(row)] is row]
-    if len(free) < num_prompts:
-        raise SweepError(
-            f"dev_safety_rows is {num_prompts} but {len(free)} of {len(pool)} prompts are neither evaluated nor in the "
-            "class set: lower dev_safety_rows or max_ailuminate_rows, or use ailuminate_source: mlcommons"
-        )
-    drawn = np.random.default_rng([seed, len(pool)]).choice(len(free), num_prompts, replace=False)
-    return [{**free[place], "id": position} for position, place in enumerate(sorted(drawn.tolist()))]
-
-
-def _text(row: Mapping[str, Any]) -> str:
-    return " ".join(row["prompt"].casefold().split())
-
-
-# --- asking ---------------------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,20 +79,9 @@ class Protocol:
     judge_mode: str
     max_verdict_tokens: int
 
-    def sha256(self, rows: SweepRows) -> str:
-        """Hash of the protocol and of the rows that are asked under it; it stands beside every score."""
+    def sha256(self, rows: SelectionRows) -> str:
+        """Hash of the protocol and of the rows under it; it stands beside every score."""
         return sha256_json([asdict(self), gsm8k.SYSTEM_PROMPT, rows.questions, rows.prompts])
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A candidate's answers and responses; ``wall_s`` is what they took here."""
-
-    checkpoint: Path
-    adapter_sha256: str
-    answers: list[Row]
-    responses: list[Row]
-    wall_s: float
 
 
 def candidates(checkpoints: Sequence[Path], most: int) -> list[Path]:
@@ -217,48 +94,63 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def ask(checkpoint: Path, generator: "LazyGenerator", rows: SweepRows, protocol: Protocol, folder: Path) -> Asked:
-    """Puts every question and prompt to one candidate, going on from rows that are already in ``folder``.
+def score_candidates(
+    checkpoints: Sequence[Path],
+    rows: SelectionRows,
+    protocol: Protocol,
+    folder: Path,
+    tuned: Callable[[Path], LazyGenerator],
+    judge: LazyGenerator | None,
+) -> list["Score"]:
+    """Score every candidate; rows that are already in ``folder`` are kept.
+
+    All candidates answer before the judge judges, so that each model is loaded once.
 
     Args:
-        generator: of this candidate alone; loads the model with it merged in when the first row is missing.
+        tuned: the generator of a checkpoint.
+        judge: None where there are no prompts.
     """
-    adapter = sha256_file(checkpoint / "adapter_model.safetensors")
-    by = [dict(protocol.model), adapter]
+    generated = []
+    for path in checkpoints:
+        generator = tuned(path)
+        generated.append((path, *_generate(path, generator, rows, protocol, folder)))
+        generator.close()
+    return [
+        score(path, answers, _judge(path, responses, judge, protocol, folder) if responses else [])
+        for path, answers, responses in generated
+    ]
+
+
+def _generate(
+    checkpoint: Path, generator: LazyGenerator, rows: SelectionRows, protocol: Protocol, folder: Path
+) -> tuple[list[Row], list[Row]]:
+    """Answers and responses of one candidate."""
+    by = [dict(protocol.model), sha256_file(checkpoint / "adapter_model.safetensors")]
     answer_hash = sha256_json([by, gsm8k.SYSTEM_PROMPT, protocol.fewshot, protocol.max_answer_tokens, rows.questions])
     log = RowLog(folder / f"answers_{checkpoint.name}.jsonl", answer_hash, label=checkpoint.name)
-    answers = gsm8k.evaluate(
-        rows.questions, protocol.fewshot, generator, max_new_tokens=protocol.max_answer_tokens, log=log
-    )
+    max_new_tokens = protocol.max_answer_tokens
+    answers = gsm8k.evaluate(rows.questions, protocol.fewshot, generator, max_new_tokens=max_new_tokens, log=log)
     if not rows.prompts:
-        return Asked(checkpoint, adapter, answers, [], generator.wall_s)
+        return answers, []
     response_hash = sha256_json([by, protocol.max_response_tokens, rows.prompts])
     log = RowLog(folder / f"responses_{checkpoint.name}.jsonl", response_hash, label=checkpoint.name)
-    responses = safety.respond(rows.prompts, generator, max_new_tokens=protocol.max_response_tokens, log=log)
-    return Asked(checkpoint, adapter, answers, responses, generator.wall_s)
+    return answers, safety.respond(rows.prompts, generator, max_new_tokens=protocol.max_response_tokens, log=log)
 
 
-def judge(asked: Asked, generator: "LazyGenerator", protocol: Protocol, folder: Path) -> list[Row]:
-    """Verdicts on a candidate's responses by the run's judge; none where there are no responses."""
-    if not asked.responses:
-        return []
+def _judge(checkpoint: Path, responses: list[Row], judge: LazyGenerator, protocol: Protocol, folder: Path) -> list[Row]:
+    """Verdicts on a candidate's responses."""
     prompt_hash = safety.judge_prompt_hash(protocol.guidelines, protocol.judge_context, protocol.judge_mode)
     by = [dict(protocol.judge), prompt_hash, protocol.max_verdict_tokens]
-    made_of = [row["protocol_hash"] for row in asked.responses[:1]]
-    name = asked.checkpoint.name
-    log = RowLog(folder / f"verdicts_{name}.jsonl", sha256_json([by, made_of]), label=name)
+    log_hash = sha256_json([by, [responses[0]["protocol_hash"]]])
     return safety.judge(
-        asked.responses,
-        generator,
+        responses,
+        judge,
         guidelines=protocol.guidelines,
         context=protocol.judge_context,
         mode=protocol.judge_mode,
         max_new_tokens=protocol.max_verdict_tokens,
-        log=log,
+        log=RowLog(folder / f"verdicts_{checkpoint.name}.jsonl", log_hash, label=checkpoint.name),
     )
-
-
-# --- choosing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,7 +168,7 @@ class Score:
 
     @property
     def rates(self) -> dict[str, tuple[int, int]]:
-        """Axis -> (successes, rows), of the axes that were measured."""
+        """Metric -> (successes, rows), of the metrics that were measured."""
         right = {"right": (self.num_correct, self.num_questions)}
         return right | ({"safe": (self.num_safe, self.num_prompts)} if self.num_prompts else {})
 
@@ -289,23 +181,21 @@ class Score:
         if metric not in METRICS:
             raise SweepError(f"sweep_metric is {metric!r}; allowed: {', '.join(METRICS)}")
         if needs_safety(metric) and not self.num_prompts:
-            raise SweepError(
-                f"sweep_metric is {metric!r} but {self.checkpoint} was asked no prompt: set dev_safety_rows"
-            )
+            raise SweepError(f"sweep_metric is {metric!r} but {self.checkpoint} got no prompt: set dev_safety_rows")
         accuracy = Fraction(self.num_correct, self.num_questions)
         if metric == "accuracy":
             return accuracy
         return Fraction(self.num_safe, self.num_prompts) + (accuracy if metric == "sum" else 0)
 
 
-def score(asked: Asked, verdicts: Sequence[Row]) -> Score:
+def score(checkpoint: Path, answers: Sequence[Row], verdicts: Sequence[Row]) -> Score:
     """Counts of a candidate, from its rows."""
-    answered = gsm8k.summarize(asked.answers)
+    answered = gsm8k.summarize(answers)
     judged = safety.summarize(verdicts) if verdicts else {"n": 0, "num_safe": 0, "num_unparsed": 0}
     return Score(
-        checkpoint=asked.checkpoint.name,
-        step=step_of(asked.checkpoint),
-        adapter_sha256=asked.adapter_sha256,
+        checkpoint=checkpoint.name,
+        step=step_of(checkpoint),
+        adapter_sha256=sha256_file(checkpoint / "adapter_model.safetensors"),
         num_questions=answered["n"],
         num_correct=answered["num_correct"],
         num_prompts=judged["n"],
@@ -314,20 +204,23 @@ def score(asked: Asked, verdicts: Sequence[Row]) -> Score:
     )
 
 
-def choose(scores: Sequence[Score], metric: str) -> Score:
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+
+def best(scores: Sequence[Score], metric: str) -> Score:
     """The score with the highest value; of equal ones the latest step, which has seen the most rows.
 
     Raises:
-        SweepError: there is none, they were asked different numbers of rows, or as ``Score.value``.
+        SweepError: there is no score, they are over different numbers of rows, or as ``Score.value``.
     """
     if len({(one.num_questions, one.num_prompts) for one in scores}) != 1:
-        raise SweepError(f"{len(scores)} checkpoints to choose from, not all asked the same rows: run 02_train again")
+        raise SweepError(f"{len(scores)} checkpoints to choose from, not all with the same rows: run 02_train again")
     return max(scores, key=lambda one: (one.value(metric), one.step))
 
 
 def table_rows(scores: Sequence[Score], metric: str, selected_on: str, protocol_sha256: str) -> list[Row]:
     """Rows of ``checkpoint_scores_<name>.csv``, by step: shares with Wilson's 95 % interval, None if unmeasured."""
-    chosen = choose(scores, metric)
+    chosen = best(scores, metric)
     rows = []
     for one in sorted(scores, key=lambda one: one.step):
         right, safe = one.rates["right"], one.rates.get("safe")
@@ -351,7 +244,7 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
 
     Args:
         num_candidates: how many checkpoints were compared; 0 for unknown.
-        most: how many at most were to be compared (``max_sweep_checkpoints``); 0 for unknown.
+        most: the most that may be compared (``max_sweep_checkpoints``); 0 for unknown.
     """
     if selected_on == NOT_SELECTED:
         return f"Kept is {chosen}; it was not selected among checkpoints."
@@ -359,10 +252,10 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
         return f"Kept is {chosen}, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
     if num_candidates == 1:
         return f"Kept is {chosen}, the only checkpoint: a smaller save_steps leaves more to select among."
-    told = f"Kept is {chosen}, selected on {selected_on} by {metric}."
+    text = f"Kept is {chosen}, selected on {selected_on} by {metric}."
     if selected_on == ON_TEST:
-        told += " The rates that this run reports on those rows are a winner's: too high by the luck of the choice."
-    return told
+        text += " The rates that this run reports on those rows are a winner's: too high by the luck of the choice."
+    return text
 
 
 def selected_on_test(paths: RunPaths) -> str:
@@ -373,3 +266,150 @@ def selected_on_test(paths: RunPaths) -> str:
     if facts.get("selected_on") != ON_TEST or len(compared) == 1:
         return ""
     return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared))
+
+
+# --- the choice of a run --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The adapter that a run keeps, and why.
+
+    Attributes:
+        name: of the adapter, in words.
+        source: folder to take it from; None: it is already where the later stages look for it.
+        sentence: how it was chosen.
+        scores: of the candidates; empty where nothing was compared.
+        table: rows of ``checkpoint_scores_<name>.csv``.
+        files: what was read.
+        wall_s: seconds that models worked.
+        why_no_safety: why safety was to be measured and was not; empty where it was, or was not wanted.
+        reads_safety: whether the parameters ``SAFETY_PARAMETERS`` were read.
+    """
+
+    name: str
+    source: Path | None
+    selected_on: str
+    sentence: str
+    scores: list[Score] = field(default_factory=list)
+    table: list[Row] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    wall_s: float = 0.0
+    why_no_safety: str = ""
+    reads_safety: bool = False
+
+
+def choose(
+    parameters: Mapping[str, Any],
+    paths: RunPaths,
+    base: ModelSource,
+    chat_template: str | None,
+    runtime: "Runtime",
+    checkpoints: Sequence[Path],
+) -> Choice:
+    """Choose among the last checkpoints, where ``checkpoint_sweep`` is set and the run trains its own adapter.
+
+    Raises:
+        SweepError: the metric needs safety, which cannot be measured here, or too few prompts are left to draw.
+    """
+    if parameters["checkpoint"]:
+        place = (parameters["checkpoint"], parameters["base_model"], parameters["assets_dir"], parameters["offline"])
+        adapter = resolve_adapter(*place)
+        name = f"the adapter {parameters['checkpoint']}"
+        return Choice(name, adapter.folder, NOT_SELECTED, selection_text(name, NOT_SELECTED), files=[adapter.folder])
+    if not parameters["checkpoint_sweep"]:
+        name = "the adapter as training ended"
+        return Choice(name, None, NOT_SELECTED, selection_text(name, NOT_SELECTED))
+    return _sweep(parameters, paths, base, chat_template, runtime, checkpoints)
+
+
+def _sweep(
+    parameters: Mapping[str, Any],
+    paths: RunPaths,
+    base: ModelSource,
+    chat_template: str | None,
+    runtime: "Runtime",
+    checkpoints: Sequence[Path],
+) -> Choice:
+    # Imports torch, which the reports that only read a finished choice do without.
+    from lib.engine.generate import Models
+
+    metric, quantization = parameters["sweep_metric"], parameters["quantization"]
+    folder = paths.stage_dir("02_train") / "sweep"
+    judge_source, prompts, files, why_no_safety = _safety_inputs(parameters, paths, folder)
+    rows = evaluation_rows(paths, metric) if parameters["sweep_on_test"] else development_rows(paths, prompts)
+    pool = read_jsonl(paths.fewshot_rows) if parameters["fewshot_k"] else []
+    guidelines_file = project_path(parameters["guidelines_file"])
+    if rows.prompts:
+        files = [*files, guidelines_file]
+    protocol = Protocol(
+        model={
+            "base": f"{base.identity} {quantization}",
+            "dtype": str(runtime.dtype),
+            "template": sha256_json(chat_template),
+        },
+        fewshot=gsm8k.fewshot_examples(pool, parameters["fewshot_k"]),
+        max_answer_tokens=parameters["gsm8k_max_new_tokens"],
+        max_response_tokens=parameters["ailuminate_max_new_tokens"],
+        judge={"identity": judge_source.identity} if rows.prompts else {},
+        guidelines=safety.read_guidelines(guidelines_file) if rows.prompts else "",
+        judge_context=parameters["judge_context"],
+        judge_mode=parameters["judge_mode"],
+        max_verdict_tokens=parameters["judge_max_new_tokens"],
+    )
+    settings = (runtime, quantization, parameters["eval_batch_size"])
+    models = Models(base.folder, *settings)
+    judge = Models(judge_source.folder, *settings).untuned() if rows.prompts else None
+    chosen_from = candidates(checkpoints, parameters["max_sweep_checkpoints"])
+    scores = score_candidates(chosen_from, rows, protocol, folder, models.tuned, judge)
+    chosen = best(scores, metric)
+    table = table_rows(scores, metric, rows.selected_on, protocol.sha256(rows))
+    write_csv(paths.checkpoint_scores, table)
+    most = parameters["max_sweep_checkpoints"]
+    return Choice(
+        name=chosen.checkpoint,
+        source=paths.checkpoints_dir / chosen.checkpoint,
+        selected_on=rows.selected_on,
+        sentence=selection_text(chosen.checkpoint, rows.selected_on, metric, len(scores), most),
+        scores=scores,
+        table=table,
+        files=[*files, *rows.files],
+        wall_s=models.work_s + (judge.wall_s if judge else 0.0),
+        why_no_safety=why_no_safety,
+        reads_safety=_wants_safety(parameters),
+    )
+
+
+def _wants_safety(parameters: Mapping[str, Any]) -> bool:
+    return parameters["dev_safety_rows"] > 0 or needs_safety(parameters["sweep_metric"])
+
+
+def _safety_inputs(
+    parameters: Mapping[str, Any], paths: RunPaths, folder: Path
+) -> tuple[ModelSource | None, list[Row], list[Path], str]:
+    """The judge, the development prompts, the files read for them, and why safety cannot be measured here."""
+    here = (parameters["assets_dir"], parameters["offline"])
+    judge, no_judge, loaded, no_prompts = None, "", None, ""
+    if _wants_safety(parameters):
+        named = (parameters["safeguard_model"], parameters["safeguard_revision"])
+        judge, no_judge = load_or_reason(resolve_model, *named, *here)
+    num_prompts = parameters["dev_safety_rows"]
+    if num_prompts:
+        # The class CSV holds evaluation prompts alone, the public file more.
+        source = parameters["ailuminate_source"]
+        pool = "mlcommons" if source == "class" else source
+        loaded, no_prompts = load_or_reason(datasets.load_ailuminate, pool, "all", *here)
+    why_not = no_prompts or (no_judge and f"judge: {no_judge}")
+    require_safety(parameters["sweep_metric"], why_not)
+    if why_not or not loaded:
+        return judge, [], [], why_not
+    prompts = draw_prompts(loaded[0], evaluated_prompts(paths), num_prompts, parameters["data_seed"])
+    write_jsonl(folder / "prompts.jsonl", prompts)
+    return judge, prompts, [loaded[1].file, paths.ailuminate_rows], why_not
+
+
+def keep_adapter(source: Path, adapter_dir: Path) -> None:
+    """Copy an adapter to where the later stages look for it."""
+    adapter_dir.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.glob("adapter_*")):
+        shutil.copy2(file, adapter_dir / file.name)

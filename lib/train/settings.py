@@ -1,13 +1,14 @@
-"""What a training is given, and what it gives."""
+"""Settings and result of a training."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What training is told. The last two do not change the function that is optimised; the rest is its identity."""
+    """The last two do not change the function that is optimised; the others are its identity."""
 
     base_model: str  # name written into adapter_config.json
     base_identity: str  # what the frozen weights are, quantization included ("Qwen/...@<commit> nf4")
@@ -25,6 +26,12 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 0  # most tokens in one forward pass; 0: from free memory
     gradient_checkpointing: bool | None = None  # None: only where memory asks for it
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], base_identity: str) -> "TrainSettings":
+        """Settings from the parameters of a run; memory decides on those that are not among them."""
+        known = {one.name: params[one.name] for one in fields(cls) if one.name in params}
+        return cls(base_identity=base_identity, **known)
 
     @property
     def rows_per_step(self) -> int:
@@ -57,12 +64,8 @@ class TrainResult:
     resumed_from: int | None  # step of the checkpoint that the last session went on from
     adapter_dir: Path
     checkpoints: list[Path] = field(default_factory=list)
-    log: list[dict[str, Any]] = field(default_factory=list)  # a row a step
+    log: list[dict[str, Any]] = field(default_factory=list)  # one row per step
     reused: bool = False  # complete already, nothing was trained
-
-    @property
-    def examples_per_s(self) -> float:
-        return sum(row["num_rows"] for row in self.log) / self.wall_s
 
     @property
     def tokens_per_s(self) -> float:

@@ -190,7 +190,7 @@ class StepTrainer(Trainer):
             kept = f"the last good checkpoint, {good[0].name}, is kept, and the same settings go on from it"
         return TrainingError(
             f"{fault}; {kept}. Lower learning_rate, raise warmup_share, or set compute_dtype to float32: with another "
-            "setting training begins anew, and the checkpoints of this one are deleted"
+            "setting training starts over, and the checkpoints of this one are deleted"
         )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> float:

@@ -1,0 +1,139 @@
+"""The rows of a run: its data found, evaluation and training rows drawn, the training rows checked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lib import gsm8k
+from lib.prepare import audit, datasets
+from lib.prepare.audit import Fault
+from lib.prepare.datasets import Source
+from lib.prepare.self_distillation import OWN_ANSWERS, Distillation
+from lib.record.lookup import load_or_reason
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class File:
+    """Rows of a file with their lines in it, from 1; no lines: one row per line."""
+
+    rows: list[Row]
+    name: str
+    lines: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the rows of a run are drawn from.
+
+    Attributes:
+        train: the file of the training rows: GSM8K train or a file of its own.
+        no_prompts: why there are no AILuminate prompts; empty where there are.
+        sources: provenance by what each is used for.
+    """
+
+    gsm8k_train: File
+    gsm8k_test: list[Row]
+    train: File
+    prompts: list[Row]
+    no_prompts: str
+    sources: dict[str, Source]
+
+
+def load_data(parameters: Mapping[str, Any]) -> RunData:
+    """GSM8K, the training file where the run has one, and the AILuminate prompts where they can be found.
+
+    Raises:
+        AssetError: GSM8K or the training file is nowhere here, or a file is not what it has to be.
+    """
+    here = (parameters["assets_dir"], parameters["offline"])
+    rows, source = datasets.load_gsm8k("train", parameters["gsm8k_source"], *here)
+    test, test_source = datasets.load_gsm8k("test", parameters["gsm8k_source"], *here)
+    sources = {"GSM8K train": source, "GSM8K test": test_source}
+    gsm8k_train = train = File(rows, source.path, datasets.line_numbers(source))
+    if parameters["train_source"] == "file":
+        rows, source = datasets.load_train_file(parameters["train_file"], parameters["train_file_url"], *here)
+        train = File(rows, source.path, datasets.line_numbers(source))
+        sources["training file"] = source
+    wanted = (parameters["ailuminate_source"], parameters["ailuminate_prompt_set"])
+    loaded, no_prompts = load_or_reason(datasets.load_ailuminate, *wanted, *here)
+    if loaded:
+        sources["AILuminate"] = loaded[1]
+    return RunData(gsm8k_train, test, train, loaded[0] if loaded else [], no_prompts, sources)
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """The rows of a run.
+
+    Attributes:
+        pool: few-shot pool, of which ``fewshot`` are shown.
+        faults: of the training rows and, where these are from another file, of GSM8K train.
+        num_unknown: training rows whose question GSM8K does not have.
+        num_removed: training rows that left because pool or development rows have their question.
+    """
+
+    pool: list[Row]
+    fewshot: list[Row]
+    dev: list[Row]
+    train: list[Row]
+    gsm8k_eval: list[Row]
+    prompts: list[Row]
+    faults: list[Fault]
+    num_unknown: int
+    num_removed: int
+
+    @property
+    def decided(self) -> list[Fault]:
+        """Faults that ``train_file_faults`` decides on."""
+        return [fault for fault in self.faults if fault.kind in audit.DECIDED]
+
+
+def draw_rows(data: RunData, parameters: Mapping[str, Any]) -> RunRows:
+    """Draw the rows of a run by ``data_seed`` and check its training rows.
+
+    Raises:
+        TrainFileError: training rows have faults, and ``train_file_faults`` is ``refuse``.
+        ValueError: there are fewer rows than the parameters ask for.
+    """
+    draw = {name: parameters[name] for name in ("dev_rows", "max_train_rows")}
+    draw |= {"pool_size": parameters["fewshot_pool_size"], "seed": parameters["data_seed"]}
+    # Before the pool is drawn: a GSM8K file of one's own may hold test questions too.
+    drawable = check_file(data.gsm8k_train, data, parameters)
+    # Which rows are held out depends on GSM8K train alone; they are needed to check the training rows.
+    held_out = gsm8k.split_train(drawable.rows, data.train.rows, **draw)
+    checked = check_file(data.train, data, parameters, fewshot=held_out.fewshot, dev=held_out.dev)
+    split = gsm8k.split_train(drawable.rows, checked.rows, **draw)
+    indices = gsm8k.eval_indices(len(data.gsm8k_test), parameters["gsm8k_eval_fraction"], parameters["data_seed"])
+    indices = indices[: parameters["max_gsm8k_rows"] or None]
+    return RunRows(
+        pool=split.fewshot,
+        fewshot=gsm8k.fewshot_examples(split.fewshot, parameters["fewshot_k"]),
+        dev=split.dev,
+        train=split.train,
+        gsm8k_eval=[{"test_index": index, **data.gsm8k_test[index]} for index in indices],
+        prompts=data.prompts[: parameters["max_ailuminate_rows"] or None],
+        # Where the training rows are GSM8K's, they have just been checked twice.
+        faults=[*(drawable.faults if data.train is not data.gsm8k_train else []), *checked.faults],
+        num_unknown=checked.num_unknown,
+        num_removed=split.num_removed,
+    )
+
+
+def check_file(file: File, data: RunData, parameters: Mapping[str, Any], **held_out: list[Row]) -> audit.Checked:
+    """``audit.check_rows`` of a file against both splits of GSM8K, by ``train_file_faults``."""
+    splits = {"gsm8k_train": data.gsm8k_train.rows, "gsm8k_test": data.gsm8k_test}
+    action = parameters["train_file_faults"]
+    return audit.check_rows(file.rows, **splits, **held_out, action=action, name=file.name, lines=file.lines)
+
+
+def training_rows(
+    rows: RunRows, own: Distillation | None, data: RunData, parameters: Mapping[str, Any]
+) -> tuple[list[Row], File, audit.Action]:
+    """The rows to train on, the file that they are counted in, and what to do with those that cannot be learnt."""
+    if own is None:
+        return rows.train, data.train, parameters["train_file_faults"]
+    # Sampling took hours: one bad answer must not stop the run.
+    checked = check_file(File(own.distilled.rows, OWN_ANSWERS), data, parameters)
+    return checked.rows, File(checked.rows, OWN_ANSWERS), "drop"

@@ -1,0 +1,219 @@
+"""Tables and plots of 01_prepare."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from transformers import PreTrainedTokenizerBase
+
+from lib import gsm8k, safety, wording
+from lib.prepare import audit, overlap, self_distillation
+from lib.prepare.run_rows import RunData, RunRows
+from lib.prepare.self_distillation import Distillation
+from lib.reports import html, plots, tables
+from lib.reports.html import Html
+from lib.reports.stage import Stage
+from lib.stats import wilson_interval
+from lib.wording import percent
+
+Row = Mapping[str, Any]
+
+
+def provenance(data: RunData) -> dict[str, dict[str, Any]]:
+    """Where the data is from, for tables and the manifest."""
+    return {name: source.table_row() for name, source in data.sources.items()}
+
+
+def raw_rows(data: RunData, number: int = 2) -> Html:
+    """The first training rows as they are in their file."""
+    lines = data.train.lines or range(1, number + 1)
+    rows = [{**row, "line": line} for row, line in zip(data.train.rows[:number], lines, strict=False)]
+    texts = {"question": "Question", "answer": "Answer"}
+    return html.examples(rows, texts, f"{data.train.name}, line {{line}}")
+
+
+def faults_text(rows: RunRows, data: RunData, action: str) -> str:
+    """How many faults there are to decide on, in a sentence."""
+    also = "" if data.train is data.gsm8k_train else " and GSM8K train"
+    return (
+        f"{len(rows.decided)} faults for train_file_faults ({action}) in {len(data.train.rows):,} training rows{also}; "
+        f"{rows.num_unknown} questions are not GSM8K's."
+    )
+
+
+def faults(rows: RunRows, data: RunData, action: audit.Action) -> Html:
+    """Faults of the training rows by kind, and the first of each kind."""
+    shown = [html.table(audit.fault_table(rows.faults, action), f"{len(data.train.rows):,} training rows checked")]
+    if rows.faults:
+        shown.append(html.table(audit.first_offenders(rows.faults), "The first of each kind, by line and file"))
+    return html.stack([*shown, html.note(faults_text(rows, data, action), strong=bool(rows.decided))])
+
+
+def offenders(found: Sequence[audit.Fault], text: str) -> Html:
+    """A sentence about faults and the first of them."""
+    shown = [html.note(text, strong=any(fault.kind != "too long" for fault in found))]
+    if found:
+        shown.append(html.table(audit.first_offenders(found, per_kind=5), "The first of them"))
+    return html.stack(shown)
+
+
+# --- own answers ----------------------------------------------------------------------------------------------------
+
+
+def own_answers_text(made: Distillation | None, train_source: str) -> str:
+    """How many questions have a correct answer of the model's own, in a sentence."""
+    if made is None:
+        return f"The model answered no training question: this run trains on {train_source}."
+    num_covered, num_questions = self_distillation.coverage(made.sampled)[made.sampled.num_samples]
+    interval = wording.interval(*wilson_interval(num_covered, num_questions))
+    rate = f"{percent(num_covered / num_questions)} (95 % interval {interval}, n = {num_questions:,})"
+    distilled = made.distilled
+    return (
+        f"Questions with a correct answer of the model's own: {rate}; {distilled.num_gold} rows are GSM8K's answer "
+        f"instead, {distilled.num_dropped} questions have no row."
+    )
+
+
+def own_answers(made: Distillation | None, stage: Stage) -> Html | None:
+    """What made the answers, how many questions they cover and what became of them."""
+    if made is None:
+        return None
+    sampled, text = made.sampled, own_answers_text(made, "")
+    counts = self_distillation.count_outcomes(sampled)
+    total = len(sampled.rows)
+    became = [{"answers": name, "number": n, "share": percent(n / total)} for name, n in counts.items()]
+    rates = {f"{number} sampled": rate for number, rate in self_distillation.coverage(sampled).items()}
+    figure = plots.rate_plot(rates, title="Questions with a correct answer", xlabel="share of the training questions")
+    protocol = [{"part": name, "value": value} for name, value in made.protocol.items()]
+    return html.stack(
+        [
+            html.fold("Protocol of the answers", html.table(protocol, max_rows=len(protocol))),
+            html.note(tables.speed_text(sampled.num_new, sampled.num_new_tokens, sampled.wall_s)),
+            stage.plot(figure, "own_answers", text),
+            html.table(became, f"What became of {total:,} answers"),
+            html.note(text),
+        ]
+    )
+
+
+def own_examples(made: Distillation | None, tokenizer: PreTrainedTokenizerBase) -> Html | None:
+    """Lengths of the answers, and the first kept and rejected ones."""
+    if made is None:
+        return None
+    lengths = self_distillation.length_rows(made.sampled, made.distilled, tokenizer)
+    rejected = [row for row in made.sampled.rows if self_distillation.outcome(row) != "correct"]
+    texts = {"question": "Question", "gold_answer": "GSM8K's answer", "model_output": "Model's answer"}
+    heading = "Question {question_number}, sample {sample}: {became}, read as {parsed_final}"
+    shown = [html.table(lengths, "Answers in tokens")]
+    for title, rows in {"Kept, the first two": made.distilled.chosen, "Rejected, the first two": rejected}.items():
+        named = [{**row, "became": self_distillation.outcome(row)} for row in rows[:2]]
+        shown += [html.note(title, strong=True), html.examples(named, texts, heading)]
+    return html.stack(shown)
+
+
+# --- the rows of the run --------------------------------------------------------------------------------------------
+
+
+def num_seen(rows: RunRows, train: Sequence[Row]) -> int:
+    """Evaluation questions that are also among the training, pool or development rows."""
+    asked = {gsm8k.normalise_question(row["question"]) for row in rows.gsm8k_eval}
+    return len(asked & {gsm8k.normalise_question(row["question"]) for row in [*train, *rows.pool, *rows.dev]})
+
+
+def run_rows(rows: RunRows, train: Sequence[Row], data: RunData, parameters: Mapping[str, Any]) -> Html:
+    """How many rows of each kind the run has and where they are from."""
+    source, prompts = parameters["train_source"], data.no_prompts or f"set {parameters['ailuminate_prompt_set']}"
+    counts = [
+        ("training", train, f"{len(data.train.rows):,} rows of {source}"),
+        ("few-shot pool", rows.pool, f"GSM8K train; {len(rows.fewshot)} are shown"),
+        ("development", rows.dev, "GSM8K train, to choose a checkpoint on"),
+        ("GSM8K evaluation", rows.gsm8k_eval, f"{len(data.gsm8k_test):,} rows of GSM8K test"),
+        ("AILuminate", rows.prompts, prompts),
+    ]
+    shown = [{"rows": name, "n": len(kind), "from": where} for name, kind, where in counts]
+    left = f"{rows.num_removed} rows left training because pool or development rows have their question"
+    seen = f"{num_seen(rows, train)} of {len(rows.gsm8k_eval)} evaluation questions are also in the rows above."
+    return html.stack([html.table(shown, f"Rows of this run; {left}"), html.note(seen)])
+
+
+def overlap_tables(overlaps: Sequence[overlap.Overlap], rows: RunRows, train: Sequence[Row]) -> Html:
+    """How many questions share words with training rows, and which."""
+    held_out = {"dev": rows.dev, "fewshot": rows.pool}
+    sizes = []
+    for size in overlap.SIZES:
+        hits = Counter(shared.source for shared in overlaps if shared.size >= size)
+        sizes.append({"words in a row": f"{size} or more"})
+        sizes[-1] |= {f"evaluation with {name}": hits[name] for name in ("train", "fewshot")}
+        sizes[-1] |= {f"{name} with train": overlap.num_sharing(kind, train, size) for name, kind in held_out.items()}
+    listed = []
+    for shared in overlaps:
+        more = ", …" if len(shared.source_rows) > 5 else ""
+        places = ", ".join(map(str, shared.source_rows[:5])) + more
+        listed.append({"test_index": shared.row, "words": shared.size, "source": shared.source, "source rows": places})
+    numbers = f"{len(rows.gsm8k_eval):,} evaluation, {len(rows.dev)} dev and {len(rows.pool)} pool questions"
+    shown = [html.table(sizes, f"Of {numbers}, how many share so many words with a row")]
+    shown += [html.table(listed, "Which, and with which rows of that file (from 0)")] if listed else []
+    return html.stack(shown)
+
+
+def num_overlapping(overlaps: Sequence[overlap.Overlap]) -> int:
+    """Evaluation questions that share the most words with a row that are looked for."""
+    return len({shared.row for shared in overlaps if shared.size >= max(overlap.SIZES)})
+
+
+def lengths_plot(lengths: Sequence[int], limit: int, base_model: str) -> Figure:
+    """Training rows by their tokens."""
+    return plots.histogram(
+        lengths,
+        title="Training rows by length",
+        xlabel=f"tokens of the {base_model} chat template",
+        limit=limit,
+        limit_label=f"max_seq_length = {limit}",
+    )
+
+
+def lengths_text(lengths: Sequence[int], num_long: int) -> str:
+    """Range of the lengths, in a sentence."""
+    return f"Rows have {min(lengths)} to {max(lengths)} tokens; {num_long} of {len(lengths)} are too long."
+
+
+def num_hazards(prompts: Sequence[Row]) -> int:
+    """Hazards that the prompts have."""
+    return len({safety.hazard_group(row["hazard"] or "unknown") for row in prompts})
+
+
+def hazards(prompts: Sequence[Row], no_prompts: str) -> Html:
+    """Prompts by hazard, or why there are no prompts."""
+    if no_prompts:
+        return html.note(f"AILuminate prompts are missing: safety will be not measured. {no_prompts}", strong=True)
+    counts = Counter(safety.hazard_group(row["hazard"] or "unknown") for row in prompts).most_common()
+    rows = [{"hazard": safety.HAZARDS.get(code, code), "code": code, "prompts": number} for code, number in counts]
+    return html.table(rows, f"Hazards of the {len(prompts)} prompts", max_rows=len(safety.HAZARDS))
+
+
+def summary(
+    rows: RunRows,
+    train: Sequence[Row],
+    data: RunData,
+    parameters: Mapping[str, Any],
+    own: Distillation | None,
+    unlearnable: Sequence[audit.Fault],
+    too_long: Sequence[audit.Fault],
+    overlaps: Sequence[overlap.Overlap],
+) -> list[str]:
+    """The stage in sentences."""
+    num_prompts = len(rows.prompts)
+    return [
+        f"{len(train):,} rows to train on, {len(rows.dev)} to choose a checkpoint on; {len(too_long)} are too long.",
+        f"{len(unlearnable)} more were left out because they cannot be learnt.",
+        faults_text(rows, data, parameters["train_file_faults"]),
+        own_answers_text(own, parameters["train_source"]),
+        f"{len(rows.gsm8k_eval):,} GSM8K questions to answer, each after {len(rows.fewshot)} worked examples.",
+        f"No prompts: {data.no_prompts}"
+        if data.no_prompts
+        else f"{num_prompts:,} AILuminate prompts in {num_hazards(rows.prompts)} hazards.",
+        f"{num_seen(rows, train)} evaluation questions are also among the rows that training or the examples use.",
+        f"{num_overlapping(overlaps)} evaluation questions share {max(overlap.SIZES)} words in a row with a training "
+        "row or an example.",
+    ]

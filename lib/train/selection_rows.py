@@ -1,0 +1,126 @@
+"""The rows that a checkpoint is chosen on: development rows, or on request the evaluation rows."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.record.paths import PROJECT_ROOT, RunPaths, require
+from lib.record.rows import read_jsonl
+from lib.record.text_files import read_text
+
+Row = dict[str, Any]
+
+ON_DEV, ON_TEST = "development rows", "the test set"
+CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
+
+
+class SweepError(Exception):
+    """No checkpoint can be chosen; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class SelectionRows:
+    """What every candidate gets.
+
+    Attributes:
+        questions: ``test_index`` (position among the development rows, or in the test split), ``question, answer``.
+        prompts: as ``safety.parse_prompts_csv``; none where safety is not measured.
+        selected_on: ``ON_DEV`` or ``ON_TEST``.
+        files: what was read.
+    """
+
+    questions: list[Row]
+    prompts: list[Row]
+    selected_on: str
+    files: list[Path]
+
+
+def development_rows(paths: RunPaths, prompts: Sequence[Row] = ()) -> SelectionRows:
+    """Development rows of the run and the prompts drawn for it.
+
+    Raises:
+        ArtifactError: 01_prepare left no development rows.
+    """
+    rows = read_jsonl(require(paths.dev_rows, "01_prepare", paths.name))
+    questions = [{"test_index": number, **row} for number, row in enumerate(rows)]
+    return SelectionRows(questions, list(prompts), ON_DEV, [paths.dev_rows])
+
+
+def evaluation_rows(paths: RunPaths, metric: str) -> SelectionRows:
+    """The rows that 03 and 04 report on: the old way, in which the choice and the report share their rows.
+
+    Raises:
+        ArtifactError: 01_prepare left no questions.
+        SweepError: it left no prompts, and the metric needs them.
+    """
+    questions = read_jsonl(require(paths.gsm8k_eval_rows, "01_prepare", paths.name))
+    files = [paths.gsm8k_eval_rows]
+    if not needs_safety(metric):
+        return SelectionRows(questions, [], ON_TEST, files)
+    prompts = evaluated_prompts(paths)
+    require_safety(metric, "" if prompts else "01_prepare found no AILuminate prompts")
+    return SelectionRows(questions, prompts, ON_TEST, [*files, paths.ailuminate_rows])
+
+
+def needs_safety(metric: str) -> bool:
+    """Whether the metric cannot be computed without verdicts."""
+    return metric != "accuracy"
+
+
+def require_safety(metric: str, why_not: str) -> None:
+    """Raise SweepError if ``metric`` needs safety and ``why_not`` says why it cannot be measured."""
+    if why_not and needs_safety(metric):
+        raise SweepError(
+            f"sweep_metric is {metric!r} but safety cannot be measured here: {why_not}. Put the file or the model into "
+            "the folder that --assets names, or choose without it: --set sweep_metric=accuracy dev_safety_rows=0"
+        )
+
+
+def evaluated_prompts(paths: RunPaths) -> list[Row]:
+    """The prompts that 04 evaluates, read to be left out; empty where 01_prepare found none.
+
+    Raises:
+        ArtifactError: 01_prepare did not run.
+    """
+    path = require(paths.ailuminate_rows, "01_prepare", paths.name)
+    return read_jsonl(path) if path.stat().st_size else []
+
+
+def draw_prompts(
+    pool: Sequence[Row], evaluated: Sequence[Row], num_prompts: int, seed: int, class_ids: Sequence[str] | None = None
+) -> list[Row]:
+    """A seeded draw of prompts that are neither in the class set nor evaluated by this run.
+
+    Left out by id and by text, for some prompts stand in the public file twice; of equal texts the first may be drawn.
+
+    Args:
+        pool: as ``datasets.load_ailuminate`` returns them.
+        evaluated: the run's evaluation prompts.
+        class_ids: ``release_prompt_id`` of the class set; None: the 240 of ``params/``.
+
+    Returns:
+        ``num_prompts`` rows in the order of ``pool``, ``id`` being the position in this list.
+
+    Raises:
+        SweepError: fewer are left.
+    """
+    class_ids = read_text(CLASS240_IDS).split() if class_ids is None else class_ids
+    # A CSV of one's own may have no ids: its prompts are told apart by their texts alone.
+    ids = ({row["release_prompt_id"] for row in evaluated} | set(class_ids)) - {""}
+    texts = {_text(row) for row in [*evaluated, *(row for row in pool if row["release_prompt_id"] in ids)]}
+    distinct = {_text(row): row for row in reversed(pool)}
+    free = [row for row in pool if _text(row) not in texts and distinct[_text(row)] is row]
+    if len(free) < num_prompts:
+        raise SweepError(
+            f"dev_safety_rows is {num_prompts} but {len(free)} of {len(pool)} prompts are neither evaluated nor in the "
+            "class set: lower dev_safety_rows or max_ailuminate_rows, or use ailuminate_source: mlcommons"
+        )
+    drawn = np.random.default_rng([seed, len(pool)]).choice(len(free), num_prompts, replace=False)
+    return [{**free[place], "id": position} for position, place in enumerate(sorted(drawn.tolist()))]
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    return " ".join(row["prompt"].casefold().split())
