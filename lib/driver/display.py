@@ -182,7 +182,7 @@ class Display:
         quiet: show no progress; ``tell`` still writes.
         console: where to write; the standard output where it is None.
         every_s: seconds between two looks; by what is written to where it is None.
-        background: look from a thread of its own, else only when ``update`` is called.
+        background: look from another thread, else only when ``update`` is called.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from lib.driver import devices, kernel_server
 from lib.driver.cli import UsageError
 from lib.driver.display import Display, final_lines
 from lib.driver.jobs import run_jobs
-from lib.driver.notebook import Outcome, declared_parameters, execute, is_whole
+from lib.driver.notebook import Outcome, declared_parameters, execute, is_complete
 from lib.driver.plan import COMPARE, Plan, output_folders
 from lib.record import progress
 from lib.record.files import error_text, free_bytes, remove_temporary, write_json
@@ -274,7 +274,7 @@ def run_stage(plan: Plan, stage: str, folder: Path, rerun: bool) -> None:
     """Run one stage unless its manifest in ``folder`` still holds, and print why in a line."""
     parameters, notebook = stage_parameters(stage, plan), plan.reports_dir / f"{stage}.ipynb"
     reason = "--rerun-all" if rerun else stale_reason(folder / "manifest.json", stage, parameters)
-    reason = reason or ("" if is_whole(notebook) else "its filled notebook is incomplete")
+    reason = reason or ("" if is_complete(notebook) else "its filled notebook is incomplete")
     label, say = f"{plan.preset} {stage}", (lambda _: None) if plan.quiet else tell
     if not reason:
         say(f"{label}: unchanged, kept")

@@ -5,42 +5,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
-
-
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
-
-
-# Set in kernels that nobody looks at while they run: the driver's, and those of tests.
+# Set in kernels of the driver and of tests, which no person watches.
 DRIVER_VARIABLE = "RUN_BY_DRIVER"
-
-
 # Names a preset in a notebook's first code cell, or in the environment of JupyterLab; the driver injects values.
 PRESET_VARIABLE = "PRESET"
 
 
 class ArtifactError(Exception):
-    """A file of a run is missing, torn or not what its name promises; the text says which and what mends it."""
+    """A file of a run is missing or malformed; the message names it and the remedy."""
 
 
 def project_path(path: str | Path) -> Path:
-    """``path`` itself when absolute, else below the project's root (a notebook's working directory is anyone's)."""
+    """``path`` itself if absolute, else below the project's root: the working directory may be any folder."""
     return PROJECT_ROOT / path
 
 
 def display_path(path: Path) -> str:
-    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder.
-
-    A folder of the project that is called ``~`` becomes ``./~``, for ``expand_home``.
-    """
+    """``path`` relative to the project, so that no report shows a home folder; ``~`` there becomes ``./~``."""
     relative = os.path.relpath(path, PROJECT_ROOT)
     return f"./{relative}" if relative.startswith("~") else relative
 
 
 def expand_home(name: str) -> Path:
-    """``name`` with the home folder for a leading ``~``; as it is where the system knows of no such home."""
+    """``name`` with a leading ``~`` replaced by the home folder, if there is one."""
     try:
         return Path(name).expanduser() if name.startswith("~") else Path(name)
     except RuntimeError:
@@ -48,7 +37,7 @@ def expand_home(name: str) -> Path:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether ``name`` can be written as UTF-8: other bytes of a file's name are lone surrogates to Python."""
+    """Whether ``name`` can be encoded as UTF-8; Python decodes other bytes of a file's name to lone surrogates."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -58,17 +47,17 @@ def is_utf8(name: str) -> bool:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The paths of one run; nothing is created by asking for one."""
+    """The paths of one run."""
 
     name: str
     run_dir: Path
 
     def stage_dir(self, stage: str) -> Path:
-        """The folder that holds what only ``stage`` writes."""
+        """The folder that only ``stage`` writes to."""
         return self.run_dir / stage
 
     def manifest(self, stage: str) -> Path:
-        """``manifest.json`` of ``stage``: it exists only when the stage is complete."""
+        """``manifest.json`` of ``stage``, which exists only if the stage is complete."""
         return self.stage_dir(stage) / "manifest.json"
 
     def _prepared(self, name: str) -> Path:
@@ -121,7 +110,7 @@ class RunPaths:
         return self.run_dir.parent / "untuned"
 
     def untuned_rows(self, kind: str, protocol_hash: str) -> Path:
-        """Row file of the untuned model: beside the runs, so that those that ask it the same share it."""
+        """Row file of the untuned model, shared by runs with the same protocol."""
         return self.untuned_dir / f"{kind}_untuned_{protocol_hash[:12]}.jsonl"
 
     @property
@@ -179,7 +168,7 @@ def require(path: Path, stage: str, run_name: str) -> Path:
 
 
 def shown_path(path: Path) -> str:
-    """``path`` relative to the project; outside it only the last two parts, so that no report shows a home."""
+    """``path`` relative to the project; outside it only the last two parts: no report shows a home."""
     if path.is_relative_to(PROJECT_ROOT):
         return path.relative_to(PROJECT_ROOT).as_posix()
     return "/".join(["...", *path.parts[1:][-2:]])

@@ -1,4 +1,4 @@
-"""YAML of a preset, read as a person would read it, and how to write a number that YAML reads otherwise."""
+"""YAML of a preset, read as a person would read it, and how to write a number that YAML reads differently."""
 
 import math
 import re

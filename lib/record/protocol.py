@@ -39,9 +39,9 @@ def answer_protocol(
         model: see ``model_protocol``.
         adapter: see ``adapter_hashes``.
     """
-    asked = {"questions": sha256_json(questions), "few-shot examples": sha256_json(fewshot)}
-    asked |= {"system message": sha256_json(system), "decoding": decoding}
-    return {**model, "adapter": sha256_json(adapter), **asked}
+    prompt = {"questions": sha256_json(questions), "few-shot examples": sha256_json(fewshot)}
+    prompt |= {"system message": sha256_json(system), "decoding": decoding}
+    return {**model, "adapter": sha256_json(adapter), **prompt}
 
 
 def response_protocol(model: Row, adapter: Sequence[str], prompts: Sequence[Row], decoding: str) -> dict[str, Any]:
@@ -76,13 +76,13 @@ def without_adapter(protocol: Mapping[str, Any]) -> dict[str, Any]:
 # --- like with like -------------------------------------------------------------------------------------------------
 
 # The adapter is what is compared. Versions, device and dtype move single answers (batch shape alone does), so they are
-# told; to refuse them would leave nothing to compare after an upgrade. Rows may differ: those that both have count.
+# reported; refusing them would leave nothing to compare after an upgrade. Rows may differ: those that both have count.
 MAY_DIFFER = frozenset({"adapter"})
-TOLD_ONLY = frozenset({"versions", "device", "dtype", "questions", "prompts"})
+REPORTED_ONLY = frozenset({"versions", "device", "dtype", "questions", "prompts"})
 
 
 class ProtocolMismatch(Exception):
-    """Two runs were not made alike in a way that matters."""
+    """Two runs used settings that must not be compared."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class _Difference:
 
     @property
     def refuses(self) -> bool:
-        told_only = self.field.partition(".")[0] in TOLD_ONLY
-        return not told_only and self.value_a is not None and self.value_b is not None
+        reported_only = self.field.partition(".")[0] in REPORTED_ONLY
+        return not reported_only and self.value_a is not None and self.value_b is not None
 
     def __str__(self) -> str:
         return f"{self.field} is {_shown(self.value_a)} in one and {_shown(self.value_b)} in the other"
@@ -141,10 +141,10 @@ def _walk(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str) -> Iterator[_
 def check_alike(
     a: Mapping[str, Any], b: Mapping[str, Any], *, allow_unlike: bool = False, ignore: Iterable[str] = MAY_DIFFER
 ) -> list[str]:
-    """Refuse two runs that were not made alike; returned, to be told, is what differs all the same.
+    """Raise if two runs used incompatible settings; otherwise return the differences to report.
 
-    Every field refuses that is not in ``TOLD_ONLY``, also one that this module has never heard of. A field that one
-    side does not record is told and does not refuse: runs of an earlier pipeline record none.
+    Every field outside ``REPORTED_ONLY`` refuses, also an unknown one; but not one that a side does not record, as
+    runs of an earlier pipeline.
 
     Args:
         a: protocol of one run, see ``protocol_differences``.

@@ -73,7 +73,7 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
     folder = paths.run_dir.parent / FOLDER / paths.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_room(folder.parent, dense)
-    with folder_in_making(folder, is_whole=lambda _: False) as made:
+    with folder_in_making(folder, is_complete=lambda _: False) as made:
         save_plain(dense, tokenizer, made)
         model_card.write_model_card(made, _facts(run, base))
     return folder
