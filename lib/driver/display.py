@@ -109,12 +109,7 @@ def fit(begin: str, details: Iterable[str], width: int) -> str:
 
 
 class Follower:
-    """The running stage of one run.
-
-    Args:
-        name: the run's.
-        folder: holds the folders of its stages.
-    """
+    """The running stage of the run ``name``; ``folder`` holds the folders of its stages."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -125,15 +120,11 @@ class Follower:
         self._of: tuple[int, str] | None = None
 
     def look(self, now: float) -> tuple[str, list[str], Counts] | None:
-        """Begin and details of a line (see ``fit``), and its counts; None where no stage runs.
-
-        Args:
-            now: seconds of a monotonic clock.
-        """
+        """Begin and details of a line (see ``fit``), and its counts, at ``now`` (s); None if no stage runs."""
         path = next(iter(self.folder.glob(f"*/{progress.FILE_NAME}")), None)
         driver, work = progress.read_file(path) if path else (0, [])
         if not path or not driver or not psutil.pid_exists(driver):
-            return None
+            return None  # nothing runs, or a killed driver left its file
         if path != self._stage:
             self._stage, self._started, self._memory_at = path, now, -SECONDS_BETWEEN_MEMORY + now
         # A look at the GPUs starts a program: not every time.
