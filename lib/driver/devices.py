@@ -84,11 +84,10 @@ def _take_free(
     """Hold up to ``most`` free GPUs until ``stack`` ends; also returns a sentence on who holds the first other one."""
     free, refused = [], ""
     for gpu, identity in identities.items():
-        if len(free) == most:
-            break
         try:
-            stack.enter_context(hold(machine_folder() / identity, command, tell=tell))
-            free.append(gpu)
+            if len(free) < most:
+                stack.enter_context(hold(machine_folder() / identity, command, tell=tell))
+                free.append(gpu)
         except FolderInUse as error:
             refused = refused or str(error)
     return free, refused

@@ -45,12 +45,32 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RunPaths:
     """The paths of one run."""
 
     name: str
     run_dir: Path
+
+    def __post_init__(self) -> None:
+        name, prepared, trained = self.name, self.stage_dir("01_prepare"), self.stage_dir("02_train")
+        self.config_resolved = self.run_dir / "config_resolved.json"
+        self.train_rows = prepared / "train.jsonl"
+        self.dev_rows = prepared / "dev.jsonl"
+        self.fewshot_rows = prepared / "fewshot.jsonl"
+        self.gsm8k_eval_rows = prepared / "gsm8k_eval.jsonl"
+        self.ailuminate_rows = prepared / "ailuminate.jsonl"
+        # Evaluation questions that share words with training rows, see `lib.prepare.overlap`.
+        self.overlap = prepared / "overlap.json"
+        self.adapter_dir = trained / "adapter"
+        self.checkpoints_dir = trained / "checkpoints"
+        self.training_log = trained / "training_log.jsonl"
+        self.checkpoint_scores = self.run_dir / f"checkpoint_scores_{name}.csv"
+        self.gsm8k_preds = self.run_dir / f"gsm8k_preds_{name}.jsonl"
+        self.ailuminate_preds = self.run_dir / f"ailuminate_preds_{name}.jsonl"
+        self.ailuminate_safety = self.run_dir / f"ailuminate_safety_{name}.jsonl"
+        # Rows that runs share.
+        self.untuned_dir = self.run_dir.parent / "untuned"
 
     def stage_dir(self, stage: str) -> Path:
         """The folder that only ``stage`` writes to."""
@@ -60,74 +80,9 @@ class RunPaths:
         """``manifest.json`` of ``stage``, which exists only if the stage is complete."""
         return self.stage_dir(stage) / "manifest.json"
 
-    def _prepared(self, name: str) -> Path:
-        return self.stage_dir("01_prepare") / name
-
-    @property
-    def config_resolved(self) -> Path:
-        return self.run_dir / "config_resolved.json"
-
-    @property
-    def train_rows(self) -> Path:
-        return self._prepared("train.jsonl")
-
-    @property
-    def dev_rows(self) -> Path:
-        return self._prepared("dev.jsonl")
-
-    @property
-    def fewshot_rows(self) -> Path:
-        return self._prepared("fewshot.jsonl")
-
-    @property
-    def gsm8k_eval_rows(self) -> Path:
-        return self._prepared("gsm8k_eval.jsonl")
-
-    @property
-    def ailuminate_rows(self) -> Path:
-        return self._prepared("ailuminate.jsonl")
-
-    @property
-    def overlap(self) -> Path:
-        """Evaluation questions that share words with training rows, see ``lib.prepare.overlap``."""
-        return self._prepared("overlap.json")
-
-    @property
-    def adapter_dir(self) -> Path:
-        return self.stage_dir("02_train") / "adapter"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.stage_dir("02_train") / "checkpoints"
-
-    @property
-    def training_log(self) -> Path:
-        return self.stage_dir("02_train") / "training_log.jsonl"
-
-    @property
-    def untuned_dir(self) -> Path:
-        """Folder of the rows that runs share."""
-        return self.run_dir.parent / "untuned"
-
     def untuned_rows(self, kind: str, protocol_hash: str) -> Path:
         """Row file of the untuned model, shared by runs with the same protocol."""
         return self.untuned_dir / f"{kind}_untuned_{protocol_hash[:12]}.jsonl"
-
-    @property
-    def checkpoint_scores(self) -> Path:
-        return self.run_dir / f"checkpoint_scores_{self.name}.csv"
-
-    @property
-    def gsm8k_preds(self) -> Path:
-        return self.run_dir / f"gsm8k_preds_{self.name}.jsonl"
-
-    @property
-    def ailuminate_preds(self) -> Path:
-        return self.run_dir / f"ailuminate_preds_{self.name}.jsonl"
-
-    @property
-    def ailuminate_safety(self) -> Path:
-        return self.run_dir / f"ailuminate_safety_{self.name}.jsonl"
 
 
 def results_root(results_dir: str = "") -> Path:
