@@ -23,6 +23,7 @@ from rich.text import Text
 
 from lib import wording
 from lib.record import progress
+from lib.record.locks import is_alive
 from lib.record.progress import Counts
 from lib.record.redaction import visible
 from lib.record.terminal import fail, lose_reader
@@ -123,7 +124,7 @@ class Follower:
         """Begin and details of a line (see ``fit``), and its counts, at ``now`` (s); None if no stage runs."""
         path = next(iter(self.folder.glob(f"*/{progress.FILE_NAME}")), None)
         driver, work = progress.read_file(path) if path else (0, [])
-        if not path or not driver or not psutil.pid_exists(driver):
+        if not path or not driver or not is_alive(driver):
             return None  # nothing runs, or a killed driver left its file
         if path != self._stage:
             self._stage, self._started, self._memory_at = path, now, -SECONDS_BETWEEN_MEMORY + now
