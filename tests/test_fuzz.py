@@ -138,7 +138,7 @@ def _loads(content: bytes) -> bool:
 
 
 @EVERY
-def test_two_hundred_malformed_presets_are_told_without_a_traceback_and_leave_nothing(tmp_path, capsys, every):
+def test_two_hundred_malformed_presets_are_reported_without_a_traceback_and_leave_nothing(tmp_path, capsys, every):
     contents = malformed_presets()
     assert len(contents) == NUM_FILES
     for number, content in list(enumerate(contents))[::every]:
@@ -158,7 +158,7 @@ def test_two_hundred_malformed_presets_are_told_without_a_traceback_and_leave_no
 
 @QUICK
 @given(st.dictionaries(st.sampled_from(sorted(Params.model_fields)) | TEXTS, JSON_VALUES, max_size=4))
-def test_any_values_are_loaded_or_told_with_their_keys(tmp_path, changes):
+def test_any_values_are_loaded_or_reported_with_their_keys(tmp_path, changes):
     faults = find_faults({**VALUES, **changes})
     for key in changes.keys() - Params.model_fields.keys():
         assert any(key in fault for fault in faults)
@@ -436,7 +436,7 @@ HAND_MADE_RUNS = [
 
 
 @pytest.mark.parametrize("files", HAND_MADE_RUNS)
-def test_a_tampered_results_folder_is_told_without_a_traceback(tmp_path, finished, capsys, files):
+def test_a_tampered_results_folder_is_reported_without_a_traceback(tmp_path, finished, capsys, files):
     for name, content in files.items():
         path = tmp_path / "run_x" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -536,7 +536,7 @@ def mutated_file(path, content, draw):
 
 @EVERY
 @pytest.mark.parametrize("command", COMMANDS)
-def test_any_file_of_a_results_folder_changed_is_told_or_harmless(complete, capsys, command, every):
+def test_any_file_of_a_results_folder_changed_is_reported_or_harmless(complete, capsys, command, every):
     draw = random.Random(command)
     made = ("lm_eval", "reports")
     files = [path for path in sorted(complete.rglob("*.*")) if path.suffix in (".json", ".jsonl", ".csv")]

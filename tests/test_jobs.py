@@ -85,7 +85,7 @@ def test_two_presets_run_side_by_side_and_a_third_after_them(start, shared, tmp_
 
 
 @pytest.mark.slow
-def test_what_fails_or_dies_is_told_and_the_others_go_on(start, shared):
+def test_what_fails_or_dies_is_reported_and_the_others_go_on(start, shared):
     code = (
         "import os, signal\n"
         "if run_name == 'simple':\n    raise ValueError('the reason')\n"

@@ -62,7 +62,7 @@ def when_it_looks_again(monkeypatch, act):
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
 
 
-def test_a_second_driver_is_refused_and_told_who_where_since_when_and_what(tmp_path, monkeypatch, capsys):
+def test_a_second_driver_is_refused_and_reported_who_where_since_when_and_what(tmp_path, monkeypatch, capsys):
     when_it_looks_again(monkeypatch, lambda: pytest.fail("it waited"))
     holder = start_holder(tmp_path)
     status = run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)])
@@ -141,7 +141,7 @@ def test_twenty_drivers_at_once_never_hold_it_together(tmp_path):
     assert [process.wait(timeout=60) for process in processes] == [0] * 20
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

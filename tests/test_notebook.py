@@ -225,7 +225,7 @@ def test_outputs_that_come_late_are_waited_for_and_late_ones_are_no_cell_that_to
 
 
 @pytest.mark.parametrize("command", ["exit 1", "exec sleep 60"], ids=["dies at once", "never answers"])
-def test_a_kernel_that_never_starts_is_tried_twice_and_then_told(tmp_path, notebook, monkeypatch, capsys, command):
+def test_a_kernel_that_never_starts_is_tried_twice_and_then_reported(tmp_path, notebook, monkeypatch, capsys, command):
     interpreter = tmp_path / "python"
     interpreter.write_text(f"#!/bin/sh\n{command}\n")
     interpreter.chmod(0o755)
@@ -254,7 +254,7 @@ def test_a_killed_driver_takes_its_kernel_with_it(tmp_path, notebook, start_driv
 
 
 def kernel_of(driver):
-    """The process of the driver's kernel; None while there is none. Others below it, as nvidia-smi, come and go."""
+    """The process of the driver's kernel; None while no kernel runs. Others, such as nvidia-smi, come and go."""
     for child in psutil.Process(driver.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if "ipykernel" in " ".join([child.name(), *child.cmdline()]):
@@ -415,7 +415,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_everything_before_is_complete_and_the_run_goes_on(small_disk, tmp_path, notebook, capsys):
+def test_a_full_disk_is_reported_earlier_work_is_kept_and_the_run_goes_on(small_disk, tmp_path, notebook, capsys):
     # Rows until nothing fits; the second time there is room, and the rows that are there are not made again.
     cell = (
         "import pathlib; from lib.record.rows import RowLog\n"
@@ -440,7 +440,7 @@ def test_a_full_disk_is_told_everything_before_is_complete_and_the_run_goes_on(s
     assert int((tmp_path / "kept").read_text()) == len(complete)
 
 
-def test_a_disk_that_is_full_for_the_report_itself_is_told_in_a_line(tmp_path, notebook, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_the_report_itself_is_reported_in_a_line(tmp_path, notebook, monkeypatch, capsys):
     notebook("print('fine')")
 
     def full(path, *_):

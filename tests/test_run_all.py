@@ -91,7 +91,7 @@ def test_help_comes_in_under_a_second_without_torch():
         (["--presets", "simple", "--seeds", "1", "--set", "lora_r=8", "seed=3"], "contradict each other"),
     ],
 )
-def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
+def test_wrong_usage_is_reported_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lib.driver.commands.run_all", lambda *_: pytest.fail("something was started"))
     assert run_all.main([*argv, "--output-dir", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
@@ -111,21 +111,21 @@ def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monke
         (["--presets", "simple", "--stages", "3"], "invalid choice: '3'"),
     ],
 )
-def test_a_misspelt_flag_is_told_in_a_line(argv, words, capsys):
+def test_a_misspelt_flag_is_reported_in_a_line(argv, words, capsys):
     with pytest.raises(SystemExit) as ended:
         run_all.main(argv)
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and words in printed and printed.count("\n") == 1
 
 
-def test_a_python_without_the_packages_is_told_how_to_go_on():
+def test_a_python_without_the_packages_is_reported_how_to_go_on():
     # -S: no site-packages, as in a system's Python.
     command = [sys.executable, "-S", "run_all.py", "--presets", "simple"]
     done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "use .venv/bin/python" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_faults_of_several_presets_are_told_together(tmp_path, capsys):
+def test_faults_of_several_presets_are_reported_together(tmp_path, capsys):
     for name in ("one", "two"):
         values = yaml.safe_load(preset_path("simple").read_text()) | {"lora_r": 0, "seed": -1, "colour": name}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
@@ -240,7 +240,7 @@ def test_seeds_are_runs_of_their_own_that_share_everything_else():
     assert run.resolved_config(one)["parameters"]["baseline_accuracy"] == 0.26
 
 
-def test_a_faulty_preset_is_told_once_for_all_its_seeds(tmp_path, capsys):
+def test_a_faulty_preset_is_reported_once_for_all_its_seeds(tmp_path, capsys):
     values = yaml.safe_load(preset_path("simple").read_text()) | {"lora_r": 0}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(values))
     assert run_all.main(["--presets", "one", "--seeds", "1", "2", "3", "--params-dir", str(tmp_path)]) == 2
@@ -275,7 +275,7 @@ def test_results_that_were_moved_have_their_own_reports(monkeypatch, tmp_path):
     assert smoke.reports_dir == tmp_path / "smoke" / "reports" / "run_simple"
 
 
-def test_places_are_told_as_they_can_be_typed(monkeypatch, tmp_path):
+def test_places_are_reported_as_they_can_be_typed(monkeypatch, tmp_path):
     monkeypatch.setattr(terminal, "TYPED_IN", tmp_path)
     assert terminal.as_typed(tmp_path / "out" / "reports") == "out/reports"
     assert terminal.as_typed(PROJECT_ROOT / "results") == str(PROJECT_ROOT / "results")
@@ -298,7 +298,7 @@ def test_a_failing_preset_keeps_its_notebook_and_the_others_still_run(tmp_path, 
     assert resolved["parameters"]["lora_r"] == 16 and resolved["origin"]["lora_r"] == "medium.yaml"
 
 
-def test_a_killed_kernel_is_told_and_the_others_still_run(tmp_path, fake_notebooks, capsys):
+def test_a_killed_kernel_is_reported_and_the_others_still_run(tmp_path, fake_notebooks, capsys):
     fake_notebooks("import os, signal\nif run_name == 'simple':\n    os.kill(os.getpid(), signal.SIGKILL)")
     status, wall_s = run_stage_01(tmp_path, "simple", "medium")
     printed = capsys.readouterr()

@@ -234,7 +234,7 @@ class Display:
                 self.tell(f"  {fit(begin, details, 10_000)}")
 
     def tell(self, line: str, *, error: bool = False) -> None:
-        """Print a line above the live ones; where there are none, an error goes to the standard error."""
+        """Print a line above the live ones; without any, an error goes to the standard error."""
         if error and not self.live:
             fail(line)
         else:

@@ -80,7 +80,7 @@ class ForkedKernel:
 
 
 class ForkingProvisioner(LocalProvisioner):
-    """Forks the kernel from the server of this process; starts it plainly where there is none or it refuses."""
+    """Forks the kernel from the server of this process; starts it plainly without a server, or if it refuses."""
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """As ``LocalProvisioner``'s; ``stdout`` in ``kwargs`` is the log's open file."""
@@ -167,7 +167,7 @@ def _socket_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def last_words() -> str:
-    """The last lines that the kernel wrote outside its notebook, as a crash in C leaves them; "" if there are none."""
+    """The last lines that the kernel wrote outside its notebook, as a crash in C leaves them; "" without any."""
     log = OwnKernelManager.log_file
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
     return "\n".join(line for line in lines if line.strip() and not line.startswith(IDLE_WORDS))[-MAX_LAST_WORDS:]
