@@ -187,9 +187,9 @@ class Display:
         background: bool = True,
     ) -> None:
         self.console = console or LastingConsole(highlight=False)
-        # A line may be rewritten on a terminal that can, outside of CI.
-        self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
-        self.quiet, self.background = quiet, background
+        # A line can be rewritten on most terminals, but not in CI.
+        can_rewrite = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
+        self.quiet, self.live, self.background = quiet, can_rewrite and not quiet, background
         self.every_s = every_s or (SECONDS_ON_TERMINAL if self.live else SECONDS_IN_LOG)
         self._followers = [Follower(name, folder) for name, folder in runs.items()]
         self._lines = Live(console=self.console, auto_refresh=False, transient=True)
@@ -199,7 +199,7 @@ class Display:
         self._thread = threading.Thread(target=self._keep_updating, daemon=True)
 
     def __enter__(self) -> "Display":
-        if self.live and not self.quiet:
+        if self.live:
             self._lines.start()
         if self.background and not self.quiet:
             self._thread.start()
@@ -209,8 +209,7 @@ class Display:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self.live and not self.quiet:
-            self._lines.stop()
+        self._lines.stop()
 
     def _keep_updating(self) -> None:
         while not self._ended.wait(self.every_s):
