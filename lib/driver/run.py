@@ -219,6 +219,7 @@ def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
     settings = {**first.settings, "run_names": [run.name for run in runs]}
     plan = replace(first, preset="all runs", settings=settings, reports_dir=first.reports_dir.parent)
     plan.wall_s, plan.failure = 0.0, ""
+    progress.remove_files(root)
     with Display({plan.preset: root}, quiet=plan.quiet):
         run_stage(plan, COMPARE, root / COMPARE, rerun)
     return plan
@@ -239,6 +240,7 @@ def run_preset(plan: Plan, rerun: bool) -> None:
     """Run the stages of one preset that are not up to date; stop at the first that fails."""
     for folder in (plan.paths.run_dir, plan.reports_dir):
         remove_temporary(folder)
+    progress.remove_files(plan.paths.run_dir)
     write_json(plan.paths.config_resolved, clean_value(resolved_config(plan)))
     if rerun:
         forget_run(plan)

@@ -143,15 +143,18 @@ def offer_file(folder: Path) -> Iterator[Path]:
     """The file that a kernel started inside this block keeps up to date; it is gone afterwards."""
     path = folder / FILE_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    # A killed driver leaves its file in another stage's folder.
-    for left in folder.parent.glob(f"*/{FILE_NAME}"):
-        left.unlink(missing_ok=True)
     _write(path, {"driver": os.getpid(), "work": []})
     os.environ[FILE_VARIABLE] = str(path)
     try:
         yield path
     finally:
         del os.environ[FILE_VARIABLE]
+        path.unlink(missing_ok=True)
+
+
+def remove_files(folder: Path) -> None:
+    """Remove what killed drivers left in the folders of stages in ``folder``."""
+    for path in folder.glob(f"*/{FILE_NAME}"):
         path.unlink(missing_ok=True)
 
 
