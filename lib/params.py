@@ -109,7 +109,7 @@ class Params(BaseModel):
 
     @property
     def origin(self) -> dict[str, str]:
-        """Where each value came from: the preset's file name, or that of the override."""
+        """Key -> the preset's file name, or where its override came from."""
         return self._origin
 
 
@@ -120,77 +120,50 @@ RUN_SETTINGS: dict[str, type] = {
     "run_names": list,
 }
 
-# When keys contradict each other, and the message. A rule is skipped if a key that it reads is missing or faulty.
-RULES: tuple[tuple[Callable[[SimpleNamespace], bool], str], ...] = (
-    (
-        lambda p: p.fewshot_k > p.fewshot_pool_size,
-        "fewshot_k is {fewshot_k} but the pool holds {fewshot_pool_size}: allowed is 0 to fewshot_pool_size",
+# Message -> whether keys contradict each other so. A rule is skipped if a key that it reads is missing or faulty.
+RULES: dict[str, Callable[[SimpleNamespace], bool]] = {
+    "fewshot_k is {fewshot_k} but the pool holds {fewshot_pool_size}: allowed is 0 to fewshot_pool_size": lambda p: (
+        p.fewshot_k > p.fewshot_pool_size
     ),
-    (
-        lambda p: p.train_source == "file" and not p.train_file,
-        "train_source is 'file' but train_file is empty: name a JSON lines file, or set train_source to 'gsm8k'",
+    "train_source is 'file' but train_file is empty: name a JSON lines file, or set train_source to "
+    "'gsm8k'": lambda p: p.train_source == "file" and not p.train_file,
+    "train_source is {train_source!r} but train_file is {train_file!r}: set train_source to 'file', or train_file"
+    " to ''": lambda p: p.train_source != "file" and p.train_file,
+    "train_file_url is set but train_file is empty: name the file to keep the download in": lambda p: (
+        p.train_file_url and not p.train_file
     ),
-    (
-        lambda p: p.train_source != "file" and p.train_file,
-        "train_source is {train_source!r} but train_file is {train_file!r}: set train_source to 'file', "
-        "or train_file to ''",
+    "distil_keep is {distil_keep} but distil_num_samples is {distil_num_samples}: no more answers to keep": lambda p: (
+        p.distil_keep > p.distil_num_samples
     ),
-    (
-        lambda p: p.train_file_url and not p.train_file,
-        "train_file_url is set but train_file is empty: name the file to keep the download in",
+    "checkpoint_sweep is true but dev_rows is 0: checkpoints are chosen on development rows": lambda p: (
+        p.checkpoint_sweep and p.dev_rows == 0 and not p.sweep_on_test
     ),
-    (
-        lambda p: p.distil_keep > p.distil_num_samples,
-        "distil_keep is {distil_keep} but distil_num_samples is {distil_num_samples}: no more answers to keep",
+    "dev_safety_rows is {dev_safety_rows} but checkpoint_sweep is false: nothing is chosen on them; set "
+    "checkpoint_sweep: true": lambda p: p.dev_safety_rows > 0 and not p.checkpoint_sweep,
+    "sweep_on_test is true but checkpoint_sweep is false: no checkpoint is chosen; change one of them": lambda p: (
+        p.sweep_on_test and not p.checkpoint_sweep
     ),
-    (
-        lambda p: p.checkpoint_sweep and p.dev_rows == 0 and not p.sweep_on_test,
-        "checkpoint_sweep is true but dev_rows is 0: checkpoints are chosen on development rows",
+    "sweep_metric is {sweep_metric!r} but checkpoint_sweep is false: no checkpoint is chosen; set "
+    "checkpoint_sweep: true": lambda p: p.sweep_metric != "accuracy" and not p.checkpoint_sweep,
+    "sweep_metric is {sweep_metric!r} but dev_safety_rows is 0: set it to a number of prompts, or set "
+    "sweep_metric: accuracy": lambda p: (
+        p.sweep_metric != "accuracy" and p.checkpoint_sweep and p.dev_safety_rows == 0 and not p.sweep_on_test
     ),
-    (
-        lambda p: p.dev_safety_rows > 0 and not p.checkpoint_sweep,
-        "dev_safety_rows is {dev_safety_rows} but checkpoint_sweep is false: nothing is chosen on them; "
-        "set checkpoint_sweep: true",
+    "sweep_on_test is true but dev_safety_rows is {dev_safety_rows}: the evaluation prompts are used instead; set"
+    " dev_safety_rows: 0": lambda p: p.sweep_on_test and p.dev_safety_rows > 0,
+    "dev_safety_rows is {dev_safety_rows} but ailuminate_prompt_set {ailuminate_prompt_set!r} evaluates every "
+    "prompt, so none is left to choose on: use class240, or max_ailuminate_rows": lambda p: (
+        p.dev_safety_rows > 0 and _evaluates_every_prompt(p)
     ),
-    (
-        lambda p: p.sweep_on_test and not p.checkpoint_sweep,
-        "sweep_on_test is true but checkpoint_sweep is false: no checkpoint is chosen; change one of them",
+    "device is 'cpu' but compute_dtype is 'float16': allowed on a CPU are auto, bfloat16 and float32": lambda p: (
+        p.device == "cpu" and p.compute_dtype == "float16"
     ),
-    (
-        lambda p: p.sweep_metric != "accuracy" and not p.checkpoint_sweep,
-        "sweep_metric is {sweep_metric!r} but checkpoint_sweep is false: no checkpoint is chosen; "
-        "set checkpoint_sweep: true",
+    "adapter_scales is {adapter_scales} but evaluate_untuned is false: the untuned model is scale 0 of "
+    "the curve": lambda p: p.adapter_scales and not p.evaluate_untuned,
+    "ailuminate_source is 'class' (240 prompts) but ailuminate_prompt_set is 'demo1200': use class240": lambda p: (
+        p.ailuminate_source == "class" and p.ailuminate_prompt_set == "demo1200"
     ),
-    (
-        lambda p: (
-            p.sweep_metric != "accuracy" and p.checkpoint_sweep and p.dev_safety_rows == 0 and not p.sweep_on_test
-        ),
-        "sweep_metric is {sweep_metric!r} but dev_safety_rows is 0: set it to a number of prompts, "
-        "or set sweep_metric: accuracy",
-    ),
-    (
-        lambda p: p.sweep_on_test and p.dev_safety_rows > 0,
-        "sweep_on_test is true but dev_safety_rows is {dev_safety_rows}: the evaluation prompts are used instead; "
-        "set dev_safety_rows: 0",
-    ),
-    (
-        lambda p: p.dev_safety_rows > 0 and _evaluates_every_prompt(p),
-        "dev_safety_rows is {dev_safety_rows} but ailuminate_prompt_set {ailuminate_prompt_set!r} evaluates every "
-        "prompt, so none is left to choose on: use class240, or max_ailuminate_rows",
-    ),
-    (
-        lambda p: p.device == "cpu" and p.compute_dtype == "float16",
-        "device is 'cpu' but compute_dtype is 'float16': allowed on a CPU are auto, bfloat16 and float32",
-    ),
-    (
-        lambda p: p.adapter_scales and not p.evaluate_untuned,
-        "adapter_scales is {adapter_scales} but evaluate_untuned is false: the untuned model is scale 0 of the curve",
-    ),
-    (
-        lambda p: p.ailuminate_source == "class" and p.ailuminate_prompt_set == "demo1200",
-        "ailuminate_source is 'class' (240 prompts) but ailuminate_prompt_set is 'demo1200': use class240",
-    ),
-)
+}
 
 
 # What other projects call our keys, by our name; a key in a section is looked up with the section's name before it too.
@@ -250,7 +223,7 @@ def _refuse(where: str, faults: Sequence[str]) -> None:
 
 def find_faults(values: Mapping[Any, Any]) -> list[str]:
     """Every fault of a preset's values, in words; empty if it is valid."""
-    # With sections every key would be missing or unknown: one fault in place of a list of them.
+    # With sections every key would be missing or unknown: one fault instead of a list.
     if any(isinstance(value, dict) for value in values.values()):
         return [_nested_fault(values)]
     unknown = sorted(values.keys() - Params.model_fields.keys(), key=str)
@@ -285,7 +258,7 @@ def _evaluates_every_prompt(p: SimpleNamespace) -> bool:
 
 def _contradictions(values: Mapping[str, Any]) -> list[str]:
     found, params = [], SimpleNamespace(**values)
-    for contradicts, message in RULES:
+    for message, contradicts in RULES.items():
         with suppress(AttributeError):
             if contradicts(params):
                 found.append(message.format(**values))
@@ -356,8 +329,8 @@ def _remedy(key: str, value: Any) -> str:
 
 _BOUNDS = {
     "minimum": "at least",
-    "exclusiveMinimum": "more than",
     "maximum": "at most",
+    "exclusiveMinimum": "more than",
     "exclusiveMaximum": "less than",
 }
 
@@ -393,8 +366,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 def from_notebook(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
     """The parameters that a notebook declares, checked like those of a preset.
 
-    A preset named by its ``PRESET``, or by the environment variable of that name, first replaces the values declared,
-    in ``namespace`` too.
+    A preset named by ``PRESET``, in the notebook or the environment, first replaces the values in ``namespace``.
 
     Args:
         namespace: ``globals()`` of the notebook, right after its parameters cell.

@@ -11,7 +11,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 # How long what must be stopped would go on: longer than any test waits, however busy the machine is.
 LONG_S = 600
 PARAMETERS_CELL = 'run_name: str = "sandbox_one"  # name\nresults_dir: str = ""  # folder'
-# A driver in a process of its own: arguments are the folder of the notebooks, then its command line.
+# A driver in another process: arguments are the folder of the notebooks, then its command line.
 DRIVER = (
     "import pathlib, sys, run_all; from lib.driver import notebook as execution\n"
     "execution.NOTEBOOKS_DIR = pathlib.Path(sys.argv[1])\n"
@@ -65,7 +65,7 @@ def rows_cell(path, pause_s, num_rows=None):
 
 
 def is_gone(process):
-    """Whether a process has ended, also where nobody has asked yet what became of it."""
+    """Whether a process has ended, also if nobody has waited for it yet."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""Which GPUs a run gets, asked of a made-up tool in the place of nvidia-smi."""
+"""Which GPUs a run gets, with a fake nvidia-smi."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ CUT_GPU = (
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A function that makes this a machine whose nvidia-smi lists what it is given, with locks of its own."""
+    """A function that makes this a machine whose nvidia-smi lists what it is given, with its own locks."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.delenv(devices.VISIBLE_VARIABLE, raising=False)
@@ -106,16 +106,16 @@ def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch
     killed.wait()
     with held(1) as free:
         assert free == ["GPU-aaaa-1"]
-    other, told = hold_elsewhere(), []
+    other, printed = hold_elsewhere(), []
 
     def tell(text):
-        told.append(text)
+        printed.append(text)
         other.stdin.write("\n")
         other.stdin.flush()
 
     with held(1, wait=True, tell=tell) as free:
         assert free == ["GPU-aaaa-1"] and other.wait(timeout=60) == 0
-    assert len(told) == 1 and told[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
+    assert len(printed) == 1 and printed[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
 
 
 def test_whichever_gpu_is_free_first_is_taken(monkeypatch, tmp_path):
@@ -130,16 +130,16 @@ def test_whichever_gpu_is_free_first_is_taken(monkeypatch, tmp_path):
         command = [sys.executable, "-c", code, gpu]
         holders[gpu] = subprocess.Popen(command, cwd=PROJECT_ROOT, env=environment, text=True, **pipes)
         assert holders[gpu].stdout.readline() == "held\n"
-    told = []
+    printed = []
 
     def tell(line):
-        told.append(line)
+        printed.append(line)
         holders["GPU-bbbb-2"].stdin.write("\n")
         holders["GPU-bbbb-2"].stdin.flush()
 
     with devices.held_gpus([*holders], 1, "next", wait=True, tell=tell) as free:
         assert free == ["GPU-bbbb-2"]
-    assert len(told) == 1 and told[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
+    assert len(printed) == 1 and printed[0].startswith("waiting: GPU-aaaa-1/ is in use by process")
     for holder in holders.values():
         holder.communicate("\n", timeout=60)
 

@@ -332,15 +332,10 @@ def test_what_is_not_recorded_is_told_and_does_not_refuse():
     assert protocol.check_alike({}, {}) == []
 
 
-def test_ignored_fields_are_whole_names():
-    other = {**PROTOCOL, "decoding": {"do_sample": True, "max_new_tokens": 256}}
-    assert protocol.protocol_differences(PROTOCOL, other, ignore=["decoding"]) == []
-    assert protocol.protocol_differences(PROTOCOL, other, ignore=["decoding.do_sample"]) == [
-        "decoding.max_new_tokens is 512 in one and 256 in the other"
-    ]
-    # "data" is no part of "data_sha256"
-    assert protocol.protocol_differences({"data_sha256": 1}, {"data_sha256": 2}, ignore=["data"])
-    assert protocol.protocol_differences({"data_sha256": 1}, {"data_sha256": 2}, ignore=[])
+def test_only_the_adapter_may_differ_silently():
+    assert protocol.check_alike({"adapter": {"sha256": 1}}, {"adapter": {"sha256": 2}}) == []
+    with pytest.raises(protocol.ProtocolMismatch, match="adapter scale is 1 in one and 2 in the other"):
+        protocol.check_alike({"adapter scale": 1}, {"adapter scale": 2})
 
 
 # --- flips ----------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def malformed_presets() -> list[bytes]:
 
 
 def _loads(content: bytes) -> bool:
-    # Some of what is done to a file leaves it whole: a value that is allowed, an indented comment.
+    # Some of what is done to a file leaves it complete: a value that is allowed, an indented comment.
     try:
         values = yaml.load(content, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -138,7 +138,7 @@ def _loads(content: bytes) -> bool:
 
 
 @EVERY
-def test_two_hundred_malformed_presets_are_told_without_a_traceback_and_leave_nothing(tmp_path, capsys, every):
+def test_two_hundred_malformed_presets_are_reported_without_a_traceback_and_leave_nothing(tmp_path, capsys, every):
     contents = malformed_presets()
     assert len(contents) == NUM_FILES
     for number, content in list(enumerate(contents))[::every]:
@@ -146,15 +146,19 @@ def test_two_hundred_malformed_presets_are_told_without_a_traceback_and_leave_no
         status = run_all.main(
             ["--presets", "mine", "--params-dir", str(tmp_path), "--output-dir", str(tmp_path / "out")]
         )
-        told = capsys.readouterr().err
-        assert (status, "mine.yaml" in told, "Traceback" in told) == (2, True, False), (number, content[:200], told)
-        assert len(told) < 20_000 and "\x1b" not in told
+        printed = capsys.readouterr().err
+        assert (status, "mine.yaml" in printed, "Traceback" in printed) == (2, True, False), (
+            number,
+            content[:200],
+            printed,
+        )
+        assert len(printed) < 20_000 and "\x1b" not in printed
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml"]
 
 
 @QUICK
 @given(st.dictionaries(st.sampled_from(sorted(Params.model_fields)) | TEXTS, JSON_VALUES, max_size=4))
-def test_any_values_are_loaded_or_told_with_their_keys(tmp_path, changes):
+def test_any_values_are_loaded_or_reported_with_their_keys(tmp_path, changes):
     faults = find_faults({**VALUES, **changes})
     for key in changes.keys() - Params.model_fields.keys():
         assert any(key in fault for fault in faults)
@@ -269,8 +273,8 @@ def test_two_hundred_malformed_data_files_are_refused_with_their_place(tmp_path)
                 datasets.load_gsm8k("train", str(tmp_path))
             else:
                 datasets.load_ailuminate(str(tmp_path), "all")
-        told = str(caught.value)
-        assert name in told and len(told) < 2000, (number, content[:100], told[:500])
+        printed = str(caught.value)
+        assert name in printed and len(printed) < 2000, (number, content[:100], printed[:500])
         (tmp_path / name).unlink()
         assert list(tmp_path.iterdir()) == []
 
@@ -359,7 +363,7 @@ def test_a_label_inside_a_sentence_that_denies_it_is_no_verdict(label, more):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A results folder of one run with its manifest, and a function that puts rows in the place of its own."""
+    """A results folder of one run with its manifest, and a function that replaces its rows."""
     from lib.record.manifest import start_stage
 
     root = tmp_path_factory.mktemp("results")
@@ -432,15 +436,15 @@ HAND_MADE_RUNS = [
 
 
 @pytest.mark.parametrize("files", HAND_MADE_RUNS)
-def test_a_tampered_results_folder_is_told_without_a_traceback(tmp_path, finished, capsys, files):
+def test_a_tampered_results_folder_is_reported_without_a_traceback(tmp_path, finished, capsys, files):
     for name, content in files.items():
         path = tmp_path / "run_x" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in finished[2]) if content == "good" else content)
     assert run_all.main(["--verify", str(tmp_path)]) == 1
-    told = capsys.readouterr()
-    assert "Traceback" not in told.err
-    assert "_x.jsonl" in told.err or ".json" in told.err or "summary.csv" in told.err
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    assert "_x.jsonl" in printed.err or ".json" in printed.err or "summary.csv" in printed.err
 
 
 # --- every file of a results folder ---------------------------------------------------------------------------------
@@ -472,12 +476,12 @@ NASTY_VALUES += ["/dev/zero", "../" * 9 + "etc/hosts", [], {}, [1], {"a": 1}, [[
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def complete(tmp_path_factory):
     """Runs with everything that a score is made of: untuned rows, rows between, overlaps, tables, a comparison.
 
     The third is of an earlier pipeline: rows alone, which do not name their hazards.
     """
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("complete")
     for name in ("one", "two"):
         paths = make_run(folder, name)
         add_control(folder, name, ["#### 4", "#### 0", "#### 0"])
@@ -532,11 +536,11 @@ def mutated_file(path, content, draw):
 
 @EVERY
 @pytest.mark.parametrize("command", COMMANDS)
-def test_any_file_of_a_results_folder_changed_is_told_or_harmless(whole, capsys, command, every):
+def test_any_file_of_a_results_folder_changed_is_reported_or_harmless(complete, capsys, command, every):
     draw = random.Random(command)
     made = ("lm_eval", "reports")
-    files = [path for path in sorted(whole.rglob("*.*")) if path.suffix in (".json", ".jsonl", ".csv")]
-    files = [path for path in files if path.relative_to(whole).parts[0] not in made]
+    files = [path for path in sorted(complete.rglob("*.*")) if path.suffix in (".json", ".jsonl", ".csv")]
+    files = [path for path in files if path.relative_to(complete).parts[0] not in made]
     assert len(files) == 2 * 12 + 1 + 2 + 4
     told_of = 0
     for _ in range(NUM_CHANGES // every):
@@ -545,10 +549,10 @@ def test_any_file_of_a_results_folder_changed_is_told_or_harmless(whole, capsys,
         try:
             path.write_bytes(mutated_file(path, content, draw))
             # An exception that no message was made of would end the test here, as it would end the program.
-            status = run_all.main(COMMANDS[command](whole))
-            told = capsys.readouterr().err
-            named = any(word in told for word in (*(file.name for file in files), "run_", "test_index"))
-            assert status in (0, 1) and (status == 0 or named), (path.name, path.read_bytes()[:300], told[:500])
+            status = run_all.main(COMMANDS[command](complete))
+            printed = capsys.readouterr().err
+            named = any(word in printed for word in (*(file.name for file in files), "run_", "test_index"))
+            assert status in (0, 1) and (status == 0 or named), (path.name, path.read_bytes()[:300], printed[:500])
             told_of += status
         finally:
             path.write_bytes(content)
@@ -582,16 +586,19 @@ def without(content, key):
 
 
 @pytest.mark.parametrize(("name", "change", "commands"), PLACES.values(), ids=PLACES)
-def test_a_file_of_another_form_is_named_by_every_command_that_reads_it(whole, capsys, name, change, commands):
-    path = whole / name
+def test_a_file_of_another_form_is_named_by_every_command_that_reads_it(complete, capsys, name, change, commands):
+    path = complete / name
     content = path.read_bytes()
     try:
         path.write_bytes(change(content))
         assert path.read_bytes() != content
         for command in COMMANDS:
-            status = run_all.main(COMMANDS[command](whole))
-            told = capsys.readouterr().err
-            assert (status, path.name in told) == ((1, True) if command in commands else (0, False)), (command, told)
+            status = run_all.main(COMMANDS[command](complete))
+            printed = capsys.readouterr().err
+            assert (status, path.name in printed) == ((1, True) if command in commands else (0, False)), (
+                command,
+                printed,
+            )
     finally:
         path.write_bytes(content)
 

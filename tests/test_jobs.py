@@ -72,8 +72,8 @@ def start(tmp_path):
 
 def test_two_presets_run_side_by_side_and_a_third_after_them(start, shared, tmp_path):
     driver = start(MEET.format(folder=shared), "--presets", "simple", "medium", "strong", "--jobs", "2")
-    out, told = driver.communicate(timeout=300)
-    assert driver.returncode == 0, told
+    out, printed = driver.communicate(timeout=300)
+    assert driver.returncode == 0, printed
     assert [f"{preset} 01_prepare: done" in out for preset in ("simple", "medium", "strong")] == [True] * 3
     assert out.index("strong 01_prepare: running") > out.index("01_prepare: done")
     threads = {path.name: path.read_text() for path in shared.iterdir()}
@@ -85,7 +85,7 @@ def test_two_presets_run_side_by_side_and_a_third_after_them(start, shared, tmp_
 
 
 @pytest.mark.slow
-def test_what_fails_or_dies_is_told_and_the_others_go_on(start, shared):
+def test_what_fails_or_dies_is_reported_and_the_others_go_on(start, shared):
     code = (
         "import os, signal\n"
         "if run_name == 'simple':\n    raise ValueError('the reason')\n"
@@ -93,22 +93,22 @@ def test_what_fails_or_dies_is_told_and_the_others_go_on(start, shared):
         "if run_name == 'strong':\n    os.kill(os.getppid(), signal.SIGKILL)\n"
     )
     driver = start(code, "--presets", "simple", "medium", "strong", "distilled", "--jobs", "4")
-    out, told = driver.communicate(timeout=300)
+    out, printed = driver.communicate(timeout=300)
     assert driver.returncode == 1
-    assert "simple: 01_prepare in cell" in told and "ValueError: the reason" in told
-    assert "medium: 01_prepare: the kernel died" in told
-    assert "strong: its process was ended from outside" in told
-    assert "distilled 01_prepare: done" in out and "Traceback" not in told
-    assert "to go on: python run_all.py --stages 01 --presets simple medium strong distilled --jobs 4" in told
+    assert "simple: 01_prepare in cell" in printed and "ValueError: the reason" in printed
+    assert "medium: 01_prepare: the kernel died" in printed
+    assert "strong: its process was ended from outside" in printed
+    assert "distilled 01_prepare: done" in out and "Traceback" not in printed
+    assert "to go on: python run_all.py --stages 01 --presets simple medium strong distilled --jobs 4" in printed
 
 
 def test_presets_go_on_when_nobody_reads_what_they_say(start, shared, tmp_path):
     driver = start(MEET.format(folder=shared), "--presets", "simple", "medium", "--jobs", "2")
     assert any("01_prepare: running" in line for line in iter(driver.stdout.readline, ""))
     driver.stdout.close()
-    told = driver.stderr.read()
-    assert driver.wait(timeout=200) == 0, told
-    assert told == "" and all(
+    printed = driver.stderr.read()
+    assert driver.wait(timeout=200) == 0, printed
+    assert printed == "" and all(
         (tmp_path / f"out/reports/run_{preset}/01_prepare.html").exists() for preset in ("simple", "medium")
     )
 
@@ -144,8 +144,8 @@ def test_a_signal_right_after_the_start_stops_every_job(number):
     driver = subprocess.Popen([sys.executable, "-c", SLOW_START], cwd=PROJECT_ROOT, **pipes)
     assert [driver.stdout.readline() for _ in "ab"] == ["forked\n"] * 2
     driver.send_signal(number)
-    out, told = driver.communicate(timeout=50)
-    assert (driver.returncode, out, told) == (0, "{}\n", "")
+    out, printed = driver.communicate(timeout=50)
+    assert (driver.returncode, out, printed) == (0, "{}\n", "")
 
 
 @pytest.mark.slow
@@ -156,9 +156,9 @@ def test_one_signal_lets_every_preset_finish_its_row_and_starts_no_other(start, 
     wait_for(lambda: all(count_lines(path) >= 2 for path in files))
     driver.send_signal(number)
     # The rows have no end of their own: it is the signal that ends them.
-    out, told = driver.communicate(timeout=200)
+    out, printed = driver.communicate(timeout=200)
     assert driver.returncode == 130
-    assert out.count("stopping after the row in work") == 2 and "to go on: " in told and "strong" not in out
+    assert out.count("stopping after the current row") == 2 and "to go on: " in printed and "strong" not in out
     assert all(path.read_bytes().endswith(b"}\n") for path in files)
 
 
@@ -169,7 +169,7 @@ def test_two_signals_end_it_now(start, shared):
     below = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGINT)
     # Heard by both, whose rows go on: a second one that came before would be one with the first.
-    heard = (line for line in iter(driver.stdout.readline, "") if "stopping after the row in work" in line)
+    heard = (line for line in iter(driver.stdout.readline, "") if "stopping after the current row" in line)
     assert len(list(islice(heard, 2))) == 2
     time.sleep(1)
     assert driver.poll() is None
@@ -196,8 +196,8 @@ def test_a_killed_driver_takes_everything_with_it_and_the_next_one_goes_on(start
         pass
     kept = [count_lines(path) for path in files]
     again = start(rows_of(shared, num_rows=50), *argv)
-    _, told = again.communicate(timeout=200)
-    assert again.returncode == 0, told
+    _, printed = again.communicate(timeout=200)
+    assert again.returncode == 0, printed
     for path, num_kept in zip(files, kept, strict=True):
         assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == list(range(num_kept + 50))
 

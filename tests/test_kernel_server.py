@@ -19,7 +19,7 @@ from lib.driver import kernel_server
 from lib.driver.kernel import ForkedKernel, OwnKernelManager
 from lib.record.paths import PROJECT_ROOT
 
-# What a notebook may depend on: said by the kernel itself.
+# What a notebook may depend on: printed by the kernel itself.
 FACTS = """
 import json, os, pathlib, sys, threading
 before = sorted(name for name in sys.modules if name == "lib" or name.startswith("lib."))
@@ -30,7 +30,7 @@ json.dumps({
     "variable": os.environ.get("ONLY_HERE"), "group": os.getpgid(0) == os.getpid(), "main": __name__,
     "path": [part for part in sys.path if "kernel_server" in part or part.endswith("/lib")],
     "threads": torch.get_num_threads(), "ignored_children": str(__import__("signal").getsignal(17)),
-    "said": pathlib.Path("/proc/self/fd/1").resolve().read_text(),
+    "shown": pathlib.Path("/proc/self/fd/1").resolve().read_text(),
     "uncommon": [random.random(), numpy.random.random()],
 })
 """

@@ -1,6 +1,6 @@
 """The lock on an output folder: one driver at a time, its holder named, gone with its holder and never before.
 
-Real processes and real signals: a lock that only works inside one process is none.
+Real processes and real signals: a lock must work between processes.
 """
 
 import errno
@@ -22,7 +22,7 @@ from lib.record import locks
 from lib.record.paths import PROJECT_ROOT
 from lib.record.rows import count_lines
 
-# Each holds what it holds until it is told otherwise through its standard input, or this process ends.
+# Each holds what it holds until it is printed otherwise through its standard input, or this process ends.
 HOLDER = (
     "import pathlib, subprocess, sys; from lib.record import locks\n"
     "with locks.hold(pathlib.Path(sys.argv[1]), 'python run_all.py --presets simple'):\n"
@@ -35,7 +35,7 @@ HOLDER = (
 
 
 def start(code, *argv):
-    # Unbuffered: what is said is heard before the process ends.
+    # Unbuffered: lines arrive before the process ends.
     command = [sys.executable, "-u", "-c", code, *map(str, argv)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=PROJECT_ROOT, **pipes)
@@ -62,16 +62,16 @@ def when_it_looks_again(monkeypatch, act):
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
 
 
-def test_a_second_driver_is_refused_and_told_who_where_since_when_and_what(tmp_path, monkeypatch, capsys):
+def test_a_second_driver_is_refused_and_reported_who_where_since_when_and_what(tmp_path, monkeypatch, capsys):
     when_it_looks_again(monkeypatch, lambda: pytest.fail("it waited"))
     holder = start_holder(tmp_path)
     status = run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)])
     holder.kill()
     holder.wait()
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert status == 2
-    assert f"process {holder.pid} on {os.uname().nodename} since 20" in told
-    assert "python run_all.py --presets simple" in told and "--wait" in told
+    assert f"process {holder.pid} on {os.uname().nodename} since 20" in printed
+    assert "python run_all.py --presets simple" in printed and "--wait" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == [locks.LOCK_FILE]
 
 
@@ -117,15 +117,15 @@ def test_a_kernel_that_outlives_its_driver_for_long_is_not_waited_for(tmp_path, 
 
 
 def test_waiting_begins_when_the_holder_ends_and_says_so_once(tmp_path):
-    holder, told = start_holder(tmp_path), []
+    holder, printed = start_holder(tmp_path), []
 
     def tell(text):
-        told.append(text)
+        printed.append(text)
         go_on(holder)
 
     with locks.hold(tmp_path, "second", wait=True, tell=tell):
         assert holder.wait(timeout=60) == 0
-    assert len(told) == 1 and f"process {holder.pid}" in told[0] and "waiting" in told[0]
+    assert len(printed) == 1 and f"process {holder.pid}" in printed[0] and "waiting" in printed[0]
 
 
 def test_twenty_drivers_at_once_never_hold_it_together(tmp_path):
@@ -141,22 +141,22 @@ def test_twenty_drivers_at_once_never_hold_it_together(tmp_path):
     assert [process.wait(timeout=60) for process in processes] == [0] * 20
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    told = []
+    printed = []
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with locks.hold(tmp_path, "alone", tell=told.append):
-        assert "without locks: start no second run" in told[0]
+    with locks.hold(tmp_path, "alone", tell=printed.append):
+        assert "without locks: start no second run" in printed[0]
 
 
 def test_reading_needs_no_lock(tmp_path, capsys):
     with locks.hold(tmp_path, "a run"):
         assert run_all.main(["--list", "--presets", "simple", "--output-dir", str(tmp_path)]) == 0
         assert run_all.main(["--verify", str(tmp_path)]) == 1
-    told = capsys.readouterr()
-    assert "01_prepare" in told.out and "in use" not in told.err
+    printed = capsys.readouterr()
+    assert "01_prepare" in printed.out and "in use" not in printed.err
 
 
 def test_a_lock_file_holds_no_home_folder(tmp_path, monkeypatch):
@@ -186,13 +186,13 @@ def test_a_disk_without_room_to_begin_is_refused(tmp_path, monkeypatch, capsys):
 
 # --- files that several runs share --------------------------------------------------------------------------------
 
-# Stands still before the row that is named, until it is told to go on.
+# Stands still before the row that is named, until it is printed to go on.
 FILLER = (
     "import pathlib, sys; from lib.record.rows import SharedRowLog\n"
     "log = SharedRowLog(pathlib.Path(sys.argv[1]), 'p')\n"
-    "asked = [number for number in range(20) if number not in log.rows]\n"
-    "print('begun', len(asked))\n"
-    "for number in asked:\n"
+    "missing = [number for number in range(20) if number not in log.rows]\n"
+    "print('begun', len(missing))\n"
+    "for number in missing:\n"
     "    if number == int(sys.argv[2]): sys.stdin.readline()\n"
     "    log.append({'id': number})\n"
     "log.finish(range(20))\n"
@@ -202,9 +202,9 @@ WAITING = "waiting for another run that is making shared.jsonl\n"
 
 def test_runs_that_ask_the_same_at_once_answer_it_once(tmp_path):
     fillers = [start(FILLER, tmp_path / "shared.jsonl", 3) for _ in range(5)]
-    told = [filler.stdout.readline() for filler in fillers]
-    assert sorted(told) == ["begun 20\n", *[WAITING] * 4], "one asks all, the others wait for it"
-    go_on(fillers[told.index("begun 20\n")])
+    printed = [filler.stdout.readline() for filler in fillers]
+    assert sorted(printed) == ["begun 20\n", *[WAITING] * 4], "one asks all, the others wait for it"
+    go_on(fillers[printed.index("begun 20\n")])
     ended = [filler.communicate(timeout=60) for filler in fillers]
     assert [filler.returncode for filler in fillers] == [0] * 5, ended
     assert sorted(text for text, _ in ended) == ["", *["begun 0\n"] * 4], "the others found its rows"
@@ -220,19 +220,19 @@ def test_a_killed_filler_hands_its_rows_on(tmp_path):
     assert second.stdout.readline() == WAITING
     first.kill()
     first.wait()
-    told, failed = second.communicate(timeout=60)
-    assert (second.returncode, told) == (0, "begun 17\n"), failed
+    printed, failed = second.communicate(timeout=60)
+    assert (second.returncode, printed) == (0, "begun 17\n"), failed
     rows = [json.loads(line)["id"] for line in (tmp_path / "shared.jsonl").read_text().splitlines()]
     assert rows == list(range(20))
 
 
 def test_a_cell_that_is_run_again_does_not_wait_for_itself(tmp_path):
-    told = []
-    locks.hold_file(tmp_path / "shared.jsonl", told.append)
-    locks.hold_file(tmp_path / "shared.jsonl", told.append)
+    printed = []
+    locks.hold_file(tmp_path / "shared.jsonl", printed.append)
+    locks.hold_file(tmp_path / "shared.jsonl", printed.append)
     locks.release_file(tmp_path / "shared.jsonl")
     locks.release_file(tmp_path / "shared.jsonl")
-    assert not told
+    assert not printed
 
 
 def test_what_one_process_makes_the_next_one_finds(tmp_path):
@@ -252,7 +252,7 @@ def test_a_lock_folder_that_somebody_else_laid_out_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
     (tmp_path / "theirs").mkdir()
     (tmp_path / f"tune-and-tell-{os.getuid()}").symlink_to(tmp_path / "theirs")
-    with pytest.raises(PermissionError, match="set TMPDIR to a folder of your own"):
+    with pytest.raises(PermissionError, match="set TMPDIR to one of your folders"):
         locks.hold_file(tmp_path / "shared.jsonl")
 
 
@@ -281,8 +281,8 @@ def test_notebooks_of_a_person_keep_drivers_away_until_they_are_finished(tmp_pat
     notebooks = [start(NOTEBOOK, tmp_path), start(NOTEBOOK, tmp_path)]
     assert [notebook.stdout.readline() for notebook in notebooks] == ["at work\n"] * 2, "they do not mind each other"
     assert run_all.main(["--presets", "simple", "--output-dir", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert "03_eval_gsm8k of strong, open in JupyterLab" in told and "--wait" in told
+    printed = capsys.readouterr().err
+    assert "03_eval_gsm8k of strong, open in JupyterLab" in printed and "--wait" in printed
     for notebook in notebooks:
         go_on(notebook)
         assert notebook.stdout.readline() == "finished\n"
@@ -318,9 +318,9 @@ def test_lines_that_are_no_holder_are_passed_over(tmp_path):
 
 def test_a_notebook_is_refused_while_a_driver_is_at_work(tmp_path):
     holder = start_holder(tmp_path)
-    _, told = start(NOTEBOOK, tmp_path).communicate("\n\n", timeout=60)
+    _, printed = start(NOTEBOOK, tmp_path).communicate("\n\n", timeout=60)
     holder.kill()
     holder.wait()
-    assert f"process {holder.pid} on" in told and "python run_all.py --presets simple" in told
-    assert "ArtifactError" in told and "wait until it has ended, or use another results_dir" in told
+    assert f"process {holder.pid} on" in printed and "python run_all.py --presets simple" in printed
+    assert "ArtifactError" in printed and "wait until it has ended, or use another results_dir" in printed
     assert not (tmp_path / "run_strong").exists()

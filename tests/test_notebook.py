@@ -79,9 +79,11 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, notebook, start_
     driver = start_driver(notebook("import time\ntime.sleep(1)"), tmp_path / "out")
     assert any("01_prepare: running" in line for line in iter(driver.stdout.readline, ""))
     driver.stdout.close()
-    told = driver.stderr.read()
-    assert driver.wait(timeout=60) == 0, told
-    assert told == "" and driver_notebook.is_whole(tmp_path / "out" / "reports" / "run_simple" / "01_prepare.ipynb")
+    printed = driver.stderr.read()
+    assert driver.wait(timeout=60) == 0, printed
+    assert printed == "" and driver_notebook.is_complete(
+        tmp_path / "out" / "reports" / "run_simple" / "01_prepare.ipynb"
+    )
 
 
 # --- what is kept -------------------------------------------------------------------------------------------------
@@ -91,9 +93,9 @@ def test_a_finished_notebook_is_marked_whole_last(tmp_path, notebook):
     notebook("print('all of it')")
     outcome = execute(tmp_path)
     assert (outcome.error, outcome.interrupted) == ("", False)
-    assert driver_notebook.is_whole(outcome.notebook)
+    assert driver_notebook.is_complete(outcome.notebook)
     outcome.notebook.with_suffix(".html").unlink()
-    assert not driver_notebook.is_whole(outcome.notebook)
+    assert not driver_notebook.is_complete(outcome.notebook)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_a_finished_notebook_is_marked_whole_last(tmp_path, notebook):
 def test_a_torn_or_foreign_notebook_is_not_whole(tmp_path, content):
     (tmp_path / "x.ipynb").write_text(content)
     (tmp_path / "x.html").write_text("")
-    assert not driver_notebook.is_whole(tmp_path / "x.ipynb")
+    assert not driver_notebook.is_complete(tmp_path / "x.ipynb")
 
 
 def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_path, notebook, capsys):
@@ -147,7 +149,7 @@ def test_the_report_of_a_lone_surrogate_and_of_escape_codes_can_be_saved_and_rea
     content = json.loads(outcome.notebook.read_text(encoding="utf-8"))
     content["cells"][-1]["outputs"][0]["text"] += "\ud800 shown"
     outcome.notebook.write_text(json.dumps(content), encoding="utf-8")
-    driver_notebook._keep(outcome.notebook, driver_notebook._Stop(), "")
+    driver_notebook._keep(outcome.notebook, driver_notebook.Outcome(), "")
     assert "shown" in json.dumps(json.loads(outcome.notebook.read_text(encoding="utf-8"))["cells"][-1]["outputs"])
     page = outcome.notebook.with_suffix(".html").read_text(encoding="utf-8")
     assert "end" in page and "shown" in page and "\x1b" not in page
@@ -169,23 +171,23 @@ def test_a_kernel_killed_from_outside_is_noticed_in_ten_seconds_and_the_notebook
     # The banner is what is done first about it: then come the page, with what it has to import, and the message.
     filled = tmp_path / "out/reports/run_simple/01_prepare.ipynb"
     wait_for(lambda: "The kernel died" in filled.read_text(), seconds=10)
-    _, told = driver.communicate(timeout=120)
+    _, printed = driver.communicate(timeout=120)
     assert driver.returncode == 1
-    assert "the kernel died" in told and "to go on: python run_all.py --presets simple" in told
+    assert "the kernel died" in printed and "to go on: python run_all.py --presets simple" in printed
     banner = json.loads(filled.read_text())["cells"][0]["source"]
     assert "The kernel died" in banner and "python run_all.py --presets simple" in banner
     html = filled.with_suffix(".html").read_text()
     assert "The kernel died" in html and "before" in html
-    assert not driver_notebook.is_whole(filled)
+    assert not driver_notebook.is_complete(filled)
 
 
 def test_a_crash_in_c_leaves_its_last_words_and_nothing_else_reaches_the_terminal(tmp_path, notebook, start_driver):
     cell = "import os\nos.write(2, b'terminate called after throwing std::bad_alloc\\n')\nos.abort()"
     driver = start_driver(notebook("print('before')", cell), tmp_path / "out")
-    out, told = driver.communicate(timeout=200)
+    out, printed = driver.communicate(timeout=200)
     assert driver.returncode == 1
-    assert "the kernel died: often there was too little memory; its last words: terminate called after" in told
-    assert (out + told).count("std::bad_alloc") == 1
+    assert "the kernel died: often there was too little memory; its last words: terminate called after" in printed
+    assert (out + printed).count("std::bad_alloc") == 1
 
 
 def test_a_hung_cell_is_ended_after_its_time(tmp_path, notebook):
@@ -223,7 +225,7 @@ def test_outputs_that_come_late_are_waited_for_and_late_ones_are_no_cell_that_to
 
 
 @pytest.mark.parametrize("command", ["exit 1", "exec sleep 60"], ids=["dies at once", "never answers"])
-def test_a_kernel_that_never_starts_is_tried_twice_and_then_told(tmp_path, notebook, monkeypatch, capsys, command):
+def test_a_kernel_that_never_starts_is_tried_twice_and_then_reported(tmp_path, notebook, monkeypatch, capsys, command):
     interpreter = tmp_path / "python"
     interpreter.write_text(f"#!/bin/sh\n{command}\n")
     interpreter.chmod(0o755)
@@ -252,7 +254,7 @@ def test_a_killed_driver_takes_its_kernel_with_it(tmp_path, notebook, start_driv
 
 
 def kernel_of(driver):
-    """The process of the driver's kernel; None while there is none. Others below it, as nvidia-smi, come and go."""
+    """The process of the driver's kernel; None while no kernel runs. Others, such as nvidia-smi, come and go."""
     for child in psutil.Process(driver.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if "ipykernel" in " ".join([child.name(), *child.cmdline()]):
@@ -329,7 +331,7 @@ def test_an_interpreter_whose_path_looks_like_a_template_is_started(tmp_path, no
 def test_an_output_folder_is_what_was_typed(tmp_path, notebook, folder):
     notebook("print('fine')")
     outcome = execute(tmp_path / folder)
-    assert outcome.error == "" and driver_notebook.is_whole(outcome.notebook)
+    assert outcome.error == "" and driver_notebook.is_complete(outcome.notebook)
     assert outcome.notebook == tmp_path / folder / "reports" / "01_prepare.ipynb"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder, "notebooks"])
     noted = json.loads(outcome.notebook.read_text())["metadata"]["papermill"]["output_path"]
@@ -351,8 +353,8 @@ def test_without_a_place_for_sockets_one_sentence_says_what_to_do(tmp_path, note
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("t" * 90)))
     notebook("1")
     assert run_all.main(["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert "tttt is longer than" in said and "set TMPDIR to a short folder" in said and "Traceback" not in said
+    shown = capsys.readouterr().err
+    assert "tttt is longer than" in shown and "set TMPDIR to a short folder" in shown and "Traceback" not in shown
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------
@@ -364,9 +366,9 @@ def test_one_interrupt_finishes_the_row_saves_and_ends_with_130(tmp_path, notebo
     wait_for(lambda: count(rows) >= 2)
     driver.send_signal(signal.SIGINT)
     # The rows have no end of their own: it is the signal that ends them.
-    out, told = driver.communicate(timeout=120)
+    out, printed = driver.communicate(timeout=120)
     assert driver.returncode == 130
-    assert "stopping after the row in work; Ctrl-C again stops now" in out and "to go on: " in told
+    assert "stopping after the current row; Ctrl-C again stops now" in out and "to go on: " in printed
     assert rows.read_bytes().endswith(b"}\n")
     html = (tmp_path / "out/reports/run_simple/01_prepare.html").read_text()
     assert "Stopped by hand" in html and "stopped after a complete row" in html
@@ -378,7 +380,7 @@ def test_two_interrupts_end_it_now(tmp_path, notebook, start_driver):
     kernel = kernel_of(driver)
     driver.send_signal(signal.SIGINT)
     # Heard, and the row goes on: a second one that came before would be one with the first.
-    assert any("stopping after the row in work" in line for line in iter(driver.stdout.readline, ""))
+    assert any("stopping after the current row" in line for line in iter(driver.stdout.readline, ""))
     time.sleep(0.5)
     assert driver.poll() is None and not is_gone(kernel)
     driver.send_signal(signal.SIGINT)
@@ -413,7 +415,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_everything_before_is_whole_and_the_run_goes_on(small_disk, tmp_path, notebook, capsys):
+def test_a_full_disk_is_reported_earlier_work_is_kept_and_the_run_goes_on(small_disk, tmp_path, notebook, capsys):
     # Rows until nothing fits; the second time there is room, and the rows that are there are not made again.
     cell = (
         "import pathlib; from lib.record.rows import RowLog\n"
@@ -428,17 +430,17 @@ def test_a_full_disk_is_told_everything_before_is_whole_and_the_run_goes_on(smal
     filler.write_bytes(bytes(42_000_000))
     argv = ["--presets", "simple", "--stages", "01", "--output-dir", str(small_disk / "out")]
     assert run_all.main(argv) == 1
-    told = capsys.readouterr().err
-    assert "the disk is full" in told and "MB free" in told and "free some space" in told
-    assert "Traceback" not in told
-    whole = [json.loads(line) for line in (small_disk / "rows.jsonl").read_bytes().split(b"\n")[:-1]]
-    assert [row["id"] for row in whole] == list(range(len(whole))) and len(whole) > 60
+    printed = capsys.readouterr().err
+    assert "the disk is full" in printed and "MB free" in printed and "free some space" in printed
+    assert "Traceback" not in printed
+    complete = [json.loads(line) for line in (small_disk / "rows.jsonl").read_bytes().split(b"\n")[:-1]]
+    assert [row["id"] for row in complete] == list(range(len(complete))) and len(complete) > 60
     filler.unlink()
     assert run_all.main(argv) == 0
-    assert int((tmp_path / "kept").read_text()) == len(whole)
+    assert int((tmp_path / "kept").read_text()) == len(complete)
 
 
-def test_a_disk_that_is_full_for_the_report_itself_is_told_in_a_line(tmp_path, notebook, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_the_report_itself_is_reported_in_a_line(tmp_path, notebook, monkeypatch, capsys):
     notebook("print('fine')")
 
     def full(path, *_):
@@ -446,8 +448,8 @@ def test_a_disk_that_is_full_for_the_report_itself_is_told_in_a_line(tmp_path, n
 
     monkeypatch.setattr(notebook_page, "write_text", full)
     assert run_all.main(["--presets", "simple", "--stages", "01", "--output-dir", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert "01_prepare.html cannot be written: the disk is full" in told and "to go on: " in told
+    printed = capsys.readouterr().err
+    assert "01_prepare.html cannot be written: the disk is full" in printed and "to go on: " in printed
 
 
 def test_a_failed_write_for_want_of_space_leaves_the_old_file(small_disk):

@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from lib.driver.notebook import COMPLETE_MARK, _keep, _Stop, source_notebook
+from lib.driver.notebook import COMPLETE_MARK, Outcome, _keep, source_notebook
 from lib.record.paths import PROJECT_ROOT, STAGES
 from lib.reports import html, tables
 
@@ -42,7 +42,7 @@ def fill(stage, path):
     cells += [code_cell(LONG_LINE, *outputs_of(texts), *outputs_of(masked))]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(content, path)
-    _keep(path, _Stop(), "")
+    _keep(path, Outcome(), "")
     return path
 
 
@@ -81,7 +81,7 @@ def test_what_is_hidden_stands_in_the_notebook_whole(filled):
 def stopped(tmp_path_factory):
     """A notebook that says on top why it stopped."""
     path = fill("03_eval_gsm8k", tmp_path_factory.mktemp("stopped") / "03_eval_gsm8k.ipynb")
-    _keep(path, _Stop("it broke", headline="The kernel died."), "python run_all.py")
+    _keep(path, Outcome("it broke", headline="The kernel died."), "python run_all.py")
     return path
 
 

@@ -80,7 +80,7 @@ def test_distilled_differs_from_strong_in_its_training_data_alone():
     assert (distilled["train_source"], distilled["published_adapter"]) == ("self_distilled", "")
 
 
-def test_strong_can_be_told_to_train_on_its_own_answers():
+def test_strong_can_be_reported_to_train_on_its_own_answers():
     chosen = dict(map(parse_assignment, ["train_source=self_distilled", "train_file=", "train_file_url="]))
     assert load_params(preset_path("strong"), chosen).train_source == "self_distilled"
 
@@ -353,7 +353,7 @@ def test_an_assignment_that_names_no_key_is_refused(text):
         parse_assignment(text)
 
 
-def test_a_misspelt_preset_is_told_with_a_suggestion():
+def test_a_misspelt_preset_is_reported_with_a_suggestion():
     with pytest.raises(ParamsError, match=r"did you mean 'medium'.*sandbox_one, simple"):
         preset_path("meduim")
 

@@ -72,6 +72,14 @@ def test_the_file_is_written_at_most_once_a_second_and_at_the_end(file, monkeypa
     assert seen == [1, 1, 3, 3] and progress.read_file(file)[1][0].done == 4
 
 
+def test_the_next_run_removes_what_a_killed_driver_left(tmp_path):
+    left = tmp_path / "02_train" / progress.FILE_NAME
+    left.parent.mkdir()
+    left.write_text("{}")
+    progress.remove_files(tmp_path)
+    assert list(left.parent.iterdir()) == []
+
+
 def test_steps_are_reported_and_the_last_development_loss_is_kept(file):
     progress.report("steps", 1, 2, loss=2.0, dev_loss=1.5, num_tokens=7)
     progress.report("steps", 2, 2, loss=1.0, dev_loss=None, num_tokens=14)

@@ -1,4 +1,4 @@
-"""The untuned control: loaded only when asked, kept beside the runs, shared by those that ask the same."""
+"""The untuned model: loaded only when needed, rows kept beside the runs and shared by equal protocols."""
 
 import pytest
 

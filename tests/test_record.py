@@ -333,11 +333,11 @@ def test_a_manifest_names_no_home_folder(finished_stage):
 
 @pytest.mark.parametrize(
     ("there", "stays"),
-    [(None, "made"), ("whole, by another process", "whole, by another process"), ("half of one", "made")],
+    [(None, "made"), ("complete, by another process", "complete, by another process"), ("half of one", "made")],
 )
 def test_a_folder_is_published_whole_and_the_first_whole_one_stays(tmp_path, there, stays):
     folder = tmp_path / "kept"
-    with files.folder_in_making(folder, lambda path: (path / "note").read_text().startswith("whole")) as made:
+    with files.folder_in_making(folder, lambda path: (path / "note").read_text().startswith("complete")) as made:
         made.mkdir()
         (made / "note").write_text("made")
         if there:

@@ -19,10 +19,11 @@ import yaml
 from small_notebooks import write_notebook
 
 import run_all
-from lib.driver import notebook, run, terminal
+from lib.driver import notebook, run
 from lib.driver.cli import build_parser
 from lib.driver.plan import make_plans
 from lib.params import preset_path
+from lib.record import terminal
 from lib.record.paths import PROJECT_ROOT
 
 
@@ -81,8 +82,8 @@ def test_help_comes_in_under_a_second_without_torch():
         (["--presets", "simple", "--checkpoint", "no/such/folder"], "no/such/folder: there is no such folder"),
         (["--presets", "simple", "--checkpoint", "params/adapter"], "params/adapter: there is no such folder"),
         (["--presets", "simple", "--checkpoint", "~/adapter"], "~/adapter: there is no such folder"),
-        (["--submission", "--smoke-test"], "--submission evaluates the published adapters whole"),
-        (["--submission", "--seeds", "1"], "trained with seeds of their own"),
+        (["--submission", "--smoke-test"], "--submission evaluates the published adapters on all"),
+        (["--submission", "--seeds", "1"], "trained with other seeds"),
         (["--presets", "simple", "--seeds", "1", "2", "1"], "a seed is named twice"),
         (["--presets", "simple", "--seeds", "-1"], "seed: -1 (int) is refused"),
         (["--presets", "simple", "--jobs", "0"], "--jobs 0: allowed is 1"),
@@ -90,7 +91,7 @@ def test_help_comes_in_under_a_second_without_torch():
         (["--presets", "simple", "--seeds", "1", "--set", "lora_r=8", "seed=3"], "contradict each other"),
     ],
 )
-def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
+def test_wrong_usage_is_reported_before_anything_starts(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lib.driver.commands.run_all", lambda *_: pytest.fail("something was started"))
     assert run_all.main([*argv, "--output-dir", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err
@@ -110,27 +111,27 @@ def test_wrong_usage_is_told_before_anything_starts(argv, words, tmp_path, monke
         (["--presets", "simple", "--stages", "3"], "invalid choice: '3'"),
     ],
 )
-def test_a_misspelt_flag_is_told_in_a_line(argv, words, capsys):
+def test_a_misspelt_flag_is_reported_in_a_line(argv, words, capsys):
     with pytest.raises(SystemExit) as ended:
         run_all.main(argv)
-    told = capsys.readouterr().err
-    assert ended.value.code == 2 and words in told and told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and words in printed and printed.count("\n") == 1
 
 
-def test_a_python_without_the_packages_is_told_how_to_go_on():
+def test_a_python_without_the_packages_is_reported_how_to_go_on():
     # -S: no site-packages, as in a system's Python.
     command = [sys.executable, "-S", "run_all.py", "--presets", "simple"]
     done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "use .venv/bin/python" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_faults_of_several_presets_are_told_together(tmp_path, capsys):
+def test_faults_of_several_presets_are_reported_together(tmp_path, capsys):
     for name in ("one", "two"):
         values = yaml.safe_load(preset_path("simple").read_text()) | {"lora_r": 0, "seed": -1, "colour": name}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
     assert run_all.main(["--presets", "one", "two", "--params-dir", str(tmp_path)]) == 2
-    told = capsys.readouterr().err
-    assert told.count("3 fault(s)") == 2 and "one.yaml" in told and "two.yaml" in told
+    printed = capsys.readouterr().err
+    assert printed.count("3 fault(s)") == 2 and "one.yaml" in printed and "two.yaml" in printed
 
 
 @pytest.mark.parametrize(
@@ -156,8 +157,8 @@ def test_texts_of_the_judge_are_read_before_anything_starts(tmp_path, capsys, ke
     (tmp_path / "mine.csv").write_bytes("id,label,note\n0,safe,café\n".encode("cp1252"))
     command = ["--presets", "simple", "--output-dir", str(tmp_path / "out"), "--set", f"{key}={tmp_path / 'mine.csv'}"]
     assert run_all.main(command) == 2
-    told = capsys.readouterr().err
-    assert "mine.csv is not UTF-8 text (line 2: byte 24 of the file is 0xE9): save it as UTF-8" in told
+    printed = capsys.readouterr().err
+    assert "mine.csv is not UTF-8 text (line 2: byte 24 of the file is 0xE9): save it as UTF-8" in printed
     assert not (tmp_path / "out").exists()
 
 
@@ -239,7 +240,7 @@ def test_seeds_are_runs_of_their_own_that_share_everything_else():
     assert run.resolved_config(one)["parameters"]["baseline_accuracy"] == 0.26
 
 
-def test_a_faulty_preset_is_told_once_for_all_its_seeds(tmp_path, capsys):
+def test_a_faulty_preset_is_reported_once_for_all_its_seeds(tmp_path, capsys):
     values = yaml.safe_load(preset_path("simple").read_text()) | {"lora_r": 0}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(values))
     assert run_all.main(["--presets", "one", "--seeds", "1", "2", "3", "--params-dir", str(tmp_path)]) == 2
@@ -249,8 +250,8 @@ def test_a_faulty_preset_is_told_once_for_all_its_seeds(tmp_path, capsys):
 def test_list_shows_each_seed_with_the_state_of_its_stages(tmp_path, capsys):
     argv = ["--presets", "simple", "--output-dir", str(tmp_path / "out"), "--seeds"]
     assert run_all.main([*argv, "1", "2", "--list"]) == 0
-    told = capsys.readouterr().out
-    assert "simple_seed1: " in told and "simple_seed2: " in told and told.count("not run yet") == 8
+    printed = capsys.readouterr().out
+    assert "simple_seed1: " in printed and "simple_seed2: " in printed and printed.count("not run yet") == 8
 
 
 def test_list_of_a_preset_that_cannot_run_or_of_an_empty_folder_is_an_error(tmp_path, capsys):
@@ -274,7 +275,7 @@ def test_results_that_were_moved_have_their_own_reports(monkeypatch, tmp_path):
     assert smoke.reports_dir == tmp_path / "smoke" / "reports" / "run_simple"
 
 
-def test_places_are_told_as_they_can_be_typed(monkeypatch, tmp_path):
+def test_places_are_reported_as_they_can_be_typed(monkeypatch, tmp_path):
     monkeypatch.setattr(terminal, "TYPED_IN", tmp_path)
     assert terminal.as_typed(tmp_path / "out" / "reports") == "out/reports"
     assert terminal.as_typed(PROJECT_ROOT / "results") == str(PROJECT_ROOT / "results")
@@ -286,10 +287,10 @@ def test_places_are_told_as_they_can_be_typed(monkeypatch, tmp_path):
 def test_a_failing_preset_keeps_its_notebook_and_the_others_still_run(tmp_path, fake_notebooks, capsys):
     fake_notebooks("if run_name == 'simple':\n    raise ValueError('the reason')")
     status, _ = run_stage_01(tmp_path, "simple", "medium")
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert status == 1
-    assert "simple: 01_prepare in cell" in told.err and "ValueError: the reason" in told.err
-    assert "to go on: python run_all.py --presets simple medium" in told.err
+    assert "simple: 01_prepare in cell" in printed.err and "ValueError: the reason" in printed.err
+    assert "to go on: python run_all.py --presets simple medium" in printed.err
     failed = (tmp_path / "out/reports/run_simple/01_prepare.ipynb").read_text()
     assert "the reason" in failed and "before" in failed
     assert (tmp_path / "out/reports/run_medium/01_prepare.html").exists()
@@ -297,29 +298,29 @@ def test_a_failing_preset_keeps_its_notebook_and_the_others_still_run(tmp_path, 
     assert resolved["parameters"]["lora_r"] == 16 and resolved["origin"]["lora_r"] == "medium.yaml"
 
 
-def test_a_killed_kernel_is_told_and_the_others_still_run(tmp_path, fake_notebooks, capsys):
+def test_a_killed_kernel_is_reported_and_the_others_still_run(tmp_path, fake_notebooks, capsys):
     fake_notebooks("import os, signal\nif run_name == 'simple':\n    os.kill(os.getpid(), signal.SIGKILL)")
     status, wall_s = run_stage_01(tmp_path, "simple", "medium")
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert status == 1 and wall_s < 300
-    assert "the kernel died" in told.err and "medium 01_prepare: done" in told.out
+    assert "the kernel died" in printed.err and "medium 01_prepare: done" in printed.out
     assert "before" in (tmp_path / "out/reports/run_simple/01_prepare.ipynb").read_text()
 
 
 def test_an_interrupt_stops_everything_with_130(tmp_path, fake_notebooks, capsys):
     fake_notebooks("raise KeyboardInterrupt")
     status, _ = run_stage_01(tmp_path, "simple", "medium")
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert status == 130
-    assert "medium" not in told.out and "to go on" in told.err
+    assert "medium" not in printed.out and "to go on" in printed.err
 
 
 def test_every_seed_is_run_and_leaves_its_own_record(tmp_path, fake_notebooks, capsys):
     fake_notebooks("print(run_name)")
     argv = ["--presets", "simple", "--seeds", "1", "2", "--stages", "01", "--output-dir", str(tmp_path / "out")]
     assert run_all.main(argv) == 0
-    told = capsys.readouterr().out
-    assert "simple_seed1" in told and "simple_seed2" in told
+    printed = capsys.readouterr().out
+    assert "simple_seed1" in printed and "simple_seed2" in printed
     for seed in (1, 2):
         resolved = json.loads((tmp_path / f"out/run_simple_seed{seed}/config_resolved.json").read_text())
         assert (resolved["parameters"]["seed"], resolved["preset"]) == (seed, "simple")
@@ -337,8 +338,8 @@ def test_verify_scores_the_reference_outputs_as_published(tmp_path, capsys):
     shutil.copytree(f"{reference}/medium", tmp_path / "run_medium")
     for folder in (tmp_path, tmp_path / "run_medium"):
         assert run_all.main(["--verify", str(folder)]) == 0
-        told = capsys.readouterr().out
-        assert "143 of 263" in told and "221 of 240" in told
+        printed = capsys.readouterr().out
+        assert "143 of 263" in printed and "221 of 240" in printed
 
 
 def test_verify_of_a_folder_that_is_not_there_is_an_error(tmp_path, capsys):
@@ -428,10 +429,10 @@ def test_a_terminal_without_a_letter_shows_a_question_mark(dashed, environment, 
 
 def test_closed_and_full_outputs_end_nothing():
     code = "import run_all, sys; sys.exit(run_all.main(['--list', '--presets', 'sandbox_one']))"
-    for redirect, said in ((">&-", b""), (">&- 2>&-", b""), (">/dev/full", b"No space left on device): what follows")):
+    for redirect, shown in ((">&-", b""), (">&- 2>&-", b""), (">/dev/full", b"No space left on device): what follows")):
         command = f"exec '{sys.executable}' -c \"{code}\" {redirect}"
         done = subprocess.run(["sh", "-c", command], cwd=PROJECT_ROOT, capture_output=True)
-        assert done.returncode == 0 and said in done.stderr, redirect
+        assert done.returncode == 0 and shown in done.stderr, redirect
         assert b"Traceback" not in done.stderr
 
 
@@ -440,8 +441,8 @@ def test_a_name_that_is_not_utf8_is_refused_in_a_sentence(tmp_path, capsys, flag
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     assert run_all.main(["--presets", "simple", flag, str(folder)]) == 2
-    said = capsys.readouterr().err
-    assert "caf\\udce9: this name is not UTF-8; rename it" in said and not list(folder.iterdir())
+    shown = capsys.readouterr().err
+    assert "caf\\udce9: this name is not UTF-8; rename it" in shown and not list(folder.iterdir())
 
 
 def test_a_working_directory_that_is_not_utf8_is_refused_in_a_sentence(tmp_path, monkeypatch, capsys):

@@ -194,8 +194,8 @@ def test_a_line_that_is_the_users_name_is_cleaned_in_what_was_printed_alone(as_u
 
 def test_keys_and_names_that_something_refers_to_are_no_texts(as_user):
     as_user("one", "/code", "accuracy_key")
-    value = {"accuracy_key": "/code/x", "link": "run_one/01_prepare.html", "told": "/srv/one"}
-    assert redaction.clean_value(value, keep=["link"]) == {**value, "accuracy_key": "~/x", "told": "/srv/user"}
+    value = {"accuracy_key": "/code/x", "link": "run_one/01_prepare.html", "printed": "/srv/one"}
+    assert redaction.clean_value(value, keep=["link"]) == {**value, "accuracy_key": "~/x", "printed": "/srv/user"}
 
 
 @pytest.mark.parametrize("user", ["code", "div", "text", "python"])
@@ -209,7 +209,7 @@ def test_a_filled_notebook_and_its_page_are_valid_whatever_the_user_is_called(tm
 
     def run(folder):
         outcome = driver_notebook.execute("01_prepare", tmp_path / folder / "01.ipynb", {"run_name": "sandbox_one"})
-        assert outcome.error == "" and driver_notebook.is_whole(outcome.notebook)
+        assert outcome.error == "" and driver_notebook.is_complete(outcome.notebook)
         return outcome.notebook
 
     as_user(user)

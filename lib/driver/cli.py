@@ -1,7 +1,4 @@
-"""The command line of ``run_all.py``: its flags, their help, and what is said of a flag that does not exist.
-
-Only the standard library is needed: ``--help`` works before anything is installed.
-"""
+"""The flags of ``run_all.py`` and their help. Needs only the standard library: ``--help`` works before the setup."""
 
 import argparse
 import difflib
@@ -14,7 +11,7 @@ from typing import NoReturn
 from lib.record.paths import PROJECT_ROOT, RESULTS_VARIABLE, STAGES, is_utf8
 
 DESCRIPTION = """\
-Fine-tune, evaluate and compare: five notebooks a preset, kept as a record that others can check.
+Fine-tune, evaluate and compare: five notebooks per preset, kept as a record that others can check.
 
   python run_all.py --presets sandbox_one             a rehearsal in minutes: bundled 135M model, bundled data, CPU
   python run_all.py --presets simple medium strong    the real thing
@@ -32,7 +29,7 @@ class UsageError(Exception):
 
 
 def settle_streams() -> None:
-    """A letter that the terminal's encoding lacks is shown as a question mark, and ends nothing."""
+    """Print a letter that the terminal's encoding lacks as a question mark instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         # None where it was closed.
         if getattr(stream, "errors", None) in ("strict", "surrogateescape"):
@@ -40,7 +37,7 @@ def settle_streams() -> None:
 
 
 def check_names(typed: Sequence[str]) -> None:
-    """Refuse names that cannot be written into a record, which is UTF-8, nor read by every library.
+    """Refuse names that are not UTF-8, as every file of a run is.
 
     Raises:
         UsageError: something typed, the project's folder or the working directory has such a name.
@@ -57,7 +54,7 @@ def check_names(typed: Sequence[str]) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, and what may have been meant, in place of twenty lines of usage."""
+    """Prints one line with the fault and what was probably meant, not twenty lines of usage."""
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
@@ -82,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line. Only the standard library is needed to print its help."""
     parser = _Parser(
         prog="run_all.py",
-        # Half a flag would be taken for one that may do something else tomorrow.
+        # An abbreviation could mean another flag in the next version.
         allow_abbrev=False,
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -91,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_selection(parser)
     _add_changes(parser)
     _add_sources(parser)
-    # What was typed, for the messages that say how to go on; `main` fills it in.
+    # For messages that say how to go on; `main` replaces it by what was typed.
     parser.set_defaults(typed="python run_all.py")
     return parser
 
@@ -100,14 +97,14 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to run")
     what.add_argument("--presets", nargs="+", metavar="P", help="presets to run, in this order; --list shows them")
     what.add_argument(
-        "--seeds", nargs="+", type=int, metavar="N", help="each preset trained once a seed, as <preset>_seed<N>"
+        "--seeds", nargs="+", type=int, metavar="N", help="each preset trained once per seed, as <preset>_seed<N>"
     )
     what.add_argument("--stages", nargs="+", choices=STAGE_NUMBERS, help="only these stages (default: all five)")
     what.add_argument("--skip-gsm8k", action="store_true", help="do not run 03; rows that are there are still scored")
     what.add_argument("--skip-ailuminate", action="store_true", help="do not run 04; rows that are there still count")
-    what.add_argument("--resume", action="store_true", help="go on where a run stopped (the default, said explicitly)")
+    what.add_argument("--resume", action="store_true", help="go on where a run stopped (the default)")
     what.add_argument("--rerun-all", action="store_true", help="run every stage again, reusing no rows, no checkpoint")
-    what.add_argument("--jobs", type=int, default=1, metavar="N", help="presets at once, each on a GPU of its own (1)")
+    what.add_argument("--jobs", type=int, default=1, metavar="N", help="presets at once, each on another GPU (1)")
     what.add_argument("--wait", action="store_true", help="wait for another run on the same folder, do not refuse")
     what.add_argument(
         "--cell-timeout", type=int, default=0, metavar="SECONDS", help="end a cell that takes longer (0: never)"
@@ -145,7 +142,9 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         metavar="[PRESET=]PATH_OR_HUB_ID",
         help="evaluate this adapter instead of training one",
     )
-    how.add_argument("--allow-unlike", action="store_true", help="compare runs that were asked differently, and say so")
+    how.add_argument(
+        "--allow-unlike", action="store_true", help="compare runs with different protocols, and report how they differ"
+    )
     how.add_argument("--redact", action="store_true", help="no prompt or response of AILuminate in any report")
     how.add_argument(
         "--submission", action="store_true", help="the three published adapters, not trained, into submission_results/"
@@ -162,4 +161,4 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         "--output-dir", type=Path, metavar="DIR", help="artefacts go here (results), filled notebooks into its reports/"
     )
     where.add_argument("--assets", type=Path, metavar="DIR", help="data sets and models already fetched ($ASSETS_DIR)")
-    where.add_argument("--offline", action="store_true", help="never ask the network")
+    where.add_argument("--offline", action="store_true", help="never use the network")

@@ -26,15 +26,14 @@ class DevicesInUse(Exception):
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` takes them; empty on a CPU machine.
+    """The GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``; empty on a CPU machine.
 
-    Those in the variable if it is set, else the UUIDs from ``nvidia-smi``; a GPU that is cut into MIG devices counts as
-    these.
+    UUIDs from ``nvidia-smi`` if the variable is not set; a GPU that is split into MIG devices counts as these.
     """
     named = os.environ.get(VISIBLE_VARIABLE)
     if named is None:
         return _listed_uuids()
-    # CUDA sees the devices before the first that is not one, and "-1" is how people say none.
+    # CUDA uses the devices before the first invalid one; "-1" is common for no device.
     return list(takewhile(lambda name: name and name != "-1", (name.strip() for name in named.split(","))))
 
 
@@ -85,11 +84,10 @@ def _take_free(
     """Hold up to ``most`` free GPUs until ``stack`` ends; also returns a sentence on who holds the first other one."""
     free, refused = [], ""
     for gpu, identity in identities.items():
-        if len(free) == most:
-            break
         try:
-            stack.enter_context(hold(machine_folder() / identity, command, tell=tell))
-            free.append(gpu)
+            if len(free) < most:
+                stack.enter_context(hold(machine_folder() / identity, command, tell=tell))
+                free.append(gpu)
         except FolderInUse as error:
             refused = refused or str(error)
     return free, refused
@@ -103,7 +101,7 @@ def _identities(gpus: Sequence[str]) -> list[str]:
 
 
 def slow_cpu_note(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
-    """A note on the speed of a CPU without bfloat16 units; "" if it has them or the system does not say."""
+    """A note on the speed of a CPU without bfloat16 units; "" if it has them or that is unknown."""
     flags = re.search(r"^flags\s*:(.*)", cpu_info.read_text(), re.MULTILINE) if cpu_info.exists() else None
     if flags is None or {"avx512_bf16", "amx_bf16"} & set(flags[1].split()):
         return ""

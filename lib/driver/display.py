@@ -23,6 +23,7 @@ from rich.text import Text
 
 from lib import wording
 from lib.record import progress
+from lib.record.locks import is_alive
 from lib.record.progress import Counts
 from lib.record.redaction import visible
 from lib.record.terminal import fail, lose_reader
@@ -109,12 +110,7 @@ def fit(begin: str, details: Iterable[str], width: int) -> str:
 
 
 class Follower:
-    """The running stage of one run.
-
-    Args:
-        name: the run's.
-        folder: holds the folders of its stages.
-    """
+    """The running stage of the run ``name``; ``folder`` holds the folders of its stages."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -125,15 +121,11 @@ class Follower:
         self._of: tuple[int, str] | None = None
 
     def look(self, now: float) -> tuple[str, list[str], Counts] | None:
-        """Begin and details of a line (see ``fit``), and its counts; None where no stage runs.
-
-        Args:
-            now: seconds of a monotonic clock.
-        """
+        """Begin and details of a line (see ``fit``), and its counts, at ``now`` (s); None if no stage runs."""
         path = next(iter(self.folder.glob(f"*/{progress.FILE_NAME}")), None)
         driver, work = progress.read_file(path) if path else (0, [])
-        if not path or not driver or not psutil.pid_exists(driver):
-            return None
+        if not path or not driver or not is_alive(driver):
+            return None  # nothing runs, or a killed driver left its file
         if path != self._stage:
             self._stage, self._started, self._memory_at = path, now, -SECONDS_BETWEEN_MEMORY + now
         # A look at the GPUs starts a program: not every time.
@@ -182,7 +174,7 @@ class Display:
         quiet: show no progress; ``tell`` still writes.
         console: where to write; the standard output where it is None.
         every_s: seconds between two looks; by what is written to where it is None.
-        background: look from a thread of its own, else only when ``update`` is called.
+        background: look from another thread, else only when ``update`` is called.
     """
 
     def __init__(
@@ -195,9 +187,9 @@ class Display:
         background: bool = True,
     ) -> None:
         self.console = console or LastingConsole(highlight=False)
-        # A line may be rewritten on a terminal that can, outside of CI.
-        self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
-        self.quiet, self.background = quiet, background
+        # A line can be rewritten on most terminals, but not in CI.
+        can_rewrite = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
+        self.quiet, self.live, self.background = quiet, can_rewrite and not quiet, background
         self.every_s = every_s or (SECONDS_ON_TERMINAL if self.live else SECONDS_IN_LOG)
         self._followers = [Follower(name, folder) for name, folder in runs.items()]
         self._lines = Live(console=self.console, auto_refresh=False, transient=True)
@@ -207,7 +199,7 @@ class Display:
         self._thread = threading.Thread(target=self._keep_updating, daemon=True)
 
     def __enter__(self) -> "Display":
-        if self.live and not self.quiet:
+        if self.live:
             self._lines.start()
         if self.background and not self.quiet:
             self._thread.start()
@@ -217,8 +209,7 @@ class Display:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-        if self.live and not self.quiet:
-            self._lines.stop()
+        self._lines.stop()
 
     def _keep_updating(self) -> None:
         while not self._ended.wait(self.every_s):
@@ -242,7 +233,7 @@ class Display:
                 self.tell(f"  {fit(begin, details, 10_000)}")
 
     def tell(self, line: str, *, error: bool = False) -> None:
-        """Print a line above the live ones; where there are none, an error goes to the standard error."""
+        """Print a line above the live ones; without any, an error goes to the standard error."""
         if error and not self.live:
             fail(line)
         else:

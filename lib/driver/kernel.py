@@ -1,7 +1,4 @@
-"""A notebook's kernel as the driver's own: it dies with the driver, holds its lock, and is stopped by Ctrl-C.
-
-Knows nothing about notebooks. Imports jupyter_client, so it is imported only where a notebook is run.
-"""
+"""A kernel that dies with the driver, inherits its lock, and is stopped by Ctrl-C."""
 
 import os
 import select
@@ -12,8 +9,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, ClassVar
 
 from jupyter_client.connect import KernelConnectionInfo
@@ -26,23 +24,23 @@ from lib.driver.kernel_server import die_with
 from lib.record.locks import held_descriptors
 from lib.record.paths import is_utf8
 
-# What an idle kernel says to a signal that it ignores, and to the driver's frozen modules.
+# What an idle kernel writes about a signal that it ignores, and about the driver's frozen modules.
 IDLE_WORDS = ("[IPKernelApp] KeyboardInterrupt", "0.00s - ")
 MAX_LAST_WORDS = 400
-# What a path of a Unix socket may have in bytes: sun_path holds 108 with the NUL at its end.
+# Bytes of a Unix socket's path: sun_path holds 108 with the NUL at its end.
 MAX_SOCKET_PATH = 107
-# The longest name below a kernel's folder: jupyter_client numbers the five sockets.
-SOCKET_NAME = "kernel-ipc-5"
+# The longest path below a temporary folder: jupyter_client numbers a kernel's five sockets.
+LONGEST_NAME = "/kernel-12345678/kernel-ipc-5"
 # Where sockets go when $TMPDIR is too long for them; the second one has room also where a container's disk is full.
 SHORT_FOLDERS = ("/tmp", "/dev/shm")
 
 
 class StopAsked(Exception):
-    """A stop was asked for while no cell was at work."""
+    """An interrupt came while no cell was running."""
 
 
 class ForkedKernel:
-    """A kernel that is no child of this process, as jupyter_client expects a process: it is watched through a pidfd."""
+    """A kernel that is not a child of this process, with the interface of a Popen; it is watched through a pidfd."""
 
     stdin = stdout = stderr = None
 
@@ -51,7 +49,7 @@ class ForkedKernel:
         self._handle = os.pidfd_open(pid)
 
     def poll(self) -> int | None:
-        """0 where it has ended, however: its exit status is its server's to know."""
+        """0 if it has ended; its exit status is known only to its parent."""
         if self.returncode is None:
             watch = select.poll()
             watch.register(self._handle, select.POLLIN)
@@ -61,11 +59,7 @@ class ForkedKernel:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
-
-        Raises:
-            subprocess.TimeoutExpired: it did not come within ``timeout`` seconds.
-        """
+        """Wait for its end; raises ``subprocess.TimeoutExpired`` after ``timeout`` seconds."""
         started = time.monotonic()
         while self.poll() is None:
             if timeout is not None and time.monotonic() - started > timeout:
@@ -74,7 +68,7 @@ class ForkedKernel:
         return 0
 
     def send_signal(self, number: int) -> None:
-        """Send a signal; a kernel that has ended gets none."""
+        """Send a signal if it is still running."""
         if self.poll() is None:
             signal.pidfd_send_signal(self._handle, number)
 
@@ -86,7 +80,7 @@ class ForkedKernel:
 
 
 class ForkingProvisioner(LocalProvisioner):
-    """Has the kernel forked from the server of this process; started plainly where there is none or it refuses."""
+    """Forks the kernel from the server of this process; starts it plainly without a server, or if it refuses."""
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """As ``LocalProvisioner``'s; ``stdout`` in ``kwargs`` is the log's open file."""
@@ -104,15 +98,15 @@ class ForkingProvisioner(LocalProvisioner):
 class OwnKernelManager(AsyncKernelManager):
     """Starts the kernel so that it cannot outlive the driver, whatever ends the driver."""
 
-    # The process of the kernel that runs now; a driver runs one at a time.
+    # The running kernel, of which a driver has one at a time; 0 for none.
     running_pid: ClassVar[int] = 0
-    # What the latest kernel writes past its notebook.
+    # What the latest kernel writes outside its notebook.
     log_file: ClassVar[Path | None] = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Sockets in a folder of this kernel alone: TCP ports can be listened to by anyone and raced for, and where no
-        # folder is named jupyter_client puts them into the working directory, which two drivers may share.
+        # Sockets in a new folder: TCP ports can be listened to by anyone and raced for, and jupyter_client's default is
+        # the working directory, which two drivers may share.
         self._folder = _socket_folder()
         self.transport = "ipc"
         self.connection_file = str(Path(self._folder.name) / "kernel.json")
@@ -140,8 +134,8 @@ class OwnKernelManager(AsyncKernelManager):
             self._folder.cleanup()
 
     async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
-        # A file of its own: on the terminal its words would fall into the line of progress. The kernel inherits the
-        # lock on the output folder: another driver must not start while it still writes.
+        # A log file: on the terminal its words would break the line of progress. The kernel inherits the lock on the
+        # output folder: another driver must not start while it still writes.
         OwnKernelManager.log_file = Path(self._folder.name) / "kernel.log"
         with OwnKernelManager.log_file.open("ab") as log:
             await super()._async_launch_kernel(
@@ -156,34 +150,34 @@ class OwnKernelManager(AsyncKernelManager):
 
 
 def _socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """A new folder whose path leaves room for sockets and can be spelt in an address, which is UTF-8.
+    """A new folder whose path leaves room for sockets and is UTF-8, as an address is.
 
     Raises:
         OSError: no such folder can be written.
     """
     for place in (tempfile.gettempdir(), *SHORT_FOLDERS):
-        name = f"{place}/kernel-12345678/{SOCKET_NAME}"
-        if is_utf8(place) and len(os.fsencode(name)) <= MAX_SOCKET_PATH and os.access(place, os.W_OK | os.X_OK):
+        is_short = len(os.fsencode(place + LONGEST_NAME)) <= MAX_SOCKET_PATH
+        if is_short and is_utf8(place) and os.access(place, os.W_OK | os.X_OK):
             return tempfile.TemporaryDirectory(prefix="kernel-", dir=place, ignore_cleanup_errors=True)
-    allowed = MAX_SOCKET_PATH - len(f"/kernel-12345678/{SOCKET_NAME}")
     raise OSError(
-        f"there is no folder for a kernel's sockets: {tempfile.gettempdir()} is longer than {allowed} bytes or not "
-        f"UTF-8, and {' and '.join(SHORT_FOLDERS)} cannot be written; set TMPDIR to a short folder"
+        f"there is no folder for a kernel's sockets: {tempfile.gettempdir()} is longer than "
+        f"{MAX_SOCKET_PATH - len(LONGEST_NAME)} bytes or not UTF-8, and {' and '.join(SHORT_FOLDERS)} "
+        "cannot be written; set TMPDIR to a short folder"
     )
 
 
 def last_words() -> str:
-    """The last lines that the kernel wrote past its notebook, as a crash in C leaves them; "" for none."""
+    """The last lines that the kernel wrote outside its notebook, as a crash in C leaves them; "" without any."""
     log = OwnKernelManager.log_file
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
     return "\n".join(line for line in lines if line.strip() and not line.startswith(IDLE_WORDS))[-MAX_LAST_WORDS:]
 
 
 class Interrupts:
-    """Ctrl-C, and a cluster's SIGTERM: once lets the kernel finish its row, twice ends it now.
+    """Ctrl-C, and a cluster's SIGTERM: the first lets the kernel finish its row, the second ends it now.
 
     Args:
-        tell: gets a sentence for the person at the keyboard.
+        tell: prints a sentence for the person at the keyboard.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -191,40 +185,29 @@ class Interrupts:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
-        # Python hands signals to the main thread alone.
+        # Python delivers signals only to the main thread.
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        # A number that is free again may soon be another program's.
+    def __exit__(self, *_: object) -> None:
+        # A process number that is free again may soon be another program's.
         OwnKernelManager.running_pid = 0
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def refuse_cell(self, **_: Any) -> None:
-        """Called before each cell: an idle kernel ignores the signal, so the next cell must not start.
-
-        Raises:
-            StopAsked: a stop was asked for.
-        """
+        """Raise ``StopAsked`` before a cell after an interrupt: an idle kernel ignores the signal."""
         if self.count:
             raise StopAsked
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
         self.count += 1
         if self.count == 1:
-            self.tell("stopping after the row in work; Ctrl-C again stops now")
-            _send(signal.SIGINT)
-        else:
-            _send(signal.SIGKILL)
+            self.tell("stopping after the current row; Ctrl-C again stops now")
+        if OwnKernelManager.running_pid:
+            # It may have ended already; whoever waits for it notices.
+            with suppress(ProcessLookupError):
+                os.kill(OwnKernelManager.running_pid, signal.SIGINT if self.count == 1 else signal.SIGKILL)
+        if self.count > 1:
             raise KeyboardInterrupt
-
-
-def _send(number: signal.Signals) -> None:
-    if OwnKernelManager.running_pid:
-        try:
-            os.kill(OwnKernelManager.running_pid, number)
-        except ProcessLookupError:
-            # It ended on its own; whoever waits for it notices.
-            OwnKernelManager.running_pid = 0

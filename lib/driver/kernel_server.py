@@ -1,11 +1,11 @@
-"""A process that has imported what the notebooks import, and forks a kernel from it in the time of a system call.
+"""A process that has imported what the notebooks import, and forks kernels.
 
-    python -P lib/kernel_server.py FD
+    python -P lib/driver/kernel_server.py FD
 
-Importing torch, transformers and peft takes a kernel 6 to 15 seconds on two cores. The server does it once for all
-stages of a run. It refuses to serve where a fork would not be sound: threads were started, or torch sees a GPU, whose
-driver does not survive a fork. Requests and answers are lines of JSON on the socket ``FD``; only the standard library
-is imported above `main`, and nothing of ``lib`` at all: a kernel reads the project's code as it is on disk.
+Importing torch, transformers and peft takes a kernel 6 to 15 seconds on two cores; the server does it once per run. It
+refuses where a fork would not be sound: threads run, or torch sees a GPU, whose driver does not survive a fork.
+Requests and answers are lines of JSON on the socket ``FD``. Nothing of ``lib`` is imported: a kernel reads the
+project's code as it is on disk when it starts.
 """
 
 import atexit
@@ -23,17 +23,15 @@ from pathlib import Path
 from typing import IO, Any
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
-# "0" in the environment: every kernel is started plainly.
+# "0": every kernel is started plainly.
 SERVER_VARIABLE = "FORK_KERNELS"
-# Read when a library is loaded: pictures in the notebook, as ipykernel asks for them; and no thread of OpenBLAS or of
-# Arrow's allocator, which nothing here needs.
+# Read when a library is loaded: pictures in the notebook, as in ipykernel; no threads of OpenBLAS or Arrow's allocator.
 SERVER_ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "OPENBLAS_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
 }
-# What the notebooks' modules import from outside the project, the slow submodules of transformers named one by one:
-# it loads them lazily.
+# What the notebooks' modules import; transformers loads its slow submodules lazily, so they are named.
 PRELOADED = (
     "torch",
     "bitsandbytes",
@@ -58,9 +56,9 @@ PRELOADED = (
 
 
 def die_with(parent: int) -> Callable[[], None] | None:
-    """What a new process does first: ask Linux for its own end when its parent ends.
+    """What a new process calls first: Linux then kills it when its parent ends.
 
-    Elsewhere ipykernel looks for its parent once a second, which a long call into C can hold up.
+    Elsewhere ipykernel looks for its parent once per second, which a long call into C can hold up.
     """
     if sys.platform != "linux":
         return None
@@ -69,14 +67,14 @@ def die_with(parent: int) -> Callable[[], None] | None:
     def before_start() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            # The parent was gone before the wish was heard.
+            # The parent ended before the call.
             os._exit(1)
 
     return before_start
 
 
 def preload() -> str:
-    """Import everything; returns why no kernel may be forked from here, "" where one may."""
+    """Import everything; returns why no kernel may be forked from here, "" if one may."""
     import torch
 
     if torch.cuda.is_available():
@@ -91,9 +89,9 @@ def preload() -> str:
 
 
 def become_kernel(request: Mapping[str, Any], server: int) -> None:
-    """Turn this forked process into the kernel that ``request`` describes, and end it with that."""
+    """Run the kernel that ``request`` describes in this forked process, then end it."""
     die_with(server)()
-    # As what it is shown by top; its command line stays the server's.
+    # For top; the command line stays the server's.
     ctypes.CDLL(None).prctl(PR_SET_NAME, b"ipykernel")
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -107,12 +105,12 @@ def become_kernel(request: Mapping[str, Any], server: int) -> None:
     import numpy as np
     from ipykernel.kernelapp import launch_new_instance
 
-    # Else every kernel would draw the same numbers; Python's own generator is seeded again by the fork.
+    # Or every kernel would draw the same numbers; the fork seeds Python's own generator again.
     np.random.seed()
     sys.argv = [ipykernel_launcher.__file__, *request["arguments"]]
-    # ipykernel read the variable for it when the server imported it; without one it writes how to end it by hand.
+    # ipykernel read its variable when the server imported it; without a parent it prints how to end it by hand.
     launch_new_instance(parent_handle=server)
-    # What is registered for the end is done; taking every loaded module apart would take seconds.
+    # Run the exit handlers; unloading every module would take seconds.
     atexit._run_exitfuncs()
     os._exit(0)
 
@@ -124,7 +122,7 @@ def _redirect(descriptor: int, path: str, flags: int) -> None:
 
 
 def fork_on_request(stream: IO[str]) -> dict[str, Any] | None:
-    """Fork a process for each request: returns the request in that process, ``None`` here when nobody asks any more."""
+    """Fork a process per request; returns the request in the new process, ``None`` here after the last one."""
     for line in stream:
         pid = os.fork()
         if not pid:
@@ -135,7 +133,7 @@ def fork_on_request(stream: IO[str]) -> dict[str, Any] | None:
 
 def main(descriptor: int) -> None:
     """Serve until the other side closes."""
-    # The system forgets ended kernels by itself: who asked for one watches it through a handle.
+    # The system reaps ended kernels: the driver watches them through handles.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     server, refusal = os.getpid(), preload()
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rw", encoding="utf-8") as stream:
@@ -149,10 +147,10 @@ def main(descriptor: int) -> None:
 
 
 class KernelServer:
-    """A server as a child of this process; it is started ahead, so that it imports while other things are done.
+    """A server as a child of this process, started early so that it imports meanwhile.
 
     Args:
-        inherited: descriptors that every kernel inherits, as those of locks.
+        inherited: descriptors that every kernel inherits, such as those of locks.
     """
 
     def __init__(self, inherited: Sequence[int] = ()) -> None:
@@ -166,7 +164,7 @@ class KernelServer:
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno(), *inherited],
                 preexec_fn=die_with(os.getpid()),
-                # Ctrl-C at the terminal is the driver's to pass on.
+                # The driver passes Ctrl-C on.
                 start_new_session=True,
             )
         self._stream = ours.makefile("rw", encoding="utf-8")
@@ -174,15 +172,15 @@ class KernelServer:
         self._refusal: str | None = None
 
     def fork(self, arguments: Sequence[str], log: str, environment: Mapping[str, str], folder: str) -> int:
-        """Process number of a new kernel; 0 where the server died or refuses: then it is to be started plainly.
+        """Process number of a new kernel; 0 if the server died or refuses, and the caller must start one plainly.
 
         Args:
             arguments: of ``ipykernel_launcher``.
-            log: file that it writes to what stands in no notebook.
+            log: file for what it writes outside its notebook.
             folder: its working directory.
         """
         if self._refusal is None:
-            self._refusal = self._hear().get("refusal", "it died")
+            self._refusal = self._answer().get("refusal", "it died")
         if self._refusal:
             return 0
         request = {"arguments": list(arguments), "log": log, "environment": dict(environment), "folder": folder}
@@ -190,9 +188,9 @@ class KernelServer:
             print(json.dumps(request), file=self._stream, flush=True)
         except BrokenPipeError:
             return 0
-        return self._hear().get("pid", 0)
+        return self._answer().get("pid", 0)
 
-    def _hear(self) -> dict[str, Any]:
+    def _answer(self) -> dict[str, Any]:
         try:
             return json.loads(self._stream.readline() or "{}")
         except ConnectionResetError:
@@ -209,19 +207,15 @@ _server: KernelServer | None = None
 
 
 def start(inherited: Sequence[int] = ()) -> None:
-    """Start the server of this process, where kernels can be forked and none was started.
-
-    Args:
-        inherited: as ``KernelServer``.
-    """
+    """Start the server of this process, if kernels can be forked and none was started; see ``KernelServer``."""
     global _server
-    # A pidfd is Linux's; without one, a kernel that is no child could not be watched.
+    # Without a pidfd, which is Linux's, a kernel that is not a child could not be watched.
     if _server is None and hasattr(os, "pidfd_open") and os.environ.get(SERVER_VARIABLE) != "0":
         _server = KernelServer(inherited)
 
 
 def fork_kernel(arguments: Sequence[str], log: str, environment: Mapping[str, str], folder: str) -> int:
-    """As ``KernelServer.fork``; 0 too where there is no server."""
+    """As ``KernelServer.fork``; also 0 without a server."""
     return _server.fork(arguments, log, environment, folder) if _server else 0
 
 

@@ -1,15 +1,11 @@
-"""One notebook, executed and kept: which parameters it declares, papermill, progress outside, HTML.
-
-Knows nothing about presets or the order of stages (``run_all.py``), nor about what a notebook computes. Never imports
-torch: the driver must start in under a second, so papermill and nbconvert are imported where they are used.
-"""
+"""One notebook, executed and kept: the parameters it declares, papermill, HTML."""
 
 import ast
 import html
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -24,58 +20,36 @@ from lib.reports.notebook_page import MAX_ERROR_LENGTH, write_html
 if TYPE_CHECKING:
     from lib.driver.kernel import Interrupts
 
-
 NOTEBOOKS_DIR = PROJECT_ROOT / "notebooks"
-
-
 # A loaded machine can be slow to answer: a kernel that does not start is tried once more.
 KERNEL_START_TRIES = 2
-
-
 KERNEL_START_TIMEOUT_S = 120
-
-
-# A cell's outputs come on a way of their own, on a starved machine long after its end; nbclient waits 4 s for them.
+# A cell's outputs come on another channel, on a starved machine long after its end; nbclient waits 4 s for them.
 OUTPUT_TIMEOUT_S = 120
-
-
-# What nbclient and jupyter_client say of a kernel that did not come up, and of outputs that did not come.
+# How nbclient and jupyter_client report a kernel that did not come up, and outputs that did not come.
 NO_START = ("Kernel didn't respond", "Kernel died before replying")
-
-
 NO_OUTPUT = "Timeout waiting for IOPub output"
-
-
 BANNER_TAG = "run-stopped"
-
-
-# Key of a notebook's metadata; it is set last, so that a notebook whose driver was killed never looks whole.
+# Key of a notebook's metadata; it is set last, so that a notebook whose driver was killed never looks complete.
 COMPLETE_MARK = "run_all"
-
-
-# What a section of a notebook begins with; above the first one stands what every notebook needs and few read.
-SECTION = "## "
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one notebook; ``error`` is empty when every cell ran."""
+    """How one notebook ended; ``error`` is empty if every cell ran.
 
-    notebook: Path
-    wall_s: float
-    error: str = ""
-    cell: int = 0
-    interrupted: bool = False
-
-
-@dataclass(frozen=True)
-class _Stop:
-    """Why a notebook stopped; ``headline`` stands on top of it where papermill says nothing itself."""
+    ``headline`` is for the top of the notebook, where papermill writes nothing itself.
+    """
 
     error: str = ""
     cell: int = 0
     interrupted: bool = False
     headline: str = ""
+    notebook: Path = Path()
+    wall_s: float = 0.0
+
+
+STOPPED_BY_HAND = Outcome("interrupted", interrupted=True, headline="Stopped by hand (Ctrl-C or a signal to end).")
 
 
 def source_notebook(stage: str) -> Path:
@@ -108,34 +82,37 @@ def execute(
 ) -> Outcome:
     """Run the stage's notebook with ``parameters`` and keep it, filled, at ``output``.
 
-    A cell that raises, a kernel that dies or hangs and one that never starts are all told in the outcome; the partly
-    filled notebook is kept and says on top what happened. An interrupt (one lets the row in work finish) is told as
-    ``interrupted``.
+    The outcome reports a cell that raises, a kernel that dies, hangs or never starts, and an interrupt (the first one
+    lets the current row finish); the partly filled notebook is kept and says on top what happened.
 
     Args:
         cell_timeout_s: seconds that a cell may take; 0 for no limit.
-        go_on: the command that goes on from here, for the notebook to name.
+        go_on: the command that resumes, for the notebook to name.
 
     Raises:
         DiskFull: the notebook cannot be saved.
-        ArtifactError: what was saved is no valid notebook.
+        ArtifactError: what was saved is not a valid notebook.
     """
+    # With papermill's half a second; --list and --help need neither.
     from lib.driver.kernel import Interrupts
 
     started = time.perf_counter()
     output.parent.mkdir(parents=True, exist_ok=True)
     with Interrupts(tell) as interrupts:
-        stop = _run_papermill(stage, output, dict(parameters), cell_timeout_s, interrupts)
-        interrupted = stop.interrupted or interrupts.count > 0
+        outcome = _run_papermill(stage, output, dict(parameters), cell_timeout_s, interrupts)
+        interrupted = outcome.interrupted or interrupts.count > 0
         if output.exists():
-            _keep(output, stop, go_on)
-    error = _with_free_space(stop.error, output)
-    return Outcome(output, time.perf_counter() - started, error, stop.cell, interrupted)
+            _keep(output, outcome, go_on)
+    error = outcome.error
+    if "No space left on device" in error or "Disk quota exceeded" in error:
+        error += f"\n  {full_disk_text(output)}"
+    wall_s = time.perf_counter() - started
+    return replace(outcome, error=error, interrupted=interrupted, notebook=output, wall_s=wall_s)
 
 
 def _run_papermill(
     stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, interrupts: "Interrupts"
-) -> _Stop:
+) -> Outcome:
     for attempt in range(1, KERNEL_START_TRIES + 1):
         try:
             return _run_once(stage, output, parameters, cell_timeout_s, interrupts)
@@ -143,29 +120,27 @@ def _run_papermill(
             if not str(failure).startswith(NO_START):
                 raise
             if interrupts.count:
-                return _stopped_by_hand()
+                return STOPPED_BY_HAND
+            error = f"the kernel did not start in {KERNEL_START_TRIES} tries: {failure}"
             if attempt < KERNEL_START_TRIES:
                 tell(f"  the kernel did not start (try {attempt} of {KERNEL_START_TRIES}), trying again")
-                continue
-            error = f"the kernel did not start in {KERNEL_START_TRIES} tries: {failure}"
-            return _Stop(error, headline="The kernel did not start: no cell was run.")
-    raise AssertionError("unreachable: the last try returns")
+    return Outcome(error, headline="The kernel did not start: no cell was run.")
 
 
 def _run_once(
     stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, interrupts: "Interrupts"
-) -> _Stop:
+) -> Outcome:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     from lib.driver.kernel import OwnKernelManager, StopAsked, last_words
 
     _use_record_files()
+    # Relative, because papermill writes them into the notebook; it fills parameters into `{name}`.
+    places = [display_path(path).replace("{", "{{").replace("}", "}}") for path in (source_notebook(stage), output)]
     try:
         papermill.execute_notebook(
-            # Relative paths: papermill writes them into the notebook, and a home folder is nobody's business.
-            _as_typed(display_path(source_notebook(stage))),
-            _as_typed(display_path(output)),
+            *places,
             parameters=parameters,
             # Words of the protocol, whatever the notebook was last saved with; no kernelspec is looked up.
             kernel_name="python3",
@@ -179,43 +154,31 @@ def _run_once(
             on_cell_start=interrupts.refuse_cell,
         )
     except papermill.PapermillExecutionError as failure:
-        # The first line alone: the whole message lists every fault, and the notebook holds the traceback.
+        # Without the traceback, which the notebook holds.
         by_hand = failure.ename == "KeyboardInterrupt"
-        headline = _stopped_by_hand().headline if by_hand else ""
-        error = ": ".join(part for part in (failure.ename, failure.evalue) if part)
-        return _Stop(error[:MAX_ERROR_LENGTH], failure.cell_index, by_hand, headline)
+        error = ": ".join(part for part in (failure.ename, failure.evalue) if part)[:MAX_ERROR_LENGTH]
+        return Outcome(error, failure.cell_index, by_hand, STOPPED_BY_HAND.headline if by_hand else "")
     except (KeyboardInterrupt, StopAsked):
-        return _stopped_by_hand()
+        return STOPPED_BY_HAND
     except DeadKernelError:
         if interrupts.count:
-            return _stopped_by_hand()
+            return STOPPED_BY_HAND
         words = clean(last_words())
-        said = f"; its last words: {words}" if words else ""
-        return _Stop(f"the kernel died: often there was too little memory{said}", headline=DEAD_KERNEL)
+        last = f"; its last words: {words}" if words else ""
+        return Outcome(f"the kernel died: often there was too little memory{last}", headline=DEAD_KERNEL)
     except CellTimeoutError as failure:
         if NO_OUTPUT in str(failure):
-            error = (
-                f"the outputs of a cell did not come within {OUTPUT_TIMEOUT_S} s of its end: is the machine starved?"
-            )
-            return _Stop(error, headline="The outputs of a cell that had ended did not come.")
+            late = f"the outputs of a cell did not come within {OUTPUT_TIMEOUT_S} s of its end: is the machine starved?"
+            return Outcome(late, headline="The outputs of a cell that had ended did not come.")
         error = f"a cell took over {cell_timeout_s} s (--cell-timeout), its kernel was ended"
-        return _Stop(error, headline=f"A cell took over {cell_timeout_s} s (--cell-timeout): its kernel was ended.")
-    return _Stop()
-
-
-def _as_typed(path: str) -> str:
-    # papermill fills parameters into `{name}`.
-    return path.replace("{", "{{").replace("}", "}}")
+        return Outcome(error, headline=f"{error.capitalize()}.")
+    return Outcome()
 
 
 DEAD_KERNEL = (
     "The kernel died while a cell was running. The operating system often ends it when memory runs out: "
     "a smaller eval_batch_size, train_batch_size or model needs less."
 )
-
-
-def _stopped_by_hand() -> _Stop:
-    return _Stop("interrupted", interrupted=True, headline="Stopped by hand (Ctrl-C or a signal to end).")
 
 
 @cache
@@ -227,7 +190,7 @@ def _use_record_files() -> None:
 
 
 class _RecordFiles:
-    """papermill's reading and writing of notebooks, relative to the project: whole files, cleaned."""
+    """papermill's reading and writing of notebooks, relative to the project: atomic and cleaned."""
 
     def read(self, path: str) -> str:
         return (PROJECT_ROOT / path).read_text(encoding="utf-8")
@@ -247,38 +210,31 @@ def _save(path: Path, notebook: dict[str, Any]) -> None:
     write_text(path, json_text(clean_notebook(notebook), indent=1))
 
 
-def _keep(notebook: Path, stop: _Stop, go_on: str) -> None:
-    """The banner of a notebook that stopped; its HTML; and last the mark of one that is whole."""
+def _keep(notebook: Path, outcome: Outcome, go_on: str) -> None:
+    """Add the banner of a notebook that stopped, write its HTML, and last the mark of one that is complete."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
-    _hide_setup(content["cells"])
-    if stop.headline:
-        content["cells"].insert(0, _banner(stop.headline, go_on))
+    # A report begins with its summary: JupyterLab collapses the code above the first section, and opens it on a click.
+    for cell in takewhile(lambda cell: not "".join(cell["source"]).startswith("## "), content["cells"]):
+        if cell["cell_type"] == "code":
+            cell["metadata"].setdefault("jupyter", {})["source_hidden"] = True
+    if outcome.headline:
+        content["cells"].insert(0, _banner(outcome.headline, go_on))
     _save(notebook, content)
     write_html(notebook)
-    if not stop.error:
+    if not outcome.error:
         content["metadata"][COMPLETE_MARK] = {"complete": True}
         _save(notebook, content)
 
 
-def _hide_setup(cells: list[dict[str, Any]]) -> None:
-    """Hide the code above the first section, so that a report begins with its summary.
-
-    JupyterLab collapses what is marked so and opens it on a click; nothing is taken out.
-    """
-    for cell in takewhile(lambda cell: not "".join(cell["source"]).startswith(SECTION), cells):
-        if cell["cell_type"] == "code":
-            cell["metadata"].setdefault("jupyter", {})["source_hidden"] = True
-
-
 def _banner(headline: str, go_on: str) -> dict[str, Any]:
     command = f" To go on: <code>{html.escape(visible(go_on))}</code>." if go_on else ""
-    kept = "Finished rows and checkpoints are kept; the cells below stand as far as they came."
+    kept = "Finished rows and checkpoints are kept; the cells below ran as far as their outputs show."
     style = "border-left:5px solid #D55E00;background:#FFF3E8;color:#222222;padding:.6em 1em"
     text = f'<div role="alert" style="{style}"><b>{html.escape(headline)}</b> {kept}{command}</div>'
     return {"cell_type": "markdown", "id": BANNER_TAG, "metadata": {"tags": [BANNER_TAG]}, "source": text}
 
 
-def is_whole(notebook: Path) -> bool:
+def is_complete(notebook: Path) -> bool:
     """Whether a filled notebook and its HTML are there and every cell of it ran."""
     if not (notebook.is_file() and notebook.with_suffix(".html").is_file()):
         return False
@@ -287,9 +243,3 @@ def is_whole(notebook: Path) -> bool:
         return bool(content["metadata"][COMPLETE_MARK]["complete"])
     except (ValueError, LookupError, TypeError):
         return False
-
-
-def _with_free_space(error: str, output: Path) -> str:
-    # Libraries say it in their own words; which file system it is, and how to go on, they do not.
-    plain = "No space left on device" in error or "Disk quota exceeded" in error
-    return f"{error}\n  {full_disk_text(output)}" if plain else error

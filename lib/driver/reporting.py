@@ -88,7 +88,7 @@ def baselines_missed(args: argparse.Namespace, plans: list[Plan]) -> bool:
 
 
 def export_runs(args: argparse.Namespace) -> int:
-    """Write the runs of ``--presets``, or all, as lm-evaluation-harness writes them; 1 if there is none."""
+    """Write the runs of ``--presets``, or all, as lm-evaluation-harness writes them; 1 without any."""
     results = output_folders(args)[0]
     try:
         check_folder(results, for_report=True)

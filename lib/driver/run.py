@@ -15,7 +15,7 @@ from lib.driver import devices, kernel_server
 from lib.driver.cli import UsageError
 from lib.driver.display import Display, final_lines
 from lib.driver.jobs import run_jobs
-from lib.driver.notebook import Outcome, declared_parameters, execute, is_whole
+from lib.driver.notebook import Outcome, declared_parameters, execute, is_complete
 from lib.driver.plan import COMPARE, Plan, output_folders
 from lib.record import progress
 from lib.record.files import error_text, free_bytes, remove_temporary, write_json
@@ -219,6 +219,7 @@ def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
     settings = {**first.settings, "run_names": [run.name for run in runs]}
     plan = replace(first, preset="all runs", settings=settings, reports_dir=first.reports_dir.parent)
     plan.wall_s, plan.failure = 0.0, ""
+    progress.remove_files(root)
     with Display({plan.preset: root}, quiet=plan.quiet):
         run_stage(plan, COMPARE, root / COMPARE, rerun)
     return plan
@@ -239,6 +240,7 @@ def run_preset(plan: Plan, rerun: bool) -> None:
     """Run the stages of one preset that are not up to date; stop at the first that fails."""
     for folder in (plan.paths.run_dir, plan.reports_dir):
         remove_temporary(folder)
+    progress.remove_files(plan.paths.run_dir)
     write_json(plan.paths.config_resolved, clean_value(resolved_config(plan)))
     if rerun:
         forget_run(plan)
@@ -274,7 +276,7 @@ def run_stage(plan: Plan, stage: str, folder: Path, rerun: bool) -> None:
     """Run one stage unless its manifest in ``folder`` still holds, and print why in a line."""
     parameters, notebook = stage_parameters(stage, plan), plan.reports_dir / f"{stage}.ipynb"
     reason = "--rerun-all" if rerun else stale_reason(folder / "manifest.json", stage, parameters)
-    reason = reason or ("" if is_whole(notebook) else "its filled notebook is incomplete")
+    reason = reason or ("" if is_complete(notebook) else "its filled notebook is incomplete")
     label, say = f"{plan.preset} {stage}", (lambda _: None) if plan.quiet else tell
     if not reason:
         say(f"{label}: unchanged, kept")

@@ -20,13 +20,11 @@ from lib.record import locks
 from lib.record.paths import ArtifactError, display_path
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
 TEMPORARY_FILES = ".*.tmp"
 
 
 class DiskFull(ArtifactError):
-    """There is no room for a file; what was there before is whole."""
+    """There is no room for a file; what was there before is still there."""
 
 
 def sha256_file(path: Path) -> str:
@@ -43,7 +41,7 @@ def sha256_json(value: Any) -> str:
 
 @contextmanager
 def named_when_full(path: Path) -> Iterator[None]:
-    """The operating system does not say which file had no room."""
+    """Raise ``DiskFull`` with the file's name, which the operating system does not give."""
     try:
         yield
     except OSError as error:
@@ -53,12 +51,12 @@ def named_when_full(path: Path) -> Iterator[None]:
 
 
 def full_disk_text(path: Path) -> str:
-    """One line that says which file had no room, what is left there, and how to go on."""
+    """Which file had no room, how much is free there, and how to go on."""
     there = next((folder for folder in (path, *path.parents) if folder.is_dir()), path.parent)
     free_mb = shutil.disk_usage(there).free / 1e6
     return (
         f"{display_path(path)} cannot be written: the disk is full ({free_mb:.1f} MB free in {display_path(there)}/); "
-        "what was written before is whole: free some space, and the same command goes on"
+        "what was written before is complete: free some space, and the same command goes on"
     )
 
 
@@ -70,7 +68,7 @@ def error_text(error: Exception) -> str:
 
 
 def free_bytes(folder: Path) -> float:
-    """What is free on the disk of ``folder``; infinity where the file system does not say, as some FUSE ones do not."""
+    """Free bytes on the disk of ``folder``; infinity if the file system does not say, as some FUSE ones."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -78,46 +76,40 @@ def free_bytes(folder: Path) -> float:
     return usage.free if usage.total else math.inf
 
 
-def remove_temporary(folder: Path, *, below: bool = True) -> int:
-    """Remove what killed writers left behind in ``folder``, and say how many files; only for its lock's holder.
+def remove_temporary(folder: Path, *, below: bool = True) -> None:
+    """Remove what killed writers left in ``folder``; only for the holder of its lock.
 
     Args:
-        below: also in the folders below it; not where one of them may be another driver's.
+        below: also in the folders below it, of which none may be another driver's.
     """
-    left = [path for path in (folder.rglob if below else folder.glob)(TEMPORARY_FILES) if path.is_file()]
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
+    for path in (folder.rglob if below else folder.glob)(TEMPORARY_FILES):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary file beside it, flushed to disk, then renamed over it.
-
-    A lone surrogate, which UTF-8 cannot spell, becomes a question mark.
+    """Write a file completely or not at all; a lone surrogate, which UTF-8 cannot encode, becomes a question mark.
 
     Raises:
         DiskFull: there is no room for it; an older file of that name is still there.
     """
     with named_when_full(path):
-        _write_whole(path, text)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as stream:
-            stream.write(text)
-            flush_to_disk(stream)
-        share(Path(temporary))
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="\n") as stream:
+                stream.write(text)
+                flush_to_disk(stream)
+            share(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def flush_to_disk(stream: IO[str]) -> None:
-    """Wait until what was written is on the disk; where the file system has no such call, its own promise has to do."""
+    """Wait until what was written is on the disk, if the file system has such a call."""
     stream.flush()
     try:
         os.fsync(stream.fileno())
@@ -127,46 +119,39 @@ def flush_to_disk(stream: IO[str]) -> None:
 
 
 def share(path: Path) -> None:
-    """Let others read a file that a library made for its owner alone: results are for others to check.
-
-    File systems without rights of their own (vfat, exFAT, buckets) refuse that, and then it is not needed.
-    """
+    """Let others read a file that was made for its owner only; vfat, exFAT and buckets refuse and need not."""
     with suppress(OSError):
         path.chmod(0o644)
 
 
 @contextmanager
-def folder_in_making(folder: Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
-    """Where ``folder`` is to be made: beside it under another name, renamed to it when the block has ended well.
+def folder_in_making(folder: Path, is_complete: Callable[[Path], bool]) -> Iterator[Path]:
+    """Where to make ``folder``: beside it under another name, renamed when the block ends without an error.
 
-    A maker that was killed leaves its part there, which may be gigabytes: the next one removes it.
+    A killed maker leaves its part, which may be gigabytes: the next one removes it.
 
     Args:
-        is_whole: tells whether a folder that is there already is what is made; another one is replaced.
+        is_complete: whether an existing folder can stay; another one is replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     here = f".{folder.name}.{socket.gethostname()}."
     for part in folder.parent.glob(f"{glob.escape(here)}*"):
-        # Of this machine alone: processes of another one, on a shared disk, cannot be looked for.
+        # Only of this machine: on a shared disk, processes of another one cannot be looked up.
         maker = part.name.removeprefix(here).partition(".")[0]
         if maker.isdigit() and not locks.is_alive(int(maker)):
             shutil.rmtree(part, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{here}{os.getpid()}.") as temporary:
         made = Path(temporary) / folder.name
         yield made
-        _publish_folder(made, folder, is_whole)
-
-
-def _publish_folder(made: Path, folder: Path, is_whole: Callable[[Path], bool]) -> None:
-    # Where another process was first, its whole one stays.
-    try:
-        made.replace(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        if not is_whole(folder):
-            folder.replace(made.with_name("old"))
+        try:
             made.replace(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process was first: its folder stays if it is complete.
+            if not is_complete(folder):
+                folder.replace(made.with_name("old"))
+                made.replace(folder)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -175,7 +160,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any, indent: int) -> str:
-    """``value`` as indented JSON with every letter as it is, but a lone surrogate, for which JSON has an escape."""
+    """``value`` as indented JSON, not limited to ASCII; only lone surrogates are escaped."""
     return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
@@ -185,7 +170,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV with a header: every key of any row is a column, in the order met; None or no value is empty."""
+    """Rows as CSV with a header: every key of any row is a column, in order of appearance; no value is empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
@@ -195,12 +180,12 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of runs, as ``write_csv`` writes it.
+    """Rows of a table of runs, see ``write_csv``.
 
     Raises:
         ArtifactError: it is no CSV in UTF-8, has no column ``run_name``, or a row with more cells than the header.
     """
-    where, again = display_path(path), "delete it, 05 writes it anew"
+    where, again = display_path(path), "delete it, 05 writes it again"
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:

@@ -1,8 +1,7 @@
 """One driver at a time on an output folder, one process at a time on a shared file.
 
-The locks are the system's (``flock``), so a killed holder leaves no stale lock. A driver's kernels inherit the lock on
-its folder: it stays held until the last process that may write there has ended. The package filelock can neither be
-inherited by a kernel nor share a hold between notebooks, and what the folder needs serves the files too.
+The locks are the system's (``flock``): a killed holder leaves no stale lock, and a driver's kernels inherit the lock on
+its folder, which stays held until the last of them has ended. The package filelock can neither be inherited nor shared.
 """
 
 import errno
@@ -30,8 +29,8 @@ LOOK_AGAIN_S = 0.2
 # of another machine so.
 NOT_OFFERED = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTTY})
 
+# Descriptors of the folders that this process holds; then files held and folders joined, see `hold_file` and `join`.
 _held: list[int] = []
-# Files held and folders joined by this process; see `hold_file` and `join`.
 _files: dict[Path, IO[str]] = {}
 
 
@@ -57,14 +56,13 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the driver is known to be dead, so that only its kernel can still hold the lock."""
+        """Whether the process is known to be dead, so that only its kernel can still hold the lock."""
         return self.host == socket.gethostname() and not is_alive(self.pid)
 
 
 def is_alive(pid: int) -> bool:
     """Whether this machine has a process with this id, of any user."""
-    # Late: rarely needed, and the driver starts without it.
-    import psutil
+    import psutil  # --help works without packages
 
     return psutil.pid_exists(pid)
 
@@ -81,7 +79,7 @@ def hold(folder: Path, command: str, *, wait: bool = False, tell: Callable[[str]
     Args:
         command: what the user typed; shown to other drivers.
         wait: wait for another driver to end instead of refusing.
-        tell: called with a sentence when it waits, and when the file system has no locks.
+        tell: prints a sentence when it waits, and when the file system has no locks.
 
     Raises:
         FolderInUse: another driver holds the folder, and ``wait`` is false.
@@ -135,12 +133,12 @@ def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None], kind: in
 
 
 def join(folder: Path, what: str) -> None:
-    """Hold ``folder`` against drivers until ``leave`` or the end of this process; others may join it too.
+    """Keep drivers out of ``folder`` until ``leave`` or the end of this process; others may join it too.
 
-    For notebooks that a person runs: several may be open at once, but no driver may be at work.
+    For notebooks that a person runs: several may be open at once, but no driver may run.
 
     Args:
-        what: what is being done; shown to a driver that is refused.
+        what: shown to a driver that is refused.
 
     Raises:
         FolderInUse: a driver holds the folder.
@@ -159,7 +157,7 @@ def join(folder: Path, what: str) -> None:
 
 @contextmanager
 def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold ``path`` as ``hold_file`` does; the next process finds what this one made there."""
+    """Hold ``path`` inside the block, see ``hold_file``."""
     hold_file(path, tell)
     try:
         yield
@@ -170,16 +168,16 @@ def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[N
 def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
     """Hold ``path``, which may be absent, until ``release_file`` or the end of this process; waits for another holder.
 
-    Does nothing in a process that already holds it: a cell that is run again must not wait for itself. Only processes
-    of this user on this machine are excluded; the lock on a run's folder excludes others.
+    Does nothing if this process holds it: a cell that is run again must not wait for itself. Only processes of this
+    user on this machine are excluded; the lock on a run's folder excludes others.
     """
     if path in _files:
         return
-    # Not beside it: a folder of data holds only data, and may be read-only.
+    # Not beside it: a folder of data may be read-only.
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     folder, announced = machine_folder(), False
     stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
-    # Polled, so that Ctrl-C is heard at once.
+    # Polled, so that Ctrl-C takes effect at once.
     while not _locked(stream, folder, tell):
         if not announced:
             tell(f"waiting for another run that is making {path.name}")
@@ -208,16 +206,15 @@ def machine_folder() -> Path:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise PermissionError(
-            f"{folder} cannot be made ({error.strerror}): set TMPDIR to a folder of your own"
-        ) from None
+        message = f"{folder} cannot be made ({error.strerror}): set TMPDIR to one of your folders"
+        raise PermissionError(message) from None
     if folder.stat().st_uid != os.getuid() or folder.is_symlink():
-        raise PermissionError(f"{folder} belongs to another user: set TMPDIR to a folder of your own")
+        raise PermissionError(f"{folder} belongs to another user: set TMPDIR to one of your folders")
     return folder
 
 
 def _write_holder(stream: IO[str], command: str) -> None:
-    # Appended: processes that joined a folder may write at the same time, and must not cut each other's lines.
+    # Appended: processes that joined a folder may write at the same time.
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     holder = Holder(os.getpid(), socket.gethostname(), now, clean(command))
     stream.write(json.dumps(asdict(holder)) + "\n")
@@ -225,7 +222,7 @@ def _write_holder(stream: IO[str], command: str) -> None:
 
 
 def read_holder(stream: IO[str]) -> Holder | None:
-    """The last writer that is not known to be dead, else the last one; ``None`` before anyone has written."""
+    """The last writer not known to be dead, else the last one; ``None`` before the first."""
     stream.seek(0)
     holders = [holder for line in stream.read().splitlines() if (holder := _parse_holder(line))]
     return next((holder for holder in reversed(holders) if not holder.is_gone), holders[-1] if holders else None)

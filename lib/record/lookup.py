@@ -1,4 +1,4 @@
-"""Where data and models are looked for, and what is said where they are not found."""
+"""Where data and models are looked for, and the errors where they are not found."""
 
 import os
 import re
@@ -8,14 +8,21 @@ from typing import Literal, TypeVar
 
 from lib.record.paths import expand_home, project_path
 
+ASSETS_VARIABLE = "ASSETS_DIR"
 Asset = TypeVar("Asset")
+Origin = Literal["bundled", "data/raw", "assets folder", "local folder", "local file", "hub", "url"]
+
+
+class AssetError(Exception):
+    """A data set or model is not what it has to be; the message names it, what was expected and the remedy."""
+
+
+class AssetUnavailable(AssetError):
+    """A data set or model is absent and cannot be fetched; the message says how to bring it."""
 
 
 def load_or_reason(load: Callable[..., Asset], *arguments: object) -> tuple[Asset | None, str]:
-    """What ``load(*arguments)`` gives and an empty reason, or None and why it cannot be had here.
-
-    Args:
-        load: a function of ``lib.prepare.datasets``.
+    """``load(*arguments)`` and "", or None and why it is not available here.
 
     Raises:
         AssetError: it was found but is not what it has to be.
@@ -26,20 +33,6 @@ def load_or_reason(load: Callable[..., Asset], *arguments: object) -> tuple[Asse
         return None, str(error)
 
 
-ASSETS_VARIABLE = "ASSETS_DIR"
-
-
-Origin = Literal["bundled", "data/raw", "assets folder", "local folder", "local file", "hub", "url"]
-
-
-class AssetError(Exception):
-    """A data set or model is not what it has to be; the text names it, what was expected, and what mends it."""
-
-
-class AssetUnavailable(AssetError):
-    """A data set or model cannot be had here (absent, no network, offline); the text says how to bring it."""
-
-
 def own_path(path: str) -> Path:
     return project_path(expand_home(path)).resolve()
 
@@ -47,9 +40,7 @@ def own_path(path: str) -> Path:
 def assets_folder(assets_dir: str) -> Path | None:
     named = assets_dir or os.environ.get(ASSETS_VARIABLE, "")
     if named and not own_path(named).is_dir():
-        raise AssetError(
-            f"assets folder {named!r} is not a folder: mend --assets or {ASSETS_VARIABLE}, or leave it out"
-        )
+        raise AssetError(f"assets folder {named!r} is not a folder: fix --assets or {ASSETS_VARIABLE}, or leave it out")
     return own_path(named) if named else None
 
 
@@ -58,9 +49,8 @@ def hub_is_offline() -> bool:
 
 
 def failure_reason(error: Exception) -> str:
-    """Kind and first line of a library's error, with anything that looks like a token taken out."""
-    lines = str(error).strip().splitlines() or [""]
-    text = f"{type(error).__name__}: {lines[0]}"
+    """Kind and first line of a library's error, without anything that looks like a token."""
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(variable):
             text = text.replace(os.environ[variable], "***")

@@ -1,8 +1,6 @@
-"""Every path and file format of a run: atomic writes, append-only JSON lines, manifests with hashes.
+"""A stage's ``manifest.json``: its parameters, code, inputs and outputs with their hashes.
 
-Knows nothing about models, prompts or scores. A stage's ``manifest.json`` is written last: it exists only when
-the stage is complete, and it names every input and output with its SHA-256, so that the driver can tell what is
-still true and a reader can check it.
+It is written last, so it exists only for a complete stage; the driver reads from it whether a stage has to run again.
 """
 
 import os
@@ -17,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lib.record import locks
+from lib.record import locks, schema
 from lib.record.files import read_json, sha256_file, write_json
 from lib.record.paths import PROJECT_ROOT, ArtifactError, RunPaths, display_path
 from lib.record.progress import someone_looks
@@ -25,20 +23,14 @@ from lib.record.redaction import clean, clean_value, home_folder
 from lib.record.source_code import code_hash
 
 Row = dict[str, Any]
-
 NOT_RUN = "not run yet"
-
-
 # Written into every manifest: the packages whose version can change a number.
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
-
-
-# Facts that name row files of the results folder, for who reads them.
+# Facts that name row files of the results folder.
 NAMED_FILES = ("untuned_rows", "scale_rows")
-
-
-# Where a stage's files lie says nothing about what it computes: these never make a stage run again.
+# Where files lie does not change what is computed: these never make a stage run again.
 LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
+ABSENT = {"sha256": None, "size": None, "mtime_ns": None}
 
 
 def file_stamp(path: Path) -> dict[str, Any]:
@@ -47,11 +39,8 @@ def file_stamp(path: Path) -> dict[str, Any]:
     return {"sha256": sha256_file(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-ABSENT = {"sha256": None, "size": None, "mtime_ns": None}
-
-
 def same_file(path: Path, stamp: Mapping[str, Any]) -> bool:
-    """Whether ``path`` still holds what ``stamp`` says; it is read only when its size or time moved."""
+    """Whether ``path`` still has the content of ``stamp``; it is read only if its time changed."""
     if stamp == ABSENT:
         return not path.exists()
     if not path.is_file():
@@ -74,7 +63,7 @@ def package_versions() -> dict[str, str]:
 
 
 def interpreter() -> dict[str, str]:
-    """Which Python this is, and its environment: relative to the project, else the end of its path without a home."""
+    """This Python, and its environment: relative to the project, else the last two parts of its path."""
     prefix = Path(sys.prefix)
     inside = prefix.is_relative_to(PROJECT_ROOT)
     environment = display_path(prefix) if inside else "/".join(Path(clean(sys.prefix)).parts[-2:])
@@ -93,7 +82,7 @@ def git_commit() -> str:
 
 @dataclass
 class StageRecord:
-    """What a notebook notes when it starts and writes when it is complete."""
+    """A running stage."""
 
     stage: str
     manifest_path: Path
@@ -104,7 +93,7 @@ class StageRecord:
     started: float = field(default_factory=time.perf_counter)
 
     def relative(self, path: Path) -> str:
-        """``path`` as seen from the manifest, so that a results folder can be moved as a whole."""
+        """``path`` relative to the manifest, so that a results folder can be moved."""
         return os.path.relpath(path, self.manifest_path.parent)
 
     def finish(
@@ -116,21 +105,21 @@ class StageRecord:
         metrics: Mapping[str, Any] | None = None,
         skipped: str = "",
     ) -> dict[str, Any]:
-        """Write the manifest and return it; nothing else of the stage may be written after it.
+        """Write the manifest and return it; nothing of the stage may be written afterwards.
 
         Args:
-            inputs: files the stage read; folders stand for every file in them.
+            inputs: files the stage read; a folder stands for every file in it.
             outputs: files the stage wrote, likewise.
-            facts: identities and resources: model, adapter, dtype, device, peak memory, rows ...
+            facts: model, adapter, dtype, device, peak memory, rows ...
             metrics: the numbers that the stage reports.
-            skipped: why the stage could not measure; empty where it did.
+            skipped: why the stage could not measure; empty if it did.
         """
         manifest = {
             "stage": self.stage,
             "run_name": self.run_name,
             "status": "skipped" if skipped else "complete",
             "skipped_because": clean_value(skipped),
-            # For others to read: a folder or an address that was typed may hold a home, a name or a token.
+            # A folder or an address that was typed may contain a home, a name or a token.
             "parameters": clean_value(self.parameters),
             "metrics": dict(metrics or {}),
             "facts": clean_value(dict(facts), keep=NAMED_FILES),
@@ -149,61 +138,48 @@ class StageRecord:
 
 
 def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapping[str, Any]) -> StageRecord:
-    """Begin a stage: its old manifest goes first, so that a stage that dies half-way never looks complete.
+    """Begin a stage; its old manifest is removed, so that a stage that dies half-way never looks complete.
 
     Raises:
-        ArtifactError: a person runs the notebook while a driver is at work on the same folder.
+        ArtifactError: a person runs the notebook while a driver uses the same folder.
     """
     if someone_looks():
-        _keep_drivers_away(manifest_path, f"{stage} of {run_name}, open in JupyterLab")
+        # A driver would write the same files: it is refused until this stage is finished or its kernel ended.
+        try:
+            locks.join(_root_of(manifest_path), f"{stage} of {run_name}, open in JupyterLab")
+        except locks.FolderInUse as error:
+            raise ArtifactError(f"{error}; wait until it has ended, or use another results_dir") from None
     manifest_path.unlink(missing_ok=True)
-    # Of now: what is edited during the hours of a stage is not the code that it ran.
+    # Hashed now: what is edited during the hours of a stage is not the code that it ran.
     return StageRecord(stage, manifest_path, run_name, dict(parameters), code_hash(stage), git_commit())
 
 
-def _keep_drivers_away(manifest_path: Path, what: str) -> None:
-    """A driver would write the same files: it is refused until this stage is finished or its kernel ended."""
-    root = _root_of(manifest_path)
-    try:
-        locks.join(root, what)
-    except locks.FolderInUse as error:
-        raise ArtifactError(f"{error}; wait until it has ended, or use another results_dir") from None
-
-
 def _root_of(manifest_path: Path) -> Path:
-    """The folder of all runs: a run's manifest lies one level deeper in it than that of 05."""
+    """The folder of all runs; a run's manifest lies one level deeper than that of 05."""
     above = manifest_path.parent.parent
     return above.parent if above.name.startswith("run_") else above
 
 
 def _stamps(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:
-    # Paths are relative to the manifest, so that a run folder can be moved or handed in.
-    files = [file for path in paths for file in (_files_below(path) if path.is_dir() else [path])]
-    # A file that may be there and is not is an input too: when it appears, the stage has to run again.
+    # A missing file that may appear is an input too: when it does, the stage has to run again.
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = [file for file in files if not file.is_dir()]
     return {_stamp_name(file, base): file_stamp(file) if file.is_file() else dict(ABSENT) for file in files}
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
-
-
 def _stamp_name(file: Path, base: Path) -> str:
-    # A relative path that climbs out of the project and into a home folder would name whose it is.
+    """``file`` relative to the manifest, so that a run folder can be moved; below ``~/`` if that would name a home."""
     name = os.path.relpath(file, base)
     home = home_folder()
     in_home = home and clean(name) != name and file.is_relative_to(home)
     return f"~/{file.relative_to(home).as_posix()}" if in_home else name
 
 
-def _stamped_file(name: str, base: Path) -> Path:
-    return Path(home_folder(), name[2:]) if name.startswith("~/") else base / name
-
-
 def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:
-    """Why a stage has to run again; empty when its manifest still holds for these parameters.
+    """Why a stage has to run again; empty if its manifest still holds for these parameters.
 
-    Compared are the parameters (but where things lie, and those that the stage noted as unused: they can matter only
-    after one that it used has changed), the code, and the bytes of every input and output.
+    Compares the parameters, the code, and the bytes of every input and output. Parameters that the stage noted as
+    unused do not count: they can matter only after one that it used has changed.
     """
     if not manifest_path.exists():
         return NOT_RUN
@@ -212,26 +188,28 @@ def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any])
         return "its manifest cannot be read"
     if manifest["status"] != "complete":
         return f"it was skipped: {manifest['skipped_because']}"
-    unused = manifest["facts"].get("unused_parameters", [])
-    changed = _changed_parameters(manifest["parameters"], clean_value(dict(parameters)))
-    changed = [name for name in changed if name not in unused]
+    before, after, absent = manifest["parameters"], clean_value(dict(parameters)), object()
+    counted = (before.keys() | after.keys()) - LOCATION_PARAMETERS - {*manifest["facts"].get("unused_parameters", [])}
+    changed = [name for name in sorted(counted) if before.get(name, absent) != after.get(name, absent)]
     if changed:
         return "parameters changed: " + ", ".join(changed)
     if manifest["code_sha256"] != code_hash(stage):
         return "the code changed"
-    return _changed_files(manifest, manifest_path.parent)
+    for kind in ("input", "output"):
+        for name, stamp in manifest[f"{kind}s"].items():
+            file = Path(home_folder(), name[2:]) if name.startswith("~/") else manifest_path.parent / name
+            if not same_file(file, stamp):
+                return f"{kind} {display_path(file)} changed or is gone"
+    return ""
 
 
 def is_redacted(manifest_path: Path) -> bool:
-    """Whether a stage filled its notebook under ``--redact``; not where it left no manifest that says so."""
+    """Whether the manifest says that a stage filled its notebook under ``--redact``."""
     return _read_manifest(manifest_path).get("parameters", {}).get("redact") is True
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """A stage's manifest; empty if the file is malformed, so that the stage runs again and replaces it."""
-    # Imported late: --help works without any package.
-    from lib.record import schema
-
+    """A stage's manifest; empty if the file is malformed: the stage then runs again and replaces it."""
     try:
         manifest = read_json(path)
     except ArtifactError:
@@ -239,27 +217,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return {} if schema.find_faults(display_path(path), schema.Manifest, manifest) else manifest
 
 
-def _changed_parameters(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    names = sorted((before.keys() | after.keys()) - LOCATION_PARAMETERS)
-    absent = object()
-    return [name for name in names if before.get(name, absent) != after.get(name, absent)]
-
-
-def _changed_files(manifest: Mapping[str, Any], base: Path) -> str:
-    for kind in ("inputs", "outputs"):
-        for name, stamp in manifest[kind].items():
-            if not same_file(_stamped_file(name, base), stamp):
-                return f"{kind[:-1]} {display_path(_stamped_file(name, base))} changed or is gone"
-    return ""
-
-
 def facts_of(paths: RunPaths, stage: str) -> Row:
-    """What a stage noted beside its metrics; empty where it left no manifest."""
+    """The facts of a stage's manifest; empty without one."""
     manifest = manifest_of(paths, stage)
     return manifest["facts"] if manifest else {}
 
 
 def manifest_of(paths: RunPaths, stage: str) -> Row:
-    """A stage's manifest; empty where it left none."""
+    """A stage's manifest; empty without one."""
     path = paths.manifest(stage)
     return read_json(path) if path.exists() else {}

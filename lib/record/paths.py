@@ -5,42 +5,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
-
-
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
-
-
-# Set in kernels that nobody looks at while they run: the driver's, and those of tests.
+# Set in kernels of the driver and of tests, which no person watches.
 DRIVER_VARIABLE = "RUN_BY_DRIVER"
-
-
 # Names a preset in a notebook's first code cell, or in the environment of JupyterLab; the driver injects values.
 PRESET_VARIABLE = "PRESET"
 
 
 class ArtifactError(Exception):
-    """A file of a run is missing, torn or not what its name promises; the text says which and what mends it."""
+    """A file of a run is missing or malformed; the message names it and the remedy."""
 
 
 def project_path(path: str | Path) -> Path:
-    """``path`` itself when absolute, else below the project's root (a notebook's working directory is anyone's)."""
+    """``path`` itself if absolute, else below the project's root: the working directory may be any folder."""
     return PROJECT_ROOT / path
 
 
 def display_path(path: Path) -> str:
-    """``path`` relative to the project where that is shorter to read, so that no report shows a home folder.
-
-    A folder of the project that is called ``~`` becomes ``./~``, for ``expand_home``.
-    """
+    """``path`` relative to the project, so that no report shows a home folder; ``~`` there becomes ``./~``."""
     relative = os.path.relpath(path, PROJECT_ROOT)
     return f"./{relative}" if relative.startswith("~") else relative
 
 
 def expand_home(name: str) -> Path:
-    """``name`` with the home folder for a leading ``~``; as it is where the system knows of no such home."""
+    """``name`` with a leading ``~`` replaced by the home folder, if there is one."""
     try:
         return Path(name).expanduser() if name.startswith("~") else Path(name)
     except RuntimeError:
@@ -48,7 +37,7 @@ def expand_home(name: str) -> Path:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether ``name`` can be written as UTF-8: other bytes of a file's name are lone surrogates to Python."""
+    """Whether ``name`` can be encoded as UTF-8; Python decodes other bytes of a file's name to lone surrogates."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
@@ -56,89 +45,44 @@ def is_utf8(name: str) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RunPaths:
-    """The paths of one run; nothing is created by asking for one."""
+    """The paths of one run."""
 
     name: str
     run_dir: Path
 
+    def __post_init__(self) -> None:
+        name, prepared, trained = self.name, self.stage_dir("01_prepare"), self.stage_dir("02_train")
+        self.config_resolved = self.run_dir / "config_resolved.json"
+        self.train_rows = prepared / "train.jsonl"
+        self.dev_rows = prepared / "dev.jsonl"
+        self.fewshot_rows = prepared / "fewshot.jsonl"
+        self.gsm8k_eval_rows = prepared / "gsm8k_eval.jsonl"
+        self.ailuminate_rows = prepared / "ailuminate.jsonl"
+        # Evaluation questions that share words with training rows, see `lib.prepare.overlap`.
+        self.overlap = prepared / "overlap.json"
+        self.adapter_dir = trained / "adapter"
+        self.checkpoints_dir = trained / "checkpoints"
+        self.training_log = trained / "training_log.jsonl"
+        self.checkpoint_scores = self.run_dir / f"checkpoint_scores_{name}.csv"
+        self.gsm8k_preds = self.run_dir / f"gsm8k_preds_{name}.jsonl"
+        self.ailuminate_preds = self.run_dir / f"ailuminate_preds_{name}.jsonl"
+        self.ailuminate_safety = self.run_dir / f"ailuminate_safety_{name}.jsonl"
+        # Rows that runs share.
+        self.untuned_dir = self.run_dir.parent / "untuned"
+
     def stage_dir(self, stage: str) -> Path:
-        """The folder that holds what only ``stage`` writes."""
+        """The folder that only ``stage`` writes to."""
         return self.run_dir / stage
 
     def manifest(self, stage: str) -> Path:
-        """``manifest.json`` of ``stage``: it exists only when the stage is complete."""
+        """``manifest.json`` of ``stage``, which exists only if the stage is complete."""
         return self.stage_dir(stage) / "manifest.json"
 
-    def _prepared(self, name: str) -> Path:
-        return self.stage_dir("01_prepare") / name
-
-    @property
-    def config_resolved(self) -> Path:
-        return self.run_dir / "config_resolved.json"
-
-    @property
-    def train_rows(self) -> Path:
-        return self._prepared("train.jsonl")
-
-    @property
-    def dev_rows(self) -> Path:
-        return self._prepared("dev.jsonl")
-
-    @property
-    def fewshot_rows(self) -> Path:
-        return self._prepared("fewshot.jsonl")
-
-    @property
-    def gsm8k_eval_rows(self) -> Path:
-        return self._prepared("gsm8k_eval.jsonl")
-
-    @property
-    def ailuminate_rows(self) -> Path:
-        return self._prepared("ailuminate.jsonl")
-
-    @property
-    def overlap(self) -> Path:
-        """Evaluation questions that share words with training rows, see ``lib.prepare.overlap``."""
-        return self._prepared("overlap.json")
-
-    @property
-    def adapter_dir(self) -> Path:
-        return self.stage_dir("02_train") / "adapter"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.stage_dir("02_train") / "checkpoints"
-
-    @property
-    def training_log(self) -> Path:
-        return self.stage_dir("02_train") / "training_log.jsonl"
-
-    @property
-    def untuned_dir(self) -> Path:
-        """Folder of the rows that runs share."""
-        return self.run_dir.parent / "untuned"
-
     def untuned_rows(self, kind: str, protocol_hash: str) -> Path:
-        """Row file of the untuned model: beside the runs, so that those that ask it the same share it."""
+        """Row file of the untuned model, shared by runs with the same protocol."""
         return self.untuned_dir / f"{kind}_untuned_{protocol_hash[:12]}.jsonl"
-
-    @property
-    def checkpoint_scores(self) -> Path:
-        return self.run_dir / f"checkpoint_scores_{self.name}.csv"
-
-    @property
-    def gsm8k_preds(self) -> Path:
-        return self.run_dir / f"gsm8k_preds_{self.name}.jsonl"
-
-    @property
-    def ailuminate_preds(self) -> Path:
-        return self.run_dir / f"ailuminate_preds_{self.name}.jsonl"
-
-    @property
-    def ailuminate_safety(self) -> Path:
-        return self.run_dir / f"ailuminate_safety_{self.name}.jsonl"
 
 
 def results_root(results_dir: str = "") -> Path:
@@ -179,7 +123,7 @@ def require(path: Path, stage: str, run_name: str) -> Path:
 
 
 def shown_path(path: Path) -> str:
-    """``path`` relative to the project; outside it only the last two parts, so that no report shows a home."""
+    """``path`` relative to the project; outside it only the last two parts: no report shows a home."""
     if path.is_relative_to(PROJECT_ROOT):
         return path.relative_to(PROJECT_ROOT).as_posix()
     return "/".join(["...", *path.parts[1:][-2:]])

@@ -1,4 +1,4 @@
-"""YAML of a preset, read as a person would read it, and how to write a number that YAML reads otherwise."""
+"""YAML of a preset, read as a person would read it, and how to write a number that YAML reads differently."""
 
 import math
 import re
@@ -86,7 +86,7 @@ def read_value(text: str) -> Any:
 
 
 def number_remedy(text: str, kind: str) -> str:
-    """How to write the number that ``text`` probably means; empty if there is none. ``kind`` is its JSON type."""
+    """How to write the number that ``text`` probably means; empty if unclear. ``kind`` is its JSON type."""
     # Long texts are not misspelt numbers, and may be costly to read as one.
     if not re.fullmatch(r"[-+.]*\d[-+.:\w]{0,40}", text):
         return ""

@@ -49,17 +49,20 @@ class Counts:
 
 
 class Tracker:
-    """Shows counts while they grow."""
+    """Shows counts while they grow; ``kept`` are rows of an earlier run."""
 
-    def __init__(self, kind: str, total: int) -> None:
+    def __init__(self, kind: str, total: int, kept: Iterable[Mapping[str, Any]] = ()) -> None:
         self.counts, self._started = Counts(kind, total), time.monotonic()
+        for row in kept:
+            self.counts.add(row)
         _work.append(self.counts)
         self._bar: Any = None
         if someone_looks():
             from tqdm import tqdm
 
             # On the standard output: JupyterLab shows the other one as an error.
-            self._bar = tqdm(desc=kind, total=total or None, file=sys.stdout, leave=False, mininterval=0.5)
+            shown = {"desc": kind, "total": total or None, "initial": self.counts.done, "file": sys.stdout}
+            self._bar = tqdm(**shown, leave=False, mininterval=0.5)
 
     def advance(self, row: Mapping[str, Any]) -> None:
         """Count one more row."""
@@ -91,10 +94,8 @@ def _score(counts: Counts) -> str:
 
 @contextmanager
 def track(kind: str, total: int = 0, kept: Iterable[Mapping[str, Any]] = ()) -> Iterator[Tracker]:
-    """Show how many rows of ``kind`` are done; ``kept`` are those of an earlier run."""
-    tracker = Tracker(kind, total)
-    for row in kept:
-        tracker.counts.add(row)
+    """Show how many rows of ``kind`` are done; see ``Tracker``."""
+    tracker = Tracker(kind, total, kept)
     try:
         yield tracker
     finally:
@@ -148,6 +149,12 @@ def offer_file(folder: Path) -> Iterator[Path]:
         yield path
     finally:
         del os.environ[FILE_VARIABLE]
+        path.unlink(missing_ok=True)
+
+
+def remove_files(folder: Path) -> None:
+    """Remove what killed drivers left in the folders of stages in ``folder``."""
+    for path in folder.glob(f"*/{FILE_NAME}"):
         path.unlink(missing_ok=True)
 
 

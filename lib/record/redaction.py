@@ -1,8 +1,7 @@
-"""What never leaves this machine in a report: tokens, home folders, user names; and what never reaches a terminal.
+"""Removes tokens, home folders and user names from reports, and control characters from what is printed.
 
-``clean`` is put over every text that is saved for others, ``clean_value``, ``clean_markup`` and ``clean_notebook``
-over the texts inside a format, whose own words stay: a user may be called ``code`` or ``div``. ``visible`` is put over
-what is printed. Knows nothing about the files that it is used on. Row files are not cleaned: they are the record.
+``clean`` is for plain text; ``clean_value``, ``clean_markup`` and ``clean_notebook`` are for the texts inside a format,
+whose keywords stay: a user may be called ``code`` or ``div``. Row files are not cleaned: they are the record.
 """
 
 import html
@@ -10,39 +9,39 @@ import os
 import pwd
 import re
 from collections.abc import Callable, Collection
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
 HIDDEN = "***"
-# A value of the environment is a secret by its variable's name; TOKENIZERS_PARALLELISM is none.
+# A variable with such a name holds a secret; TOKENIZERS_PARALLELISM does not match.
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|KEY)(_|$)", re.IGNORECASE)
 MIN_SECRET_LENGTH = 8
-# Tokens by their own form, for those that stand in no variable; and credentials inside an address.
+# Tokens recognised by their form, and credentials inside an address.
 # No \b in front: in the JSON of a notebook the letter of a "\n" stands right before what begins a line.
 TOKEN_FORMS = re.compile(r"(hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9]{20,})")
 ADDRESS_CREDENTIALS = re.compile(r"(https?://)[^/\s@\"'<>\\]+@")
-# Names of many machines: they tell nothing about a person, and stand in paths of their own.
+# Names of many machines, which identify nobody and occur in unrelated paths.
 GENERIC_USERS = frozenset(
     ["root", "user", "users", "home", "data", "work", "tmp", "ubuntu", "runner", "nobody", "jovyan", "app", "mnt"]
 )
 MIN_USER_LENGTH = 3
-# A picture's letters can spell anything.
+# The letters of an encoded picture can spell anything.
 PICTURES = re.compile(r"((?:data:[\w.+/-]*;)?base64,[A-Za-z0-9+/=]+)")
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# In HTML: styles, scripts, comments and tags; what is between them is text. "<" begins a tag only before a name.
+# Styles, scripts and tags of HTML; what is between them is text.
 MARKUP = re.compile(
     r"""(<style\b.*?</style\s*>|<script\b.*?</script\s*>|</?[a-z][\w-]*(?=[\s/>])(?:[^>"']|"[^"]*"|'[^']*')*>)""",
     re.IGNORECASE | re.DOTALL,
 )
 ATTRIBUTE = re.compile(r"""(\s)([\w:-]+)(\s*=\s*)("[^"]*"|'[^']*')""")
-# Attributes whose values are words of HTML, of CSS, or names inside the page.
+# Attributes whose values are keywords, CSS, or names inside the page.
 FORMAT_ATTRIBUTES = frozenset(
     ["class", "id", "style", "type", "role", "for", "name", "rel", "scope", "lang", "headers", "d", "media", "xmlns"]
 )
 STRING_LITERAL = re.compile(r""""(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""")
-# Of a notebook's metadata: how its language is called, in words of the format.
+# Keys of a notebook's metadata that hold keywords.
 FORMAT_METADATA = frozenset(["kernelspec", "language_info"])
 
 Rule = Callable[[str], str]
@@ -50,24 +49,17 @@ Machine = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def clean(text: str) -> str:
-    """``text`` without tokens, home folder (``~`` in its place) and user name; pictures are left as they are."""
+    """``text`` without tokens and user name, with ``~`` for the home folder; pictures stay."""
     return _cleaner()(text)
 
 
 def clean_value(value: Any, keep: Collection[str] = ()) -> Any:
-    """A JSON value with every text in it cleaned.
-
-    Args:
-        keep: keys whose values stay as they are: names that something else refers to.
-    """
+    """A JSON value with every text in it cleaned, except the values of the keys ``keep``."""
     return _clean_value(value, _cleaner(), keep)
 
 
 def clean_markup(text: str) -> str:
-    """HTML, or Markdown with HTML in it, cleaned between its tags, in string literals of scripts and in attributes.
-
-    Names of tags and attributes, styles, and attributes that refer to these stay.
-    """
+    """HTML, or Markdown with HTML in it, cleaned in its text, attributes and string literals of scripts."""
     return _clean_markup(text, _cleaner())
 
 
@@ -99,7 +91,7 @@ def _clean_output(output: dict[str, Any], change: Rule) -> dict[str, Any]:
 
 
 def _clean_data(kind: str, data: Any, change: Rule) -> Any:
-    """Data of the MIME type ``kind``: text, lines of text, or JSON; pictures but SVG are letters without a meaning."""
+    """Data of the MIME type ``kind``: text, lines of text, or JSON; encoded pictures stay."""
     if kind.startswith("image/") and kind != "image/svg+xml":
         return data
     if kind == "application/javascript":
@@ -110,7 +102,7 @@ def _clean_data(kind: str, data: Any, change: Rule) -> Any:
 
 
 def _clean_lines(text: str | list[str], change: Rule) -> str | list[str]:
-    # On disk a text is a list of its lines; what is searched for may have several.
+    # On disk a text is a list of lines; a secret may span several.
     return change(text) if isinstance(text, str) else change("".join(text)).splitlines(keepends=True)
 
 
@@ -126,10 +118,9 @@ def _clean_value(value: Any, change: Rule, keep: Collection[str] = ()) -> Any:
 
 def _clean_markup(text: str, change: Rule) -> str:
     if _clean_escaped(text, change) == text:
-        # As nearly always: the parts need not be looked at one by one.
-        return text
+        return text  # nearly always
     pieces = MARKUP.split(text)
-    # re.split gives what was between the tags at the even places.
+    # re.split puts the text between the tags at even places.
     pieces[::2] = [_clean_escaped(piece, change) for piece in pieces[::2]]
     pieces[1::2] = [_clean_tag(tag, change) for tag in pieces[1::2]]
     return "".join(pieces)
@@ -144,10 +135,10 @@ def _clean_tag(tag: str, change: Rule) -> str:
 
 
 def _clean_attribute(space: str, name: str, equals: str, quoted: str, change: Rule) -> str:
-    if name.lower() in FORMAT_ATTRIBUTES or name.lower().endswith("-mime-type"):
-        return f"{space}{name}{equals}{quoted}"
-    # Without its quotes: a whole value is no path.
-    return f"{space}{name}{equals}{quoted[0]}{_clean_escaped(quoted[1:-1], change)}{quoted[0]}"
+    if name.lower() not in FORMAT_ATTRIBUTES and not name.lower().endswith("-mime-type"):
+        # Without its quotes, which would make any value look quoted.
+        quoted = f"{quoted[0]}{_clean_escaped(quoted[1:-1], change)}{quoted[0]}"
+    return f"{space}{name}{equals}{quoted}"
 
 
 def _clean_script(script: str, change: Rule) -> str:
@@ -156,7 +147,7 @@ def _clean_script(script: str, change: Rule) -> str:
 
 
 def _clean_escaped(text: str, change: Rule) -> str:
-    """``text`` of HTML, cleaned also of what is written with entities."""
+    """``text`` of HTML, also cleaned of what is written with entities."""
     cleaned = change(text)
     if "&" not in cleaned:
         return cleaned
@@ -166,39 +157,32 @@ def _clean_escaped(text: str, change: Rule) -> str:
 
 
 def visible(text: str) -> str:
-    r"""``text`` for a terminal: cleaned, and control characters shown (``\x1b``) in place of obeyed.
+    r"""``text`` for a terminal: cleaned, with control characters except line breaks and tabs spelled out (``\x1b``).
 
-    A model's output or a file name could else move the cursor, set the title or hide what was printed. Line breaks and
-    tabs stay.
+    A model's output or a file name could otherwise move the cursor, set the title or hide what was printed.
     """
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), clean(text))
 
 
 def _cleaner(lines: bool = False) -> Rule:
-    """What cleans a text; made once for many, as it reads the environment.
+    """A function that cleans texts; made once for many, as it reads the environment.
 
     Args:
-        lines: a line that is the user's name is cleaned too, as ``whoami`` prints it.
+        lines: also clean a line that is the user's name, as ``whoami`` prints it.
     """
     rules = _rules(*_machine(), lines)
 
     def clean_text(text: str) -> str:
         pieces = PICTURES.split(text)
-        # re.split gives what was between the pictures at the even places.
-        pieces[::2] = [_apply(rules, piece) for piece in pieces[::2]]
+        # re.split puts the text between the pictures at even places.
+        pieces[::2] = [reduce(lambda text, rule: rule(text), rules, piece) for piece in pieces[::2]]
         return "".join(pieces)
 
     return clean_text
 
 
-def _apply(rules: tuple[Rule, ...], text: str) -> str:
-    for rule in rules:
-        text = rule(text)
-    return text
-
-
 def _machine() -> Machine:
-    """(secrets, home folders, user names) of this process; read anew each time, tests and kernels change them."""
+    """(secrets, home folders, user names) of this process; read each time, because tests and kernels change them."""
     secrets = {
         value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name)
     }
@@ -206,7 +190,7 @@ def _machine() -> Machine:
     homes = {home_folder(), *([account.pw_dir] if account else [])}
     users = {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME")}
     users |= {account.pw_name} if account else set()
-    # Longest first: a secret or a home that begins like another one goes whole.
+    # Longest first: one may begin with another.
     kept_homes = sorted((home for home in homes if len(home.strip("/")) >= 2), key=len, reverse=True)
     kept_users = sorted(user for user in users if len(user) >= MIN_USER_LENGTH and user.lower() not in GENERIC_USERS)
     return tuple(sorted(secrets, key=len, reverse=True)), tuple(kept_homes), tuple(kept_users)
@@ -224,8 +208,7 @@ def _account() -> pwd.struct_passwd | None:
     try:
         return pwd.getpwuid(os.getuid())
     except KeyError:
-        # A container may run under a number that no account has.
-        return None
+        return None  # a container may run under a number without an account
 
 
 @lru_cache(maxsize=8)
@@ -246,7 +229,7 @@ def _home_pattern(home: str) -> str:
 
 
 def _user_pattern(user: str) -> str:
-    # Only as part of a path or an address, or as a whole value: a person of an exercise may have the same name. Not
+    # Only as part of a path or an address, or as a complete value: a person of an exercise may have the same name. Not
     # `</code>` nor LaTeX's `\text{`.
     path = rf"(?<=[/~_=])(?<!</)(?<!<\\/){user}(?![\w-])|(?<=\\){user}(?=[\\'\"<]|$)"
     return rf"{path}|(?<=['\"]){user}(?=['\"\\])|{user}(?=@)"

@@ -1,4 +1,4 @@
-"""The form of a manifest, and every fault that pydantic finds in a file of a run, in words."""
+"""The schema of a manifest, and the faults that pydantic finds in a file of a run, as sentences."""
 
 from collections.abc import Mapping
 from functools import cache

@@ -1,4 +1,4 @@
-"""Which code a stage stands on, as a hash: its notebook, and the modules of ``lib/`` that it imports, and so on."""
+"""A hash of the code behind a stage: its notebook and every module of ``lib/`` that it imports, directly or not."""
 
 import ast
 import hashlib
@@ -11,10 +11,9 @@ from lib.record.paths import PROJECT_ROOT
 
 
 def code_hash(stage: str) -> str:
-    """SHA-256 over the code cells of the stage's source notebook and every module of ``lib/`` behind them.
+    """SHA-256 over the code cells of the stage's notebook, except its parameters, and the modules behind them.
 
-    Prose and the parameters cell are left out: they cannot change a number that the manifest does not name. So are
-    modules that are never imported at run time: a new plot in 05 trains nothing again.
+    Modules imported only for types do not count: they cannot change a number.
     """
     cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join(
@@ -45,7 +44,7 @@ def _imported_modules(code: str) -> frozenset[str]:
 
 
 def _imported_names(node: ast.AST) -> Iterator[str]:
-    """What may be a module of ``lib``: ``from lib.record import rows`` names ``lib.record`` and ``lib.record.rows``."""
+    """What may be a module: ``from lib.record import rows`` gives ``lib.record`` and ``lib.record.rows``."""
     if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
         return
     names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []

@@ -19,12 +19,12 @@ def as_typed(path: Path) -> str:
 
 
 def tell(message: str) -> None:
-    """A message for the person at the keyboard; what a model or a file name put into it cannot move the cursor."""
+    """Print ``message`` with control characters spelled out."""
     _print(message, sys.stdout)
 
 
 def fail(message: str) -> None:
-    """As ``tell``, on standard error."""
+    """Print ``message`` on standard error."""
     _print(message, sys.stderr)
 
 
@@ -38,7 +38,7 @@ def _print(message: str, stream: TextIO) -> None:
 
 
 def lose_reader(stream: TextIO) -> None:
-    """Let ``stream`` lead nowhere: its reader has gone (``| head``) or its disk is full, and a run of hours goes on."""
+    """Discard what is written to ``stream``: its reader has gone (``| head``) or its disk is full."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

@@ -1,7 +1,4 @@
-"""Text files that a user names (data, labels, guidelines, presets), read in one way: what an editor adds is left out.
-
-Knows nothing about what the texts are for.
-"""
+"""Text files that a user names (data, labels, guidelines, presets), read without what an editor adds."""
 
 import codecs
 import csv

@@ -60,7 +60,7 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
     if free < need:
         where = display_path(folder.parent)
         raise ArtifactError(f"{where}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
-    with folder_in_making(folder, is_whole=lambda _: False) as made:
+    with folder_in_making(folder, is_complete=lambda _: False) as made:
         save_plain(dense, tokenizer, made)
         model_card.write_model_card(made, _facts(run, base, dtype))
     return folder
