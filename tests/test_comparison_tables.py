@@ -121,7 +121,7 @@ def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
     figure = comparison_plots.hazard_heatmap([run, other])
     axes, scale = figure.axes
     assert scale.get_ylim() == (0, 1) and "n = 1 to 3 responses" in figure.get_suptitle()
-    assert "intervals stand in the table" in axes.get_xlabel()
+    assert "intervals are in the table" in axes.get_xlabel()
     cells = [text.get_text() for text in axes.texts]
     assert sorted(cells) == sorted(["33 %  (1/3)", "–", "–", "100 %  (1/1)"])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Violent Crimes", "Sexual Content"]

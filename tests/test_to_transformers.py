@@ -9,7 +9,7 @@ import pytest
 import torch
 from made_runs import gsm8k_rows, safety_rows
 from safetensors.torch import load_file, save_file
-from test_model import save_adapter
+from test_load import save_adapter
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
