@@ -25,7 +25,7 @@ from made_up import make_results
 
 from lib import wording
 from lib.compare import comparison, tables, verify
-from lib.compare.findings import METRICS, finding_sentence
+from lib.compare.findings import finding_sentence
 from lib.compare.runs import (
     add_hazards,
     files_read,
@@ -479,7 +479,7 @@ def test_equal_prompts_give_one_interval_wherever_the_safe_rate_is_shown(tmp_pat
         line,
         tables.results_table(str(tmp_path), {"one": 1.0}),
         tables.both_rates(run),
-        report_tables.rates_table({"safe": METRICS["safety"].rate(rows)}, "verdict").text,
+        report_tables.rates_table(hazards.label_rates(rows), "verdict").text,
         comparison_tables.scores_table([run]).text,
         comparison_tables.groups_table([run], "hazard").text,
         site.write_site(str(tmp_path), tmp_path / "reports").read_text().replace("\N{NO-BREAK SPACE}", " "),

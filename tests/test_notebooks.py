@@ -16,8 +16,10 @@ import papermill
 import pytest
 import yaml
 
-from lib import gsm8k, safety
+from lib import gsm8k, safety, wording
+from lib.compare import findings
 from lib.driver.notebook import declared_parameters, execute
+from lib.evaluate import hazards
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
 from lib.record.files import read_json
 from lib.record.manifest import start_stage
@@ -303,18 +305,13 @@ def chosen_on(folder, selected_on):
 @pytest.mark.parametrize("selected_on", [checkpoint_selection.ON_TEST, checkpoint_selection.ON_DEV])
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
     paths = chosen_on(tmp_path / "results", selected_on)
-    given = {
-        "paths": paths,
-        "report": tables,
-        "compare": checkpoint_selection,
-        "gsm8k": gsm8k,
-        "safety": safety,
-        "why_skipped": "",
-    }
+    given = {"paths": paths, "gsm8k": gsm8k, "safety": safety, "hazards": hazards, "findings": findings, "html": html}
+    given |= {"tables": tables, "rates_table": tables.rates_table, "rate_text": wording.rate_text, "why_skipped": ""}
+    given |= {"checkpoint_selection": checkpoint_selection}
     given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5}
     given |= {"verdicts": made_runs.safety_rows(), "baseline_safety": 0.5}
-    accuracy, names = run_cell("03_eval_gsm8k", "report.baseline_text(", **given)
-    safe, more = run_cell("04_eval_safety", "report.baseline_text(", **given)
+    accuracy, names = run_cell("03_eval_gsm8k", "findings.baseline_text(", **given)
+    safe, more = run_cell("04_eval_safety", "findings.baseline_text(", **given)
     outcome, seen = run("05_compare", tmp_path)
     assert not outcome.error, outcome.error
     on_test = selected_on == checkpoint_selection.ON_TEST

@@ -213,6 +213,8 @@ def test_what_was_not_evaluated_is_refused(run, change, words, capsys):
 def test_a_base_model_that_cannot_be_had_is_told_and_the_other_runs_are_written(run, tmp_path, capsys):
     other = run_paths(str(tmp_path / "results"), "other")
     shutil.copytree(run.run_dir, other.run_dir)
+    (other.run_dir / run.gsm8k_preds.name).rename(other.gsm8k_preds)
+    (other.run_dir / run.ailuminate_safety.name).rename(other.ailuminate_safety)
     config = read_json(other.config_resolved)
     config["parameters"]["base_model"] = "nobody/has-this"
     write_json(other.config_resolved, config)
