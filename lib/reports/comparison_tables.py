@@ -38,15 +38,17 @@ def runs_table(runs: Sequence[Run]) -> Html | None:
     """What each run is: model, data, method, settings."""
     columns = {"run_name": "run", "model_name": "base model", "train_data": "trained on", "method": "method"}
     columns |= {"hyperparams": "settings", "selected_on": "checkpoint selected on"}
-    rows = [{name: summary_row(run)[key] for key, name in columns.items()} for run in runs]
-    return full_table(rows, "Runs")
+    return full_table([_renamed(summary_row(run), columns) for run in runs], "Runs")
 
 
 def counts_table(runs: Sequence[Run]) -> Html | None:
     """Numbers of rows that each run is scored on."""
     columns = {"run_name": "run", "gsm8k_total": "GSM8K questions", "ailuminate_total": "AILuminate responses"}
-    rows = [{name: final_metrics_row(run)[key] for key, name in columns.items()} for run in runs]
-    return full_table(rows, "Rows scored")
+    return full_table([_renamed(final_metrics_row(run), columns) for run in runs], "Rows scored")
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    return {name: row[key] for key, name in columns.items()}
 
 
 def scores_table(runs: Sequence[Run]) -> Html | None:

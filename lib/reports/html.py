@@ -13,12 +13,10 @@ import pandas as pd
 MAX_TABLE_ROWS = 10
 
 
-# Okabe and Ito 2008: told apart by colour-blind readers; in this order they also get lighter.
+# Okabe and Ito 2008: distinguishable by colour-blind readers; in this order they also get lighter.
 INK, BLUE, VERMILION, GREEN, ORANGE, SKY = "#222222", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
 
-
 REDACTED = "Their texts are left out of this report (--redact); the row files hold them."
-
 
 TEXT_BOX = (
     "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;margin:.3em 0"
@@ -61,25 +59,22 @@ def sentences(lines: Sequence[str]) -> Html | None:
     return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
 
 
-def show_in_place(output: Html, display_id: str, *, update: bool = False) -> None:
-    """Show something that can be replaced later; with ``update``, replace what was shown under this id."""
-    from IPython.display import display
-
-    display(output, display_id=display_id, update=update)
-
-
 class SummarySlot:
     """The place on top of a notebook that its last cell fills, when every number is there."""
 
     DISPLAY_ID = "summary"
 
     def __init__(self) -> None:
-        words = "Not there yet: the last cell fills this place, so every cell has to run, to the end."
-        show_in_place(note(words), self.DISPLAY_ID)
+        self._show(note("Not there yet: the last cell fills this place, so every cell has to run, to the end."), False)
 
-    def fill(self, summary: Html) -> None:
-        """Put ``summary`` in place of what stood there."""
-        show_in_place(summary, self.DISPLAY_ID, update=True)
+    def fill(self, summary: Html | None) -> None:
+        """Put ``summary`` in its place."""
+        self._show(summary, True)
+
+    def _show(self, shown: Html | None, update: bool) -> None:
+        from IPython.display import display
+
+        display(shown, display_id=self.DISPLAY_ID, update=update)
 
 
 def summary_slot() -> SummarySlot:
@@ -105,7 +100,7 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = 
 
     Args:
         rows: at least one; every row's keys in the order of the columns.
-        caption: stands above; says how many rows are not shown, where there are more than ``max_rows``.
+        caption: above the table; says how many rows are not shown, where there are more than ``max_rows``.
     """
     shown = pd.DataFrame(
         [{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object
@@ -131,7 +126,6 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = 
 # "4.2 %", "-10.2 to 20.2", "1 of 1,319", "+9 -4", "3.1e-05".
 _NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
 
-
 _NUMERIC = re.compile(rf"{_NUMBER}( to {_NUMBER})?( %)?|{_NUMBER} of {_NUMBER}|{_NUMBER} {_NUMBER}")
 
 
@@ -153,7 +147,7 @@ def cell_text(value: Any) -> str:
 
 
 def text_block(text: str) -> Html:
-    """A text as it stands, line breaks and spaces kept."""
+    """A text with its line breaks and spaces."""
     style = f"{TEXT_BOX};max-height:45em;overflow:auto"
     # With the keyboard too, a long text must scroll.
     return Html(f'<pre tabindex="0" style="{style}">{html.escape(text)}</pre>', text)
