@@ -59,22 +59,25 @@ def sentences(lines: Sequence[str]) -> Html | None:
     return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
 
 
+def show_in_place(output: Html | None, display_id: str, *, update: bool = False) -> None:
+    """Show something that can be replaced later; with ``update``, replace what was shown under this id."""
+    from IPython.display import display
+
+    display(output, display_id=display_id, update=update)
+
+
 class SummarySlot:
     """The place on top of a notebook that its last cell fills, when every number is there."""
 
     DISPLAY_ID = "summary"
 
     def __init__(self) -> None:
-        self._show(note("Not there yet: the last cell fills this place, so every cell has to run, to the end."), False)
+        words = "Not there yet: the last cell fills this place, so every cell has to run, to the end."
+        show_in_place(note(words), self.DISPLAY_ID)
 
     def fill(self, summary: Html | None) -> None:
         """Put ``summary`` in its place."""
-        self._show(summary, True)
-
-    def _show(self, shown: Html | None, update: bool) -> None:
-        from IPython.display import display
-
-        display(shown, display_id=self.DISPLAY_ID, update=update)
+        show_in_place(summary, self.DISPLAY_ID, update=True)
 
 
 def summary_slot() -> SummarySlot:
