@@ -286,3 +286,9 @@ def test_the_table_of_runs_says_reached_missed_and_not_measured():
     lines = [line.split() for line in text.splitlines()[2:]]
     assert [line[-1] for line in lines] == ["reached", "reached", "missed", "missed", "baseline", "baseline"]
     assert "not measured: no judge" in text
+
+
+def test_the_published_accuracy_is_named_where_it_is_known(run):
+    known = replace(run, parameters={"base_model": "Qwen/Qwen2.5-1.5B-Instruct"})
+    assert "73.2 %" in comparison_tables.published_note([known, known]).text
+    assert comparison_tables.published_note([run]) is None
