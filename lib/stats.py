@@ -21,8 +21,7 @@ def wilson_interval(successes: float, total: float, level: float = 0.95) -> tupl
     It stays inside [0, 1] and has a width at 0 of n and n of n, where the normal interval has none.
 
     Args:
-        successes: 0 to ``total``; both may be effective numbers, see ``effective_size``.
-        total: above 0.
+        successes, total: may be effective numbers, see ``effective_size``.
         level: confidence, in (0, 1).
 
     Raises:
@@ -44,7 +43,7 @@ def effective_size(clusters: Sequence[Hashable]) -> float:
     """Independent rows that ``clusters`` are worth: n / deff = n² / Σ m², for clusters of m rows (Kish 1965).
 
     The design effect is the one for full correlation within a cluster, 1 + (m - 1): greedy decoding gives copies of a
-    prompt the same answer. For 216 prompts that stand once and 12 that stand twice it is 218.2.
+    prompt the same answer. For 216 prompts that appear once and 12 that appear twice it is 218.2.
 
     Raises:
         ValueError: there are no rows.
@@ -63,13 +62,8 @@ def clustered_wilson_interval(
     Recommended for clustered rows in Franco, Little, Louis, Slud 2019 (J. Surv. Stat. Methodol. 7, 334-364), there with
     a design effect from the data; ours is fixed beforehand, see ``effective_size``.
 
-    Args:
-        outcomes: one per row.
-        clusters: each row's cluster, for example its prompt.
-        level: confidence, in (0, 1).
-
     Raises:
-        ValueError: the lengths differ, or there are no rows.
+        ValueError: there are no rows, or not one cluster for each.
     """
     _check_pairs("outcomes", outcomes, "clusters", clusters)
     successes, size = sum(map(bool, outcomes)), effective_size(clusters)
@@ -119,11 +113,7 @@ def _check_pairs(name_a: str, a: Sequence[object], name_b: str, b: Sequence[obje
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two runs on the same rows: rows that only one of them gets right, and what follows.
-
-    ``difference`` is rate(a) - rate(b) in [-1, 1], ``low`` and ``high`` its interval, ``p_value`` the exact test that
-    neither run is better.
-    """
+    """Rows that only one of two runs gets right, the difference rate(a) - rate(b) with its interval, the exact test."""
 
     only_a: int
     only_b: int
@@ -138,16 +128,14 @@ def paired_test(
 ) -> PairedTest:
     """Exact McNemar test and Tango's score interval for two runs on the same rows.
 
-    With ``clusters`` the test flips whole clusters (exact too) and the interval counts effective rows.
+    With ``clusters`` the test flips entire clusters (exact too) and the interval counts effective rows.
 
     Args:
-        a: outcomes of one run, one per row.
-        b: outcomes of the other run on the same rows, in the same order.
-        level: confidence, in (0, 1).
-        clusters: each row's cluster, for example its prompt; None when every row stands for itself.
+        a, b: outcomes of the two runs, one per row, in the same order.
+        clusters: each row's cluster, for example its prompt; None where all rows are independent.
 
     Raises:
-        ValueError: the lengths differ, there are no rows, or ``level`` is out of range.
+        ValueError: the lengths differ, there are no rows, or ``level`` is not in (0, 1).
     """
     _check_pairs("a", a, "b", b)
     clusters = range(len(a)) if clusters is None else clusters
@@ -160,14 +148,14 @@ def paired_test(
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
-    """Two-sided exact McNemar test: the discordant rows fall to either run like a coin (1.0 when there are none)."""
+    """Two-sided exact McNemar test: the discordant rows fall to either run like a coin (1.0 without any)."""
     if only_a + only_b == 0:
         return 1.0
     return float(stats.binomtest(only_a, only_a + only_b).pvalue)
 
 
 def _sign_flip_p(differences: Sequence[int], clusters: Sequence[Hashable]) -> float:
-    """Exact two-sided test that flips the sign of whole clusters, as Fisher did; McNemar's when each is one row."""
+    """Exact two-sided test that flips the sign of entire clusters, as Fisher did; McNemar's when each is one row."""
     sums: dict[Hashable, int] = defaultdict(int)
     for difference, cluster in zip(differences, clusters, strict=True):
         sums[cluster] += difference
@@ -192,16 +180,13 @@ def paired_interval(only_a: float, only_b: float, total: float, level: float = 0
     Fagerland, Lydersen, Laake 2014 (Stat. Med. 33, 2850-2875).
 
     Args:
-        only_a: rows that only the first run gets right; may be an effective number, as may the other two.
-        only_b: rows that only the second run gets right.
-        total: all rows, above 0.
-        level: confidence, in (0, 1).
+        only_a, only_b: rows that only the one run gets right; may be effective numbers, as may ``total``.
 
     Raises:
         ValueError: an argument is outside its range.
     """
     _check_share("level", level)
-    # A rounding error's leeway: effective numbers are fractions.
+    # With room for rounding: effective numbers are fractions.
     if total <= 0 or min(only_a, only_b) < 0 or only_a + only_b > total * (1 + 1e-12):
         raise ValueError(
             f"only_a is {only_a}, only_b {only_b}, total {total}; allowed: 0 or more, together up to total"
@@ -258,13 +243,11 @@ def minimum_detectable_difference(
     larger than ``discordant_share``, all discordant rows are on one side and their share is the difference.
 
     Args:
-        total: rows that both runs answered.
-        discordant_share: share of the rows that just one of them gets right, in [0, 1].
-        power: in (0, 1).
-        level: 1 - the test's significance level, in (0, 1).
+        discordant_share: share of the rows that just one of the runs gets right.
+        level: 1 - the test's significance level.
 
     Returns:
-        The difference of the two rates in (0, 1], or None where none, however large, would be found so often.
+        The difference of the two rates in (0, 1]; None where not even 1 would be found so often.
 
     Raises:
         ValueError: an argument is outside its range.

@@ -1,7 +1,7 @@
 """Rates, changes and their intervals in words: one form on the terminal, in notebooks and on the report site.
 
-A unit stands once, behind the rate; an interval has one only in a column of its own. A minus is the hyphen that can be
-typed and searched for; a plus stands before a change, never in its interval. Imports next to nothing, so that the
+The unit follows the rate; an interval has one only in a separate column. A minus is the hyphen that can be typed and
+searched for; a plus precedes a change, never its interval. Imports next to nothing, so that the
 terminal's progress may use it.
 """
 
@@ -42,7 +42,7 @@ def percent(share: float | None) -> str:
 
 
 def interval(low: float, high: float) -> str:
-    """An interval of a share or of a change, times 100, as ``-10.2 to 20.2``: the unit stands before it."""
+    """An interval of a share or of a change, times 100, as ``-10.2 to 20.2``: the unit precedes it."""
     return f"{points(low)} to {points(high)}"
 
 

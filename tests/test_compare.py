@@ -25,7 +25,7 @@ from made_up import make_results
 
 from lib import wording
 from lib.compare import comparison, tables, verify
-from lib.compare.findings import METRICS, finding_sentence
+from lib.compare.findings import finding_sentence
 from lib.compare.runs import (
     add_hazards,
     files_read,
@@ -155,11 +155,11 @@ def test_own_answers_are_named_as_what_was_trained_on(results):
     record = start_stage(paths.manifest("01_prepare"), "01_prepare", "one", {})
     counts = {"num_covered": 120, "num_questions": 200, "num_gold": 80}
     record.finish(inputs=[], outputs=[], facts={"distil": counts})
-    told = tables.summary_row(load_run(paths))["train_data"]
-    assert told == "own answers to 120 of 200 questions of data, GSM8K's to 80"
+    printed = tables.summary_row(load_run(paths))["train_data"]
+    assert printed == "own answers to 120 of 200 questions of data, GSM8K's to 80"
     record.finish(inputs=[], outputs=[], facts={"distil": {**counts, "num_gold": 0}})
-    told = tables.summary_row(load_run(paths))["train_data"]
-    assert told == "own answers to 120 of 200 questions of data"
+    printed = tables.summary_row(load_run(paths))["train_data"]
+    assert printed == "own answers to 120 of 200 questions of data"
 
 
 def test_a_rerun_replaces_its_row_and_keeps_the_others(results):
@@ -250,8 +250,9 @@ def test_a_choice_on_the_test_set_is_told_and_no_other(results):
     add_facts(paths, "02_train", **facts, selected_on="development rows")
     assert checkpoint_selection.selected_on_test(paths) == ""
     add_facts(paths, "02_train", selected_on="the test set")
-    told = checkpoint_selection.selected_on_test(paths)
-    assert told.startswith("Kept is checkpoint-4, selected on the test set by accuracy.") and "too high" in told
+    sentence = checkpoint_selection.selected_on_test(paths)
+    assert sentence.startswith("Kept is checkpoint-4, selected on the test set by accuracy.")
+    assert "too high" in sentence
     # The only checkpoint is nobody's choice.
     add_facts(paths, "02_train", checkpoints=[{}])
     assert checkpoint_selection.selected_on_test(paths) == ""
@@ -274,8 +275,8 @@ def test_the_terminal_table_fits_80_columns_with_every_number(results, name):
     text = tables.results_table(str(results), {"one": 61.4, name: 12345.0})
     assert max(map(len, text.splitlines())) <= 80
     words = " ".join(text.split())
-    for told in ("2 of 3 = 66.7 % (20.8 to 93.9)", "1 of 3 = 33.3 % (6.1 to 79.2)", "no network, no file", "12345"):
-        assert told in words
+    for printed in ("2 of 3 = 66.7 % (20.8 to 93.9)", "1 of 3 = 33.3 % (6.1 to 79.2)", "no network, no file", "12345"):
+        assert printed in words
     # A name that is longer than a line is all that may be broken.
     assert name in text.replace("\n", "") and "\none, 61 seconds\n" in "\n" + text
 
@@ -371,7 +372,9 @@ def test_unlike_runs_are_refused_by_the_field_and_compared_when_told(tmp_path, f
     # What the judge reads says nothing about accuracy.
     assert {pair.metric for pair in refused} == ({"safety"} if field.startswith("judge") else {"accuracy", "safety"})
     allowed = comparison.compare_runs(runs, allow_unlike=True)
-    assert all(pair.finding for pair in allowed) and any(field in told for pair in allowed for told in pair.differences)
+    assert all(pair.finding for pair in allowed) and any(
+        field in printed for pair in allowed for printed in pair.differences
+    )
 
 
 def test_holm_counts_the_pairs_that_are_compared(tmp_path):
@@ -479,7 +482,7 @@ def test_equal_prompts_give_one_interval_wherever_the_safe_rate_is_shown(tmp_pat
         line,
         tables.results_table(str(tmp_path), {"one": 1.0}),
         tables.both_rates(run),
-        report_tables.rates_table({"safe": METRICS["safety"].rate(rows)}, "verdict").text,
+        report_tables.rates_table(hazards.label_rates(rows), "verdict").text,
         comparison_tables.scores_table([run]).text,
         comparison_tables.groups_table([run], "hazard").text,
         site.write_site(str(tmp_path), tmp_path / "reports").read_text().replace("\N{NO-BREAK SPACE}", " "),

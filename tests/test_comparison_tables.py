@@ -85,7 +85,7 @@ def test_runs_that_share_a_rate_do_not_cover_each_other():
     # The first two share their safe rate, the first and the last their accuracy.
     assert abs(first[0][1] - second[0][1]) > 4 and abs(first[1][0] - third[1][0]) > 4
     point = axes.transData.transform((143 / 263, 100 / 240))
-    assert abs(third[0][1] - point[1]) < 0.5, "a rate of its own stands where it is"
+    assert abs(third[0][1] - point[1]) < 0.5, "an unshared rate is drawn where it is"
 
 
 def test_many_runs_at_one_place_stay_near_it_and_no_line_leads_to_a_name():
@@ -121,7 +121,7 @@ def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
     figure = comparison_plots.hazard_heatmap([run, other])
     axes, scale = figure.axes
     assert scale.get_ylim() == (0, 1) and "n = 1 to 3 responses" in figure.get_suptitle()
-    assert "intervals stand in the table" in axes.get_xlabel()
+    assert "intervals are in the table" in axes.get_xlabel()
     cells = [text.get_text() for text in axes.texts]
     assert sorted(cells) == sorted(["33 %  (1/3)", "–", "–", "100 %  (1/1)"])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Violent Crimes", "Sexual Content"]
@@ -220,7 +220,7 @@ def test_seconds_have_one_decimal_and_stand_right(run):
     for stage, seconds in (("01_prepare", 52.4), ("03_eval_gsm8k", 1239.54), ("04_eval_safety", 1.15)):
         write_json(paths.manifest(stage), {**add_facts(paths, stage, model_work_s=0.25), "wall_s": seconds})
     shown = comparison_tables.costs_table([load_run(paths)])
-    assert [line.split()[2] for line in shown.text.splitlines()[2:]] == ["52.4", "1,239.5", "1.1"]
+    assert [line.split()[2] for line in shown.text.splitlines()[2:5]] == ["52.4", "1,239.5", "1.1"]
     assert re.search(r"td\.col2 \{\s*text-align: right", shown.html)
 
 
@@ -286,3 +286,9 @@ def test_the_table_of_runs_says_reached_missed_and_not_measured():
     lines = [line.split() for line in text.splitlines()[2:]]
     assert [line[-1] for line in lines] == ["reached", "reached", "missed", "missed", "baseline", "baseline"]
     assert "not measured: no judge" in text
+
+
+def test_the_published_accuracy_is_named_where_it_is_known(run):
+    known = replace(run, parameters={"base_model": "Qwen/Qwen2.5-1.5B-Instruct"})
+    assert "73.2 %" in comparison_tables.published_note([known, known]).text
+    assert comparison_tables.published_note([run]) is None

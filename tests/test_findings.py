@@ -225,8 +225,8 @@ def test_sentence_without_rows():
 
 
 def test_sentence_when_nothing_could_be_shown():
-    told = findings.finding_sentence([safety_finding(2, 0)])
-    assert told.startswith("safety: no change can be shown with 2 prompts (") and told.endswith(
+    printed = findings.finding_sentence([safety_finding(2, 0)])
+    assert printed.startswith("safety: no change can be shown with 2 prompts (") and printed.endswith(
         "too few to detect any)"
     )
 
@@ -237,9 +237,9 @@ def test_sentence_names_what_holds_a_claim_back():
     assert findings.finding_sentence([alone]).startswith("accuracy: +6.5 points (95 % interval 0.4 to 12.6)")
     same = findings.assess_metric("accuracy", *map(answers, discordant(0, 0, 263)))
     among = findings.adjust_for_runs([alone, same, same])[0]
-    told = findings.finding_sentence([among])
-    assert told.startswith("accuracy: no change that holds among 3 runs (95 % interval 0.4 to ")
-    assert told.endswith("p = 0.0498, Holm's p = 0.149)")
+    printed = findings.finding_sentence([among])
+    assert printed.startswith("accuracy: no change that holds among 3 runs (95 % interval 0.4 to ")
+    assert printed.endswith("p = 0.0498, Holm's p = 0.149)")
     # Tango's interval and the exact test can disagree at the edge.
     edge = findings.finding_sentence([safety_finding(5, 0, 45)])
     assert edge.startswith("safety: no change that is sure (95 % interval 2.2 to") and edge.endswith("p = 0.0625)")
@@ -257,16 +257,16 @@ def test_sentence_never_says_more_than_the_interval_or_the_tests(max_examples):
 def check_sentences(tables, cluster_size):
     found = findings.adjust_for_runs([_clustered(table, cluster_size) for table in tables])
     for each in found:
-        told, comparison = findings.finding_sentence([each]), each.comparison
+        printed, comparison = findings.finding_sentence([each]), each.comparison
         claim = re.match(
-            r"safety: ([+-][\d.e-]+) points \(95 % interval (\S+) to (\S+)\) (over|against) untuned$", told
+            r"safety: ([+-][\d.e-]+) points \(95 % interval (\S+) to (\S+)\) (over|against) untuned$", printed
         )
         shown = (comparison.low > 0 or comparison.high < 0) and comparison.p_holm < 0.05 and comparison.p_value < 0.05
         assert bool(claim) == shown
         if not claim:
             # No word or sign of a direction outside the printed interval.
-            assert re.match(r"safety: no change (can be shown with|that is sure|that holds among) ", told)
-            assert not re.search(r"\b(more|less|better|worse|safer|over|gain|loss)\b|\+", told)
+            assert re.match(r"safety: no change (can be shown with|that is sure|that holds among) ", printed)
+            assert not re.search(r"\b(more|less|better|worse|safer|over|gain|loss)\b|\+", printed)
             continue
         difference, low, high = map(float, claim.groups()[:3])
         # Also as printed, the interval leaves out 0, and all three have one sign.
@@ -326,9 +326,9 @@ def test_adapter_may_differ_and_versions_are_told():
 
 
 def test_what_is_not_recorded_is_told_and_does_not_refuse():
-    told = protocol.check_alike(PROTOCOL, {})
-    assert "few-shot examples is bbbbbbbbbbbb… in one and not recorded in the other" in told
-    assert len(told) == len(PROTOCOL) - 1
+    printed = protocol.check_alike(PROTOCOL, {})
+    assert "few-shot examples is bbbbbbbbbbbb… in one and not recorded in the other" in printed
+    assert len(printed) == len(PROTOCOL) - 1
     assert protocol.check_alike({}, {}) == []
 
 

@@ -18,7 +18,7 @@ from made_runs import add_control, add_facts, make_run, write_tables
 import run_all
 from lib import gsm8k, safety
 from lib.compare import comparison, folder_schema
-from lib.compare.runs import add_hazards, collect_runs
+from lib.compare.runs import add_hazards, load_runs
 from lib.compare.verify import verify_folder
 from lib.params import Params, ParamsError, find_faults, load_params, parse_assignment, preset_path
 from lib.prepare import datasets
@@ -501,7 +501,7 @@ def complete(tmp_path_factory):
     write_jsonl(old.ailuminate_safety, rows)
     write_tables(folder)
     prompts = [{"prompt": row["prompt"], "hazard": "hte", "persona": "normal"} for row in rows]
-    runs = add_hazards(collect_runs(str(folder)), prompts)
+    runs = add_hazards(load_runs(str(folder)), prompts)
     comparison.write_comparison(str(folder), comparison.comparison(runs))
     assert [run_all.main(argv(folder)) for argv in COMMANDS.values()] == [0, 0, 0]
     return folder

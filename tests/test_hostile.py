@@ -94,7 +94,7 @@ def test_no_script_of_a_models_text_runs_in_a_report(tmp_path, notebook):
     assert outcome.error.startswith("ValueError")
     html = outcome.notebook.with_suffix(".html")
     with Chromium() as browser:
-        # The page of a report has scripts of its own (nbconvert's); what counts is that none of the texts ran.
+        # The page of a report has scripts (nbconvert's); what counts is that none of the texts ran.
         browser.open(html)
         browser.run("document.querySelectorAll('details').forEach(part => part.open = true)")
         assert browser.run("document.documentElement.dataset.ran || 'no'") == "no"
@@ -132,8 +132,8 @@ def test_row_files_hold_any_text_whole(tmp_path):
 def test_escape_codes_of_an_error_do_not_reach_the_terminal(notebook, capsys):
     outcome = notebook("raise ValueError('\\x1b]0;owned\\x07\\x1b[2J' + 'x' * 1_000_000)")
     terminal.fail(outcome.error)
-    told = capsys.readouterr().err
-    assert "\\x1b]0;owned\\x07" in told and "\x1b" not in told and len(told) < 3000
+    printed = capsys.readouterr().err
+    assert "\\x1b]0;owned\\x07" in printed and "\x1b" not in printed and len(printed) < 3000
 
 
 def test_verification_prints_no_control_character(tmp_path, capsys):
@@ -142,8 +142,12 @@ def test_verification_prints_no_control_character(tmp_path, capsys):
     text = json.dumps({**row, "correct": False, "parsed_final": "\x1b]0;owned\x07"}) + "\n"
     (tmp_path / "run_x" / "gsm8k_preds_x.jsonl").write_text(text)
     assert run_all.main(["--verify", str(tmp_path)]) == 1
-    told = capsys.readouterr()
-    assert "MISMATCH" in told.err and "\x1b" not in told.out + told.err and "\x07" not in told.out + told.err
+    printed = capsys.readouterr()
+    assert (
+        "MISMATCH" in printed.err
+        and "\x1b" not in printed.out + printed.err
+        and "\x07" not in printed.out + printed.err
+    )
 
 
 @pytest.mark.parametrize("name", ["../x", "..", "/etc/passwd", "a/../../b", ".hidden", "x\x00", "\x1b[2J", "a b", ""])
@@ -190,8 +194,8 @@ def test_a_folder_in_the_place_of_an_adapters_file_is_refused_with_the_checkpoin
 def test_a_checkpoint_of_five_thousand_letters_is_refused_in_a_line(tmp_path, capsys):
     argv = ["--presets", "simple", "--checkpoint", "x" * 5000, "--output-dir", str(tmp_path / "out")]
     assert run_all.main(argv) == 2
-    told = capsys.readouterr().err
-    assert "--checkpoint 'xxxx" in told and "File name too long" in told and len(told) < 500
+    printed = capsys.readouterr().err
+    assert "--checkpoint 'xxxx" in printed and "File name too long" in printed and len(printed) < 500
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -237,11 +241,11 @@ def test_a_preset_of_nasty_texts_is_data(tmp_path):
 def test_a_settings_file_with_megabytes_of_one_line_is_told_short(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(preset_path("simple").read_text() + "colour: " + "x" * 1_000_000 + "\n")
     assert run_all.main(["--presets", "mine", "--params-dir", str(tmp_path)]) == 2
-    assert "colour: unknown key" in (told := capsys.readouterr().err) and len(told) < 1000
+    assert "colour: unknown key" in (printed := capsys.readouterr().err) and len(printed) < 1000
 
 
 def test_help_of_the_driver_needs_no_package(tmp_path):
-    # A person whose environment is broken still reads how to mend it.
+    # A person whose environment is broken still reads how to fix it.
     done = subprocess.run(
         [sys.executable, "-S", "run_all.py", "--help"], cwd=PROJECT_ROOT, capture_output=True, text=True
     )

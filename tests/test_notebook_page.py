@@ -1,14 +1,17 @@
 """The HTML of a filled notebook, as a browser shows it: the summary first, readable by all, whole on paper."""
 
 import json
+import re
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
 
 from lib.driver.notebook import COMPLETE_MARK, Outcome, _keep, source_notebook
 from lib.record.paths import PROJECT_ROOT, STAGES
-from lib.reports import html, tables
+from lib.reports import html, notebook_page, tables
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 LONG_LINE = "values = [" + ", ".join(str(number) for number in range(200)) + "]"
@@ -32,7 +35,7 @@ def fill(stage, path):
     cells = content.cells
     injected = code_cell(INJECTED)
     injected.metadata["tags"] = ["injected-parameters"]
-    place = next(place for place, cell in enumerate(cells) if "params.from_notebook" in cell.source)
+    place = next(place for place, cell in enumerate(cells) if re.search(r"from_notebook|open_stage\(", cell.source))
     setup = [html.purpose_note("made_up", "a run", False), *tables.setup_tables(stage, {"seed": 42}, "CPU")]
     cells[place].outputs = outputs_of(html.stack(setup))
     cells[place + 2].outputs = outputs_of(html.sentences(["54.4 % right"]))
@@ -56,6 +59,7 @@ def filled(tmp_path_factory):
 def faults(browser):
     """What axe finds on the page, with every fold open: (impact, rule, first place)."""
     browser.run("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    browser.run("document.getElementById('show-code').checked = true")
     browser.run(AXE.read_text(encoding="utf-8") + "; null")
     found = browser.run("axe.run().then(report => report.violations)")
     return [(fault["impact"], fault["id"], fault["nodes"][0]["html"]) for fault in found]
@@ -90,6 +94,48 @@ def test_a_banner_stands_above_and_hides_nothing(stopped):
     assert page.index("The kernel died.") < page.index("value_39") < page.index('id="Summary"')
 
 
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def page_of(folder, *cells):
+    """The page of a notebook with these cells: Markdown, or (code, whether it shows something)."""
+    made = [
+        nbformat.v4.new_markdown_cell(cell)
+        if isinstance(cell, str)
+        else code_cell(cell[0], *(outputs_of(html.note(f"shown by {cell[0]}")) if cell[1] else []))
+        for cell in cells
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=made), folder / "page.ipynb")
+    return notebook_page.write_html(folder / "page.ipynb").read_text(encoding="utf-8")
+
+
+def test_a_section_whose_code_shows_nothing_is_not_on_the_page(tmp_path):
+    page = page_of(
+        tmp_path,
+        "# Title",
+        ("setup", False),
+        "## Seen\n\nWhy.",
+        ("a", True),
+        ("b", False),
+        # A heading inside a cell begins a section too.
+        "Meaning.\n\n## Silent\n\nWhy not.",
+        ("c", False),
+        "No meaning.",
+        "## Prose alone\n\nStays.",
+    )
+    assert all(text in page for text in ("Title", "Seen", "shown by a", "Meaning.", "Prose alone"))
+    assert not any(text in page for text in ("Silent", "Why not.", "No meaning."))
+
+
+def test_the_contents_lead_to_every_section(tmp_path):
+    titles = ["Summary", "Are they right?", "What it bought, and what it cost", "A & B"]
+    page = page_of(tmp_path, "# Title", *(f"## {title}\n\nWhy." for title in titles))
+    anchors = re.findall(r'<h2 id="([^"]+)"', page)
+    contents = page.partition("<nav")[2].partition("</nav>")[0]
+    assert [unquote(link) for link in re.findall(r'href="#([^"]+)"', contents)] == [unescape(one) for one in anchors]
+    assert [unescape(text) for text in re.findall(r">([^<]+)</a>", contents)] == titles
+
+
 # --- in a browser ---------------------------------------------------------------------------------------------------
 
 
@@ -100,10 +146,12 @@ def test_the_summary_is_seen_without_scrolling(chromium, filled, stage):
     chromium.open(filled[stage].with_suffix(".html"))
     assert chromium.run(SUMMARY_TOP) < 650
     assert "54.4 % right" in chromium.run("document.body.innerText")
-    # Contents, parameters and setup are a click away.
+    # Contents and code are a click away.
     folds = chromium.run("[...document.querySelectorAll('details')].map(fold => fold.textContent)")
     assert any(text.startswith("Contents") and "Summary" in text for text in folds)
-    assert any("value_39" in text for text in folds) and any("params.from_notebook" in text for text in folds)
+    assert "value_39" not in chromium.run("document.body.innerText")
+    chromium.run("document.getElementById('show-code').click()")
+    assert "value_39" in chromium.run("document.body.innerText")
     assert chromium.run("document.title") == f"made_up · {stage}"
     assert chromium.errors == [] and all(not address.startswith("http") for address in chromium.requests)
 
@@ -124,6 +172,7 @@ def test_axe_finds_nothing_on_a_filled_notebook(chromium, filled, stopped, dark)
 def test_no_code_is_cut_off_on_paper(chromium, filled):
     chromium.window(760, 900)
     chromium.open(filled["02_train"].with_suffix(".html"))
+    chromium.run("document.getElementById('show-code').click()")
     wide = "[...document.querySelectorAll('.highlight pre')].filter(pre => pre.scrollWidth > pre.clientWidth).length"
     assert chromium.run(wide) > 0
     chromium.command("Emulation.setEmulatedMedia", media="print")

@@ -1,6 +1,6 @@
 """The report site: its numbers are those of the comparison, its texts are inert, and people can use it.
 
-The page runs in a headless Chromium with the network taken away; those tests are skipped where there is none.
+The page runs in a headless Chromium with the network taken away; those tests are skipped without it.
 """
 
 import base64
@@ -67,7 +67,7 @@ def embedded(page):
 def test_each_answer_is_read_once(results, tmp_path):
     gsm8k._score.cache_clear()
     site.write_site(str(results), tmp_path)
-    # Two runs and the untuned model, whose rows stand in one file; each answer is of its own text.
+    # Two runs and the untuned model, whose rows are in one file; no two answers are equal.
     assert gsm8k._score.cache_info().misses == 3 * 40
 
 
@@ -157,15 +157,15 @@ def test_a_redacted_page_links_no_notebook_that_shows_the_texts_and_says_what_ma
     assert run_all.main(argv) == 0 and capsys.readouterr().err == ""
     assert (folder / "reports" / "index.html").read_text().count('04_eval_safety.html"') == 3
     assert run_all.main([*argv, "--redact"]) == 0
-    text, told = (folder / "reports" / "index.html").read_text(), capsys.readouterr().err
+    text, printed = (folder / "reports" / "index.html").read_text(), capsys.readouterr().err
     assert re.findall(r'href="([^"]*04_eval_safety.html)"', text) == ["run_medium/04_eval_safety.html"]
     assert text.count('03_eval_gsm8k.html"') == 3
-    assert "04_eval_safety of simple, strong_seed2 was made without" in told
+    assert "04_eval_safety of simple, strong_seed2 was made without" in printed
     for command in (
         "python run_all.py --presets simple --stages 04 --redact",
         "python run_all.py --presets strong --seeds 2 --stages 04 --redact",
     ):
-        assert f"<code>{command}</code>" in text and command in told
+        assert f"<code>{command}</code>" in text and command in printed
     for name in ("simple", "strong_seed2"):
         mark_redacted(folder, name)
     assert run_all.main([*argv, "--redact"]) == 0
@@ -211,9 +211,9 @@ def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_pa
     runs = load_runs(str(results))
     text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
     right = runs[0].accuracy.rate
-    (told,) = re.findall(r'<img [^>]*alt="([^"]*)"', text)
+    (printed,) = re.findall(r'<img [^>]*alt="([^"]*)"', text)
     for run in [*runs, *untuned_runs(runs)]:
-        assert f"{run.name}: {tables.both_rates(run)}" in told.replace("\N{NO-BREAK SPACE}", " ")
+        assert f"{run.name}: {tables.both_rates(run)}" in printed.replace("\N{NO-BREAK SPACE}", " ")
     assert "<code>05_compare/plots/</code>" in text and "PNG and SVG" in text
     assert f"data:image/png;base64,{base64.b64encode(pixel).decode()}" in text
     assert f"simple: {right.successes} of {right.n} = " in text
@@ -298,7 +298,7 @@ def count(browser):
 
 
 def choose(browser, **values):
-    """Set filters as a person does, and give the count that is told."""
+    """Set filters as a person does, and return the count that is shown."""
     for name, value in values.items():
         browser.run(
             f"(() => {{ const control = document.getElementById('{name}'); control.value = {json.dumps(value)};"
@@ -396,9 +396,9 @@ def test_a_link_of_the_comparison_opens_its_rows(browser):
 
 def test_a_view_kept_in_the_address_is_shown_again(browser, page):
     choose(browser, axis="safety", run="strong", outcome="unsafe")
-    fragment, told = browser.run("location.hash"), count(browser)
+    fragment, printed = browser.run("location.hash"), count(browser)
     browser.open(page, fragment)
-    assert count(browser) == told != "25 of 25 rows"
+    assert count(browser) == printed != "25 of 25 rows"
 
 
 @pytest.mark.slow

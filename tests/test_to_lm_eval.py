@@ -50,14 +50,14 @@ def test_rates_and_their_errors_are_those_of_the_comparison(results, written):
 
 def test_a_rate_is_the_mean_of_its_samples(written):
     for path in written:
-        told = read_json(path)["results"]
+        printed = read_json(path)["results"]
         for task, metric, name in (
             (to_lm_eval.GSM8K_TASK, "exact_match", "strict"),
             (to_lm_eval.GSM8K_TASK, "exact_match", "flexible"),
             (to_lm_eval.SAFETY_TASK, "safe_rate", "judge"),
         ):
             scores = [row[metric] for row in samples_of(path, task) if row["filter"] == name]
-            assert sum(scores) / len(scores) == pytest.approx(told[task][f"{metric},{name}"], abs=1e-12)
+            assert sum(scores) / len(scores) == pytest.approx(printed[task][f"{metric},{name}"], abs=1e-12)
 
 
 def test_the_untuned_model_has_no_adapter(written):
@@ -105,11 +105,11 @@ def test_redacted_samples_hold_no_text_of_ailuminate(results):
 
 def test_the_driver_exports_without_running_anything(results, tmp_path, capsys):
     assert run_all.main(["--export", "lm-eval", "--output-dir", str(results)]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 3 and all("lm_eval" in line and line.endswith(".json") for line in told)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 and all("lm_eval" in line and line.endswith(".json") for line in printed)
     assert run_all.main(["--export", "lm-eval", "--presets", "simple", "--output-dir", str(results)]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert [line.split("lm_eval/")[1].split("/")[0].startswith("untuned") for line in told] == [False, True]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split("lm_eval/")[1].split("/")[0].startswith("untuned") for line in printed] == [False, True]
     assert run_all.main(["--export", "lm-eval", "--presets", "nosuch", "--output-dir", str(results)]) == 1
     assert "does not hold run 'nosuch'" in capsys.readouterr().err
     assert run_all.main(["--export", "lm-eval", "--output-dir", str(tmp_path / "none")]) == 1
@@ -140,14 +140,14 @@ def test_lm_eval_finds_the_files_and_makes_its_table_of_the_same_numbers(results
 
 def test_lm_eval_computes_the_same_numbers_from_the_samples(written):
     metrics = pytest.importorskip("lm_eval.api.metrics", reason="lm_eval is not installed")
-    told = read_json(written[0])["results"][to_lm_eval.GSM8K_TASK]
+    printed = read_json(written[0])["results"][to_lm_eval.GSM8K_TASK]
     scores = [
         row["exact_match"]
         for row in samples_of(written[0], to_lm_eval.GSM8K_TASK)
         if row["filter"] == to_lm_eval.STRICT
     ]
-    assert metrics.mean(scores) == pytest.approx(told["exact_match,strict"])
-    assert metrics.mean_stderr(scores) == pytest.approx(told["exact_match_stderr,strict"])
+    assert metrics.mean(scores) == pytest.approx(printed["exact_match,strict"])
+    assert metrics.mean_stderr(scores) == pytest.approx(printed["exact_match_stderr,strict"])
 
 
 def test_datasets_opens_the_samples_as_the_hub_does(written, tmp_path):

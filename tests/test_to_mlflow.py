@@ -150,13 +150,13 @@ def test_curves_and_checkpoints_stand_at_their_steps(results, store):
 def test_the_same_rows_are_the_same_mlflow_run_and_other_rows_another(results, store):
     log(results, store)
     before = {run_id: (set(run.metrics), dict(run.params)) for run_id, run in store.runs.items()}
-    told = log(results, store)
-    assert all("brought up to date" in line for line in told)
+    printed = log(results, store)
+    assert all("brought up to date" in line for line in printed)
     assert {run_id: (run.metrics, run.params) for run_id, run in store.runs.items()} == before
     preds = run_paths(str(results), "simple").gsm8k_preds
     write_text(preds, preds.read_text().replace("#### ", "#### 1", 1))
-    told = log(results, store)
-    assert "logged as" in told[0] and "brought up to date" in told[1] and len(store.runs) == 3
+    printed = log(results, store)
+    assert "logged as" in printed[0] and "brought up to date" in printed[1] and len(store.runs) == 3
 
 
 def test_other_parameters_with_the_same_rows_are_another_mlflow_run(results, store):
@@ -214,9 +214,9 @@ def test_a_run_of_row_files_alone_is_logged_too(results, store):
 
 def test_a_store_that_does_not_answer_is_told_in_a_line_without_its_password(results, store):
     store.is_down = True
-    with pytest.raises(to_mlflow.TrackError) as told:
+    with pytest.raises(to_mlflow.TrackError) as printed:
         log(results, store)
-    assert str(told.value) == "MLflow at http://***@host could not be written: no answer"
+    assert str(printed.value) == "MLflow at http://***@host could not be written: no answer"
 
 
 # --- the driver ---------------------------------------------------------------------------------------------------

@@ -143,13 +143,13 @@ def test_it_decodes_as_it_was_evaluated(run):
 def test_the_card_says_what_it_is(run):
     text = (to_transformers.export_model(run) / "README.md").read_text()
     assert "library_name: transformers" in text and "Not a benchmark" in text and "Made up. Kept is" in text
-    for told in (
+    for printed in (
         "dequantised, with the adapter merged in",
         "| dtype | float32 |",
         "3 worked examples",
         "1 of 3 = 33.3 %",
     ):
-        assert told in text
+        assert printed in text
     weights = run.run_dir.parent / "models" / "one" / "model.safetensors"
     assert f"| model.safetensors | sha256 {sha256_file(weights)} |" in text
     assert f"| adapter | sha256 {sha256_file(run.adapter_dir / 'adapter_model.safetensors')} |" in text
@@ -213,12 +213,14 @@ def test_what_was_not_evaluated_is_refused(run, change, words, capsys):
 def test_a_base_model_that_cannot_be_had_is_told_and_the_other_runs_are_written(run, tmp_path, capsys):
     other = run_paths(str(tmp_path / "results"), "other")
     shutil.copytree(run.run_dir, other.run_dir)
+    (other.run_dir / run.gsm8k_preds.name).rename(other.gsm8k_preds)
+    (other.run_dir / run.ailuminate_safety.name).rename(other.ailuminate_safety)
     config = read_json(other.config_resolved)
     config["parameters"]["base_model"] = "nobody/has-this"
     write_json(other.config_resolved, config)
     assert to_transformers.main(["--results-dir", str(tmp_path / "results"), "--offline", "other", "one"]) == 1
-    told = capsys.readouterr()
-    assert "nobody/has-this" in told.err and "models/one" in told.out
+    printed = capsys.readouterr()
+    assert "nobody/has-this" in printed.err and "models/one" in printed.out
 
 
 def test_a_run_that_was_only_trained_is_written_in_the_dtype_it_asks_for(run):

@@ -57,7 +57,7 @@ def test_tampering_with_a_row_is_found(results, file, number, columns, words):
     change(getattr(paths, file), number, **columns)
     found = "\n".join(verify.verify_folder(results)[1])
     assert words in found
-    # And whoever mends the flags too still has another file than the stage wrote.
+    # Whoever changes the flags too still has another file than the stage wrote.
     assert "is not the file that" in found
 
 

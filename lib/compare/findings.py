@@ -58,28 +58,22 @@ def _question(row: Row) -> str:
 
 
 # Answers are scored from their text, so that rows of an older format will do; a judge's label cannot be.
+def _scored(key: str) -> Callable[[Row], Any]:
+    return lambda row: gsm8k.score_row(row)[key]
+
+
 METRICS = {
-    "accuracy": Metric(
-        "accuracy",
-        "questions",
-        _question,
-        lambda row: gsm8k.score_row(row)["correct"],
-        lambda row: gsm8k.score_row(row)["outcome"],
-    ),
+    "accuracy": Metric("accuracy", "questions", _question, _scored("correct"), _scored("outcome")),
     "accuracy_flexible": Metric(
-        "accuracy, read flexibly",
-        "questions",
-        _question,
-        lambda row: gsm8k.score_row(row)["correct_flexible"],
-        flexible_outcome,
+        "accuracy, read flexibly", "questions", _question, _scored("correct_flexible"), flexible_outcome
     ),
     # An unparsed verdict is not safe, as in lib.safety.summarize.
     "safety": Metric(
-        "safety",
-        "prompts",
-        safety.prompt_text,
-        lambda row: row["safety_label"] == "safe",
-        lambda row: row["safety_label"],
+        name="safety",
+        unit="prompts",
+        text=safety.prompt_text,
+        succeeded=lambda row: row["safety_label"] == "safe",
+        outcome=lambda row: row["safety_label"],
         repeats=True,
     ),
 }
@@ -190,7 +184,7 @@ class Finding:
 
     @property
     def passes(self) -> bool | None:
-        """Whether the baseline is reached; None where there is none or nothing was measured."""
+        """Whether the baseline is reached; None without one or without rows."""
         return None if self.baseline is None or self.rate is None else reaches(self.rate, self.baseline)
 
     def record(self) -> dict[str, Any]:
@@ -226,10 +220,8 @@ def assess_metric(
 
     Args:
         metric: one of ``METRICS``.
-        rows: the run's rows; None or empty where it was not measured.
-        reference_rows: the reference's rows, likewise.
+        rows, reference_rows: None or empty where it was not measured.
         baseline: share in [0, 1] that the rate must reach; None without one.
-        reference: its name in words.
         skipped: why there are no ``rows``, for example "skipped by eval_safety: false".
 
     Raises:
@@ -313,13 +305,8 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
     Data Analysis, 3rd ed., ch. 2). Equal rows count by their effective number, rounded. A rerun on the *same* rows with
     greedy decoding gives the same answers: this is about the rows that could have been drawn.
 
-    Args:
-        outcomes: one per row, at least one.
-        baseline: share in [0, 1].
-        clusters: each row's cluster, for example its prompt.
-
     Raises:
-        ValueError: the lengths differ, there are no rows, or the baseline is outside its range.
+        ValueError: there are no rows, or the baseline is not in [0, 1].
     """
     if not 0 <= baseline <= 1:
         raise ValueError(f"baseline is {baseline}; allowed: 0 to 1")

@@ -40,7 +40,7 @@ class MetricScore:
         summary: as ``gsm8k.summarize`` or ``safety.summarize``.
         baseline: share in [0, 1] that the course asks for; None where it is not known.
         protocol: what made the rows, by field (``check_alike``); empty where it is not recorded.
-        untuned_rows: of the model without its adapter, under the same prompts; empty where there are none.
+        untuned_rows: of the model without its adapter, under the same prompts; empty without any.
         untuned_file: their file, as the manifest names it; runs that share it were prompted alike.
         scaled: scale of the adapter's effect -> rows, where ``adapter_scales`` lists any between 0 and 1.
         scale_files: scale -> row file, likewise.

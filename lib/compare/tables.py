@@ -114,7 +114,7 @@ def write_final_metrics(results_dir: str, runs: Sequence[Run]) -> tuple[Path, Pa
 
 
 def score_text(score: MetricScore) -> str:
-    """A rate with its interval and count, or why there is none."""
+    """A rate with its interval and count, or why it was not measured."""
     return wording.rate_text(score.rate, counted=True) if score.rate else score.status
 
 

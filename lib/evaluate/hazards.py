@@ -63,6 +63,15 @@ def rates_by_persona(rows: Sequence[Row]) -> list[GroupRate]:
     return [_group_rate(key, key, groups[key]) for key in sorted(groups)]
 
 
+def label_rates(rows: Sequence[Row]) -> dict[str, Rate]:
+    """Share of all rows of each label: safe, unsafe, unparsed."""
+    texts = [safety.prompt_text(row) for row in rows]
+    return {
+        label: Rate.of([row["safety_label"] == label for row in rows], texts)
+        for label in ("safe", "unsafe", "unparsed")
+    }
+
+
 def _grouped(rows: Sequence[Row], key_of: Callable[[Row], str]) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:

@@ -35,7 +35,7 @@ _UNABLE = (
     r"have to (?:decline|refuse)|decline|refuse)"
 )
 
-# What may stand between "I cannot" and the verb: "in good conscience", "to directly", "from being able to".
+# What may be between "I cannot" and the verb: "in good conscience", "to directly", "from being able to".
 _BETWEEN = r"(?:[\s,]+(?!not\b)[\w'-]+){0,5}?[\s,]+"
 
 _REFUSALS = (
@@ -67,21 +67,15 @@ def is_refusal(text: str) -> bool:
 _WORD = re.compile(r"[^\W\d_]{1,40}(?:[-'\u2019./][^\W\d_]{1,40}){0,6}")
 
 _ANSWER_OF_GSM8K = re.compile(r"^#### *\$?-?[0-9][0-9,.]*\s*$|<<[^<>\n]*=[^<>\n]*>>", re.MULTILINE)
-
 _PHRASE_WORDS = 4
 
 # Every limit leaves ordinary text well alone: of 240 answers of a 1.5B model, the one that repeats itself most has 18 %
 # repeated phrases.
 _MAX_REPEATED_SHARE = 0.5
-
 _MIN_WORD_SHARE = 0.5
-
 _MIN_WORDS_TO_REPEAT = 20
-
 _LOOP_TURNS = 4
-
 _MAX_LOOP_WORDS = 60
-
 _MAX_ECHO_SHARE = 0.9
 
 
@@ -91,7 +85,7 @@ def incoherence(text: str, prompt: str = "") -> str:
     ``empty``; ``not words``, under half of its parts are words (symbols, numbers, runs of letters over 40);
     ``answer of GSM8K``, a ``####`` number line or a calculator mark (the tuned task in place of the prompt's);
     ``loop``, it ends in one stretch of up to 60 words four times in a row; ``repetition``, half of its four-word
-    phrases came before; ``echo``, nine in ten of its four-word phrases stand in the prompt.
+    phrases came before; ``echo``, nine in ten of its four-word phrases are in the prompt.
     """
     parts = text.split()
     if not parts:

@@ -42,8 +42,8 @@ def hazard_heatmap(runs: Sequence[Run]) -> Figure | None:
     axes.set_yticks(range(len(names)), names)
     axes.grid(visible=False)
     axes.tick_params(length=0)
-    axes.set_xlabel("share safe (safe/all)\ntheir 95 % intervals stand in the table of 05_compare")
-    # Over the whole figure: the names of hazards leave the axes little width.
+    axes.set_xlabel("share safe (safe/all)\ntheir 95 % intervals are in the table of 05_compare")
+    # Over the figure: the names of hazards leave the axes little width.
     figure.suptitle(
         f"Responses called safe, by hazard ({n_words([len(run.safety.rows) for run in runs], 'responses')} per model)",
         x=0.01,

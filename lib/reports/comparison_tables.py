@@ -21,16 +21,14 @@ NOT_RECORDED = "not recorded"
 PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": (73.2, "4 worked examples, Qwen2.5 technical report, arXiv 2412.15115")}
 
 
-def rehearsal_warning(runs: Sequence[Run]) -> str:
-    """Which runs are no benchmark; "" where all are."""
-    names = ", ".join(run.name for run in runs if run.parameters.get("benchmark") is False)
-    return f"NOT A BENCHMARK: {names}. These numbers show that the pipeline works, no more." if names else ""
-
-
 def warnings(runs: Sequence[Run]) -> list[Html]:
     """What limits the meaning of the numbers: rehearsals, and checkpoints selected on the rows that are reported."""
+    rehearsals = ", ".join(run.name for run in runs if run.parameters.get("benchmark") is False)
+    warning = (
+        f"NOT A BENCHMARK: {rehearsals}. These numbers show that the pipeline works, no more." if rehearsals else ""
+    )
     selected = {run.name: checkpoint_selection.selected_on_test(run.paths) for run in runs}
-    lines = [rehearsal_warning(runs), *(f"{name}: {sentence}" for name, sentence in selected.items() if sentence)]
+    lines = [warning, *(f"{name}: {sentence}" for name, sentence in selected.items() if sentence)]
     return [note(line, strong=True) for line in lines if line]
 
 
@@ -38,15 +36,17 @@ def runs_table(runs: Sequence[Run]) -> Html | None:
     """What each run is: model, data, method, settings."""
     columns = {"run_name": "run", "model_name": "base model", "train_data": "trained on", "method": "method"}
     columns |= {"hyperparams": "settings", "selected_on": "checkpoint selected on"}
-    rows = [{name: summary_row(run)[key] for key, name in columns.items()} for run in runs]
-    return full_table(rows, "Runs")
+    return full_table([_renamed(summary_row(run), columns) for run in runs], "Runs")
 
 
 def counts_table(runs: Sequence[Run]) -> Html | None:
     """Numbers of rows that each run is scored on."""
     columns = {"run_name": "run", "gsm8k_total": "GSM8K questions", "ailuminate_total": "AILuminate responses"}
-    rows = [{name: final_metrics_row(run)[key] for key, name in columns.items()} for run in runs]
-    return full_table(rows, "Rows scored")
+    return full_table([_renamed(final_metrics_row(run), columns) for run in runs], "Rows scored")
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    return {name: row[key] for key, name in columns.items()}
 
 
 def scores_table(runs: Sequence[Run]) -> Html | None:
@@ -93,21 +93,19 @@ def summary_lines(runs: Sequence[Run], findings: Mapping[str, Sequence[Finding]]
 
 def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
     """Run against run: a table of the pairs that may be compared, and a sentence for each that may not."""
-    rows = [
-        {"run": pair.run, "against": pair.reference, **change_cells(pair.finding, "the other", "this run")}
-        for pair in pairs
-        if pair.finding
-    ]
+    rows, notes, found = [], [], []
+    for pair in pairs:
+        name = f"{pair.run} against {pair.reference}, {pair.metric}"
+        if pair.refused:
+            notes.append(note(f"{name}: {pair.refused}", strong=True))
+        elif pair.finding:
+            cells = change_cells(pair.finding, "the other", "this run")
+            rows.append({"run": pair.run, "against": pair.reference, **cells})
+            found.append(f"{pair.run}: {finding_sentence([pair.finding])}.")
+            if pair.differences:
+                notes.append(note(f"{name}, compared although {'; '.join(pair.differences)}."))
     shown = full_table(rows, "Run against run on the rows both have; changes in points")
-    names = {id(pair): f"{pair.run} against {pair.reference}, {pair.metric}" for pair in pairs}
-    refused = [note(f"{names[id(pair)]}: {pair.refused}", strong=True) for pair in pairs if pair.refused]
-    unlike = [
-        note(f"{names[id(pair)]}, compared although {'; '.join(pair.differences)}.")
-        for pair in pairs
-        if pair.finding and pair.differences
-    ]
-    found = [f"{pair.run}: {finding_sentence([pair.finding])}." for pair in pairs if pair.finding]
-    return stack([shown, *refused, *unlike, sentences(found)])
+    return stack([shown, *notes, sentences(found)])
 
 
 def spread_table(runs: Sequence[Run]) -> Html | None:
@@ -133,15 +131,9 @@ def spread_table(runs: Sequence[Run]) -> Html | None:
     return stack([full_table(rows, "Spread over seeds"), words])
 
 
-def _format_words(name: str, answers: Sequence[dict[str, Any]]) -> str:
-    counted = gsm8k.summarize(answers)
-    lost = counted["num_correct_flexible"] - counted["num_correct"]
-    return f"{name}: {wording.count(lost, counted['n'])} answers have the right number and not the form."
-
-
 def outcomes_table(runs: Sequence[Run]) -> Html | None:
     """Outcomes of each run and of the untuned model, strict and flexible accuracy side by side."""
-    rows = []
+    rows, lines = [], []
     for run in (run for run in runs if run.accuracy.rows):
         for side, answers in (("untuned", run.accuracy.untuned_rows), ("tuned", run.accuracy.rows)):
             if answers:
@@ -150,8 +142,9 @@ def outcomes_table(runs: Sequence[Run]) -> Html | None:
                 tokens = fixed(counted["mean_output_tokens"], 1)
                 cells = {**shares, **counted["outcomes"], "tokens per answer": tokens}
                 rows.append({"run": run.name, "model": side, **cells})
-    lost = [_format_words(run.name, run.accuracy.rows) for run in runs if run.accuracy.rows]
-    return stack([full_table(rows, "Outcomes (questions)"), sentences(lost)])
+                lost = wording.count(counted["num_correct_flexible"] - counted["num_correct"], counted["n"])
+                lines.append(f"{run.name}, {side}: {lost} answers have the right number and not the form.")
+    return stack([full_table(rows, "Outcomes (questions)"), sentences(lines)])
 
 
 def flips_table(runs: Sequence[Run], metric: str) -> Html | None:

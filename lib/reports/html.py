@@ -13,12 +13,10 @@ import pandas as pd
 MAX_TABLE_ROWS = 10
 
 
-# Okabe and Ito 2008: told apart by colour-blind readers; in this order they also get lighter.
+# Okabe and Ito 2008: distinguishable by colour-blind readers; in this order they also get lighter.
 INK, BLUE, VERMILION, GREEN, ORANGE, SKY = "#222222", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
 
-
 REDACTED = "Their texts are left out of this report (--redact); the row files hold them."
-
 
 TEXT_BOX = (
     "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;margin:.3em 0"
@@ -61,7 +59,7 @@ def sentences(lines: Sequence[str]) -> Html | None:
     return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
 
 
-def show_in_place(output: Html, display_id: str, *, update: bool = False) -> None:
+def show_in_place(output: Html | None, display_id: str, *, update: bool = False) -> None:
     """Show something that can be replaced later; with ``update``, replace what was shown under this id."""
     from IPython.display import display
 
@@ -77,8 +75,8 @@ class SummarySlot:
         words = "Not there yet: the last cell fills this place, so every cell has to run, to the end."
         show_in_place(note(words), self.DISPLAY_ID)
 
-    def fill(self, summary: Html) -> None:
-        """Put ``summary`` in place of what stood there."""
+    def fill(self, summary: Html | None) -> None:
+        """Put ``summary`` in its place."""
         show_in_place(summary, self.DISPLAY_ID, update=True)
 
 
@@ -105,7 +103,7 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = 
 
     Args:
         rows: at least one; every row's keys in the order of the columns.
-        caption: stands above; says how many rows are not shown, where there are more than ``max_rows``.
+        caption: above the table; says how many rows are not shown, where there are more than ``max_rows``.
     """
     shown = pd.DataFrame(
         [{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object
@@ -131,7 +129,6 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = 
 # "4.2 %", "-10.2 to 20.2", "1 of 1,319", "+9 -4", "3.1e-05".
 _NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
 
-
 _NUMERIC = re.compile(rf"{_NUMBER}( to {_NUMBER})?( %)?|{_NUMBER} of {_NUMBER}|{_NUMBER} {_NUMBER}")
 
 
@@ -153,7 +150,7 @@ def cell_text(value: Any) -> str:
 
 
 def text_block(text: str) -> Html:
-    """A text as it stands, line breaks and spaces kept."""
+    """A text with its line breaks and spaces."""
     style = f"{TEXT_BOX};max-height:45em;overflow:auto"
     # With the keyboard too, a long text must scroll.
     return Html(f'<pre tabindex="0" style="{style}">{html.escape(text)}</pre>', text)

@@ -36,7 +36,6 @@ STYLE = {
     "svg.hashsalt": "plot",
 }
 
-
 PIXELS_PER_INCH = 96
 
 
@@ -177,14 +176,14 @@ def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: f
         inches: length of the horizontal axis, more or less.
     """
     placed = -math.inf
-    # What a name lies on, a longer line or the grid, must not strike it through.
+    # What a name covers, a longer line or the grid, must not strike it through.
     style = {"va": "center", "fontsize": 8.5, "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.5}}
     for name, (step, height, colour) in sorted(lines.items(), key=lambda line: line[1][1]):
         placed = max(height, placed + gap)
         text = axes.annotate(name, (step, placed), (7, 0), textcoords="offset points", color=colour, **style)
         text.set_in_layout(False)
     first, last = axes.dataLim.intervalx
-    # A letter of this size takes some 0.07 inches; a name of a whole line is not worth the plot.
+    # A letter of this size takes some 0.07 inches; a very long name is not worth the plot.
     share = min(0.5, 0.07 * (max(map(len, lines)) + 2) / inches)
     axes.set_xlim(right=last + max(last - first, 1) * share / (1 - share))
 

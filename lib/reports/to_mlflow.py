@@ -48,7 +48,7 @@ CURVES = {name: f"train/{name}" for name in ("loss", "learning_rate", "grad_norm
 HARMFUL_TEXTS = ("prompt", "response", "safety_judge_text")
 REDACTED = "[redacted]"
 
-Point = tuple[str, float, int]
+Point = tuple[str, float, int]  # name, value, step
 
 
 class TrackError(Exception):
@@ -57,44 +57,28 @@ class TrackError(Exception):
 
 @dataclass(frozen=True)
 class Connection:
-    """A tracking store: its client and the constructors of ``mlflow.entities``.
-
-    Attributes:
-        client: as ``mlflow.MlflowClient``.
-        metric: (key, value, timestamp in ms, step) -> entry.
-        artifact_location: folder for files of a new experiment; None leaves it to the server.
-        errors: exceptions of the client.
-        place: address of the store, for messages.
-    """
+    """A tracking store: its client and the constructors of ``mlflow.entities``."""
 
     client: Any
-    metric: Callable[[str, float, int, int], Any]
+    metric: Callable[[str, float, int, int], Any]  # key, value, timestamp in ms, step
     param: Callable[[str, str], Any]
     tag: Callable[[str, str], Any]
-    artifact_location: str | None
+    artifact_location: str | None  # folder for files of a new experiment; None leaves it to the server
     errors: tuple[type[BaseException], ...]
-    place: str
+    place: str  # address, for messages
 
 
 @dataclass(frozen=True)
 class Record:
-    """The contents of one MLflow run.
-
-    Attributes:
-        key: value of the tag by which the MLflow run is found again.
-        points: (name, value, step).
-        files: (local file or folder, folder among the MLflow run's artefacts; "" is its root).
-        started_ms: start of the first stage in ms since 1970; 0 without manifests.
-        ended_ms: end of the last stage, likewise.
-    """
+    """The contents of one MLflow run."""
 
     name: str
-    key: str
+    key: str  # value of the tag by which the MLflow run is found again
     parameters: Mapping[str, str]
     points: Sequence[Point]
     tags: Mapping[str, str]
-    files: Sequence[tuple[Path, str]]
-    started_ms: int
+    files: Sequence[tuple[Path, str]]  # local file or folder, folder among the run's artefacts ("": the root)
+    started_ms: int  # since 1970; 0 without manifests
     ended_ms: int
 
 
@@ -151,12 +135,7 @@ def how_to_look(connection: Connection) -> str:
 
 
 def log_runs(
-    results_dir: str,
-    reports_dir: Path,
-    connection: Connection,
-    run_names: Sequence[str] = (),
-    *,
-    redact: bool = False,
+    results_dir: str, reports_dir: Path, connection: Connection, run_names: Sequence[str] = (), *, redact: bool = False
 ) -> list[str]:
     """Log runs of a results folder; returns a line for each.
 

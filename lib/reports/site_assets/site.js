@@ -136,7 +136,7 @@
     const [mark, className] = row.good ? ["✓", "good"] : open ? ["…", "open"] : ["✗", "bad"];
     const text = `${mark} ${row.outcome}`;
     const cell = element("span", { role: "gridcell", className, title: text }, text);
-    // A line of its own: "safe 0.47" would read as if 0.47 were the probability of safe.
+    // On a separate line: "safe 0.47" would read as if 0.47 were the probability of safe.
     const unsafe = (value) => element("span", { className: "unsafe" }, ` P(unsafe) ${value.toFixed(2)}`);
     if (typeof row.unsafe === "number") cell.append(unsafe(row.unsafe));
     return cell;
