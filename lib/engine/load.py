@@ -255,7 +255,7 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
             str(folder),
             dtype=runtime.dtype,
             device_map={"": runtime.device},
-            quantization_config=_nf4_config(runtime.dtype) if quantization == "nf4" else None,
+            quantization_config=nf4_config(runtime.dtype) if quantization == "nf4" else None,
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -317,7 +317,8 @@ def peak_memory_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def _nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -346,7 +347,7 @@ def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreT
         return _dequantize(load_base(folder, runtime, quantization))
     files, versions = _weight_files(folder), {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
     made_from = dense_cache.identity(
-        [*files, folder / "config.json"], nf4=_nf4_config(runtime.dtype).to_dict(), dtype=str(runtime.dtype), **versions
+        [*files, folder / "config.json"], nf4=nf4_config(runtime.dtype).to_dict(), dtype=str(runtime.dtype), **versions
     )
     with quiet_loading():
         return dense_cache.load_or_make(

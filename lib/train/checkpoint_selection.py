@@ -298,6 +298,17 @@ class Choice:
     why_no_safety: str = ""
     reads_safety: bool = False
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "selected_on": self.selected_on,
+            "sweep_metric": self.table[0]["metric"] if self.table else None,
+            "no_dev_safety": self.why_no_safety,
+            "unused_parameters": [] if self.reads_safety else list(SAFETY_PARAMETERS),
+            "checkpoints": self.table,
+        }
+
 
 def choose(
     parameters: Mapping[str, Any],
@@ -408,8 +419,8 @@ def _safety_inputs(
     return judge, prompts, [loaded[1].file, paths.ailuminate_rows], why_not
 
 
-def keep_adapter(source: Path, adapter_dir: Path) -> None:
-    """Copy an adapter to where the later stages look for it."""
+def keep_adapter(source: Path | None, adapter_dir: Path) -> None:
+    """Copy an adapter to where the later stages look for it; without a source it is there already."""
     adapter_dir.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.glob("adapter_*")):
+    for file in sorted(source.glob("adapter_*")) if source else []:
         shutil.copy2(file, adapter_dir / file.name)

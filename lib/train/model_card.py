@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from lib import gsm8k
 from lib.engine.sources import ModelSource
-from lib.record.files import sha256_file, write_text
-from lib.record.paths import PROJECT_ROOT, shown_path
+from lib.record.files import read_json, sha256_file, write_text
+from lib.record.paths import PROJECT_ROOT, RunPaths, shown_path
 from lib.record.redaction import clean, clean_value
+from lib.record.rows import read_jsonl
+from lib.train.checkpoint_selection import Choice
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -147,6 +150,36 @@ def metrics_table(log: Sequence[Mapping[str, Any]], scores: Sequence[tuple[str, 
     if measured:
         table["loss on development rows"] = f"{measured[0]}, {measured[-1]}"
     return table | {name: f"{successes} of {total}" for name, successes, total in scores}
+
+
+def run_card(
+    parameters: Mapping[str, Any], paths: RunPaths, base: ModelSource, dtype: str, trained: str, choice: Choice
+) -> CardFacts:
+    """Contents of the card of a run's adapter.
+
+    Args:
+        dtype: as ``str(torch.dtype)``.
+        trained: what was trained, in a sentence.
+    """
+    manifest = paths.manifest("01_prepare")
+    prepared = read_json(manifest) if manifest.exists() else {}
+    made_here = not parameters["checkpoint"]
+    rates = choice.scores and next(one for one in choice.scores if one.checkpoint == choice.name).rates
+    scores = [(f"{metric}, {choice.selected_on}", *counts) for metric, counts in rates.items()] if rates else []
+    return CardFacts(
+        run_name=parameters["run_name"],
+        base=base,
+        revision=parameters["base_model_revision"],
+        trained=trained,
+        selection=choice.sentence,
+        dtype=dtype.removeprefix("torch."),
+        training=training_data(prepared, paths.train_rows) if made_here else {},
+        evaluation=evaluation_data(prepared, paths.dev_rows),
+        parameters=parameters if made_here else {"quantization": parameters["quantization"]},
+        metrics=metrics_table(read_jsonl(paths.training_log) if made_here else [], scores),
+        prompt=gsm8k.SYSTEM_PROMPT,
+        benchmark=parameters["benchmark"],
+    )
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """Training rows as tokens and labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from lib import gsm8k
 from lib.engine.load import Message, ModelError, end_of_turn_id, render_completion
 from lib.train.packing import IGNORED_LABEL, Example
 
@@ -110,6 +111,15 @@ def encode_rows(
             "raise max_seq_length"
         )
     return rows
+
+
+def encode_split(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], max_seq_length: int, use: str = "training"
+) -> EncodedRows:
+    """``encode_rows`` of rows ``question, answer``; without rows there are no examples."""
+    if not rows:
+        return EncodedRows([], [], [])
+    return encode_rows(tokenizer, list(map(gsm8k.training_messages, rows)), max_seq_length, use)
 
 
 def num_supervised(example: Example) -> int:

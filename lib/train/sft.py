@@ -11,9 +11,10 @@ rows, ``dev_loss``) and, last, ``training.json``: it exists only when training i
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from lib.engine.load import peak_memory_gib, quiet_loading
+from lib.engine.load import Runtime, load_for_training, peak_memory_gib, quiet_loading
+from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
 from lib.record.redaction import clean
 from lib.train.checkpoints import (
@@ -38,6 +40,7 @@ from lib.train.checkpoints import (
 )
 from lib.train.memory_plan import MemoryPlan, cut_micro_batches, plan_memory
 from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, attention, check_loss
+from lib.train.rows import EncodedRows
 from lib.train.settings import TrainResult, TrainSettings
 from lib.train.trainer import Recorder, StepDataset, StepTrainer, only_item, training_arguments
 
@@ -113,6 +116,24 @@ def train(
         return _finish(trainer, plan, latest, output_dir)
 
 
+def train_adapter(
+    parameters: Mapping[str, Any],
+    base: ModelSource,
+    runtime: Runtime,
+    rows: EncodedRows,
+    dev_rows: EncodedRows,
+    output_dir: Path,
+) -> TrainResult | None:
+    """The training of a run; None where ``checkpoint`` names a finished adapter."""
+    if parameters["checkpoint"]:
+        return None
+    settings = TrainSettings.from_params(parameters, f"{base.identity} {parameters['quantization']}")
+    model = load_for_training(base.folder, runtime, parameters["quantization"])
+    num_checkpoints = parameters["max_sweep_checkpoints"] if parameters["checkpoint_sweep"] else 0
+    dev = dev_rows.examples
+    return train(model, rows.examples, settings, output_dir, dev_examples=dev, num_checkpoints=num_checkpoints)
+
+
 def training_fingerprint(
     model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings, dev_examples: Sequence[Example] = ()
 ) -> str:
@@ -136,16 +157,21 @@ def _checkpointing_words(plan: MemoryPlan) -> str:
     return "activations computed twice" if plan.gradient_checkpointing else "activations kept"
 
 
-@contextmanager
-def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftModel]:
-    """The model with fresh adapters and packed attention; both are taken off again."""
-    config = LoraConfig(
+def lora_config(settings: TrainSettings) -> LoraConfig:
+    """Adapters on every linear layer of the decoder blocks."""
+    return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=list(LORA_TARGETS),
         task_type="CAUSAL_LM",
     )
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftModel]:
+    """The model with fresh adapters and packed attention; both are taken off again."""
+    config = lora_config(settings)
     config._register_custom_module({nn.Linear: ComputeDtypeLoraLinear})
     set_seed(settings.seed)
     with quiet_loading():
@@ -187,7 +213,9 @@ def _build_trainer(
     recorder = Recorder(output_dir / "training_log.jsonl", fingerprint, len(steps), say)
     trainer = StepTrainer(
         model=wrapped,
-        args=training_arguments(wrapped, len(steps), settings, output_dir / "checkpoints"),
+        args=training_arguments(
+            wrapped.device.type, wrapped.get_base_model().dtype, len(steps), settings, output_dir / "checkpoints"
+        ),
         train_dataset=StepDataset(examples, steps, plan.micro_batch_tokens, settings.num_epochs),
         data_collator=only_item,
         callbacks=[recorder],

@@ -31,13 +31,13 @@ USUAL_STEPS, FEWEST_USUAL_STEPS = 20, 5
 
 
 def training_arguments(
-    wrapped: PeftModel, num_steps: int, settings: TrainSettings, checkpoints_dir: Path
+    device: str, dtype: torch.dtype, num_steps: int, settings: TrainSettings, checkpoints_dir: Path
 ) -> TrainingArguments:
-    device, dtype = wrapped.device, wrapped.get_base_model().dtype
+    """What transformers' Trainer is called with."""
     args = TrainingArguments(
         output_dir=str(checkpoints_dir),
-        use_cpu=device.type == "cpu",
-        # Rows of a step, their order and their accumulation are the data set's business.
+        use_cpu=device == "cpu",
+        # The data set decides on the rows of a step, their order and their accumulation.
         per_device_train_batch_size=1,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
