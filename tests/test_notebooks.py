@@ -8,8 +8,6 @@ import json
 import os
 import re
 import statistics
-from html.parser import HTMLParser
-from urllib.parse import unquote
 
 import made_runs
 import nbclient
@@ -17,7 +15,6 @@ import nbformat
 import papermill
 import pytest
 import yaml
-from nbconvert import HTMLExporter
 
 from lib import gsm8k, safety
 from lib.driver.notebook import declared_parameters, execute
@@ -28,6 +25,7 @@ from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RES
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import html, tables
 from lib.train import checkpoint_selection, selection_rows
+from lib.train.settings import TrainSettings
 from run_all import build_parser
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
@@ -35,6 +33,8 @@ SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "off
 SETTINGS |= {"run_names": [], "require_rows": False, "redact": False, "allow_unlike": False}
 KNOWN = Params.model_fields.keys() | RUN_SETTINGS.keys()
 MAX_LINES, MEDIAN_LINES, PROSE_SHARE = 25, 8, 0.4
+# The cell that checks the parameters, and the one that writes the manifest.
+SETUP, FINISH = r"params\.from_notebook|open_stage\(", r"(record|stage)\.finish\("
 
 
 def read(stage):
@@ -91,48 +91,12 @@ def test_every_section_begins_with_why(stage):
 
 def test_the_summary_comes_first_and_the_last_cell_fills_it(stage):
     cells = read(stage).cells
-    setup = next(place for place, cell in enumerate(cells) if "params.from_notebook" in cell.source)
+    setup = next(place for place, cell in enumerate(cells) if re.search(SETUP, cell.source))
     assert cells[setup + 1].source.startswith("## Summary\n")
-    assert cells[setup + 2].source == "summary = report.summary_slot()"
+    assert re.search(r"^(stage\.summary\(\)|summary = \w+\.summary_slot\(\))$", cells[setup + 2].source)
     assert not any(cell.source.startswith("## ") for cell in cells[:setup])
-    filling = [place for place, cell in enumerate(cells) if "summary.fill(" in cell.source]
+    filling = [place for place, cell in enumerate(cells) if re.search(r"summary\.fill\(|stage\.finish\(", cell.source)]
     assert filling == [len(cells) - 1]
-
-
-def test_the_contents_name_every_section_and_lead_to_it(stage):
-    page = AnchorReader()
-    # As the driver exports a filled notebook.
-    page.feed(HTMLExporter(template_name="lab").from_notebook_node(read(stage))[0])
-    contents = read(stage).cells[0].source.partition("**Contents**")[2]
-    listed = re.findall(r"^- \[(.+)\]\(#", contents, flags=re.MULTILINE)
-    assert listed == [title for _, title in page.headings] and len(set(listed)) == len(listed)
-    assert [unquote(link) for link in page.links] == [f"#{anchor}" for anchor, _ in page.headings]
-
-
-class AnchorReader(HTMLParser):
-    """Second-level headings of a page as (id, text), and the addresses of its links that are items of a list."""
-
-    def __init__(self):
-        super().__init__()
-        self.headings, self.links, self.open = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.open.append(tag)
-        if tag == "h2":
-            self.headings.append((found["id"], ""))
-        elif tag == "a" and self.open[-2:] == ["li", "a"]:
-            self.links.append(found["href"])
-
-    def handle_endtag(self, tag):
-        # What has no end, such as an image, goes with what it stands in.
-        while tag in self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if self.open[-1:] == ["h2"]:
-            anchor, title = self.headings[-1]
-            self.headings[-1] = (anchor, title + data)
 
 
 def test_no_definitions_no_handlers_no_shell(stage):
@@ -146,7 +110,7 @@ def test_no_definitions_no_handlers_no_shell(stage):
 
 def test_the_manifest_is_written_once_and_last(stage):
     sources = code_cells(stage)
-    finishing = [place for place, source in enumerate(sources) if "record.finish(" in source]
+    finishing = [place for place, source in enumerate(sources) if re.search(FINISH, source)]
     assert len(finishing) == 1 and any("assert " in source for source in sources)
     after = "\n".join(sources[finishing[0] + 1 :])
     assert not re.search(r"artifacts\.|compare\.write|show_plot|RowLog", after)
@@ -155,10 +119,23 @@ def test_the_manifest_is_written_once_and_last(stage):
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 
+def read_by_modules(stage):
+    """Parameters that the modules imported by a notebook read out of ``stage.parameters``."""
+    imported = re.findall(r"^from (lib[\w.]*) import (.*)$", "\n".join(code_cells(stage)), re.MULTILINE)
+    modules = {module for module, _ in imported} | {
+        f"{module}.{one}" for module, all in imported for one in all.split(", ")
+    }
+    files = [PROJECT_ROOT / f"{module.replace('.', '/')}.py" for module in modules]
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    training = TrainSettings.__dataclass_fields__ if "lib.train.sft" in modules else ()
+    return {*re.findall(r'(?:parameters|known)\["(\w+)"\]', sources), *training}
+
+
 def test_parameters_are_exactly_the_names_used(stage):
     declared = declared_parameters(stage).keys()
     names = [node for source in code_cells(stage) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-    assert {name.id for name in names if isinstance(name.ctx, ast.Load)} & KNOWN == declared
+    used = {name.id for name in names if isinstance(name.ctx, ast.Load)} & KNOWN
+    assert used <= declared <= used | read_by_modules(stage)
     # A parameter that a cell overwrites would no longer be what the report says it was.
     assert not {name.id for name in names if isinstance(name.ctx, ast.Store)} & KNOWN
 
@@ -213,7 +190,7 @@ def test_a_preset_named_in_the_first_cell_gives_its_values_and_its_run(tmp_path)
     noted = read_json(paths.manifest("01_prepare"))["parameters"]
     assert (noted["run_name"], noted["max_train_rows"], noted["fewshot_k"]) == ("mine", 9, 1)
     assert noted.keys() == declared_parameters("01_prepare").keys()
-    setup = next(cell for cell in cells if "params.from_notebook" in cell.source)
+    setup = next(cell for cell in cells if re.search(SETUP, cell.source))
     assert "Run mine: my own." in json.dumps(setup.outputs)
 
 
@@ -360,7 +337,7 @@ def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path,
     # Strong notes, beside the rate and again in the summary.
     assert [html.VERMILION in note.html for note in [*names["winner"], *more["winner"]]] == [True, True] * on_test
     assert seen.count("too high by the luck") == (4 if on_test else 0)
-    assert all("*winner" in code_cells(stage)[-1] for stage in ("03_eval_gsm8k", "04_eval_safety", "05_compare"))
+    assert all("*winner" in code_cells(stage)[-1] for stage in ("03_eval_gsm8k", "04_eval_safety"))
 
 
 def test_an_answer_without_a_number_is_called_that():
@@ -382,7 +359,7 @@ def test_scales_are_words_and_no_list(stage):
     assert names["told"].text.endswith(" here: 0.25, 0.5.")
 
 
-@pytest.mark.parametrize("stage", ["03_eval_gsm8k", "04_eval_safety", "05_compare"])
+@pytest.mark.parametrize("stage", ["03_eval_gsm8k", "04_eval_safety"])
 def test_the_end_of_a_stage_leaves_no_stray_word(stage):
     (source,) = [source for source in code_cells(stage) if "record.finish(" in source]
     assert isinstance(ast.parse(source).body[-1], ast.Assign)

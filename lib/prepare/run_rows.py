@@ -97,8 +97,8 @@ def draw_rows(data: RunData, parameters: Mapping[str, Any]) -> RunRows:
         TrainFileError: training rows have faults, and ``train_file_faults`` is ``refuse``.
         ValueError: there are fewer rows than the parameters ask for.
     """
-    draw = {name: parameters[name] for name in ("dev_rows", "max_train_rows")}
-    draw |= {"pool_size": parameters["fewshot_pool_size"], "seed": parameters["data_seed"]}
+    draw = {"pool_size": parameters["fewshot_pool_size"], "dev_rows": parameters["dev_rows"]}
+    draw |= {"max_train_rows": parameters["max_train_rows"], "seed": parameters["data_seed"]}
     # Before the pool is drawn: a GSM8K file of one's own may hold test questions too.
     drawable = check_file(data.gsm8k_train, data, parameters)
     # Which rows are held out depends on GSM8K train alone; they are needed to check the training rows.
