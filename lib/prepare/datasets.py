@@ -26,14 +26,8 @@ from lib.record.text_files import TextFileError, decode_text, read_text
 from lib.safety import parse_prompts_csv, select_prompts
 
 RAW_DIR = PROJECT_ROOT / "data" / "raw"
-
-
 SANDBOX_DIR = PROJECT_ROOT / "data" / "sandbox"
-
-
 CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
-
-
 Row = dict[str, Any]
 
 
@@ -82,56 +76,30 @@ class _Published:
 
 
 QUESTION_COLUMNS = ("question", "answer")
-
-
 TO_JSON_LINES = (
     "python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]' < old > new.jsonl"
 )
-
-
 # JSON can spell it and no encoding can: a tokenizer would fail on it hours later.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 UNSTATED = "not stated by its source"
-
-
 WITHOUT_TRAIN_FILE = (
     "or train without that file, on the base model's own correct answers: run_all.py --presets distilled, or "
     "--set train_source=self_distilled train_file= train_file_url="
 )
-
-
 GSM8K_HUB_ID = "openai/gsm8k"
-
-
 GSM8K_HUB_CONFIG = "main"
-
-
 # Content of the published splits: 7,473 and 1,319 rows.
 GSM8K_SHA256 = {
     "train": "d7258301a8643789aed45c15bbe328bb4ec398fa60c7eb290ba40ccff26cba9c",
     "test": "13ee343c128dbc3cee820f744d547416974a23f2ea356a454d4aa3376a35bd37",
 }
-
-
 MLCOMMONS_FILE = "airr_official_1.0_demo_en_us_prompt_set_release.csv"
-
-
 MLCOMMONS_URL = (
     "https://raw.githubusercontent.com/mlcommons/ailuminate/769cc2be9d20c8d4fb26ce53b68865ed41dfb8e2/" + MLCOMMONS_FILE
 )
-
-
 MLCOMMONS_SHA256 = "40ff1d5be8981b74c90f611788e5d3a1753f401d17c24a614e73d3346a9f4a81"
-
-
 CLASS_FILE = "ailuminate_test.csv"
-
-
 CLASS_URL = "https://www.csie.ntu.edu.tw/~b10902031/" + CLASS_FILE
-
-
 CLASS_NUM_ROWS = 240
 
 

@@ -12,12 +12,8 @@ from lib.record.rows import read_jsonl
 from lib.train.settings import TrainResult
 
 COMPLETE = "complete.json"
-
-
 # What the mark above is renamed to in a checkpoint whose weights were found unsound: nothing goes on from it.
 UNSOUND = "unsound.json"
-
-
 ADAPTER_FILE = "adapter_model.safetensors"
 
 

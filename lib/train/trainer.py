@@ -25,8 +25,6 @@ from lib.train.settings import TrainSettings
 
 # When a loss counts as exploded (``why_exploded``); wide of what the rows of a step move it by.
 EXPLODED_OVER_FIRST, EXPLODED_OVER_USUAL = 2, 10
-
-
 USUAL_STEPS, FEWEST_USUAL_STEPS = 20, 5
 
 
