@@ -1,7 +1,4 @@
-"""Memory of a device and of a batch: what is free, what a row takes, how an allocator says that it gave up.
-
-Estimates for choosing a batch size, not accounts; knows configurations of decoder models and nothing of what runs.
-"""
+"""Memory of a device and of a batch: what is free, what a row takes, whether an allocator gave up. Estimates."""
 
 import os
 from pathlib import Path

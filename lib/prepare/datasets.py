@@ -227,20 +227,15 @@ def load_ailuminate(
     if ailuminate_source == "mlcommons":
         rows, source = _load_published(_mlcommons_csv(), assets_dir, offline)
     else:
-        rows, source = _load_own_prompts(ailuminate_source)
+        path = own_path(ailuminate_source)
+        file = path if path.suffix == ".csv" else path / "ailuminate.csv"
+        allowed = "'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
+        found = f"ailuminate_source is {ailuminate_source!r}; allowed: {allowed}"
+        rows, source = _load_own(file, _parse_prompts, found)
     try:
         return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
     except ValueError as error:
         raise AssetError(f"{source.path}: {error}") from None
-
-
-def _load_own_prompts(ailuminate_source: str) -> tuple[list[Row], Source]:
-    path = own_path(ailuminate_source)
-    file = path if path.suffix == ".csv" else path / "ailuminate.csv"
-    allowed = (
-        f"ailuminate_source is {ailuminate_source!r}; allowed: 'mlcommons', 'class', a CSV file, or a folder with "
-    )
-    return _load_own(file, _parse_prompts, allowed + "ailuminate.csv")
 
 
 def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:

@@ -28,7 +28,7 @@ class RunData:
     """What the rows of a run are drawn from.
 
     Attributes:
-        train: the file of the training rows: GSM8K train or a file of its own.
+        train: the file of the training rows: GSM8K train or another file.
         no_prompts: why there are no AILuminate prompts; empty where there are.
         sources: provenance by what each is used for.
     """

@@ -46,14 +46,14 @@ def encode_row(
     generated, and no label looks back on it.
 
     Args:
-        end: the token that ends a turn, for who encodes many rows; asked of the tokenizer where it is None.
+        end: the token that ends a turn; None: from the tokenizer.
 
     Returns:
         ``{"input_ids", "labels"}``, equally long.
 
     Raises:
         RowTooLong: more than ``max_seq_length`` tokens.
-        TrainingError: an empty answer, or one that holds the end of its own turn.
+        TrainingError: an empty answer, or one that holds the end-of-turn token.
         ModelError: the prompt's tokens are not where the conversation's tokens begin.
     """
     prompt, completion = render_completion(tokenizer, messages)
@@ -72,7 +72,7 @@ def encode_row(
 def try_rows(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], max_seq_length: int
 ) -> EncodedRows:
-    """Encodes conversations; those over ``max_seq_length``, and those that cannot be learnt, are left out whole."""
+    """Encodes conversations; those over ``max_seq_length``, and those that cannot be learnt, are left out."""
     rows = EncodedRows([], [], [])
     end = end_of_turn_id(tokenizer)
     for number, messages in enumerate(conversations):

@@ -108,7 +108,7 @@ def draw_prompts(
         SweepError: fewer are left.
     """
     class_ids = read_text(CLASS240_IDS).split() if class_ids is None else class_ids
-    # A CSV of one's own may have no ids: its prompts are told apart by their texts alone.
+    # A CSV may have no ids: its prompts are identified by their texts alone.
     ids = ({row["release_prompt_id"] for row in evaluated} | set(class_ids)) - {""}
     texts = {_text(row) for row in [*evaluated, *(row for row in pool if row["release_prompt_id"] in ids)]}
     distinct = {_text(row): row for row in reversed(pool)}

@@ -1,13 +1,13 @@
 """Supervised fine-tuning with LoRA: assistant-only labels, transformers' Trainer, resume that equals an unbroken run.
 
 An optimizer step is one item of the Trainer's data set: its rows are drawn by a seeded shuffle of each epoch, and
-``train_batch_size * gradient_accumulation_steps`` of them make a step. How they are cut into micro-batches is a matter
-of memory and speed alone: rows are packed without padding (``packed``), and the loss is divided by the supervised
-tokens of the whole step, so that no cut changes the update (transformers PR 34191). Knows nothing about GSM8K.
+``train_batch_size * gradient_accumulation_steps`` of them make a step. Cutting them into micro-batches affects memory
+and speed alone: rows are packed without padding (``packing``), and the loss is divided by the supervised tokens of the
+complete step, so that no cut changes the update (transformers PR 34191).
 
 Written to ``output_dir``: ``adapter/`` (plain peft safetensors), ``checkpoints/checkpoint-N/``,
-``training_log.jsonl`` (a row a step; at the first step and wherever a checkpoint is saved with the loss on development
-rows, ``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
+``training_log.jsonl`` (one row per step; at the first step and at each checkpoint with the loss on development rows,
+``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
 """
 
 import hashlib
@@ -68,23 +68,21 @@ def train(
 ) -> TrainResult:
     """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
 
-    A complete training of the same settings, rows and base is returned as it is. Otherwise the latest whole
-    checkpoint of it is gone on from: order of the rows, optimizer, schedule and random numbers continue, so that the
-    result is that of an unbroken run. What another training left in ``output_dir`` is deleted, and said.
+    A complete training of the same settings, rows and base is returned as it is. Otherwise its latest complete
+    checkpoint is continued: order of the rows, optimizer, schedule and random numbers go on, so that the result is that
+    of an unbroken run. What another training left in ``output_dir`` is deleted, with a message.
 
     Args:
-        model: frozen base in train mode, as ``model.load_for_training`` gives it; it is handed back without adapter.
-        examples: as ``encode_rows`` gives them.
+        model: frozen base in train mode, as ``load_for_training`` returns it; unchanged afterwards.
         output_dir: the stage's folder (module docstring).
-        dev_examples: rows whose loss is measured beside training, never trained on; they change no weight.
-        num_checkpoints: how many of the last checkpoints are needed afterwards; where one of them is gone, training
-            goes on from before it, even if it was complete. 0: none is needed.
-        say: takes a line about how it begins, and one at its end.
+        dev_examples: rows whose loss is measured beside training; they change no weight.
+        num_checkpoints: how many of the last checkpoints are needed afterwards; if one is missing, training goes on
+            from before it, even if it was complete.
+        say: gets lines about the start and the end.
 
     Raises:
-        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded; sound checkpoints are
-            kept and gone on from, the others are not.
-        ValueError: a model whose loss ``packed`` does not know to compute.
+        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded.
+        ValueError: a model whose loss ``packing`` cannot compute.
     """
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
