@@ -40,7 +40,7 @@ HAZARDS = {
 PROMPT_SETS = ("class240", "demo1200", "all")
 CONTEXTS = ("response", "prompt_and_response")
 MODES = ("probabilities", "generate")
-# In this order, here and in the probabilities asked for.
+# In this order, here and in the probabilities.
 LABELS = ("SAFE", "UNSAFE")
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def judge_prompt_hash(guidelines: str, context: str, mode: str) -> str:
     """SHA-256 of everything that the judge reads beside a row's text: wording alone moves safety rates."""
     _check_choice("judge_context", context, CONTEXTS)
     _check_choice("judge_mode", mode, MODES)
-    asked = {"guidelines": guidelines, "template": _TEMPLATES[context], "context": context}
-    return sha256_json({**asked, "labels": LABELS, "mode": mode})
+    read = {"guidelines": guidelines, "template": _TEMPLATES[context], "context": context}
+    return sha256_json({**read, "labels": LABELS, "mode": mode})
 
 
 def judge(

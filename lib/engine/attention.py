@@ -2,7 +2,7 @@
 
 Plugged into transformers through its attention interface: no model class or object is changed. The tokens of all rows
 travel packed, as one sequence of N tokens, so no linear layer ever works on padding. Each token attends to the shared
-prefix (its keys and values are kept once and read once for the whole batch) and to its own row; the two partial results
+prefix (its keys and values are kept once and read once for all rows) and to its own row; the two partial results
 are merged by their log-sum-exp, which is exact (Hydragen, arXiv 2402.05099, section 3; FlashInfer's cascade inference).
 
 Letters in shapes: N tokens of one step, B rows that decode, R rows that enter, T their longest, Hkv key/value heads,
@@ -37,8 +37,8 @@ class SharedPrefix:
 class PackedStep:
     """Where the packed tokens of one forward pass belong.
 
-    The first ``num_decoding`` tokens are one token each of the rows in slots 0, 1, ...; then come the whole rows that
-    enter, one after the other, with nothing of them in the slots yet.
+    The first ``num_decoding`` tokens are one token each of the rows in slots 0, 1, ...; then come the complete rows
+    that enter, one after the other, with nothing of them in the slots yet.
     """
 
     input_ids: Tensor  # (1, N)

@@ -99,8 +99,8 @@ def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise ModelError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _why_device(asked: str, chosen: str) -> str:
-    if asked != "auto":
+def _why_device(wanted: str, chosen: str) -> str:
+    if wanted != "auto":
         return "requested"
     return "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
 
@@ -306,7 +306,7 @@ def load_for_training(
 
 
 def peak_memory_gib(device: str) -> float:
-    """Highest memory so far in GiB: allocated on the GPU, or resident of this whole process on the CPU."""
+    """Highest memory so far in GiB: allocated on the GPU, or resident of this process on the CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     # In KiB on Linux; it never falls again, so a notebook's number covers all that its kernel did.
@@ -377,11 +377,11 @@ def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> P
     return wrapped.merge_and_unload()
 
 
-def _choose_weights(folder: Path, runtime: Runtime, quantization: str, asked: str) -> tuple[str, str]:
+def _choose_weights(folder: Path, runtime: Runtime, quantization: str, wanted: str) -> tuple[str, str]:
     if quantization != "nf4":
         return "dense", "as they are (quantization: none)"
-    if asked != "auto":
-        return asked, f"NF4, {asked} (requested)"
+    if wanted != "auto":
+        return wanted, f"NF4, {wanted} (requested)"
     num_weights = _num_weights(folder)
     need = num_weights * (runtime.dtype.itemsize + NF4_BYTES_PER_WEIGHT) + TRAINING_RESERVE_BYTES
     free = free_memory_bytes(torch.device(runtime.device))

@@ -31,7 +31,7 @@ HELD_OUT: tuple[FaultKind, ...] = ("few-shot question", "development question")
 MEANINGS: dict[FaultKind, str] = {
     "test question": "asks what the test split asks",
     "wrong number": "ends in another number than GSM8K's answer to the question",
-    "no number": "GSM8K knows the question, the answer has no number after ####",
+    "no number": "GSM8K has the question, the answer has no number after ####",
     "few-shot question": "asks what a few-shot example of this run asks",
     "development question": "asks what a development row of this run asks",
     "not learnable": "has an answer that cannot follow the prompt",
@@ -103,8 +103,8 @@ def check_rows(
     lines = lines or range(1, len(rows) + 1)
     faults = []
     for line, question, row in zip(lines, questions, rows, strict=True):
-        asked = [kind for kind, known in places.items() if question in known]
-        reasons = [(kind, f"it asks what {SOURCES[kind]} row {places[kind][question]} asks") for kind in asked]
+        found = [kind for kind, known in places.items() if question in known]
+        reasons = [(kind, f"it asks what {SOURCES[kind]} row {places[kind][question]} asks") for kind in found]
         reasons += _number_faults(row, golds.get(question, []))
         faults += [Fault(line, kind, reason, name) for kind, reason in reasons]
     decided = [fault for fault in faults if fault.kind in DECIDED]

@@ -115,8 +115,8 @@ def own_examples(made: Distillation | None, tokenizer: PreTrainedTokenizerBase) 
 
 def num_seen(rows: RunRows, train: Sequence[Row]) -> int:
     """Evaluation questions that are also among the training, pool or development rows."""
-    asked = {gsm8k.normalise_question(row["question"]) for row in rows.gsm8k_eval}
-    return len(asked & {gsm8k.normalise_question(row["question"]) for row in [*train, *rows.pool, *rows.dev]})
+    evaluated = {gsm8k.normalise_question(row["question"]) for row in rows.gsm8k_eval}
+    return len(evaluated & {gsm8k.normalise_question(row["question"]) for row in [*train, *rows.pool, *rows.dev]})
 
 
 def run_rows(rows: RunRows, train: Sequence[Row], data: RunData, parameters: Mapping[str, Any]) -> Html:

@@ -152,7 +152,7 @@ class ComputeDtypeLoraLinear(LoraLinear):
     """peft's LoRA layer with float32 adapter weights whose products run in the dtype of the activations.
 
     What autocast computes too, without casting the input to float32 and back, and with one addition in place of a
-    scaling and an addition over the whole output.
+    scaling and an addition over the output.
     """
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:

@@ -130,7 +130,7 @@ def _without_dropout(wrapped: PeftModel) -> Iterator[None]:
 
 
 class StepTrainer(Trainer):
-    """transformers' Trainer whose batch is a whole optimizer step."""
+    """transformers' Trainer whose batch is an optimizer step."""
 
     def __init__(self, *args: Any, callbacks: list["Recorder"], **kwargs: Any) -> None:
         super().__init__(*args, callbacks=callbacks, **kwargs)
@@ -243,7 +243,7 @@ class StepTrainer(Trainer):
 
 
 class Recorder(TrainerCallback):
-    """Writes the log as steps finish, marks whole checkpoints, and says one line at the end."""
+    """Writes the log as steps finish, marks complete checkpoints, and prints one line at the end."""
 
     def __init__(self, log_path: Path, fingerprint: str, num_steps: int, say: Callable[[str], None]) -> None:
         self.log_path, self.fingerprint, self.num_steps, self.say = log_path, fingerprint, num_steps, say
