@@ -345,49 +345,48 @@ def _sweep(
     # Imports torch, which the reports that only read a finished choice do without.
     from lib.engine.generate import Models
 
-    metric, quantization = parameters["sweep_metric"], parameters["quantization"]
+    metric, most = parameters["sweep_metric"], parameters["max_sweep_checkpoints"]
     folder = paths.stage_dir("02_train") / "sweep"
     judge_source, prompts, files, why_no_safety = _safety_inputs(parameters, paths, folder)
     rows = evaluation_rows(paths, metric) if parameters["sweep_on_test"] else development_rows(paths, prompts)
-    pool = read_jsonl(paths.fewshot_rows) if parameters["fewshot_k"] else []
-    guidelines_file = project_path(parameters["guidelines_file"])
-    if rows.prompts:
-        files = [*files, guidelines_file]
-    protocol = Protocol(
-        model={
-            "base": f"{base.identity} {quantization}",
-            "dtype": str(runtime.dtype),
-            "template": sha256_json(chat_template),
-        },
-        fewshot=gsm8k.fewshot_examples(pool, parameters["fewshot_k"]),
-        max_answer_tokens=parameters["gsm8k_max_new_tokens"],
-        max_response_tokens=parameters["ailuminate_max_new_tokens"],
-        judge={"identity": judge_source.identity} if rows.prompts else {},
-        guidelines=safety.read_guidelines(guidelines_file) if rows.prompts else "",
-        judge_context=parameters["judge_context"],
-        judge_mode=parameters["judge_mode"],
-        max_verdict_tokens=parameters["judge_max_new_tokens"],
-    )
-    settings = (runtime, quantization, parameters["eval_batch_size"])
+    model = {"base": f"{base.identity} {parameters['quantization']}", "dtype": str(runtime.dtype)}
+    model["template"] = sha256_json(chat_template)
+    protocol = _protocol(parameters, paths, model, judge_source if rows.prompts else None)
+    settings = (runtime, parameters["quantization"], parameters["eval_batch_size"])
     models = Models(base.folder, *settings)
     judge = Models(judge_source.folder, *settings).untuned() if rows.prompts else None
-    chosen_from = candidates(checkpoints, parameters["max_sweep_checkpoints"])
-    scores = score_candidates(chosen_from, rows, protocol, folder, models.tuned, judge)
-    chosen = best(scores, metric)
+    scores = score_candidates(candidates(checkpoints, most), rows, protocol, folder, models.tuned, judge)
+    chosen = best(scores, metric).checkpoint
     table = table_rows(scores, metric, rows.selected_on, protocol.sha256(rows))
     write_csv(paths.checkpoint_scores, table)
-    most = parameters["max_sweep_checkpoints"]
     return Choice(
-        name=chosen.checkpoint,
-        source=paths.checkpoints_dir / chosen.checkpoint,
+        name=chosen,
+        source=paths.checkpoints_dir / chosen,
         selected_on=rows.selected_on,
-        sentence=selection_text(chosen.checkpoint, rows.selected_on, metric, len(scores), most),
+        sentence=selection_text(chosen, rows.selected_on, metric, len(scores), most),
         scores=scores,
         table=table,
-        files=[*files, *rows.files],
+        files=[*files, *rows.files, *([project_path(parameters["guidelines_file"])] if rows.prompts else [])],
         wall_s=models.work_s + (judge.wall_s if judge else 0.0),
         why_no_safety=why_no_safety,
         reads_safety=_wants_safety(parameters),
+    )
+
+
+def _protocol(
+    parameters: Mapping[str, Any], paths: RunPaths, model: Mapping[str, str], judge: ModelSource | None
+) -> Protocol:
+    pool = read_jsonl(paths.fewshot_rows) if parameters["fewshot_k"] else []
+    return Protocol(
+        model=model,
+        fewshot=gsm8k.fewshot_examples(pool, parameters["fewshot_k"]),
+        max_answer_tokens=parameters["gsm8k_max_new_tokens"],
+        max_response_tokens=parameters["ailuminate_max_new_tokens"],
+        judge={"identity": judge.identity} if judge else {},
+        guidelines=safety.read_guidelines(project_path(parameters["guidelines_file"])) if judge else "",
+        judge_context=parameters["judge_context"],
+        judge_mode=parameters["judge_mode"],
+        max_verdict_tokens=parameters["judge_max_new_tokens"],
     )
 
 
