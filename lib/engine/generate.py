@@ -40,14 +40,11 @@ MEMORY_SHARE = 0.7
 class Engine:
     """Generation, greedy or sampled, and label scoring for one model.
 
-    The weights must stay as they are while the engine lives: it keeps the keys and values of the last shared prefix.
+    The weights must not change while the engine lives: it keeps the keys and values of the last shared prefix.
 
     Args:
         model: in eval mode; its attention implementation is changed during a call only.
         batch_size: most rows at a time; 0 derives it from the free memory of the device.
-
-    Raises:
-        ValueError: the model is in training mode, or ``batch_size`` is negative.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 0) -> None:
@@ -131,8 +128,8 @@ class Engine:
     ) -> list[list[float]]:
         """How likely each label is as the beginning of the answer, relative to the other labels.
 
-        The log-probability of a label is the sum over its tokens (``UNSAFE`` may be two), so a label is not favoured
-        for being one token; a softmax over the labels makes each row sum to 1.
+        The log-probability of a label is the sum over its tokens (``UNSAFE`` may be two); a softmax over the labels
+        makes each row sum to 1.
 
         Returns:
             One row per conversation, one probability per label.
@@ -243,10 +240,7 @@ class Engine:
         num_new_tokens: int,
         most_rows: int = MAX_ROWS,
     ) -> None:
-        """Runs all waiting rows, up to ``most_rows`` at a time.
-
-        Those under way when memory runs out wait again, with the tokens they have.
-        """
+        """Run all waiting rows; those in progress when memory runs out wait again, with the tokens they have."""
         capacity = max(len(row.prompt) for row in waiting) + num_new_tokens
 
         def attempt(num_slots: int) -> None:
@@ -359,13 +353,7 @@ def load_engine(
     batch_size: int = 0,
     adapter_scale: float = 1.0,
 ) -> Engine:
-    """The engine over the dense model of ``folder``, with the adapter merged in where one is named.
-
-    Args:
-        folder: model and tokenizer.
-        quantization, adapter_dir, adapter_scale: see ``lib.engine.load.load_dense``.
-        batch_size: rows at once; 0: derived from free memory.
-    """
+    """The engine over ``lib.engine.load.load_dense``; ``batch_size`` as in ``Engine``."""
     dense = load_dense(folder, runtime, quantization, adapter_dir, adapter_scale)
     return Engine(dense, load_tokenizer(folder), batch_size=batch_size)
 
@@ -396,11 +384,7 @@ def why_not_shared(model: PreTrainedModel) -> str:
 
 
 class Models:
-    """One base model with and without adapters, each loaded when first used; at most one is in memory.
-
-    Args:
-        folder, runtime, quantization, batch_size: see ``load_engine``.
-    """
+    """One base model with and without adapters, each loaded when first used; at most one is in memory."""
 
     def __init__(self, folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> None:
         self._folder, self._runtime = folder, runtime

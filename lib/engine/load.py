@@ -238,8 +238,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
     """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
 
-    Packed weights are for training only (module docstring); ``load_dense`` gives what is evaluated. Embeddings and
-    the output layer are never quantised.
+    Packed weights are for training only (module docstring). Embeddings and the output layer are never quantised.
 
     Raises:
         ModelError: an unknown quantization, or no safetensors weights in the folder.
@@ -288,14 +287,10 @@ def load_for_training(
     weights: Literal["auto", "dense", "packed"] = "auto",
     say: Callable[[str], None] = print,
 ) -> PreTrainedModel:
-    """The frozen base in train mode, ready for LoRA; says which weights it holds and why.
+    """The frozen base in train mode, ready for LoRA; ``say`` gets which weights it holds and why.
 
-    ``dense`` keeps the dequantised NF4 weights, the same function as ``packed`` without unpacking them in every
-    step, at 2 (bfloat16) instead of 0.52 bytes a weight; ``auto`` takes it wherever memory allows. With quantization
-    ``none`` weights are dense anyway.
-
-    Raises:
-        ModelError: as ``load_base``, or an unknown ``weights``.
+    ``dense`` keeps the dequantised NF4 weights, the same function as ``packed`` without unpacking them in every step,
+    at 2 (bfloat16) instead of 0.52 bytes per weight; ``auto`` takes it wherever memory allows.
     """
     _require_one_of("weights", weights, ("auto", "dense", "packed"))
     choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)

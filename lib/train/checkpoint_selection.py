@@ -273,30 +273,18 @@ def selected_on_test(paths: RunPaths) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """The adapter that a run keeps, and why.
+    """The adapter that a run keeps, and why."""
 
-    Attributes:
-        name: of the adapter, in words.
-        source: folder to take it from; None: it is already where the later stages look for it.
-        sentence: how it was chosen.
-        scores: of the candidates; empty where nothing was compared.
-        table: rows of ``checkpoint_scores_<name>.csv``.
-        files: what was read.
-        wall_s: seconds that models worked.
-        why_no_safety: why safety was to be measured and was not; empty where it was, or was not wanted.
-        reads_safety: whether the parameters ``SAFETY_PARAMETERS`` were read.
-    """
-
-    name: str
-    source: Path | None
+    name: str  # in words
+    source: Path | None  # folder to take it from; None: it is already where the later stages look for it
     selected_on: str
-    sentence: str
-    scores: list[Score] = field(default_factory=list)
-    table: list[Row] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
-    wall_s: float = 0.0
-    why_no_safety: str = ""
-    reads_safety: bool = False
+    sentence: str  # how it was chosen
+    scores: list[Score] = field(default_factory=list)  # of the candidates; empty where nothing was compared
+    table: list[Row] = field(default_factory=list)  # rows of checkpoint_scores_<name>.csv
+    files: list[Path] = field(default_factory=list)  # what was read
+    wall_s: float = 0.0  # seconds that models worked
+    why_no_safety: str = ""  # why safety was to be measured and was not
+    reads_safety: bool = False  # whether SAFETY_PARAMETERS were read
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -48,33 +48,21 @@ Library = Literal["peft", "transformers"]
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The contents of a card.
-
-    Attributes:
-        trained: what was trained on how much, in a sentence; for an adapter made elsewhere, where it is from.
-        selection: how this checkpoint was chosen, in a sentence.
-        dtype: compute dtype, as ``torch`` names it (``bfloat16``).
-        training: as returned by ``training_data``; empty for an adapter made elsewhere.
-        evaluation: as returned by ``evaluation_data``.
-        metrics: name -> value, as known when the card is written.
-        prompt: the system message of training and evaluation.
-        benchmark: whether the numbers mean anything outside the run.
-        adapter_sha256: of the adapter that was merged in; the adapter's own card takes it from the file.
-    """
+    """The contents of a card."""
 
     run_name: str
     base: ModelSource
     revision: str
-    trained: str
-    selection: str
-    dtype: str
-    training: Mapping[str, str]
-    evaluation: Mapping[str, str]
+    trained: str  # what was trained on how much, in a sentence; for an adapter made elsewhere, where it is from
+    selection: str  # how this checkpoint was chosen, in a sentence
+    dtype: str  # as torch names it (bfloat16)
+    training: Mapping[str, str]  # see ``training_data``; empty for an adapter made elsewhere
+    evaluation: Mapping[str, str]  # see ``evaluation_data``
     parameters: Mapping[str, Any]
-    metrics: Mapping[str, str]
-    prompt: str
-    benchmark: bool
-    adapter_sha256: str = ""
+    metrics: Mapping[str, str]  # as known when the card is written
+    prompt: str  # the system message of training and evaluation
+    benchmark: bool  # whether the numbers mean anything outside the run
+    adapter_sha256: str = ""  # of the merged adapter; the adapter's card takes it from the file
 
 
 # --- contents ---------------------------------------------------------------------------------------------------------

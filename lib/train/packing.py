@@ -86,12 +86,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each row; called by transformers through its attention interface.
 
-    Args:
-        query: (1, H, N, D); ``key`` and ``value`` are (1, K, N, D).
-        row_lengths: handed through by the model's forward.
-
-    Returns:
-        (1, N, H, D), and no attention weights.
+    ``query`` is (1, H, N, D), ``key`` and ``value`` (1, K, N, D), the result (1, N, H, D) and no weights.
 
     Raises:
         ValueError: attention that this does not compute: dropout, or a window shorter than a row.

@@ -23,19 +23,12 @@ class SweepError(Exception):
 
 @dataclass(frozen=True)
 class SelectionRows:
-    """What every candidate gets.
+    """What every candidate gets."""
 
-    Attributes:
-        questions: ``test_index`` (position among the development rows, or in the test split), ``question, answer``.
-        prompts: as ``safety.parse_prompts_csv``; none where safety is not measured.
-        selected_on: ``ON_DEV`` or ``ON_TEST``.
-        files: what was read.
-    """
-
-    questions: list[Row]
-    prompts: list[Row]
-    selected_on: str
-    files: list[Path]
+    questions: list[Row]  # test_index (position among the development rows, or in the test split), question, answer
+    prompts: list[Row]  # empty where safety is not measured
+    selected_on: str  # ``ON_DEV`` or ``ON_TEST``
+    files: list[Path]  # what was read
 
 
 def development_rows(paths: RunPaths, prompts: Sequence[Row] = ()) -> SelectionRows:
