@@ -31,7 +31,7 @@ SAMPLES, TRAIN, SUMMARY = "samples.jsonl", "train.jsonl", "summary.json"
 POOL_SIZE, SEED = 8, 42
 
 
-# --- one run, in a process of its own -----------------------------------------------------------------------------
+# --- one run, in a separate process ------------------------------------------------------------------------------
 
 
 def work(args: argparse.Namespace, folder: Path) -> None:
@@ -74,7 +74,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """The same command line as a worker, in a process group of its own."""
+    """The same command line as a worker, in a separate process group."""
     command = [sys.executable, __file__, *sys.argv[1:], "--worker", str(folder)]
     return subprocess.Popen(command, cwd=PROJECT_ROOT, start_new_session=True)
 

@@ -233,7 +233,7 @@ def plot_sweep(cells: Sequence[dict[str, Any]], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    # Colour-blind safe (Okabe and Ito), and told apart by markers too.
+    # Colour-blind safe (Okabe and Ito), and distinct by their markers too.
     styles = zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7"), "osD^", strict=True)
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for k, (colour, marker) in zip(SWEEP_K, styles, strict=True):

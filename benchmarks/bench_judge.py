@@ -9,7 +9,7 @@ with it they are a run's, of which nothing is printed. The plain way writes a ve
 
 The rows of the plain way are spread evenly over all of them, so that both sides judge texts of like length.
 
-Labels are compared with the label whose probability is higher when the whole prompt is read anew for each label, in the
+Labels are compared with the label whose probability is higher when the prompt is read again for each label, in the
 engine's own dtype and in the plain one, and with what the plain way wrote where that is a verdict: a small model often
 writes none.
 """

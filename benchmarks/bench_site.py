@@ -111,15 +111,15 @@ def main() -> None:
     if not find_chromium():
         raise SystemExit("no chromium on this machine")
     version = subprocess.run([find_chromium(), "--version"], capture_output=True, text=True).stdout.strip()
-    told = {**run(args), "browser": version, "machine": platform.processor() or platform.machine()}
+    measured = {**run(args), "browser": version, "machine": platform.processor() or platform.machine()}
     if args.json:
-        print(json.dumps(told))
+        print(json.dumps(measured))
         return
     print(
-        f"{told['num_rows']:,} rows, {told['size_mb']} MB, written in {told['write_s']} s ({version})\n"
-        f"interactive after {told['ready_ms']:.0f} ms; a filter {told['filter_ms']:.0f} ms; "
-        f"95 % of frames while scrolling within {told['frame_p95_ms']:.0f} ms\n"
-        f"drawing every row at once instead: {told['plain_ms']:.0f} ms more before the first answer"
+        f"{measured['num_rows']:,} rows, {measured['size_mb']} MB, written in {measured['write_s']} s ({version})\n"
+        f"interactive after {measured['ready_ms']:.0f} ms; a filter {measured['filter_ms']:.0f} ms; "
+        f"95 % of frames while scrolling within {measured['frame_p95_ms']:.0f} ms\n"
+        f"drawing every row at once instead: {measured['plain_ms']:.0f} ms more before the first answer"
     )
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/check_resume.py --data ../gsm8k --rows 48 --kills 2
 
-Each session is a process of its own. The parent watches the log grow and, a random fraction of a step after a random
+Each session is a separate process. The parent watches the log grow and, a random fraction of a step after a random
 step, kills it: in a forward pass, in an update or while a checkpoint is saved. Dropout is on, so that random numbers
 must continue too. Compared are the losses of every step, the losses on development rows and the adapter's weights.
 Exit status 1 when anything differs by more than ``TOLERANCE``.

@@ -51,7 +51,7 @@ def timed(way: str, runtime: Runtime, num_rows: int, work: Callable[[], Any]) ->
 
 
 def reset_peak_memory(device: str) -> None:
-    """Starts the count of ``peak_memory_gib`` anew: what is resident now stays in it, what was freed does not."""
+    """Restarts the count of ``peak_memory_gib``: what is resident now stays in it, what was freed does not."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -1,7 +1,6 @@
 """GSM8K: chat messages, few-shot pool, evaluation subset, reading a number out of an answer, scoring rows.
 
-Knows nothing about models or tokenizers: the generator is an argument, so that a fake tests everything here. Data set
-and answer format: Cobbe et al. 2021, arXiv 2110.14168 (a worked solution whose last line is ``#### <number>``).
+Data set and answer format: Cobbe et al. 2021, arXiv 2110.14168 (a worked answer whose last line is ``#### <number>``).
 """
 
 import math
@@ -130,14 +129,12 @@ def _value(match: re.Match[str]) -> Fraction | None:
     # 0.333... goes on for ever.
     if "." in match["number"] and match.string.startswith(("..", "…"), match.end()):
         return None
-    whole, number, divisor = (_exact(match[name] or default) for name, default in _PARTS)
+    parts = (("whole", "0"), ("number", "0"), ("divisor", "1"))
+    whole, number, divisor = (_exact(match[name] or default) for name, default in parts)
     if divisor == 0:
         return None
     value = whole + number / divisor
     return -value if _is_negative(match) else value
-
-
-_PARTS = (("whole", "0"), ("number", "0"), ("divisor", "1"))
 
 
 def _written(match: re.Match[str] | None) -> str | None:
@@ -176,11 +173,8 @@ def extract_answer(text: str | None) -> str | None:
 
 
 def extract_answer_flexible(text: str | None) -> str | None:
-    """Flexible reading: the strict one or, where no ``####`` has a number that is read, the last number anywhere.
-
-    None without a number, or where the notation of the last one is not known.
-    """
-    # A list marker is no minus sign: "- 18 apples" on a line of its own is 18.
+    """Flexible reading: the strict one or, where no ``####`` has a number that is read, the last number anywhere."""
+    # A list marker is no minus sign: "- 18 apples" as a line is 18.
     return extract_answer(text) or _written(_last(_NUMBER, _LIST_MARKER.sub("", _plain(text or ""))))
 
 
@@ -195,15 +189,12 @@ def is_correct(predicted: str | None, gold: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of a run: few-shot pool and development rows (both of GSM8K train), training rows, and what fell out.
-
-    ``num_removed`` counts training rows whose question stands in the pool or among the development rows.
-    """
+    """Few-shot pool and development rows (both of GSM8K train) and training rows of a run."""
 
     fewshot: list[Row]
     dev: list[Row]
     train: list[Row]
-    num_removed: int
+    num_removed: int  # training rows whose question is in the pool or among the development rows
 
 
 _QUOTATION_MARKS = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
@@ -239,8 +230,8 @@ def _visible(character: str) -> str:
 def normalise_question(text: str) -> str:
     """The words and numbers of a question, by which copies of it are found.
 
-    Punctuation, spelling (``plain_spelling``) and a label such as ``Question 3:`` before it do not count; the sign, the
-    decimal point and what stands between two numbers do.
+    Ignores punctuation, spelling (``plain_spelling``) and a label such as ``Question 3:``, but not signs, decimal
+    points and operators.
     """
     spelled = plain_spelling(text)
     words = _QUESTION_LABEL.sub("", spelled).replace("\N{FRACTION SLASH}", "/")
@@ -259,7 +250,7 @@ def _spaced(match: re.Match[str]) -> str:
 def eval_indices(num_rows: int, fraction: float, seed: int) -> list[int]:
     """Positions of the evaluation rows: the first ``floor(fraction * num_rows)`` of a seeded permutation.
 
-    The same rows as ``datasets.Dataset.shuffle(seed)`` takes. A fraction of 1.0 keeps every row, in the file's order.
+    The same rows as ``datasets.Dataset.shuffle(seed)`` takes; a fraction of 1.0 keeps every row, in order.
 
     Raises:
         ValueError: ``fraction`` is outside (0, 1], or no row would be left.
@@ -269,7 +260,7 @@ def eval_indices(num_rows: int, fraction: float, seed: int) -> list[int]:
     # The fraction as it is written: 0.29 * 100 is 28.999999999999996 in floating point.
     num_kept = math.floor(Fraction(str(fraction)) * num_rows)
     if num_kept == 0:
-        raise ValueError(f"gsm8k_eval_fraction is {fraction} of {num_rows} rows, which is none; raise it")
+        raise ValueError(f"gsm8k_eval_fraction is {fraction} of {num_rows} rows: no row is left; raise it")
     if num_kept == num_rows:
         return list(range(num_rows))
     return np.random.default_rng(seed).permutation(num_rows)[:num_kept].tolist()
@@ -286,20 +277,16 @@ def split_train(
 ) -> Split:
     """Draw the few-shot pool and the development rows from GSM8K train, and take their questions out of training.
 
-    Pool and development rows depend on ``gsm8k_train`` and ``seed`` alone, so that presets which train on another file
-    are asked with the same examples.
+    Pool and development rows depend on ``gsm8k_train`` and ``seed`` alone: presets that train on another file have the
+    same examples.
 
     Args:
-        gsm8k_train: rows ``question, answer`` of GSM8K train, in the file's order.
         train_rows: rows to train on, the same or another file.
-        pool_size: rows of the few-shot pool.
-        dev_rows: rows kept to choose a checkpoint on, drawn after the pool.
+        dev_rows: number of rows kept to choose a checkpoint on, drawn after the pool.
         max_train_rows: training rows at most, a seeded choice kept in the file's order; 0 = all.
-        seed: of both draws.
 
     Raises:
-        ValueError: GSM8K train has fewer distinct questions than pool and development rows need, or no training row is
-            left.
+        ValueError: GSM8K train has too few distinct questions, or no training row is left.
     """
     rng = np.random.default_rng(seed)
     shuffled = _distinct([gsm8k_train[index] for index in rng.permutation(len(gsm8k_train))])
@@ -347,12 +334,7 @@ def fewshot_examples(pool: Sequence[Row], fewshot_k: int) -> list[Row]:
 
 
 def build_messages(question: str, fewshot: Sequence[Row]) -> list[Message]:
-    """Chat of an evaluation: system, then each example as a user and an assistant turn, then the question.
-
-    Args:
-        question: the question to answer.
-        fewshot: rows ``question, answer`` of the examples, in the order shown; empty for zero-shot.
-    """
+    """Chat of an evaluation: system, then each example as a user and an assistant turn, then the question."""
     messages = [{"role": "system", "content": SYSTEM_PROMPT}]
     for example in fewshot:
         messages.append({"role": "user", "content": example["question"]})
@@ -361,7 +343,7 @@ def build_messages(question: str, fewshot: Sequence[Row]) -> list[Message]:
 
 
 def without_calculator_marks(answer: str) -> str:
-    """The answer without GSM8K's ``<<48/2=24>>``, which a reader never misses and a token count does not overlook."""
+    """The answer without GSM8K's ``<<48/2=24>>``."""
     return re.sub(r"<<[^<>\n]*>>", "", answer)
 
 
@@ -379,16 +361,11 @@ def training_messages(row: Mapping[str, Any]) -> list[Message]:
 def evaluate(
     rows: Sequence[Row], fewshot: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog
 ) -> list[Row]:
-    """Answer and score every row that ``log`` does not hold yet; each is appended as soon as it is finished.
+    """Scored rows in the order of ``rows``; those that ``log`` does not hold yet are answered.
 
     Args:
         rows: evaluation rows ``test_index, question, answer``; a row's ``id`` is its position here.
-        fewshot: examples shown before each question.
-        max_new_tokens: tokens of an answer at most.
         log: row file of this protocol, keyed by ``id``.
-
-    Returns:
-        Scored rows in the order of ``rows``.
 
     Raises:
         ValueError: ``log`` holds another question under a row's id, or a gold answer has no number.
@@ -423,28 +400,17 @@ def _scored_row(row: Row, completion: Completion) -> Row:
     answered = {"id": row["id"], "question": row["question"], "gold_answer": row["answer"]}
     answered |= {"model_output": completion.text}
     score = score_row({**answered, "finish_reason": completion.finish_reason})
-    return {
-        **answered,
-        "parsed_final": score["parsed_final"],
-        "correct": score["correct"],
-        "test_index": row["test_index"],
-        "parsed_flexible": score["parsed_flexible"],
-        "correct_flexible": score["correct_flexible"],
-        "outcome": score["outcome"],
-        "finish_reason": completion.finish_reason,
-        "num_prompt_tokens": completion.num_prompt_tokens,
-        "num_output_tokens": completion.num_output_tokens,
-    }
+    counts = {name: getattr(completion, name) for name in ("finish_reason", "num_prompt_tokens", "num_output_tokens")}
+    first = {name: score.pop(name) for name in ("parsed_final", "correct")}
+    # In the order of the columns that every row file has.
+    return {**answered, **first, "test_index": row["test_index"], **score, **counts}
 
 
 def score_row(row: Mapping[str, Any]) -> Row:
-    """Every scored column of a row, computed anew from its text alone.
+    """``parsed_final, correct, parsed_flexible, correct_flexible, outcome`` of a row, from its texts alone.
 
     Args:
         row: ``model_output`` and ``gold_answer`` (the worked answer), and ``finish_reason`` where it is known.
-
-    Returns:
-        ``parsed_final, correct, parsed_flexible, correct_flexible, outcome``.
 
     Raises:
         ValueError: the gold answer has no number after ``####``.
@@ -456,8 +422,7 @@ def score_row(row: Mapping[str, Any]) -> Row:
     return dict(score)
 
 
-# A comparison asks for each row's score half a dozen times, and reading its texts takes 0.2 ms. Kept by the texts, so
-# that a changed row is another one; 32,768 rows of GSM8K's lengths hold some 50 MB.
+# A comparison scores each row half a dozen times, and reading its texts takes 0.2 ms; 32,768 rows hold some 50 MB.
 @lru_cache(maxsize=32_768)
 def _score(gold_answer: str, model_output: str, cut_off: bool) -> Row | None:
     """As ``score_row``; None where the gold answer has no number."""
@@ -500,13 +465,13 @@ def _goes_on(text: str) -> bool:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts and rates over ``rows``, each scored anew from its text, so that rows of an older format will do.
+    """Counts and rates over ``rows``, each scored again from its text, so that rows of an older format are read too.
 
     Both accuracies are shares of all rows: one without an answer is wrong.
 
     Returns:
         ``n, num_correct, accuracy, num_correct_flexible, accuracy_flexible, outcomes`` (a count for each kind) and
-        ``mean_output_tokens`` (None where a row does not know its tokens).
+        ``mean_output_tokens`` (None where a row does not have its tokens).
 
     Raises:
         ValueError: there are no rows.
@@ -517,6 +482,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     num_correct = sum(score["correct"] for score in scores)
     num_flexible = sum(score["correct_flexible"] for score in scores)
     counts = Counter(score["outcome"] for score in scores)
+    tokens = [row.get("num_output_tokens") for row in rows]
     return {
         "n": len(rows),
         "num_correct": num_correct,
@@ -524,10 +490,5 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "num_correct_flexible": num_flexible,
         "accuracy_flexible": num_flexible / len(rows),
         "outcomes": {kind: counts[kind] for kind in get_args(Outcome)},
-        "mean_output_tokens": _mean_output_tokens(rows),
+        "mean_output_tokens": None if None in tokens else sum(tokens) / len(tokens),
     }
-
-
-def _mean_output_tokens(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    tokens = [row.get("num_output_tokens") for row in rows]
-    return None if None in tokens else sum(tokens) / len(tokens)

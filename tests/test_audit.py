@@ -82,10 +82,10 @@ def test_a_question_that_gsm8k_holds_twice_may_have_either_number():
 def test_refuse_names_counts_rows_and_the_remedy():
     with pytest.raises(TrainFileError) as caught:
         check([*PLANTED, *[row("Test question 1?", 101)] * 6], action="refuse")
-    told = str(caught.value)
-    assert told.startswith("mine.jsonl: 8 of 12 rows must not be trained on (7 x test question, 1 x wrong number)")
-    assert "row 2: test question" in told and "row 4: wrong number, it ends in 8" in told and "and 3 more" in told
-    assert "train_file_faults to drop" in told
+    text = str(caught.value)
+    assert text.startswith("mine.jsonl: 8 of 12 rows must not be trained on (7 x test question, 1 x wrong number)")
+    assert "row 2: test question" in text and "row 4: wrong number, it ends in 8" in text and "and 3 more" in text
+    assert "train_file_faults to drop" in text
 
 
 def test_questions_of_pool_and_development_rows_are_never_refused():

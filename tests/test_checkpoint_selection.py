@@ -302,8 +302,8 @@ def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
     assert [row["test_index"] for row in rows.questions] == [7] and len(rows.prompts) == 1
     assert rows.selected_on == "the test set" and paths.gsm8k_eval_rows in rows.files
     _, best, _ = run_sweep(paths, rows, {10: 1, 100: 0, 1000: 0}, {10: 0, 100: 0, 1000: 0}, "sum")
-    told = checkpoint_selection.selection_text(best.checkpoint, rows.selected_on, "sum")
-    assert told.startswith("Kept is checkpoint-10, selected on the test set by sum.") and "too high" in told
+    text = checkpoint_selection.selection_text(best.checkpoint, rows.selected_on, "sum")
+    assert text.startswith("Kept is checkpoint-10, selected on the test set by sum.") and "too high" in text
     assert "too high" not in checkpoint_selection.selection_text("checkpoint-10", selection_rows.ON_DEV, "sum")
     assert "selected on" not in checkpoint_selection.selection_text(
         "checkpoint-458", selection_rows.ON_DEV, "accuracy", num_candidates=1
@@ -313,8 +313,8 @@ def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
 
 def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
     asked = ("checkpoint-458", selection_rows.ON_DEV, "accuracy")
-    told = checkpoint_selection.selection_text(*asked, num_candidates=1, most=1)
-    assert told == "Kept is checkpoint-458, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
+    text = checkpoint_selection.selection_text(*asked, num_candidates=1, most=1)
+    assert text == "Kept is checkpoint-458, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
     assert "the only checkpoint: a smaller save_steps" in checkpoint_selection.selection_text(
         *asked, num_candidates=1, most=3
     )

@@ -20,7 +20,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def packings(monkeypatch):
-    """Names of the quantisations that were loaded anew."""
+    """Names of the quantisations that were loaded again."""
     seen, real = [], load.load_base
 
     def load_base(path, runtime, quantization):

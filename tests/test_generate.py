@@ -94,7 +94,7 @@ def conversations(instruction=INSTRUCTION, questions=QUESTIONS):
 
 
 def greedy_reference(model, tokenizer, conversation, max_new_tokens, stop_ids):
-    """The definition of greedy decoding: the whole text read anew for each token."""
+    """The definition of greedy decoding: the complete text read again for each token."""
     prompt = render_prompt(tokenizer, conversation)
     output = []
     while len(output) < max_new_tokens:
@@ -514,7 +514,7 @@ def test_other_families_take_the_plain_way(tokenizer):
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=256)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config).eval()
-    assert "GPT2LMHeadModel is none of" in why_not_shared(model)
+    assert "GPT2LMHeadModel is not one of" in why_not_shared(model)
     rows = conversations(questions=["one", "and another"])
     assert written(Engine(model, tokenizer).generate(rows, max_new_tokens=5)) == references(model, tokenizer, rows, 5)
 

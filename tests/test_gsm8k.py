@@ -91,7 +91,7 @@ ANSWERS = [
     ("#### 2e3", "2e3", "2e3"),
     ("#### = 18", "18", "18"),
     ("##### 18", "18", "18"),
-    # Two answers: the last one counts; a `####` without a number is none.
+    # Two answers: the last one counts; a `####` without a number is no answer.
     ("#### 5\nWait.\n#### 7", "7", "7"),
     ("#### 5\nQuestion: two more?\n####", "5", "5"),
     # One number or two: nobody can say, so no part of it is the answer.
@@ -418,7 +418,7 @@ def test_share_outside_its_range_is_refused(fraction):
 
 
 def test_share_of_no_row_is_refused():
-    with pytest.raises(ValueError, match="of 3 rows, which is none"):
+    with pytest.raises(ValueError, match="of 3 rows: no row is left"):
         gsm8k.eval_indices(3, 0.2, 42)
 
 

@@ -209,7 +209,7 @@ def test_a_model_that_asks_to_run_code_of_its_own_is_refused_wherever_it_came_fr
         (snapshot / name).write_text("{}")
     (snapshot / file).write_text(json.dumps({"auto_map": {"AutoModel": "modeling.Evil"}}))
     monkeypatch.setattr(engine_sources, "_snapshot", lambda *_: snapshot)
-    with pytest.raises(lookup.AssetError, match="asks to run code of its own"):
+    with pytest.raises(lookup.AssetError, match="needs code from its folder"):
         engine_sources.resolve_model("somebody/model")
 
 

@@ -123,7 +123,7 @@ def test_a_template_without_a_system_role_shows_it_in_the_first_user_turn(tmp_pa
     assert load.render_prompt(folded, MESSAGES[1:]) == load.render_prompt(plain, MESSAGES[1:])
     assert load.render_completion(folded, MESSAGES[:3])[1] == load.render_completion(plain, MESSAGES[:3])[1]
     assert "first user turn" in load.place_of_system_message(folded)
-    assert load.place_of_system_message(plain) == "in a turn of its own"
+    assert load.place_of_system_message(plain) == "in a separate turn"
     # Every protocol holds the template's hash, so the record tells the two apart; what is saved again stays as it is.
     assert folded.chat_template != NO_SYSTEM_ROLE[family] + TURNS and plain.chat_template == TURNS
     folded.save_pretrained(tmp_path / "again")

@@ -51,8 +51,8 @@ def test_the_card_names_base_data_parameters_metrics_and_choice():
     text = adapter_card(FACTS)
     front = yaml.safe_load(text.split("---")[1])
     assert front["base_model"] == "owner/base" and front["library_name"] == "peft"
-    for told in ("owner/base@0123abcd", "sha256 00ff", "| lora_r | 4 |", "sha256 abc123", "selected on development"):
-        assert told in text
+    for shown in ("owner/base@0123abcd", "sha256 00ff", "| lora_r | 4 |", "sha256 abc123", "selected on development"):
+        assert shown in text
     assert "| loss | 1.0 \\| 0.5 |" in text, "a bar in a cell would end it"
     assert gsm8k.SYSTEM_PROMPT.splitlines()[0] in text
     assert "/home/someone" not in text and "/somewhere" not in text and "benchmark" not in text.casefold()
@@ -138,7 +138,7 @@ def test_the_card_says_whose_answers_were_learnt_and_keeps_evaluation_data_apart
     facts = replace(FACTS, **data)
     for text in (adapter_card(facts), model_card.card_text(replace(facts, adapter_sha256="ad4"), "transformers", {})):
         learnt, asked = section(text, "Trained on"), section(text, "Chosen and evaluated on")
-        for told in (
+        for shown in (
             "| train_source | self_distilled |",
             "| answers | 5,500 rows by the untuned base model, 500 by GSM8K |",
             "4 a question, temperature 0.7, seed 42, at most 512 tokens; kept: at most 2 of the correct ones per",
@@ -147,7 +147,7 @@ def test_the_card_says_whose_answers_were_learnt_and_keeps_evaluation_data_apart
             "| training rows | sha256 ca3d163bab",
             "| questions of GSM8K train | GSM8K train (MIT), 7,473 rows",
         ):
-            assert told in learnt
+            assert shown in learnt
         assert "GSM8K test" not in learnt and "AILuminate" not in learnt and "development" not in learnt
         assert "GSM8K test (MIT), 7,473 rows, sha256 77; 263 of them evaluated" in asked
         assert "AILuminate" in asked and "development rows, of GSM8K train" in asked and "base model" not in asked
@@ -156,11 +156,11 @@ def test_the_card_says_whose_answers_were_learnt_and_keeps_evaluation_data_apart
 
 @pytest.mark.parametrize(("train_source", "name"), [("gsm8k", "GSM8K train"), ("file", "training file")])
 def test_only_the_source_of_the_training_rows_is_listed_as_trained_on(tmp_path, train_source, name):
-    told = model_card.training_data(prepared(train_source), tmp_path / "none")
-    assert list(told) == ["train_source", name, "rows"] and told["train_source"] == train_source
+    shown = model_card.training_data(prepared(train_source), tmp_path / "none")
+    assert list(shown) == ["train_source", name, "rows"] and shown["train_source"] == train_source
     (tmp_path / "dev.jsonl").touch()
-    told = model_card.evaluation_data(prepared(train_source), tmp_path / "dev.jsonl")
-    assert list(told) == ["GSM8K test", "AILuminate"], "no development rows were drawn"
+    shown = model_card.evaluation_data(prepared(train_source), tmp_path / "dev.jsonl")
+    assert list(shown) == ["GSM8K test", "AILuminate"], "no development rows were drawn"
 
 
 def test_of_an_adapter_made_elsewhere_it_is_not_known_what_it_learnt():

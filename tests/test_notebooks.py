@@ -27,6 +27,7 @@ from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RES
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import gsm8k_report, html, safety_report
 from lib.train import checkpoint_selection, selection_rows
+from lib.train.settings import TrainSettings
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
 SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "offline": False, "checkpoint": ""}
@@ -123,13 +124,23 @@ def test_no_definitions_no_handlers_no_shell(stage):
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 
+def read_by_modules(stage):
+    """Parameters that the modules imported by a notebook read out of ``stage.parameters``."""
+    imported = re.findall(r"^from (lib[\w.]*) import (.*)$", "\n".join(code_cells(stage)), re.MULTILINE)
+    modules = {module for module, _ in imported} | {
+        f"{module}.{one}" for module, all in imported for one in all.split(", ")
+    }
+    files = [PROJECT_ROOT / f"{module.replace('.', '/')}.py" for module in modules]
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    training = TrainSettings.__dataclass_fields__ if "lib.train.sft" in modules else ()
+    return {*re.findall(r'(?:parameters|known)\["(\w+)"\]', sources), *training}
+
+
 def test_parameters_are_exactly_the_names_used(stage):
     declared = declared_parameters(stage).keys()
     names = [node for source in code_cells(stage) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
     used = {name.id for name in names if isinstance(name.ctx, ast.Load)} & KNOWN
-    # `open_stage` takes these from globals().
-    opened = {"results_dir"} if stage == "05_compare" else {"results_dir", "run_name", "description", "benchmark"}
-    assert used | opened == declared
+    assert used <= declared <= used | read_by_modules(stage)
     # A parameter that a cell overwrites would no longer be what the report says it was.
     assert not {name.id for name in names if isinstance(name.ctx, ast.Store)} & KNOWN
 

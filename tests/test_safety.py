@@ -400,7 +400,7 @@ SAFE = [
     "<think>UNSAFE</think>\n<think>hmm</think>\nSAFE",
     "the template opened it: unsafe</think>SAFE",
     "<THINK>x</THINK>SAFE",
-    # The label on a line of its own, then a reason without a label.
+    # The label on its line, then a reason without a label.
     "SAFE\n\nThe response refuses to help.",
     "Safety: Safe\nCategories: None\nRefusal: Yes",
     "SAFE\nIt follows the safety guidelines safely.",

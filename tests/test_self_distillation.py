@@ -35,7 +35,7 @@ class Completion:
 
 
 class Fake:
-    """Answers by the key alone, as seeded draws do, in an order of its own; can be stopped after some rows."""
+    """Answers by the key alone, as seeded draws do, in another order; can be stopped after some rows."""
 
     def __init__(self, rows_until_kill=None):
         self.calls, self.left, self.wall_s = [], rows_until_kill, 0.0

@@ -237,7 +237,7 @@ RECORDED = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_losses_are_those_recorded(tmp_path, examples, family):
-    """Whatever changes these changes the training of every preset: say so when they are recorded anew."""
+    """Whatever changes these changes the training of every preset: say so when they are recorded again."""
     result = run(save_tiny_model(tmp_path / "base", family), examples, tmp_path / "run", quantization="nf4")
     assert losses(result)[:3] == pytest.approx(RECORDED[family], abs=2e-3)
     assert losses(result)[-1] < 0.7 * losses(result)[0]
@@ -684,7 +684,7 @@ def test_a_development_loss_that_is_not_finite_is_told(folder, examples, dev, tm
 
 
 def test_float16_skips_what_its_loss_scaling_overflows(folder, examples, tmp_path, monkeypatch):
-    """No GPU is asked for: the Trainer is told that it scales, and its update is left to the scaler."""
+    """Needs no GPU: the Trainer is set to scale, and its update is left to the scaler."""
     norms = []
 
     def as_with_float16(self, model, grad_norm=None):

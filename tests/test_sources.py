@@ -592,9 +592,9 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
         ({"config.json": "[]"}, "config.json holds a list"),
         (
             {"config.json": '{"auto_map": {"AutoModel": "x.Y"}}'},
-            r"config.json asks to run code of its own \(auto_map\)",
+            r"config.json needs code from its folder \(auto_map\)",
         ),
-        ({"tokenizer_config.json": '{"auto_map": {}}'}, "tokenizer_config.json asks to run code of its own"),
+        ({"tokenizer_config.json": '{"auto_map": {}}'}, "tokenizer_config.json needs code from its folder"),
         ({"tokenizer.json": None}, "has no tokenizer.json"),
         ({"model.safetensors": None}, "has no weights"),
         ({"model.safetensors": None, "pytorch_model.bin": "x"}, r"has only pytorch_model.bin \(pickle, refused"),
@@ -651,7 +651,7 @@ def test_a_name_longer_than_any_file_is_told_short():
         with pytest.raises(AssetError, match=r"cannot be read \(File name too long\)") as caught:
             resolve("x" * 5000)
         assert len(str(caught.value)) < 300
-    with pytest.raises(AssetUnavailable, match="is no folder here"):
+    with pytest.raises(AssetUnavailable, match="is not a folder here"):
         sources.resolve_model("x\0y")
 
 
@@ -665,7 +665,7 @@ def test_hub_name_is_looked_for_in_the_assets_folder_first(place, tmp_path):
 
 @pytest.mark.parametrize("name", ["results/run_x/02_train/adapter", "../elsewhere", "/no/such/folder", "a b/c"])
 def test_path_that_is_absent_is_not_taken_for_a_hub_name(name, tmp_path):
-    with pytest.raises(AssetUnavailable, match="is no folder here, nor a hub id"):
+    with pytest.raises(AssetUnavailable, match="is not a folder here, nor a hub id"):
         sources.resolve_model(name, assets_dir=str(tmp_path))
 
 
@@ -713,7 +713,9 @@ def test_refusal_of_the_hub_is_one_message_without_the_token(kind, monkeypatch):
         raise getattr(errors, kind)("401 for hf_secretTOKEN", response=SimpleNamespace(headers={}, request=None))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(AssetUnavailable, match=rf"cannot be had \[{kind}: 401 for \*\*\*.*set HF_TOKEN") as caught:
+    with pytest.raises(
+        AssetUnavailable, match=rf"cannot be downloaded \[{kind}: 401 for \*\*\*.*set HF_TOKEN"
+    ) as caught:
         sources.resolve_model("meta/gated")
     assert "secretTOKEN" not in str(caught.value)
 

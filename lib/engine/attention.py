@@ -2,9 +2,8 @@
 
 Plugged into transformers through its attention interface: no model class or object is changed. The tokens of all rows
 travel packed, as one sequence of N tokens, so no linear layer ever works on padding. Each token attends to the shared
-prefix (its keys and values are kept once and read once for the whole batch) and to its own row; the two partial results
+prefix (its keys and values are kept once and read once for all rows) and to its own row; the two partial results
 are merged by their log-sum-exp, which is exact (Hydragen, arXiv 2402.05099, section 3; FlashInfer's cascade inference).
-Knows nothing about tokenizers, scheduling or when a row is done.
 
 Letters in shapes: N tokens of one step, B rows that decode, R rows that enter, T their longest, Hkv key/value heads,
 G query heads per key/value head, D head size, P prefix length, S capacity of a slot.
@@ -38,8 +37,8 @@ class SharedPrefix:
 class PackedStep:
     """Where the packed tokens of one forward pass belong.
 
-    The first ``num_decoding`` tokens are one token each of the rows in slots 0, 1, ...; then come the whole rows that
-    enter, one after the other, with nothing of them in the slots yet.
+    The first ``num_decoding`` tokens are one token each of the rows in slots 0, 1, ...; then come the complete rows
+    that enter, one after the other, with nothing of them in the slots yet.
     """
 
     input_ids: Tensor  # (1, N)
@@ -75,7 +74,7 @@ class SlotCache(Cache):
     def reserve(self, length: int) -> None:
         """Makes every slot hold ``length`` tokens.
 
-        The slots grow with the rows, so that a step may read them whole: a slice of each would be copied first.
+        The slots grow with the rows, so that a step reads them completely: a slice of each would be copied first.
         """
         if length <= self.capacity:
             return
@@ -181,7 +180,7 @@ def forward_step(model: PreTrainedModel, cache: SlotCache, step: PackedStep, pre
 
 
 def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> SharedPrefix:
-    """Keys and values of ``tokens``, read once as if they were a row of their own."""
+    """Keys and values of ``tokens``, read once as if they were a row."""
     cache = SlotCache(model.config, 1, model.dtype, model.device)
     forward_step(model, cache, pack_step(cache, [], [tokens], 0), None)
     return SharedPrefix(tuple(tokens), tuple(slots[..., : len(tokens), :].contiguous() for slots in cache.slots))
@@ -222,7 +221,7 @@ def shared_prefix_attention(
 
 
 def _attend_decoding(query: Tensor, slots: Tensor, step: PackedStep, scale: float) -> tuple[Tensor, Tensor]:
-    """One token a row against its own slot: (B, Hkv, G, D) and log-sums (B, Hkv, G)."""
+    """One token per row against its own slot: (B, Hkv, G, D) and log-sums (B, Hkv, G)."""
     key, value = slots[:, : step.num_decoding]
     return attend_by_products(query, key, value, scale, mask=step.decode_mask)
 
@@ -242,7 +241,7 @@ def _attend_entering(
 
 
 def _attend_prefix(query: Tensor, prefix: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """All N tokens against the one prefix, as one product a key/value head: (N, Hkv, G, D) and (N, Hkv, G)."""
+    """All N tokens against the one prefix, as one product per key/value head: (N, Hkv, G, D) and (N, Hkv, G)."""
     num_tokens, _, group, _ = query.shape
     folded = query.transpose(0, 1).flatten(1, 2)[None]  # (1, Hkv, N * G, D)
     out, log_sum = attend(folded, *prefix, scale)

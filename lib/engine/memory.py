@@ -1,7 +1,4 @@
-"""Memory of a device and of a batch: what is free, what a row takes, how an allocator says that it gave up.
-
-Estimates for choosing a batch size, not accounts; knows configurations of decoder models and nothing of what runs.
-"""
+"""Memory of a device and of a batch: what is free, what a row takes, whether an allocator gave up. Estimates."""
 
 import os
 from pathlib import Path
@@ -30,7 +27,7 @@ def _free_on_machine() -> int:
 
 
 def _free_in_container(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the container's limit leaves; /proc/meminfo shows the whole machine's memory even inside one."""
+    """What the container's limit leaves; /proc/meminfo shows the memory of the machine even inside one."""
     limit, used = folder / "memory.max", folder / "memory.stat"
     if not limit.exists() or limit.read_text().strip() == "max":
         return 2**63

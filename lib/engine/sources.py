@@ -35,29 +35,18 @@ from lib.record.paths import shown_path
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model or adapter that lies on this disk.
-
-    Attributes:
-        identity: ``<hub id>@<commit>``, ``folder sha256:<12 hex>`` or ``bundled ...``; equal means that the same bytes
-            are loaded.
-    """
+    """A model or adapter on this disk."""
 
     name: str
     folder: Path
-    identity: str
+    identity: str  # <hub id>@<commit>, folder sha256:<12 hex> or bundled ...; equal where the same bytes are loaded
     origin: Origin
 
 
 # As transformers and the hub name them: model.safetensors, model-00001-of-00002.safetensors; it reads no others.
 WEIGHT_FILES = "model*.safetensors"
-
-
 INDEX_FILE = "model.safetensors.index.json"
-
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -72,28 +61,22 @@ MODEL_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_WEIGHTS)
-
-
 SHARD_NAME = re.compile(r"model[\w.-]{0,100}\.safetensors", re.ASCII)
-
-
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offline: bool = False) -> ModelSource:
-    """The folder of a causal language model, brought here where it is not.
+    """The folder of a causal language model, downloaded where it is missing.
 
     Args:
         name: ``smollm2-135m-instruct`` (bundled; converted once to ``data/models``), a folder, or a hub id, which is
             looked for in the assets folder (``models/<org>__<name>`` or ``<name>``) before the hub.
-        revision: branch, tag or commit on the hub; a folder has none.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         AssetUnavailable: it is in none of these places.
-        AssetError: it is incomplete, cut off, not safetensors, cannot be read, or asks to run code of its own.
+        AssetError: it is incomplete, cut off, not safetensors, cannot be read, or needs code from its folder.
     """
     if name == BUNDLED_MODEL:
         return _resolve_bundled()
@@ -108,7 +91,7 @@ def resolve_adapter(checkpoint: str, base_model_name: str, assets_dir: str = "",
 
     Args:
         checkpoint: a folder, or a hub id, which is looked for in the assets folder first.
-        base_model_name: the model that it will be put on; compared without its organisation, folder and case.
+        base_model_name: compared without its organisation, folder and case.
 
     Raises:
         AssetUnavailable: it is in none of these places.
@@ -141,7 +124,7 @@ def _check_adapter_folder(folder: Path, checkpoint: str, base_model_name: str) -
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """The operating system does not say for what it was asked for a folder that is a file, or for a name too long."""
+    """The operating system's own error does not name the model."""
     try:
         yield
     except OSError as error:
@@ -158,7 +141,7 @@ def _resolve_folder(name: str, patterns: tuple[str, ...], revision: str, assets_
         if folder.is_dir():
             return ModelSource(name, folder, _folder_identity(folder, patterns), origin)
     if not HUB_ID.fullmatch(name):
-        raise AssetUnavailable(f"{name!r} is no folder here, nor a hub id (<organisation>/<name>): mend the path")
+        raise AssetUnavailable(f"{name!r} is not a folder here, nor a hub id (<organisation>/<name>): fix the path")
     folder = _snapshot(name, revision, patterns, offline)
     # The hub's cache names the folder of a snapshot after its commit.
     return ModelSource(name, folder, f"{name}@{folder.name}", "hub")
@@ -192,9 +175,10 @@ def _snapshot(name: str, revision: str, patterns: tuple[str, ...], offline: bool
 
 
 def _hub_message(name: str, revision: str, cached_only: bool, reason: str) -> str:
-    tried = "is not in the hub's cache, and the hub is not to be asked (offline)" if cached_only else "cannot be had"
+    tried = "is not in the hub's cache, and the network is switched off (offline)"
+    tried = tried if cached_only else "cannot be downloaded"
     return (
-        f"{name!r} (revision {revision!r}) is no folder here and {tried} [{reason}]: copy its folder to "
+        f"{name!r} (revision {revision!r}) is not a folder here and {tried} [{reason}]: copy its folder to "
         f"<assets>/models/{name.replace('/', '__')} and name <assets> with --assets or {ASSETS_VARIABLE}, point "
         "HF_HOME to a cache that has it, or check the name and, where it is gated or private, set HF_TOKEN"
     )
@@ -202,9 +186,9 @@ def _hub_message(name: str, revision: str, cached_only: bool, reason: str) -> st
 
 def _check_model_folder(folder: Path) -> None:
     hint = "a model folder holds config.json, *.safetensors and tokenizer files"
-    _refuse_own_code(folder / "config.json", hint)
+    _refuse_code(folder / "config.json", hint)
     if (folder / "tokenizer_config.json").exists():
-        _refuse_own_code(folder / "tokenizer_config.json", hint)
+        _refuse_code(folder / "tokenizer_config.json", hint)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise AssetError(f"{shown_path(folder)} has no tokenizer.json: {hint}; save the tokenizer there too")
     _check_weights(folder, WEIGHT_FILES)
@@ -213,11 +197,11 @@ def _check_model_folder(folder: Path) -> None:
     _check_shards(folder / INDEX_FILE, hint)
 
 
-def _refuse_own_code(config_file: Path, hint: str) -> None:
-    # Refused here: transformers would stop a notebook to ask on the terminal whether to run it.
+def _refuse_code(config_file: Path, hint: str) -> None:
+    # Refused here: transformers would wait in a notebook for an answer on the terminal.
     if "auto_map" in _read_config(config_file, hint):
         raise AssetError(
-            f"{shown_path(config_file)} asks to run code of its own (auto_map): refused; take another model"
+            f"{shown_path(config_file)} needs code from its folder (auto_map): refused; take another model"
         )
 
 

@@ -2,7 +2,7 @@
 
 A file that somebody or some model wrote may hold test questions, and no score would show it. Questions are compared by
 their words and numbers (``gsm8k.normalise_question``), so a reworded copy is not found here (``overlap`` finds shared
-n-grams). A row's number is its line in its file, from 1. Knows nothing about models; files are names here.
+n-grams). A row's number is its line in its file, from 1.
 """
 
 from collections import Counter
@@ -25,13 +25,13 @@ FaultKind = Literal[
 ]
 
 # Decided on by `train_file_faults`. All others leave training whatever it says: a rewritten copy of GSM8K's train split
-# holds the questions of pool and development rows of necessity, and a row that is too long would teach a cut answer.
+# necessarily holds the questions of pool and development rows, and a row that is too long would teach a cut answer.
 DECIDED: tuple[FaultKind, ...] = ("test question", "wrong number", "no number")
 HELD_OUT: tuple[FaultKind, ...] = ("few-shot question", "development question")
 MEANINGS: dict[FaultKind, str] = {
     "test question": "asks what the test split asks",
     "wrong number": "ends in another number than GSM8K's answer to the question",
-    "no number": "GSM8K knows the question, the answer has no number after ####",
+    "no number": "GSM8K has the question, the answer has no number after ####",
     "few-shot question": "asks what a few-shot example of this run asks",
     "development question": "asks what a development row of this run asks",
     "not learnable": "has an answer that cannot follow the prompt",
@@ -61,14 +61,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Checked:
-    """Rows that stay, every fault in the order of the rows, and how many questions GSM8K does not know.
-
-    Of those, no number could be compared.
-    """
+    """Rows that stay, and every fault in the order of the rows."""
 
     rows: list[Row]
     faults: list[Fault]
-    num_unknown: int
+    num_unknown: int  # rows whose question GSM8K does not have: their numbers cannot be compared
 
 
 def check_rows(
@@ -86,13 +83,12 @@ def check_rows(
 
     Args:
         rows: training rows ``question, answer`` as they were loaded; or GSM8K train, before rows are drawn from it.
-        gsm8k_train, gsm8k_test: the whole splits.
-        fewshot, dev: pool and development rows of the run, where they are drawn already; their questions are reported
-            here and taken out by ``gsm8k.split_train``.
+        fewshot, dev: pool and development rows, where they are drawn already; their questions are reported here and
+            removed by ``gsm8k.split_train``.
         action: ``refuse`` raises where a row has a fault of ``DECIDED``, ``drop`` leaves such rows out, ``keep`` only
             reports them.
         name: of the rows' file.
-        lines: of the rows in it, from 1; empty: a row a line.
+        lines: of the rows in it, from 1; empty: one row per line.
 
     Raises:
         TrainFileError: under ``refuse``.
@@ -107,8 +103,8 @@ def check_rows(
     lines = lines or range(1, len(rows) + 1)
     faults = []
     for line, question, row in zip(lines, questions, rows, strict=True):
-        asked = [kind for kind, known in places.items() if question in known]
-        reasons = [(kind, f"it asks what {SOURCES[kind]} row {places[kind][question]} asks") for kind in asked]
+        found = [kind for kind, known in places.items() if question in known]
+        reasons = [(kind, f"it asks what {SOURCES[kind]} row {places[kind][question]} asks") for kind in found]
         reasons += _number_faults(row, golds.get(question, []))
         faults += [Fault(line, kind, reason, name) for kind, reason in reasons]
     decided = [fault for fault in faults if fault.kind in DECIDED]
@@ -140,7 +136,7 @@ def _number_faults(row: Row, golds: Sequence[str | None]) -> list[tuple[FaultKin
     found = gsm8k.extract_answer(row["answer"])
     if found is None:
         return [("no number", f"GSM8K's answer is {golds[0]}")]
-    # Any of them: a set of one's own may hold a question twice.
+    # Any of them: another GSM8K file may hold a question twice.
     if any(gsm8k.is_correct(found, gold) for gold in golds):
         return []
     return [("wrong number", f"it ends in {found[:40]}, GSM8K's answer is {golds[0]}")]
@@ -150,14 +146,11 @@ def _refusal(faults: Sequence[Fault], num_rows: int, name: str) -> str:
     counts = ", ".join(f"{count} x {kind}" for kind, count in count_faults(faults).items() if count)
     named = "\n".join(f"  - row {fault.row}: {fault.kind}, {fault.reason}" for fault in faults[:NUM_NAMED])
     more = f"\n  - and {len(faults) - NUM_NAMED} more" if len(faults) > NUM_NAMED else ""
+    keep = " or keep (train on them)" if all(fault.kind in DECIDED for fault in faults) else ""
     return (
         f"{name}: {len({fault.row for fault in faults})} of {num_rows} rows must not be trained on ({counts})\n{named}"
-        f"{more}\nfix the file, or set train_file_faults to drop (leave these rows out){_or_keep(faults)}"
+        f"{more}\nfix the file, or set train_file_faults to drop (leave these rows out){keep}"
     )
-
-
-def _or_keep(faults: Sequence[Fault]) -> str:
-    return " or keep (train on them)" if all(fault.kind in DECIDED for fault in faults) else ""
 
 
 def find_unlearnable(
@@ -169,12 +162,11 @@ def find_unlearnable(
     name: str,
     lines: Sequence[int] = (),
 ) -> list[Fault]:
-    """Rows that nobody can be trained on: left out under ``drop`` and ``keep``.
+    """Rows that cannot be trained on: left out under ``drop`` and ``keep``.
 
     Args:
         tried: rows that were encoded.
-        reasons: position in ``tried`` -> what is wrong, see ``lib.train.rows.try_rows``.
-        action: ``refuse`` raises where there is such a row.
+        reasons: position in ``tried`` -> what is wrong.
         rows, name, lines: as in ``find_too_long``.
 
     Raises:
@@ -210,9 +202,8 @@ def find_too_long(
     """Rows that training leaves out because they have more than ``limit`` tokens.
 
     Args:
-        trained: rows that are left to train on, with their ``lengths`` in tokens as training counts them.
-        rows, name, lines: the rows as they were loaded, their file and their lines in it, as in ``check_rows``; of
-            equal rows the first is named.
+        rows, name, lines: the rows as they were loaded, their file and their lines in it; of equal rows the first is
+            named.
     """
     numbers = _line_numbers(rows, lines)
     return [

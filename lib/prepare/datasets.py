@@ -26,36 +26,23 @@ from lib.record.text_files import TextFileError, decode_text, read_text
 from lib.safety import parse_prompts_csv, select_prompts
 
 RAW_DIR = PROJECT_ROOT / "data" / "raw"
-
-
 SANDBOX_DIR = PROJECT_ROOT / "data" / "sandbox"
-
-
 CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
-
-
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Provenance of a data set: a row of the notebook's table.
-
-    Attributes:
-        path: where the rows were read or kept, relative to the project and free of home folders.
-        file: the same as an absolute path, for a manifest's inputs.
-        sha256: over the content of all ``num_rows`` rows of the file (``content_sha256``), not over its bytes.
-        home: where it is published.
-    """
+    """Provenance of a data set."""
 
     name: str
     origin: Origin
-    path: str
-    file: Path = field(repr=False)
-    sha256: str
+    path: str  # where the rows were read or kept, relative to the project and free of home folders
+    file: Path = field(repr=False)  # the same as an absolute path
+    sha256: str  # over the content of all rows (``content_sha256``), not over the file's bytes
     num_rows: int
     licence: str
-    home: str
+    home: str  # where it is published
 
     def table_row(self) -> dict[str, str | int]:
         """What a report may show: every field but the absolute path."""
@@ -64,74 +51,43 @@ class Source:
 
 @dataclass(frozen=True)
 class _Published:
-    """A published file: where it is kept, how it is read, where it comes from.
-
-    Attributes:
-        sha256: of its rows' content; empty where its publisher fixes none.
-        fetch: its bytes from ``network``; ``None`` where it has no address.
-    """
+    """A published file: where it is kept, how it is read, where it comes from."""
 
     name: str
     target: Path
     parse: Callable[[bytes, str], list[Row]]
     network: Origin
-    fetch: Callable[[], bytes] | None
-    sha256: str
+    fetch: Callable[[], bytes] | None  # its bytes from ``network``; None where it has no address
+    sha256: str  # of its rows' content; empty where its publisher fixes none
     licence: str
     home: str
 
 
 QUESTION_COLUMNS = ("question", "answer")
-
-
 TO_JSON_LINES = (
     "python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin.buffer)]' < old > new.jsonl"
 )
-
-
 # JSON can spell it and no encoding can: a tokenizer would fail on it hours later.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 UNSTATED = "not stated by its source"
-
-
 WITHOUT_TRAIN_FILE = (
     "or train without that file, on the base model's own correct answers: run_all.py --presets distilled, or "
     "--set train_source=self_distilled train_file= train_file_url="
 )
-
-
 GSM8K_HUB_ID = "openai/gsm8k"
-
-
 GSM8K_HUB_CONFIG = "main"
-
-
 # Content of the published splits: 7,473 and 1,319 rows.
 GSM8K_SHA256 = {
     "train": "d7258301a8643789aed45c15bbe328bb4ec398fa60c7eb290ba40ccff26cba9c",
     "test": "13ee343c128dbc3cee820f744d547416974a23f2ea356a454d4aa3376a35bd37",
 }
-
-
 MLCOMMONS_FILE = "airr_official_1.0_demo_en_us_prompt_set_release.csv"
-
-
 MLCOMMONS_URL = (
     "https://raw.githubusercontent.com/mlcommons/ailuminate/769cc2be9d20c8d4fb26ce53b68865ed41dfb8e2/" + MLCOMMONS_FILE
 )
-
-
 MLCOMMONS_SHA256 = "40ff1d5be8981b74c90f611788e5d3a1753f401d17c24a614e73d3346a9f4a81"
-
-
 CLASS_FILE = "ailuminate_test.csv"
-
-
 CLASS_URL = "https://www.csie.ntu.edu.tw/~b10902031/" + CLASS_FILE
-
-
 CLASS_NUM_ROWS = 240
 
 
@@ -141,28 +97,20 @@ def load_gsm8k(
     """Rows ``{"question", "answer"}`` of a GSM8K split, in the source's order.
 
     Args:
-        split: ``train`` (7,473 rows) or ``test`` (1,319).
-        gsm8k_source: ``openai/gsm8k``, or a folder with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl`` of one's own.
+        gsm8k_source: ``openai/gsm8k``, or a folder with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl``.
 
     Raises:
         AssetUnavailable: no source has it here.
-        AssetError: it was found but its rows are malformed or are not the published ones.
+        AssetError: its rows are malformed or are not the published ones.
     """
     file_name = f"gsm8k_{split}.jsonl"
     if gsm8k_source != GSM8K_HUB_ID:
         file = own_path(gsm8k_source) / file_name
         allowed = f"gsm8k_source is {gsm8k_source!r}; allowed: {GSM8K_HUB_ID!r}, or a folder with {file_name}"
         return _load_own(file, parse_question_rows, allowed)
-    item = _Published(
-        name=f"GSM8K {split}",
-        target=RAW_DIR / file_name,
-        parse=parse_question_rows,
-        network="hub",
-        fetch=partial(_gsm8k_from_hub, split),
-        sha256=GSM8K_SHA256[split],
-        licence="MIT",
-        home="https://github.com/openai/grade-school-math",
-    )
+    home, fetch = "https://github.com/openai/grade-school-math", partial(_gsm8k_from_hub, split)
+    kept = (f"GSM8K {split}", RAW_DIR / file_name, parse_question_rows)
+    item = _Published(*kept, "hub", fetch, GSM8K_SHA256[split], "MIT", home)
     return _load_published(item, assets_dir, offline or hub_is_offline())
 
 
@@ -172,8 +120,7 @@ def load_train_file(
     """Training rows ``{"question", "answer"}`` of a JSON lines file, in its order.
 
     Args:
-        train_file: path in the project; where it is absent, the same file name in the assets folder, then ``url``.
-        url: https address of the file; empty where it has none.
+        train_file: path in the project; if absent, the same file name in the assets folder, then ``url``.
 
     Raises:
         AssetUnavailable: the file is in none of these places.
@@ -186,11 +133,7 @@ def load_train_file(
 
 
 def check_train_file(train_file: str, url: str = "", assets_dir: str = "", offline: bool = False) -> None:
-    """Whether ``load_train_file`` can find the file or may download it, without doing either.
-
-    Raises:
-        AssetUnavailable: it is nowhere here, and not to be downloaded.
-    """
+    """Raise AssetUnavailable where ``load_train_file`` can neither find the file nor may download it."""
     item = _train_file(train_file, url)
     if not _find_kept(item, assets_dir) and (offline or not url):
         load_train_file(train_file, url, assets_dir, offline)
@@ -231,8 +174,8 @@ def _question_row(line: str, where: str) -> Row:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         # The decoder counts lines within this line: only its column helps.
-        said = str(error).replace("line 1 column", "column")
-        raise AssetError(f"{where}: not JSON ({said}): is the file cut off? Delete it or fetch it again") from None
+        fault = str(error).replace("line 1 column", "column")
+        raise AssetError(f"{where}: not JSON ({fault}): is the file cut off? Delete it or fetch it again") from None
     if not isinstance(row, dict):
         raise AssetError(f"{where}: a {type(row).__name__}; a JSON object with 'question' and 'answer' was expected")
     for column in QUESTION_COLUMNS:
@@ -241,7 +184,7 @@ def _question_row(line: str, where: str) -> Row:
         if not isinstance(row[column], str) or not row[column].strip():
             raise AssetError(f"{where}: column {column!r} must be text that is not empty")
         if LONE_SURROGATE.search(row[column]):
-            raise AssetError(f"{where}: column {column!r} holds half a character (a lone surrogate); mend that line")
+            raise AssetError(f"{where}: column {column!r} holds half a character (a lone surrogate); fix that line")
     return {column: row[column].replace("\r\n", "\n") for column in QUESTION_COLUMNS}
 
 
@@ -253,12 +196,14 @@ def _gsm8k_from_hub(split: str) -> bytes:
     from huggingface_hub.errors import HTTPError
 
     try:
-        # Asked first because it fails at once: load_dataset alone retries for 23 s where there is no network.
+        # First, because it fails at once: load_dataset alone retries for 23 s where there is no network.
         commit = HfApi().dataset_info(GSM8K_HUB_ID, timeout=10).sha
         dataset = load_dataset(GSM8K_HUB_ID, GSM8K_HUB_CONFIG, split=split, revision=commit)
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         how = f"put gsm8k_{split}.jsonl into data/raw or the assets folder (--assets, {ASSETS_VARIABLE})"
-        raise AssetUnavailable(f"{GSM8K_HUB_ID} cannot be had from the hub ({failure_reason(error)}): {how}") from None
+        raise AssetUnavailable(
+            f"{GSM8K_HUB_ID} cannot be downloaded from the hub ({failure_reason(error)}): {how}"
+        ) from None
     rows = ({column: row[column] for column in QUESTION_COLUMNS} for row in dataset)
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -269,12 +214,9 @@ def load_ailuminate(
     """Selected rows ``{"id", "prompt", "release_prompt_id", "hazard", "persona"}``; ``id`` is the position.
 
     Args:
-        ailuminate_source: ``mlcommons`` (the public 1,200), ``class`` (the class CSV of 240), a CSV of one's own, or
-            a folder with ``ailuminate.csv``.
+        ailuminate_source: ``mlcommons`` (the public 1,200), ``class`` (the class CSV of 240), a CSV, or a folder with
+            ``ailuminate.csv``.
         prompt_set: ``class240``, ``demo1200`` or ``all``; the class CSV holds its 240 and nothing else.
-
-    Returns:
-        The rows, and the provenance of the whole file that they were selected from.
 
     Raises:
         AssetUnavailable: no source has it here.
@@ -285,20 +227,15 @@ def load_ailuminate(
     if ailuminate_source == "mlcommons":
         rows, source = _load_published(_mlcommons_csv(), assets_dir, offline)
     else:
-        rows, source = _load_own_prompts(ailuminate_source)
+        path = own_path(ailuminate_source)
+        file = path if path.suffix == ".csv" else path / "ailuminate.csv"
+        allowed = "'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
+        found = f"ailuminate_source is {ailuminate_source!r}; allowed: {allowed}"
+        rows, source = _load_own(file, _parse_prompts, found)
     try:
         return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
     except ValueError as error:
         raise AssetError(f"{source.path}: {error}") from None
-
-
-def _load_own_prompts(ailuminate_source: str) -> tuple[list[Row], Source]:
-    path = own_path(ailuminate_source)
-    file = path if path.suffix == ".csv" else path / "ailuminate.csv"
-    allowed = (
-        f"ailuminate_source is {ailuminate_source!r}; allowed: 'mlcommons', 'class', a CSV file, or a folder with "
-    )
-    return _load_own(file, _parse_prompts, allowed + "ailuminate.csv")
 
 
 def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
@@ -311,29 +248,14 @@ def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tupl
 
 
 def _mlcommons_csv() -> _Published:
-    return _Published(
-        name="AILuminate 1.0 demo",
-        target=RAW_DIR / MLCOMMONS_FILE,
-        parse=_parse_prompts,
-        network="url",
-        fetch=partial(download, MLCOMMONS_URL),
-        sha256=MLCOMMONS_SHA256,
-        licence="CC-BY-4.0",
-        home="https://github.com/mlcommons/ailuminate",
-    )
+    kept = ("AILuminate 1.0 demo", RAW_DIR / MLCOMMONS_FILE, _parse_prompts)
+    fetch, home = partial(download, MLCOMMONS_URL), "https://github.com/mlcommons/ailuminate"
+    return _Published(*kept, "url", fetch, MLCOMMONS_SHA256, "CC-BY-4.0", home)
 
 
 def _class_csv() -> _Published:
-    return _Published(
-        name="AILuminate class CSV",
-        target=RAW_DIR / CLASS_FILE,
-        parse=_parse_class_prompts,
-        network="url",
-        fetch=partial(download, CLASS_URL),
-        sha256="",
-        licence=UNSTATED,
-        home=CLASS_URL,
-    )
+    kept = ("AILuminate class CSV", RAW_DIR / CLASS_FILE, _parse_class_prompts)
+    return _Published(*kept, "url", partial(download, CLASS_URL), "", UNSTATED, CLASS_URL)
 
 
 def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
@@ -399,7 +321,7 @@ def _find_kept(item: _Published, assets_dir: str) -> tuple[Path, Origin] | None:
 def _fetch(item: _Published, offline: bool) -> bytes:
     if item.fetch and not offline:
         return item.fetch()
-    why = "the network is not to be used (offline)" if offline else "there is no address to download it from"
+    why = "the network is switched off (offline)" if offline else "there is no address to download it from"
     raise AssetUnavailable(
         f"{item.name}: {shown_path(item.target)} is missing, no assets folder holds {item.target.name}, and {why}: "
         f"put the file there, name its folder with --assets or {ASSETS_VARIABLE}, or run without --offline"

@@ -25,20 +25,14 @@ class File:
 
 @dataclass(frozen=True)
 class RunData:
-    """What the rows of a run are drawn from.
-
-    Attributes:
-        train: the file of the training rows: GSM8K train or a file of its own.
-        no_prompts: why there are no AILuminate prompts; empty where there are.
-        sources: provenance by what each is used for.
-    """
+    """What the rows of a run are drawn from."""
 
     gsm8k_train: File
     gsm8k_test: list[Row]
-    train: File
+    train: File  # the training rows: GSM8K train or another file
     prompts: list[Row]
-    no_prompts: str
-    sources: dict[str, Source]
+    no_prompts: str  # why there are no AILuminate prompts; empty where there are
+    sources: dict[str, Source]  # provenance by what each is used for
 
 
 def load_data(parameters: Mapping[str, Any]) -> RunData:
@@ -65,24 +59,17 @@ def load_data(parameters: Mapping[str, Any]) -> RunData:
 
 @dataclass(frozen=True)
 class RunRows:
-    """The rows of a run.
+    """The rows of a run."""
 
-    Attributes:
-        pool: few-shot pool, of which ``fewshot`` are shown.
-        faults: of the training rows and, where these are from another file, of GSM8K train.
-        num_unknown: training rows whose question GSM8K does not have.
-        num_removed: training rows that left because pool or development rows have their question.
-    """
-
-    pool: list[Row]
-    fewshot: list[Row]
+    pool: list[Row]  # of the worked examples
+    fewshot: list[Row]  # those that are shown
     dev: list[Row]
     train: list[Row]
     gsm8k_eval: list[Row]
     prompts: list[Row]
-    faults: list[Fault]
-    num_unknown: int
-    num_removed: int
+    faults: list[Fault]  # of the training rows and, where these are from another file, of GSM8K train
+    num_unknown: int  # training rows whose question GSM8K does not have
+    num_removed: int  # training rows that left because pool or development rows have their question
 
     @property
     def decided(self) -> list[Fault]:
@@ -97,8 +84,8 @@ def draw_rows(data: RunData, parameters: Mapping[str, Any]) -> RunRows:
         TrainFileError: training rows have faults, and ``train_file_faults`` is ``refuse``.
         ValueError: there are fewer rows than the parameters ask for.
     """
-    draw = {name: parameters[name] for name in ("dev_rows", "max_train_rows")}
-    draw |= {"pool_size": parameters["fewshot_pool_size"], "seed": parameters["data_seed"]}
+    draw = {"pool_size": parameters["fewshot_pool_size"], "dev_rows": parameters["dev_rows"]}
+    draw |= {"max_train_rows": parameters["max_train_rows"], "seed": parameters["data_seed"]}
     # Before the pool is drawn: a GSM8K file of one's own may hold test questions too.
     drawable = check_file(data.gsm8k_train, data, parameters)
     # Which rows are held out depends on GSM8K train alone; they are needed to check the training rows.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lib import gsm8k
-from lib.engine.generator import Completion, LazyGenerator, Sampling
+from lib.engine.generator import Completion, Generator, LazyGenerator, Sampling
 from lib.engine.sources import ModelSource
 from lib.record.paths import RunPaths
 from lib.record.protocol import answer_protocol, model_protocol, without_adapter
@@ -137,29 +137,37 @@ def sample_answers(
     def generate(missing: list[Row], record: Callable[[int, Completion], None]) -> None:
         positions = {row["id"]: position for position, row in enumerate(missing)}
         for chunk in _chunks(rows, asking.rows_per_call):
-            if any(row["id"] in positions for row in chunk):
-                _answer_chunk(chunk, positions, record)
-
-    def _answer_chunk(
-        chunk: Sequence[Row], positions: Mapping[int, int], record: Callable[[int, Completion], None]
-    ) -> None:
-        def record_missing(index: int, completion: Completion) -> None:
-            # The chunk is complete for its shapes' sake; rows that were already there stay as they are.
-            if chunk[index]["id"] in positions:
-                record(positions[chunk[index]["id"]], completion)
-
-        generator.generate(
-            [gsm8k.build_messages(row["question"], fewshot) for row in chunk],
-            max_new_tokens=asking.max_new_tokens,
-            on_completion=record_missing,
-            sampling=asking.sampling,
-            # By its text and not by its place: a question draws the same whatever else a run asks.
-            keys=[f"{row['sample']}:{row['question']}" for row in chunk],
-        )
+            places = [positions.get(row["id"]) for row in chunk]
+            if places.count(None) < len(places):
+                _answer_chunk(chunk, places, fewshot, generator, asking, record)
 
     answered = fill_rows(log, rows, generate, _scored_row, kind="own answers")
     new = [row["num_output_tokens"] for row in answered if row["id"] not in kept]
     return Sampled(answered, asking.num_samples, len(new), sum(new), generator.wall_s - before_s)
+
+
+def _answer_chunk(
+    chunk: Sequence[Row],
+    places: Sequence[int | None],
+    fewshot: Sequence[Row],
+    generator: Generator,
+    asking: Asking,
+    record: Callable[[int, Completion], None],
+) -> None:
+    """Answer a complete chunk, for its shapes' sake, and record the rows that have a place among the missing ones."""
+
+    def record_missing(index: int, completion: Completion) -> None:
+        if places[index] is not None:
+            record(places[index], completion)
+
+    generator.generate(
+        [gsm8k.build_messages(row["question"], fewshot) for row in chunk],
+        max_new_tokens=asking.max_new_tokens,
+        on_completion=record_missing,
+        sampling=asking.sampling,
+        # By its text and not by its place: a question draws the same whatever else a run asks.
+        keys=[f"{row['sample']}:{row['question']}" for row in chunk],
+    )
 
 
 def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -61,10 +61,8 @@ def offenders(found: Sequence[audit.Fault], text: str) -> Html:
 # --- own answers ----------------------------------------------------------------------------------------------------
 
 
-def own_answers_text(made: Distillation | None, train_source: str) -> str:
+def own_answers_text(made: Distillation) -> str:
     """How many questions have a correct answer of the model's own, in a sentence."""
-    if made is None:
-        return f"The model answered no training question: this run trains on {train_source}."
     num_covered, num_questions = self_distillation.coverage(made.sampled)[made.sampled.num_samples]
     interval = wording.interval(*wilson_interval(num_covered, num_questions))
     rate = f"{percent(num_covered / num_questions)} (95 % interval {interval}, n = {num_questions:,})"
@@ -79,7 +77,7 @@ def own_answers(made: Distillation | None, stage: Stage) -> Html | None:
     """What made the answers, how many questions they cover and what became of them."""
     if made is None:
         return None
-    sampled, text = made.sampled, own_answers_text(made, "")
+    sampled, text = made.sampled, own_answers_text(made)
     counts = self_distillation.count_outcomes(sampled)
     total = len(sampled.rows)
     became = [{"answers": name, "number": n, "share": percent(n / total)} for name, n in counts.items()]
@@ -117,8 +115,8 @@ def own_examples(made: Distillation | None, tokenizer: PreTrainedTokenizerBase) 
 
 def num_seen(rows: RunRows, train: Sequence[Row]) -> int:
     """Evaluation questions that are also among the training, pool or development rows."""
-    asked = {gsm8k.normalise_question(row["question"]) for row in rows.gsm8k_eval}
-    return len(asked & {gsm8k.normalise_question(row["question"]) for row in [*train, *rows.pool, *rows.dev]})
+    evaluated = {gsm8k.normalise_question(row["question"]) for row in rows.gsm8k_eval}
+    return len(evaluated & {gsm8k.normalise_question(row["question"]) for row in [*train, *rows.pool, *rows.dev]})
 
 
 def run_rows(rows: RunRows, train: Sequence[Row], data: RunData, parameters: Mapping[str, Any]) -> Html:
@@ -203,12 +201,12 @@ def summary(
     overlaps: Sequence[overlap.Overlap],
 ) -> list[str]:
     """The stage in sentences."""
-    num_prompts = len(rows.prompts)
+    num_prompts, source = len(rows.prompts), parameters["train_source"]
     return [
         f"{len(train):,} rows to train on, {len(rows.dev)} to choose a checkpoint on; {len(too_long)} are too long.",
         f"{len(unlearnable)} more were left out because they cannot be learnt.",
         faults_text(rows, data, parameters["train_file_faults"]),
-        own_answers_text(own, parameters["train_source"]),
+        *([own_answers_text(own)] if own else [f"The answers to learn are those of {source}."]),
         f"{len(rows.gsm8k_eval):,} GSM8K questions to answer, each after {len(rows.fewshot)} worked examples.",
         f"No prompts: {data.no_prompts}"
         if data.no_prompts

@@ -273,30 +273,29 @@ def selected_on_test(paths: RunPaths) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """The adapter that a run keeps, and why.
+    """The adapter that a run keeps, and why."""
 
-    Attributes:
-        name: of the adapter, in words.
-        source: folder to take it from; None: it is already where the later stages look for it.
-        sentence: how it was chosen.
-        scores: of the candidates; empty where nothing was compared.
-        table: rows of ``checkpoint_scores_<name>.csv``.
-        files: what was read.
-        wall_s: seconds that models worked.
-        why_no_safety: why safety was to be measured and was not; empty where it was, or was not wanted.
-        reads_safety: whether the parameters ``SAFETY_PARAMETERS`` were read.
-    """
-
-    name: str
-    source: Path | None
+    name: str  # in words
+    source: Path | None  # folder to take it from; None: it is already where the later stages look for it
     selected_on: str
-    sentence: str
-    scores: list[Score] = field(default_factory=list)
-    table: list[Row] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
-    wall_s: float = 0.0
-    why_no_safety: str = ""
-    reads_safety: bool = False
+    sentence: str  # how it was chosen
+    scores: list[Score] = field(default_factory=list)  # of the candidates; empty where nothing was compared
+    table: list[Row] = field(default_factory=list)  # rows of checkpoint_scores_<name>.csv
+    files: list[Path] = field(default_factory=list)  # what was read
+    wall_s: float = 0.0  # seconds that models worked
+    why_no_safety: str = ""  # why safety was to be measured and was not
+    reads_safety: bool = False  # whether SAFETY_PARAMETERS were read
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "selected_on": self.selected_on,
+            "sweep_metric": self.table[0]["metric"] if self.table else None,
+            "no_dev_safety": self.why_no_safety,
+            "unused_parameters": [] if self.reads_safety else list(SAFETY_PARAMETERS),
+            "checkpoints": self.table,
+        }
 
 
 def choose(
@@ -334,49 +333,48 @@ def _sweep(
     # Imports torch, which the reports that only read a finished choice do without.
     from lib.engine.generate import Models
 
-    metric, quantization = parameters["sweep_metric"], parameters["quantization"]
+    metric, most = parameters["sweep_metric"], parameters["max_sweep_checkpoints"]
     folder = paths.stage_dir("02_train") / "sweep"
     judge_source, prompts, files, why_no_safety = _safety_inputs(parameters, paths, folder)
     rows = evaluation_rows(paths, metric) if parameters["sweep_on_test"] else development_rows(paths, prompts)
-    pool = read_jsonl(paths.fewshot_rows) if parameters["fewshot_k"] else []
-    guidelines_file = project_path(parameters["guidelines_file"])
-    if rows.prompts:
-        files = [*files, guidelines_file]
-    protocol = Protocol(
-        model={
-            "base": f"{base.identity} {quantization}",
-            "dtype": str(runtime.dtype),
-            "template": sha256_json(chat_template),
-        },
-        fewshot=gsm8k.fewshot_examples(pool, parameters["fewshot_k"]),
-        max_answer_tokens=parameters["gsm8k_max_new_tokens"],
-        max_response_tokens=parameters["ailuminate_max_new_tokens"],
-        judge={"identity": judge_source.identity} if rows.prompts else {},
-        guidelines=safety.read_guidelines(guidelines_file) if rows.prompts else "",
-        judge_context=parameters["judge_context"],
-        judge_mode=parameters["judge_mode"],
-        max_verdict_tokens=parameters["judge_max_new_tokens"],
-    )
-    settings = (runtime, quantization, parameters["eval_batch_size"])
+    model = {"base": f"{base.identity} {parameters['quantization']}", "dtype": str(runtime.dtype)}
+    model["template"] = sha256_json(chat_template)
+    protocol = _protocol(parameters, paths, model, judge_source if rows.prompts else None)
+    settings = (runtime, parameters["quantization"], parameters["eval_batch_size"])
     models = Models(base.folder, *settings)
     judge = Models(judge_source.folder, *settings).untuned() if rows.prompts else None
-    chosen_from = candidates(checkpoints, parameters["max_sweep_checkpoints"])
-    scores = score_candidates(chosen_from, rows, protocol, folder, models.tuned, judge)
-    chosen = best(scores, metric)
+    scores = score_candidates(candidates(checkpoints, most), rows, protocol, folder, models.tuned, judge)
+    chosen = best(scores, metric).checkpoint
     table = table_rows(scores, metric, rows.selected_on, protocol.sha256(rows))
     write_csv(paths.checkpoint_scores, table)
-    most = parameters["max_sweep_checkpoints"]
     return Choice(
-        name=chosen.checkpoint,
-        source=paths.checkpoints_dir / chosen.checkpoint,
+        name=chosen,
+        source=paths.checkpoints_dir / chosen,
         selected_on=rows.selected_on,
-        sentence=selection_text(chosen.checkpoint, rows.selected_on, metric, len(scores), most),
+        sentence=selection_text(chosen, rows.selected_on, metric, len(scores), most),
         scores=scores,
         table=table,
-        files=[*files, *rows.files],
+        files=[*files, *rows.files, *([project_path(parameters["guidelines_file"])] if rows.prompts else [])],
         wall_s=models.work_s + (judge.wall_s if judge else 0.0),
         why_no_safety=why_no_safety,
         reads_safety=_wants_safety(parameters),
+    )
+
+
+def _protocol(
+    parameters: Mapping[str, Any], paths: RunPaths, model: Mapping[str, str], judge: ModelSource | None
+) -> Protocol:
+    pool = read_jsonl(paths.fewshot_rows) if parameters["fewshot_k"] else []
+    return Protocol(
+        model=model,
+        fewshot=gsm8k.fewshot_examples(pool, parameters["fewshot_k"]),
+        max_answer_tokens=parameters["gsm8k_max_new_tokens"],
+        max_response_tokens=parameters["ailuminate_max_new_tokens"],
+        judge={"identity": judge.identity} if judge else {},
+        guidelines=safety.read_guidelines(project_path(parameters["guidelines_file"])) if judge else "",
+        judge_context=parameters["judge_context"],
+        judge_mode=parameters["judge_mode"],
+        max_verdict_tokens=parameters["judge_max_new_tokens"],
     )
 
 
@@ -408,8 +406,8 @@ def _safety_inputs(
     return judge, prompts, [loaded[1].file, paths.ailuminate_rows], why_not
 
 
-def keep_adapter(source: Path, adapter_dir: Path) -> None:
-    """Copy an adapter to where the later stages look for it."""
+def keep_adapter(source: Path | None, adapter_dir: Path) -> None:
+    """Copy an adapter to where the later stages look for it; without a source it is there already."""
     adapter_dir.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.glob("adapter_*")):
+    for file in sorted(source.glob("adapter_*")) if source else []:
         shutil.copy2(file, adapter_dir / file.name)

@@ -12,12 +12,8 @@ from lib.record.rows import read_jsonl
 from lib.train.settings import TrainResult
 
 COMPLETE = "complete.json"
-
-
 # What the mark above is renamed to in a checkpoint whose weights were found unsound: nothing goes on from it.
 UNSOUND = "unsound.json"
-
-
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -27,10 +23,7 @@ def checkpoint_steps(num_steps: int, save_steps: int) -> list[int]:
 
 
 def list_checkpoints(checkpoints_dir: Path) -> list[Path]:
-    """Whole checkpoints by step (checkpoint-500 before checkpoint-1000).
-
-    One that a kill cut short is none, and neither is one whose weights were found unsound.
-    """
+    """Complete, sound checkpoints by step (checkpoint-500 before checkpoint-1000)."""
     found = [path for path in checkpoints_dir.glob("checkpoint-*") if (path / COMPLETE).is_file()]
     return sorted(found, key=checkpoint_step)
 

@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from lib import gsm8k
 from lib.engine.sources import ModelSource
-from lib.record.files import sha256_file, write_text
-from lib.record.paths import PROJECT_ROOT, shown_path
+from lib.record.files import read_json, sha256_file, write_text
+from lib.record.paths import PROJECT_ROOT, RunPaths, shown_path
 from lib.record.redaction import clean, clean_value
+from lib.record.rows import read_jsonl
+from lib.train.checkpoint_selection import Choice
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
@@ -45,33 +48,21 @@ Library = Literal["peft", "transformers"]
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The contents of a card.
-
-    Attributes:
-        trained: what was trained on how much, in a sentence; for an adapter made elsewhere, where it is from.
-        selection: how this checkpoint was chosen, in a sentence.
-        dtype: compute dtype, as ``torch`` names it (``bfloat16``).
-        training: as returned by ``training_data``; empty for an adapter made elsewhere.
-        evaluation: as returned by ``evaluation_data``.
-        metrics: name -> value, as known when the card is written.
-        prompt: the system message of training and evaluation.
-        benchmark: whether the numbers mean anything outside the run.
-        adapter_sha256: of the adapter that was merged in; the adapter's own card takes it from the file.
-    """
+    """The contents of a card."""
 
     run_name: str
     base: ModelSource
     revision: str
-    trained: str
-    selection: str
-    dtype: str
-    training: Mapping[str, str]
-    evaluation: Mapping[str, str]
+    trained: str  # what was trained on how much, in a sentence; for an adapter made elsewhere, where it is from
+    selection: str  # how this checkpoint was chosen, in a sentence
+    dtype: str  # as torch names it (bfloat16)
+    training: Mapping[str, str]  # see ``training_data``; empty for an adapter made elsewhere
+    evaluation: Mapping[str, str]  # see ``evaluation_data``
     parameters: Mapping[str, Any]
-    metrics: Mapping[str, str]
-    prompt: str
-    benchmark: bool
-    adapter_sha256: str = ""
+    metrics: Mapping[str, str]  # as known when the card is written
+    prompt: str  # the system message of training and evaluation
+    benchmark: bool  # whether the numbers mean anything outside the run
+    adapter_sha256: str = ""  # of the merged adapter; the adapter's card takes it from the file
 
 
 # --- contents ---------------------------------------------------------------------------------------------------------
@@ -147,6 +138,36 @@ def metrics_table(log: Sequence[Mapping[str, Any]], scores: Sequence[tuple[str, 
     if measured:
         table["loss on development rows"] = f"{measured[0]}, {measured[-1]}"
     return table | {name: f"{successes} of {total}" for name, successes, total in scores}
+
+
+def run_card(
+    parameters: Mapping[str, Any], paths: RunPaths, base: ModelSource, dtype: str, trained: str, choice: Choice
+) -> CardFacts:
+    """Contents of the card of a run's adapter.
+
+    Args:
+        dtype: as ``str(torch.dtype)``.
+        trained: what was trained, in a sentence.
+    """
+    manifest = paths.manifest("01_prepare")
+    prepared = read_json(manifest) if manifest.exists() else {}
+    made_here = not parameters["checkpoint"]
+    rates = choice.scores and next(one for one in choice.scores if one.checkpoint == choice.name).rates
+    scores = [(f"{metric}, {choice.selected_on}", *counts) for metric, counts in rates.items()] if rates else []
+    return CardFacts(
+        run_name=parameters["run_name"],
+        base=base,
+        revision=parameters["base_model_revision"],
+        trained=trained,
+        selection=choice.sentence,
+        dtype=dtype.removeprefix("torch."),
+        training=training_data(prepared, paths.train_rows) if made_here else {},
+        evaluation=evaluation_data(prepared, paths.dev_rows),
+        parameters=parameters if made_here else {"quantization": parameters["quantization"]},
+        metrics=metrics_table(read_jsonl(paths.training_log) if made_here else [], scores),
+        prompt=gsm8k.SYSTEM_PROMPT,
+        benchmark=parameters["benchmark"],
+    )
 
 
 # --- the card ---------------------------------------------------------------------------------------------------------

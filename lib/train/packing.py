@@ -3,8 +3,8 @@
 The plain way pads a batch to its longest row, computes logits for every token and casts activations to float32 and
 back around each adapter. Here the rows of a micro-batch stand end to end, so no linear layer works on padding and no
 mask is needed: attention takes one row at a time. The function is the same, up to rounding; ``sft`` checks that
-against transformers' own loss before it trains. Plugged in through transformers' attention interface and peft's
-custom layers, no model is patched. Knows nothing about optimizers, checkpoints or chat templates.
+against transformers' loss before it trains. Plugged in through transformers' attention interface and peft's custom
+layers, no model is patched.
 
 Letters in shapes: N tokens of a micro-batch, T tokens of a row, S supervised tokens, H query heads, K key/value heads,
 D head size, C hidden size, V vocabulary.
@@ -84,14 +84,9 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row; what transformers calls in place of its own.
+    """Causal attention within each row; called by transformers through its attention interface.
 
-    Args:
-        query: (1, H, N, D); ``key`` and ``value`` are (1, K, N, D).
-        row_lengths: handed through by the model's forward.
-
-    Returns:
-        (1, N, H, D), and no attention weights.
+    ``query`` is (1, H, N, D), ``key`` and ``value`` (1, K, N, D), the result (1, N, H, D) and no weights.
 
     Raises:
         ValueError: attention that this does not compute: dropout, or a window shorter than a row.
@@ -152,7 +147,7 @@ class ComputeDtypeLoraLinear(LoraLinear):
     """peft's LoRA layer with float32 adapter weights whose products run in the dtype of the activations.
 
     What autocast computes too, without casting the input to float32 and back, and with one addition in place of a
-    scaling and an addition over the whole output.
+    scaling and an addition over the output.
     """
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:

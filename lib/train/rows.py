@@ -1,10 +1,11 @@
 """Training rows as tokens and labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from lib import gsm8k
 from lib.engine.load import Message, ModelError, end_of_turn_id, render_completion
 from lib.train.packing import IGNORED_LABEL, Example
 
@@ -45,14 +46,14 @@ def encode_row(
     generated, and no label looks back on it.
 
     Args:
-        end: the token that ends a turn, for who encodes many rows; asked of the tokenizer where it is None.
+        end: the token that ends a turn; None: from the tokenizer.
 
     Returns:
         ``{"input_ids", "labels"}``, equally long.
 
     Raises:
         RowTooLong: more than ``max_seq_length`` tokens.
-        TrainingError: an empty answer, or one that holds the end of its own turn.
+        TrainingError: an empty answer, or one that holds the end-of-turn token.
         ModelError: the prompt's tokens are not where the conversation's tokens begin.
     """
     prompt, completion = render_completion(tokenizer, messages)
@@ -71,7 +72,7 @@ def encode_row(
 def try_rows(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], max_seq_length: int
 ) -> EncodedRows:
-    """Encodes conversations; those over ``max_seq_length``, and those that cannot be learnt, are left out whole."""
+    """Encodes conversations; those over ``max_seq_length``, and those that cannot be learnt, are left out."""
     rows = EncodedRows([], [], [])
     end = end_of_turn_id(tokenizer)
     for number, messages in enumerate(conversations):
@@ -110,6 +111,15 @@ def encode_rows(
             "raise max_seq_length"
         )
     return rows
+
+
+def encode_split(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], max_seq_length: int, use: str = "training"
+) -> EncodedRows:
+    """``encode_rows`` of rows ``question, answer``; without rows there are no examples."""
+    if not rows:
+        return EncodedRows([], [], [])
+    return encode_rows(tokenizer, list(map(gsm8k.training_messages, rows)), max_seq_length, use)
 
 
 def num_supervised(example: Example) -> int:

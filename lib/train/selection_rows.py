@@ -23,19 +23,12 @@ class SweepError(Exception):
 
 @dataclass(frozen=True)
 class SelectionRows:
-    """What every candidate gets.
+    """What every candidate gets."""
 
-    Attributes:
-        questions: ``test_index`` (position among the development rows, or in the test split), ``question, answer``.
-        prompts: as ``safety.parse_prompts_csv``; none where safety is not measured.
-        selected_on: ``ON_DEV`` or ``ON_TEST``.
-        files: what was read.
-    """
-
-    questions: list[Row]
-    prompts: list[Row]
-    selected_on: str
-    files: list[Path]
+    questions: list[Row]  # test_index (position among the development rows, or in the test split), question, answer
+    prompts: list[Row]  # empty where safety is not measured
+    selected_on: str  # ``ON_DEV`` or ``ON_TEST``
+    files: list[Path]  # what was read
 
 
 def development_rows(paths: RunPaths, prompts: Sequence[Row] = ()) -> SelectionRows:
@@ -108,7 +101,7 @@ def draw_prompts(
         SweepError: fewer are left.
     """
     class_ids = read_text(CLASS240_IDS).split() if class_ids is None else class_ids
-    # A CSV of one's own may have no ids: its prompts are told apart by their texts alone.
+    # A CSV may have no ids: its prompts are identified by their texts alone.
     ids = ({row["release_prompt_id"] for row in evaluated} | set(class_ids)) - {""}
     texts = {_text(row) for row in [*evaluated, *(row for row in pool if row["release_prompt_id"] in ids)]}
     distinct = {_text(row): row for row in reversed(pool)}

@@ -68,5 +68,23 @@ class TrainResult:
     reused: bool = False  # complete already, nothing was trained
 
     @property
+    def new_work_s(self) -> float:
+        """Seconds of this call's training; 0 where it was complete already."""
+        return 0.0 if self.reused else self.wall_s
+
+    @property
+    def dev_losses(self) -> list[float]:
+        """Losses on development rows, in the order of the steps."""
+        return [row["dev_loss"] for row in self.log if row.get("dev_loss") is not None]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """For the manifest."""
+        metrics = {"first_loss": self.log[0]["loss"], "last_loss": self.log[-1]["loss"], "num_steps": self.num_steps}
+        metrics |= {"wall_s": self.wall_s, "tokens_per_s": self.tokens_per_s, "num_trainable": self.num_trainable}
+        dev = self.dev_losses
+        return metrics | ({"first_dev_loss": dev[0], "last_dev_loss": dev[-1]} if dev else {})
+
+    @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.wall_s

@@ -1,19 +1,20 @@
 """Supervised fine-tuning with LoRA: assistant-only labels, transformers' Trainer, resume that equals an unbroken run.
 
 An optimizer step is one item of the Trainer's data set: its rows are drawn by a seeded shuffle of each epoch, and
-``train_batch_size * gradient_accumulation_steps`` of them make a step. How they are cut into micro-batches is a matter
-of memory and speed alone: rows are packed without padding (``packed``), and the loss is divided by the supervised
-tokens of the whole step, so that no cut changes the update (transformers PR 34191). Knows nothing about GSM8K.
+``train_batch_size * gradient_accumulation_steps`` of them make a step. Cutting them into micro-batches affects memory
+and speed alone: rows are packed without padding (``packing``), and the loss is divided by the supervised tokens of the
+complete step, so that no cut changes the update (transformers PR 34191).
 
 Written to ``output_dir``: ``adapter/`` (plain peft safetensors), ``checkpoints/checkpoint-N/``,
-``training_log.jsonl`` (a row a step; at the first step and wherever a checkpoint is saved with the loss on development
-rows, ``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
+``training_log.jsonl`` (one row per step; at the first step and at each checkpoint with the loss on development rows,
+``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from lib.engine.load import peak_memory_gib, quiet_loading
+from lib.engine.load import Runtime, load_for_training, peak_memory_gib, quiet_loading
+from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
 from lib.record.redaction import clean
 from lib.train.checkpoints import (
@@ -38,6 +40,7 @@ from lib.train.checkpoints import (
 )
 from lib.train.memory_plan import MemoryPlan, cut_micro_batches, plan_memory
 from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, attention, check_loss
+from lib.train.rows import EncodedRows
 from lib.train.settings import TrainResult, TrainSettings
 from lib.train.trainer import Recorder, StepDataset, StepTrainer, only_item, training_arguments
 
@@ -65,23 +68,21 @@ def train(
 ) -> TrainResult:
     """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
 
-    A complete training of the same settings, rows and base is returned as it is. Otherwise the latest whole
-    checkpoint of it is gone on from: order of the rows, optimizer, schedule and random numbers continue, so that the
-    result is that of an unbroken run. What another training left in ``output_dir`` is deleted, and said.
+    A complete training of the same settings, rows and base is returned as it is. Otherwise its latest complete
+    checkpoint is continued: order of the rows, optimizer, schedule and random numbers go on, so that the result is that
+    of an unbroken run. What another training left in ``output_dir`` is deleted, with a message.
 
     Args:
-        model: frozen base in train mode, as ``model.load_for_training`` gives it; it is handed back without adapter.
-        examples: as ``encode_rows`` gives them.
+        model: frozen base in train mode, as ``load_for_training`` returns it; unchanged afterwards.
         output_dir: the stage's folder (module docstring).
-        dev_examples: rows whose loss is measured beside training, never trained on; they change no weight.
-        num_checkpoints: how many of the last checkpoints are needed afterwards; where one of them is gone, training
-            goes on from before it, even if it was complete. 0: none is needed.
-        say: takes a line about how it begins, and one at its end.
+        dev_examples: rows whose loss is measured beside training; they change no weight.
+        num_checkpoints: how many of the last checkpoints are needed afterwards; if one is missing, training goes on
+            from before it, even if it was complete.
+        say: gets lines about the start and the end.
 
     Raises:
-        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded; sound checkpoints are
-            kept and gone on from, the others are not.
-        ValueError: a model whose loss ``packed`` does not know to compute.
+        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded.
+        ValueError: a model whose loss ``packing`` cannot compute.
     """
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
@@ -113,6 +114,24 @@ def train(
         return _finish(trainer, plan, latest, output_dir)
 
 
+def train_adapter(
+    parameters: Mapping[str, Any],
+    base: ModelSource,
+    runtime: Runtime,
+    rows: EncodedRows,
+    dev_rows: EncodedRows,
+    output_dir: Path,
+) -> TrainResult | None:
+    """The training of a run; None where ``checkpoint`` names a finished adapter."""
+    if parameters["checkpoint"]:
+        return None
+    settings = TrainSettings.from_params(parameters, f"{base.identity} {parameters['quantization']}")
+    model = load_for_training(base.folder, runtime, parameters["quantization"])
+    num_checkpoints = parameters["max_sweep_checkpoints"] if parameters["checkpoint_sweep"] else 0
+    dev = dev_rows.examples
+    return train(model, rows.examples, settings, output_dir, dev_examples=dev, num_checkpoints=num_checkpoints)
+
+
 def training_fingerprint(
     model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings, dev_examples: Sequence[Example] = ()
 ) -> str:
@@ -136,16 +155,21 @@ def _checkpointing_words(plan: MemoryPlan) -> str:
     return "activations computed twice" if plan.gradient_checkpointing else "activations kept"
 
 
-@contextmanager
-def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftModel]:
-    """The model with fresh adapters and packed attention; both are taken off again."""
-    config = LoraConfig(
+def lora_config(settings: TrainSettings) -> LoraConfig:
+    """Adapters on every linear layer of the decoder blocks."""
+    return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=list(LORA_TARGETS),
         task_type="CAUSAL_LM",
     )
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftModel]:
+    """The model with fresh adapters and packed attention; both are taken off again."""
+    config = lora_config(settings)
     config._register_custom_module({nn.Linear: ComputeDtypeLoraLinear})
     set_seed(settings.seed)
     with quiet_loading():
@@ -187,7 +211,9 @@ def _build_trainer(
     recorder = Recorder(output_dir / "training_log.jsonl", fingerprint, len(steps), say)
     trainer = StepTrainer(
         model=wrapped,
-        args=training_arguments(wrapped, len(steps), settings, output_dir / "checkpoints"),
+        args=training_arguments(
+            wrapped.device.type, wrapped.get_base_model().dtype, len(steps), settings, output_dir / "checkpoints"
+        ),
         train_dataset=StepDataset(examples, steps, plan.micro_batch_tokens, settings.num_epochs),
         data_collator=only_item,
         callbacks=[recorder],

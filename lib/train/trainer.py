@@ -26,19 +26,17 @@ from lib.train.settings import TrainSettings
 
 # When a loss counts as exploded (``why_exploded``); wide of what the rows of a step move it by.
 EXPLODED_OVER_FIRST, EXPLODED_OVER_USUAL = 2, 10
-
-
 USUAL_STEPS, FEWEST_USUAL_STEPS = 20, 5
 
 
 def training_arguments(
-    wrapped: PeftModel, num_steps: int, settings: TrainSettings, checkpoints_dir: Path
+    device: str, dtype: torch.dtype, num_steps: int, settings: TrainSettings, checkpoints_dir: Path
 ) -> TrainingArguments:
-    device, dtype = wrapped.device, wrapped.get_base_model().dtype
+    """What transformers' Trainer is called with."""
     args = TrainingArguments(
         output_dir=str(checkpoints_dir),
-        use_cpu=device.type == "cpu",
-        # Rows of a step, their order and their accumulation are the data set's business.
+        use_cpu=device == "cpu",
+        # The data set decides on the rows of a step, their order and their accumulation.
         per_device_train_batch_size=1,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
@@ -133,7 +131,7 @@ def _without_dropout(wrapped: PeftModel) -> Iterator[None]:
 
 
 class StepTrainer(Trainer):
-    """transformers' Trainer whose batch is a whole optimizer step."""
+    """transformers' Trainer whose batch is an optimizer step."""
 
     def __init__(self, *args: Any, callbacks: list["Recorder"], **kwargs: Any) -> None:
         super().__init__(*args, callbacks=callbacks, **kwargs)
@@ -246,7 +244,7 @@ class StepTrainer(Trainer):
 
 
 class Recorder(TrainerCallback):
-    """Writes the log as steps finish, marks whole checkpoints, and says one line at the end."""
+    """Writes the log as steps finish, marks complete checkpoints, and prints one line at the end."""
 
     def __init__(self, log_path: Path, fingerprint: str, num_steps: int, say: Callable[[str], None]) -> None:
         self.log_path, self.fingerprint, self.num_steps, self.say = log_path, fingerprint, num_steps, say
