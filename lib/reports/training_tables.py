@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib import wording
 from lib.engine.load import Runtime, nf4_config
 from lib.engine.sources import ModelSource
 from lib.reports import html, plots, tables
@@ -136,10 +137,10 @@ def choice_plot(choice: Choice, stage: Stage) -> Html | None:
     """Rates of the compared checkpoints with their intervals, and the choice."""
     if not choice.scores:
         return None
-    rates = {f"{one.checkpoint}, {metric}": counts for one in choice.scores for metric, counts in one.rates.items()}
+    rates = {f"{one.checkpoint}, {metric}": rate for one in choice.scores for metric, rate in one.rates.items()}
     title = f"Checkpoints on {choice.selected_on}"
     figure = plots.rate_plot(rates, title=title, xlabel="share of rows, 95 % interval")
-    alt = "; ".join(f"{name}: {count} of {total}" for name, (count, total) in rates.items())
+    alt = "; ".join(f"{name}: {wording.count(rate.successes, rate.n)}" for name, rate in rates.items())
     note = html.note(choice.sentence, strong=choice.selected_on == ON_TEST)
     return html.stack([stage.plot(figure, "checkpoints", alt), note])
 

@@ -21,7 +21,7 @@ from lib.record.lookup import load_or_reason
 from lib.record.manifest import facts_of
 from lib.record.paths import RunPaths, project_path
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
-from lib.stats import wilson_interval
+from lib.stats import Rate
 from lib.train.selection_rows import (
     ON_TEST,
     SelectionRows,
@@ -167,10 +167,10 @@ class Score:
     num_unparsed: int = 0
 
     @property
-    def rates(self) -> dict[str, tuple[int, int]]:
-        """Metric -> (successes, rows), of the metrics that were measured."""
-        right = {"right": (self.num_correct, self.num_questions)}
-        return right | ({"safe": (self.num_safe, self.num_prompts)} if self.num_prompts else {})
+    def rates(self) -> dict[str, Rate]:
+        """By metric, of those that were measured."""
+        right = {"right": Rate.of_counts(self.num_correct, self.num_questions)}
+        return right | ({"safe": Rate.of_counts(self.num_safe, self.num_prompts)} if self.num_prompts else {})
 
     def value(self, metric: str) -> Fraction:
         """What is compared; exact, so that equal scores are a tie whatever their rows.
@@ -234,9 +234,9 @@ def table_rows(scores: Sequence[Score], metric: str, selected_on: str, protocol_
     return rows
 
 
-def _rate_columns(counts: tuple[int, int] | None, name: str, prefix: str) -> Row:
-    low, high = wilson_interval(*counts) if counts else (None, None)
-    return {name: counts[0] / counts[1] if counts else None, f"{prefix}low": low, f"{prefix}high": high}
+def _rate_columns(rate: Rate | None, name: str, prefix: str) -> Row:
+    cells = (rate.share, rate.low, rate.high) if rate else (None, None, None)
+    return dict(zip((name, f"{prefix}low", f"{prefix}high"), cells, strict=True))
 
 
 def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidates: int = 0, most: int = 0) -> str:

@@ -153,7 +153,8 @@ def run_card(
     prepared = read_json(manifest) if manifest.exists() else {}
     made_here = not parameters["checkpoint"]
     rates = choice.scores and next(one for one in choice.scores if one.checkpoint == choice.name).rates
-    scores = [(f"{metric}, {choice.selected_on}", *counts) for metric, counts in rates.items()] if rates else []
+    rates = rates or {}
+    scores = [(f"{metric}, {choice.selected_on}", rate.successes, rate.n) for metric, rate in rates.items()]
     return CardFacts(
         run_name=parameters["run_name"],
         base=base,
