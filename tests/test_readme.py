@@ -14,10 +14,26 @@ README, METHOD, REFERENCE, LAYOUT = (page.read_text(encoding="utf-8") for page i
 PRESETS = ("simple", "medium", "strong")
 
 
-def test_every_module_has_its_line_and_every_line_its_module():
-    told = re.findall(r"^    lib/(\w+)\.py +\S", LAYOUT, re.MULTILINE)
-    found = {path.stem for path in (PROJECT_ROOT / "lib").glob("*.py")} - {"__init__"}
-    assert sorted(told) == sorted(found)
+def test_every_module_stands_under_its_folder():
+    tree = LAYOUT.partition("\n    driver/")[2].partition("Made by a run")[0]
+    found: dict[str, set[str]] = {}
+    folder = "driver"
+    for line in tree.splitlines()[1:]:
+        if named := re.match(r"    (\w+)/", line):
+            folder = named[1]
+        elif re.match(r" {17}\S", line):
+            found.setdefault(folder, set()).update(re.findall(r"\w+", line))
+    lib = PROJECT_ROOT / "lib"
+    folders = {path.parent.name for path in lib.glob("*/__init__.py")}
+    assert found == {name: {path.stem for path in (lib / name).glob("*.py")} - {"__init__"} for name in folders}
+    assert len(LAYOUT.splitlines()) <= 45
+
+
+def test_the_tree_of_the_readme_is_what_ls_shows():
+    entries = re.findall(r"^      (\w+)(/|\.py) ", README, re.MULTILINE)
+    lib = PROJECT_ROOT / "lib"
+    there = {path.name for path in lib.iterdir() if not path.name.startswith("_")}
+    assert {f"{name}{end}".rstrip("/") for name, end in entries} == there and len(there) <= 14
 
 
 def test_links_and_pictures_are_there():
@@ -36,7 +52,7 @@ def test_every_flag_that_is_named_exists():
 
 
 @pytest.mark.parametrize("path", sorted((PROJECT_ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_is_told(path):
+def test_every_preset_is_named(path):
     assert re.search(rf"[|`] ?{path.stem} ?[|`]", README)
 
 

@@ -39,15 +39,22 @@ GIB = 2**30
 
 
 def score_words(counts: Counts) -> str:
-    """The loss, or the rate so far with its 95 % interval; "" where rows are not scored."""
+    """The loss, or the rate so far; "" where rows are not scored.
+
+    Accuracy has its 95 % interval. A safe rate has none here: equal prompts count together in it, and only the rows
+    know which are equal.
+    """
     if counts.loss is not None:
         return f"loss {counts.loss:.4f}" + ("" if counts.dev_loss is None else f", dev {counts.dev_loss:.4f}")
     if not counts.num_scored:
         return ""
+    rate = f"{wording.percent(counts.num_good / counts.num_scored)} {counts.good}"
+    if counts.good == "safe":
+        return rate
     from lib.stats import wilson_interval  # scipy: most of a second, only where there is a rate
 
     low, high = wilson_interval(counts.num_good, counts.num_scored)
-    return f"{wording.percent(counts.num_good / counts.num_scored)} {counts.good} ({wording.interval(low, high)})"
+    return f"{rate} ({wording.interval(low, high)})"
 
 
 def final_lines(work: Iterable[Counts]) -> list[str]:
