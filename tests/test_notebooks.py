@@ -93,8 +93,8 @@ def test_every_section_begins_with_why(stage):
 
 def test_the_summary_comes_first_and_the_last_cell_fills_it(stage):
     cells = read(stage).cells
-    setup = next(place for place, cell in enumerate(cells) if f'open_stage("{stage}", globals()' in cell.source)
-    assert cells[setup].source.endswith("stage.header()")
+    setup = next(place for place, cell in enumerate(cells) if f'open_stage("{stage}", globals())' in cell.source)
+    assert cells[setup].source.splitlines()[-1].startswith("stage.header(")
     assert cells[setup + 1].source.startswith("## Summary\n")
     assert cells[setup + 2].source == "stage.summary()"
     assert not any(cell.source.startswith("## ") for cell in cells[:setup])

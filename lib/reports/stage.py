@@ -25,8 +25,8 @@ class Stage:
         folder: what only this stage writes.
     """
 
-    def __init__(self, name: str, parameters: dict[str, Any], device: str) -> None:
-        self.name, self.parameters, self._device = name, parameters, device
+    def __init__(self, name: str, parameters: dict[str, Any]) -> None:
+        self.name, self.parameters = name, parameters
         comparing = name == COMPARE_STAGE
         self.paths = None if comparing else run_paths(parameters["results_dir"], parameters["run_name"])
         self.root = self.paths.run_dir if self.paths else results_root(parameters["results_dir"])
@@ -35,10 +35,10 @@ class Stage:
         self._record = start_stage(self.folder / "manifest.json", name, run_name, parameters)
         self._slot: html.SummarySlot | None = None
 
-    def header(self, device: str = "") -> html.Html:
-        """What this run is, its parameters and versions, folded; ``device``: in place of that of ``open_stage``."""
+    def header(self, device: str = NO_DEVICE) -> html.Html:
+        """What this run is, its parameters and versions, folded; ``device``: where a model runs and why."""
         known = self.parameters
-        parts = tables.setup_tables(self.name, known, device or self._device)
+        parts = tables.setup_tables(self.name, known, device)
         if self.paths:
             parts.insert(0, html.purpose_note(known["run_name"], known["description"], known["benchmark"]))
         return html.stack(parts)
@@ -106,20 +106,19 @@ class Stage:
         return shown
 
 
-def open_stage(name: str, namespace: MutableMapping[str, Any], device: str = NO_DEVICE) -> Stage:
+def open_stage(name: str, namespace: MutableMapping[str, Any]) -> Stage:
     """Begin a stage: its parameters are checked, and its old manifest goes until ``finish``.
 
     Args:
         name: ``03_eval_gsm8k``, for example.
-        namespace: ``globals()`` of the notebook, right after its parameters cell.
-        device: where a model runs and why (``Runtime.reason``).
+        namespace: ``globals()`` of the notebook, right after its parameters cell; PRESET changes them here.
 
     Raises:
         ParamsError: a parameter is refused; every fault is listed.
         ArtifactError: a driver is at work on the same folder.
     """
     _heed_cells()
-    return Stage(name, params.from_notebook(namespace), device)
+    return Stage(name, params.from_notebook(namespace))
 
 
 def _ignore_later_cells() -> None:

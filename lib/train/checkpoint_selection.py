@@ -33,6 +33,7 @@ from lib.train.selection_rows import (
     needs_safety,
     require_safety,
 )
+from lib.train.settings import TrainResult
 
 if TYPE_CHECKING:  # imports torch
     from lib.engine.load import Runtime
@@ -304,7 +305,7 @@ def choose(
     base: ModelSource,
     chat_template: str | None,
     runtime: "Runtime",
-    checkpoints: Sequence[Path],
+    result: TrainResult | None,
 ) -> Choice:
     """Choose among the last checkpoints, where ``checkpoint_sweep`` is set and the run trains its own adapter.
 
@@ -319,7 +320,7 @@ def choose(
     if not parameters["checkpoint_sweep"]:
         name = "the adapter as training ended"
         return Choice(name, None, NOT_SELECTED, selection_text(name, NOT_SELECTED))
-    return _sweep(parameters, paths, base, chat_template, runtime, checkpoints)
+    return _sweep(parameters, paths, base, chat_template, runtime, result.checkpoints if result else [])
 
 
 def _sweep(
