@@ -19,7 +19,7 @@ FLAGS += ("--disable-component-update", "--no-first-run", "--hide-scrollbars", "
 
 
 def find_chromium() -> str | None:
-    """The browser's program; None where there is none."""
+    """The browser's program; None where it is missing."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((path for name in names if (path := shutil.which(name))), None)
 
@@ -153,7 +153,7 @@ class Chromium:
 
     def open(self, path: Path, fragment: str = "") -> None:
         """Open a file from disk and wait until it is loaded."""
-        # Via a blank page: one that differs in its fragment alone would not be loaded anew.
+        # Via a blank page: one that differs in its fragment alone would not be loaded again.
         self._navigate("about:blank")
         self.requests.clear()
         self.errors.clear()

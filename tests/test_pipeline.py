@@ -65,7 +65,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drive(models, tmp_path_factory):
-    """A function that runs the driver in a process of its own, on one output folder."""
+    """A function that runs the driver in a process, on one output folder."""
     output = tmp_path_factory.mktemp("out")
     environment = {key: value for key, value in os.environ.items() if key != "ASSETS_DIR"}
 
