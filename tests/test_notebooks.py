@@ -305,12 +305,12 @@ def test_a_hand_in_with_other_numbers_of_rows_is_an_error_that_names_both(tmp_pa
 # --- what single cells say --------------------------------------------------------------------------------------------
 
 
-def run_cell(stage, words, **names):
+def run_cell(notebook, words, **names):
     """What the code cell that holds ``words`` shows, given the names that it reads; and every name after it."""
-    (source,) = [source for source in code_cells(stage) if words in source]
+    (source,) = [source for source in code_cells(notebook) if words in source]
     *body, last = ast.parse(source).body
-    exec(compile(ast.Module(body, []), stage, "exec"), names)
-    return eval(compile(ast.Expression(last.value), stage, "eval"), names), names
+    exec(compile(ast.Module(body, []), notebook, "exec"), names)
+    return eval(compile(ast.Expression(last.value), notebook, "eval"), names), names
 
 
 def chosen_on(folder, selected_on):
