@@ -166,8 +166,7 @@ def parse_number(text: str | None) -> Fraction | None:
 def extract_answer(text: str | None) -> str | None:
     """Strict reading: the number after the last ``####`` that has one on its line, without ``$`` and commas.
 
-    None where no ``####`` is followed by a number, but by a word (``nan``), a heading (``#### Step 1``) or nothing, and
-    where the notation of the last such number is not known (``12,34``, ``10^3``, ``3 * 4``).
+    None without such a number, and where the notation of the last one is not known (``12,34``, ``10^3``, ``3 * 4``).
     """
     return _written(_last(_ANSWER_LINE, _plain(text or "")))
 
@@ -228,11 +227,7 @@ def _visible(character: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def normalise_question(text: str) -> str:
-    """The words and numbers of a question, by which copies of it are found.
-
-    Ignores punctuation, spelling (``plain_spelling``) and a label such as ``Question 3:``, but not signs, decimal
-    points and operators.
-    """
+    """Words and numbers by which copies of a question are found, without punctuation and label ("Question 3:")."""
     spelled = plain_spelling(text)
     words = _QUESTION_LABEL.sub("", spelled).replace("\N{FRACTION SLASH}", "/")
     words = _APOSTROPHE.sub("", _THOUSANDS_COMMA.sub("", words))
@@ -248,12 +243,10 @@ def _spaced(match: re.Match[str]) -> str:
 
 
 def eval_indices(num_rows: int, fraction: float, seed: int) -> list[int]:
-    """Positions of the evaluation rows: the first ``floor(fraction * num_rows)`` of a seeded permutation.
+    """Positions of the first ``floor(fraction * num_rows)`` rows of a seeded permutation; 1.0 keeps all, in order.
 
-    The same rows as ``datasets.Dataset.shuffle(seed)`` takes; a fraction of 1.0 keeps every row, in order.
-
-    Raises:
-        ValueError: ``fraction`` is outside (0, 1], or no row would be left.
+    The same rows as ``datasets.Dataset.shuffle(seed)`` takes. Raises ValueError for a fraction outside (0, 1] or
+    without a row.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"gsm8k_eval_fraction is {fraction}; allowed: above 0, up to 1")
@@ -277,16 +270,9 @@ def split_train(
 ) -> Split:
     """Draw the few-shot pool and the development rows from GSM8K train, and take their questions out of training.
 
-    Pool and development rows depend on ``gsm8k_train`` and ``seed`` alone: presets that train on another file have the
-    same examples.
-
-    Args:
-        train_rows: rows to train on, the same or another file.
-        dev_rows: number of rows kept to choose a checkpoint on, drawn after the pool.
-        max_train_rows: training rows at most, a seeded choice kept in the file's order; 0 = all.
-
-    Raises:
-        ValueError: GSM8K train has too few distinct questions, or no training row is left.
+    Both depend on ``gsm8k_train`` and ``seed`` alone: presets that train on another file have the same examples.
+    ``max_train_rows`` (0 = all) is a seeded choice kept in the file's order. Raises ValueError where GSM8K train has
+    too few distinct questions, or no training row is left.
     """
     rng = np.random.default_rng(seed)
     shuffled = _distinct([gsm8k_train[index] for index in rng.permutation(len(gsm8k_train))])
@@ -323,11 +309,7 @@ def _cut(rows: list[Row], max_rows: int, rng: np.random.Generator) -> list[Row]:
 
 
 def fewshot_examples(pool: Sequence[Row], fewshot_k: int) -> list[Row]:
-    """The first ``fewshot_k`` rows of the pool.
-
-    Raises:
-        ValueError: the pool holds fewer.
-    """
+    """The first ``fewshot_k`` rows of the pool; ValueError where it holds fewer."""
     if not 0 <= fewshot_k <= len(pool):
         raise ValueError(f"fewshot_k is {fewshot_k}; allowed: 0 to {len(pool)}, the rows of the few-shot pool")
     return list(pool[:fewshot_k])
@@ -361,14 +343,9 @@ def training_messages(row: Mapping[str, Any]) -> list[Message]:
 def evaluate(
     rows: Sequence[Row], fewshot: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog
 ) -> list[Row]:
-    """Scored rows in the order of ``rows``; those that ``log`` does not hold yet are answered.
+    """Scored rows in the order of ``rows`` (``test_index, question, answer``; ``id`` is the position).
 
-    Args:
-        rows: evaluation rows ``test_index, question, answer``; a row's ``id`` is its position here.
-        log: row file of this protocol, keyed by ``id``.
-
-    Raises:
-        ValueError: ``log`` holds another question under a row's id, or a gold answer has no number.
+    Rows that ``log`` does not hold yet are answered; ValueError where it holds another question under a row's id.
     """
     numbered = [{**row, "id": position} for position, row in enumerate(rows)]
     check_kept({row["id"]: row for row in numbered}, log)
@@ -381,13 +358,9 @@ def evaluate(
 
 
 def check_kept(rows: Mapping[int, Row], log: RowLog) -> None:
-    """Score the rows of ``log`` again from their texts: the rules that read an answer may be newer than they are.
+    """Score the rows of ``log`` again from their texts, because the rules that read an answer may be newer.
 
-    Args:
-        rows: id -> the row ``question, answer`` that it was generated from.
-
-    Raises:
-        ValueError: a row of ``log`` is about another question.
+    Raises ValueError where a row is about another question than the one in ``rows`` under its id.
     """
     for row_id, kept in log.rows.items():
         row = rows.get(row_id)
@@ -409,11 +382,7 @@ def _scored_row(row: Row, completion: Completion) -> Row:
 def score_row(row: Mapping[str, Any]) -> Row:
     """``parsed_final, correct, parsed_flexible, correct_flexible, outcome`` of a row, from its texts alone.
 
-    Args:
-        row: ``model_output`` and ``gold_answer`` (the worked answer), and ``finish_reason`` where it is known.
-
-    Raises:
-        ValueError: the gold answer has no number after ``####``.
+    Raises ValueError where the gold answer has no number after ``####``.
     """
     score = _score(row["gold_answer"], row["model_output"], row.get("finish_reason") == "length")
     if score is None:
@@ -445,10 +414,7 @@ def outcome(row: Mapping[str, Any]) -> Outcome:
 
     ``correct``; ``truncated``, the token limit came before an answer; ``no answer``, without a ``####`` number;
     ``run-on``, wrong and with text after the first answered ``####`` line (an invented next question, say); ``wrong``.
-
-    Args:
-        row: ``model_output, parsed_final, correct``, and ``finish_reason`` ("stop" or "length") where it is known;
-            a row of a pipeline that did not keep it is never ``truncated``.
+    A row without ``finish_reason`` is never ``truncated``.
     """
     if row["correct"]:
         return "correct"
@@ -465,16 +431,9 @@ def _goes_on(text: str) -> bool:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts and rates over ``rows``, each scored again from its text, so that rows of an older format are read too.
+    """Counts and rates over ``rows``, each scored again from its text; both accuracies are shares of all rows.
 
-    Both accuracies are shares of all rows: one without an answer is wrong.
-
-    Returns:
-        ``n, num_correct, accuracy, num_correct_flexible, accuracy_flexible, outcomes`` (a count for each kind) and
-        ``mean_output_tokens`` (None where a row does not have its tokens).
-
-    Raises:
-        ValueError: there are no rows.
+    ``mean_output_tokens`` is None where a row does not have its tokens. Raises ValueError without rows.
     """
     if not rows:
         raise ValueError("no rows to summarise: an accuracy needs at least one")

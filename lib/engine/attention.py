@@ -1,9 +1,8 @@
 """Attention over a prompt prefix that all rows share, and the slots that hold each row's own keys and values.
 
-Plugged into transformers through its attention interface: no model class or object is changed. The tokens of all rows
-travel packed, as one sequence of N tokens, so no linear layer ever works on padding. Each token attends to the shared
-prefix (its keys and values are kept once and read once for all rows) and to its own row; the two partial results
-are merged by their log-sum-exp, which is exact (Hydragen, arXiv 2402.05099, section 3; FlashInfer's cascade inference).
+Registered with transformers' attention interface; no model is patched. Rows travel packed as one sequence of N tokens
+(no padding in linear layers). Each token attends to the shared prefix and to its own row; the two results are merged
+exactly by their log-sum-exp (Hydragen, arXiv 2402.05099, section 3; FlashInfer's cascade inference).
 
 Letters in shapes: N tokens of one step, B rows that decode, R rows that enter, T their longest, Hkv key/value heads,
 G query heads per key/value head, D head size, P prefix length, S capacity of a slot.
@@ -35,11 +34,7 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class PackedStep:
-    """Where the packed tokens of one forward pass belong.
-
-    The first ``num_decoding`` tokens are one token each of the rows in slots 0, 1, ...; then come the complete rows
-    that enter, one after the other, with nothing of them in the slots yet.
-    """
+    """Where the tokens of a pass belong: one per decoding row (slots 0, 1, ...), then complete rows that enter."""
 
     input_ids: Tensor  # (1, N)
     position_ids: Tensor  # (1, N), counted from the start of the prompt
@@ -52,11 +47,7 @@ class PackedStep:
 
 
 class SlotCache(Cache):
-    """Keys and values of up to ``num_slots`` rows; row ``i``'s own tokens are in slot ``i``, from position 0 on.
-
-    ``update`` has the signature that transformers' attention layers call; it writes this step's tokens into the slots
-    and hands back the fresh ones, from which entering rows attend to themselves.
-    """
+    """Keys and values of up to ``num_slots`` rows; row ``i``'s own tokens are in slot ``i``, from position 0 on."""
 
     def __init__(self, config: PretrainedConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
@@ -72,10 +63,7 @@ class SlotCache(Cache):
         return self.slots[0].device
 
     def reserve(self, length: int) -> None:
-        """Makes every slot hold ``length`` tokens.
-
-        The slots grow with the rows, so that a step reads them completely: a slice of each would be copied first.
-        """
+        """Make every slot hold ``length`` tokens; slots grow with the rows: slices would be copied at each step."""
         if length <= self.capacity:
             return
         self.capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
@@ -86,18 +74,18 @@ class SlotCache(Cache):
             self.slots[layer][..., :used, :] = old
 
     def begin(self, step: PackedStep, prefix: SharedPrefix | None) -> None:
-        """Sets what the coming forward pass works on."""
+        """Set what the coming forward pass works on."""
         self.step, self.prefix = step, prefix
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple:
-        """Writes ``key`` and ``value``, both (1, Hkv, N, D), into the slots."""
+        """Write ``key`` and ``value`` (1, Hkv, N, D) into the slots; return them for entering rows to attend to."""
         for fresh, slots in zip((key, value), self.slots[layer_idx], strict=True):
             rows = fresh.transpose(1, 2).reshape(-1, fresh.shape[-1])
             slots.view(-1, fresh.shape[-1]).index_copy_(0, self.step.write_index, rows)
         return key, value
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first ``length`` tokens of slot ``source`` over slot ``target``."""
+        """Copy the first ``length`` tokens of slot ``source`` over slot ``target``."""
         for slots in self.slots:
             slots[:, target, :, :length] = slots[:, source, :, :length]
 
@@ -114,7 +102,7 @@ def pack_step(
     offset: int,
     num_parked: int = 0,
 ) -> PackedStep:
-    """Lays out one forward pass.
+    """Lay out one forward pass.
 
     Args:
         decoding: (token, number of own tokens already in the slot) of the rows in slots 0, 1, ...
@@ -200,10 +188,7 @@ def shared_prefix_attention(
     slot_cache: SlotCache,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """The attention function of a layer: ``query`` (1, Hkv * G, N, D), fresh ``key`` and ``value`` (1, Hkv, N, D).
-
-    Returns (1, N, Hkv * G, D) and no weights. What else a layer passes (dropout 0, no window) does not matter here.
-    """
+    """Attention of ``query`` (1, Hkv * G, N, D) to fresh ``key``, ``value`` (1, Hkv, N, D): (1, N, Hkv * G, D)."""
     step, slots = slot_cache.step, slot_cache.slots[module.layer_idx]
     num_kv_heads = key.shape[1]
     grouped = query[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # (N, Hkv, G, D)
@@ -229,10 +214,7 @@ def _attend_decoding(query: Tensor, slots: Tensor, step: PackedStep, scale: floa
 def _attend_entering(
     query: Tensor, key: Tensor, value: Tensor, step: PackedStep, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Whole rows, causal within each: (tokens, Hkv, G, D) and (tokens, Hkv, G). ``key`` is (tokens, Hkv, D).
-
-    Right-padded only for this: a real token never sees the padding, which comes after it.
-    """
+    """Complete rows, causal within each; right-padded only here, where no real token sees the padding after it."""
     padded = query[step.pad_index].permute(0, 2, 3, 1, 4)  # (R, Hkv, G, T, D)
     key, value = (states[step.pad_index].transpose(1, 2) for states in (key, value))  # (R, Hkv, T, D)
     out, log_sum = attend_causally(padded, key, value, scale)
@@ -252,24 +234,13 @@ def _attend_prefix(query: Tensor, prefix: Tensor, scale: float) -> tuple[Tensor,
 
 
 def merge(out: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> Tensor:
-    """Attention over the union of two sets of keys from the attention over each, in float32 and returned so.
-
-    exp(b) / (exp(a) + exp(b)) is sigmoid(b - a), which neither over- nor underflows.
-    """
+    """Attention over the union of two sets of keys from the attention over each, in float32."""
     share = torch.sigmoid(other_log_sum - log_sum).unsqueeze(-1)
     return torch.lerp(out.float(), other.float(), share)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of many queries, and the log of its denominator, by what is fastest on the device.
-
-    Args:
-        query: (A, H, T, D).
-        key, value: (A, H, S, D).
-
-    Returns:
-        (A, H, T, D) and (A, H, T) in float32.
-    """
+    """Softmax attention (A, H, T, D) to (A, H, S, D) and the log of its denominator (A, H, T), both float32."""
     if has_kernel(query):
         return _attend_by_kernel(query, key, value, scale)
     if query.device.type == "cpu":
@@ -278,15 +249,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``attend`` of each token to itself and those before it.
-
-    Args:
-        query: (R, Hkv, G, T, D).
-        key, value: (R, Hkv, T, D).
-
-    Returns:
-        (R, Hkv, G, T, D) and (R, Hkv, G, T) in float32.
-    """
+    """``attend`` of each token to itself and those before: (R, Hkv, G, T, D) to (R, Hkv, T, D)."""
     if has_kernel(query):
         # A view that shows each key/value head to its G query heads: no copy.
         shape = (-1, -1, query.shape[2], -1, -1)
@@ -315,11 +278,7 @@ def _attend_to_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 def attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, scale: float, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``attend`` written out: for few queries a key, and for devices and dtypes without a kernel that returns log-sums.
-
-    Args:
-        mask: float32, added to the scores; broadcast to (A, H, T, S).
-    """
+    """``attend`` written out, with a float32 ``mask`` added to the scores (A, H, T, S): for few queries per key."""
     scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
     if mask is not None:
         scores += mask
@@ -348,7 +307,7 @@ def _weigh(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """Lets products of float32 tensors use bfloat16 units, with float32 sums; never for positions, which it rounds."""
+    """Let float32 products use bfloat16 units with float32 sums; never for positions, which it rounds."""
     settings = torch.backends.mkldnn.matmul
     before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:

@@ -48,7 +48,7 @@ class SlotBatch:
         self.active: list[PromptRow] = []
 
     def admit(self, waiting: deque[PromptRow]) -> None:
-        """Takes waiting rows in: as many as there are free slots for and fit one portion, but at least one."""
+        """Take waiting rows in: as many as there are free slots for and fit one portion, but at least one."""
         free, num_tokens = self.cache.num_slots - len(self.active), 0
         while waiting and free:
             num_tokens += len(waiting[0].tokens)
@@ -58,15 +58,10 @@ class SlotBatch:
             free -= 1
 
     def forward(self, num_parked: int = 0) -> Tensor:
-        """Feeds each row the tokens that are not in its slot yet: one to a row under way, all to one that enters.
+        """Feed each row the tokens not in its slot yet; logits (rows, vocabulary) after the last token of each row fed.
 
-        Changes nothing but the slots when it fails, so the rows can start again.
-
-        Args:
-            num_parked: the first so many rows are fed nothing; all others must then be rows that enter.
-
-        Returns:
-            Logits after the last token of each row that was fed, (rows, vocabulary).
+        A failure changes nothing but the slots, so the rows can start again. The first ``num_parked`` rows are fed
+        nothing, and all others must then be rows that enter.
         """
         start = time.perf_counter()
         fed = self.active[num_parked:]
@@ -81,7 +76,7 @@ class SlotBatch:
         return logits
 
     def remove_finished(self, reasons: Sequence[FinishReason | None]) -> list[tuple[PromptRow, FinishReason]]:
-        """Frees the slots of rows with a reason; the last row moves into each, so that the first slots stay in use."""
+        """Free the slots of rows with a reason; the last row moves into each, so that the first slots stay in use."""
         finished = [(row, reason) for row, reason in zip(self.active, reasons, strict=True) if reason is not None]
         for position in reversed(range(len(reasons))):
             if reasons[position] is not None:
@@ -101,13 +96,10 @@ class SlotBatch:
 
 
 def score_labels(batch: SlotBatch, waiting: deque[PromptRow], labels: list[list[int]]) -> Tensor:
-    """Log-probability of each label after as many waiting rows as there are slots for; those are active then.
+    """Log-probabilities (rows, labels) in float32 on the CPU, for as many waiting rows as there are slots.
 
     Prompts are read in portions, the labels' further tokens for all rows at once: such a step costs as much for one row
     as for many.
-
-    Returns:
-        (rows, labels) in float32 on the CPU.
     """
     portions = []
     while waiting and len(batch.active) < batch.cache.num_slots:

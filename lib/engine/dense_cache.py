@@ -1,7 +1,6 @@
-"""Dequantised weights kept on disk, so that a CPU packs and unpacks a model once and not for every load.
+"""Dequantised weights kept in ``data/models/dense/`` (may be deleted at any time).
 
-Packing to NF4 takes a CPU seconds a hundred million weights, and a run loads its models a dozen times; what comes out
-is the same each time. Kept are plain folders in ``data/models/dense/``, which may be deleted at any time.
+A CPU takes seconds per hundred million weights to pack to NF4, a run loads its models a dozen times.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,16 +41,7 @@ def load_or_make(
     load: Callable[[Path], PreTrainedModel],
     make: Callable[[], PreTrainedModel],
 ) -> PreTrainedModel:
-    """The model as it was kept for ``made_from``, or made now and kept.
-
-    Where it is small, or the disk is too full or cannot be written to, it is made each time.
-
-    Args:
-        made_from: see ``identity``.
-        num_bytes: size of the weights in bytes.
-        load: reads a kept folder.
-        make: makes the model.
-    """
+    """The model as kept for ``made_from``, or made and kept, unless it is small or the disk is full or read-only."""
     if num_bytes < MIN_BYTES:
         return make()
     folder = CACHE_DIR / sha256_json(made_from)[:16]

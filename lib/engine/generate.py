@@ -1,10 +1,9 @@
-"""Many prompts in, texts or label probabilities out, fast: the one place where the project has its own engine.
+"""Many prompts in, texts or label probabilities out: the one place where the project has an engine.
 
-Greedy decoding: the most likely token, no logits processor, whatever the model's generation_config says; or seeded
-draws at a temperature that do not depend on the rows beside them. The tokens that all prompts of a call begin with are
-computed once (`attention`); rows leave the batch as they finish and waiting rows take their places; the batch is as
-large as free memory allows and halves, with a warning, where that was too much. Models with attention of another kind
-go through ``model.generate``.
+Decoding is greedy without any logits processor, or by seeded draws that do not depend on the rows beside them. The
+common prefix of all prompts is computed once (`attention`), finished rows are replaced by waiting ones, and the batch
+is as large as memory allows; it halves, with a warning, when memory runs out. Models with another kind of attention go
+through ``model.generate``.
 """
 
 import time
@@ -38,13 +37,9 @@ MEMORY_SHARE = 0.7
 
 
 class Engine:
-    """Generation, greedy or sampled, and label scoring for one model.
+    """Generation, greedy or sampled, and label scoring for one model in eval mode, whose weights must not change.
 
-    The weights must not change while the engine lives: it keeps the keys and values of the last shared prefix.
-
-    Args:
-        model: in eval mode; its attention implementation is changed during a call only.
-        batch_size: most rows at a time; 0 derives it from the free memory of the device.
+    ``batch_size`` is the most rows at a time; 0 derives it from the free memory of the device.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 0) -> None:
@@ -87,13 +82,10 @@ class Engine:
         Args:
             max_new_tokens: most tokens per row, a stop token included.
             on_completion: called once for each row, with its index, as soon as it is done.
-            sampling: draws instead of greedy decoding.
-            keys: one per conversation, which identifies its draws; None: its index. Conversations with the same key
-                and the same prompt get the same answer.
+            keys: identify the draws of each conversation; None: its index. Equal keys and prompts get equal answers.
 
         Raises:
-            ValueError: ``max_new_tokens`` below 1, a prompt that does not fit the model's positions, or another number
-                of keys than of conversations.
+            ValueError: ``max_new_tokens`` below 1, a prompt that does not fit the positions, or too few or many keys.
             FloatingPointError: the model's logits are not numbers.
         """
         if max_new_tokens < 1:
@@ -126,16 +118,10 @@ class Engine:
         labels: Sequence[str],
         on_result: Callable[[int, list[float]], None] | None = None,
     ) -> list[list[float]]:
-        """How likely each label is as the beginning of the answer, relative to the other labels.
+        """How likely each label begins the answer: per conversation one probability per label, with the sum 1.
 
-        The log-probability of a label is the sum over its tokens (``UNSAFE`` may be two); a softmax over the labels
-        makes each row sum to 1.
-
-        Returns:
-            One row per conversation, one probability per label.
-
-        Raises:
-            ValueError: fewer than two labels, an empty one, or one whose tokens begin another's.
+        A label's log-probability is the sum over its tokens (``UNSAFE`` may be two). Raises ValueError for fewer than
+        two labels, an empty one, or one whose tokens begin another's.
         """
         label_ids = self._encode_labels(labels)
         results: dict[int, list[float]] = {}
@@ -155,7 +141,7 @@ class Engine:
 
     @contextmanager
     def _call(self, conversations: Sequence[Conversation], num_new_tokens: int) -> Iterator[list[list[int]]]:
-        """Renders the prompts and times what is done with them."""
+        """Render the prompts and time what is done with them."""
         start = time.perf_counter()
         self.stats = EngineStats(num_rows=len(conversations))
         prompts = [render_prompt(self.tokenizer, conversation) for conversation in conversations]
@@ -216,7 +202,7 @@ class Engine:
         return common
 
     def _with_halving(self, num_rows: int, attempt: Callable[[int], None]) -> None:
-        """Calls ``attempt`` with a number of rows, and with half of it again each time that memory runs out."""
+        """Call ``attempt`` with a number of rows, and with half of it again each time that memory runs out."""
         while True:
             try:
                 return attempt(num_rows)
@@ -285,7 +271,7 @@ class Engine:
         self._in_slots(waiting, run, max_new_tokens)
 
     def _take_token(self, row: PromptRow, token: int, max_new_tokens: int) -> FinishReason | None:
-        """Adds a token to a row; returns why the row is done with it, or None."""
+        """Add a token to a row; return why the row is done with it, or None."""
         if token in self.stop_ids:
             return "stop"
         row.output.append(token)

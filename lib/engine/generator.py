@@ -14,10 +14,7 @@ Key = str | int
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after one prompt.
-
-    ``token_ids`` and ``num_output_tokens`` are without the stop token; ``text`` is without special tokens.
-    """
+    """What the model wrote: ids and count without the stop token, text without special tokens."""
 
     text: str
     finish_reason: FinishReason
@@ -28,13 +25,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Draw each token from the model's distribution at a temperature, without cutting it (no top-k, no top-p).
+    """Draw each token from the model's distribution at a temperature above 0, without top-k or top-p.
 
-    The random number of a token is a hash of ``seed``, the key of its conversation and its place in the answer, so a
-    row draws the same numbers whatever rows are beside it and in whatever order; no generator has a state to restore.
-
-    Raises:
-        ValueError: ``temperature`` is not a finite number above 0.
+    The random number of a token is a hash of ``seed``, the key of its conversation and its place in the answer: a row
+    draws the same numbers whatever rows are beside it, and no generator has a state to restore.
     """
 
     temperature: float
@@ -102,12 +96,7 @@ class LoadedGenerator(Generator, Protocol):
 
 
 class LazyGenerator:
-    """A generator that ``load(*arguments)`` returns when it is first used.
-
-    Attributes:
-        loaded: whether it ever was.
-        stats: of its last call; None before.
-    """
+    """A generator that ``load(*arguments)`` returns when it is first used; ``loaded``: whether it ever was."""
 
     def __init__(self, load: Callable[..., LoadedGenerator], *arguments: Any) -> None:
         self._load, self._arguments = load, arguments
@@ -139,15 +128,15 @@ class LazyGenerator:
         return f"{stats.num_rows:,} rows and {stats.num_output_tokens:,} tokens in {stats.wall_s:.1f} s: {per_s}."
 
     def describe(self) -> dict[str, object]:
-        """As ``lib.engine.generate.Engine.describe``."""
+        """As ``Engine.describe``."""
         return self._used().describe()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``lib.engine.generate.Engine.generate``."""
+        """As ``Engine.generate``."""
         return self._used().generate(*args, **kwargs)
 
     def label_probabilities(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``lib.engine.generate.Engine.label_probabilities``."""
+        """As ``Engine.label_probabilities``."""
         return self._used().label_probabilities(*args, **kwargs)
 
     def close(self) -> None:

@@ -1,10 +1,9 @@
 """Models ready for use: device and dtype, tokenizer and prompts, the 4-bit base, the dense model of an evaluation.
 
-Training and evaluation must compute the same function. bitsandbytes on a CPU does not grant that: the first forward
-pass of a packed NF4 layer in eval mode re-packs its weights for another kernel, which moves logits by up to 0.9, and
-dequantising after it gives garbage. So nothing here evaluates packed weights: they are dequantised right after
-loading, before any forward pass, which equals the packed layers in train mode exactly, and the adapter is merged into
-those (into the original 16-bit weights it would not fit, see peft issue 2321 and transformers issue 31293).
+Training and evaluation must compute the same function. On a CPU, bitsandbytes re-packs an NF4 layer at the first eval
+pass, which moves logits by up to 0.9, and dequantising after that gives garbage. So weights are dequantised right after
+loading, which equals the packed layers in train mode exactly, and the adapter is merged into those (into the original
+16-bit weights it would not fit, see peft issue 2321 and transformers issue 31293).
 """
 
 import math
@@ -74,14 +73,10 @@ class Runtime:
 
 
 def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtime:
-    """Device and compute dtype of this machine.
+    """Device and dtype of this machine, or ModelError for an unknown name or a combination that it does not have.
 
-    ``auto`` takes CUDA where there is a GPU, and the fastest dtype that the hardware itself has: bfloat16 on GPUs of
-    compute capability 8 and on CPUs with AVX-512 or AMX bfloat16 instructions, float16 on older GPUs (T4), else
-    float32.
-
-    Raises:
-        ModelError: an unknown name, CUDA without a GPU, or float16 on the CPU.
+    ``auto`` takes CUDA where there is a GPU, and the fastest dtype of the hardware itself: bfloat16 on GPUs of compute
+    capability 8 and CPUs with AVX-512 or AMX bfloat16, float16 on older GPUs (T4), else float32.
     """
     _require_one_of("device", device, ("auto", *DEVICES))
     _require_one_of("compute_dtype", compute_dtype, ("auto", *DTYPES))
@@ -127,13 +122,10 @@ def _device_name(device: str) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``, with a chat template that takes a system message and a pad token.
+    """The tokenizer in ``folder``, with a pad token and a chat template that takes a system message.
 
-    The pad token differs from end-of-sequence where the vocabulary allows. Nothing here relies on that: batches are
-    padded and masked by position, never by token id.
-
-    Raises:
-        ModelError: the folder has no chat template, or one that refuses a system message and a question.
+    The pad token differs from end-of-sequence where the vocabulary allows; nothing relies on that, batches are masked
+    by position. Raises ModelError without a chat template, or with one that cannot show a system message.
     """
     tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     if not tokenizer.chat_template:
@@ -176,9 +168,6 @@ def render_prompt(
     """Token ids of a conversation: the one rendering that training, evaluation and the judge share.
 
     Thinking is always off: where a template has the switch (Qwen3), the prompt ends in an empty thinking block.
-
-    Args:
-        add_generation_prompt: end with the opening of an assistant turn.
     """
     return tokenizer.apply_chat_template(
         list(messages),
@@ -192,9 +181,8 @@ def render_prompt(
 def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Prompt and completion ids of a conversation that ends in an assistant turn, split where generation begins.
 
-    Raises:
-        ModelError: the last turn is not the assistant's, or the template renders the prompt of a finished turn
-            differently: training on such a row would teach what evaluation never shows.
+    Raises ModelError where the template renders the prompt of a finished turn differently: such a row would teach what
+    evaluation never shows.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ModelError("the last message of a training conversation must have the role 'assistant'")
@@ -210,11 +198,7 @@ def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token with which the chat template ends an assistant turn (``<|im_end|>``, ``<|eot_id|>``, ...).
-
-    Raises:
-        ModelError: the template ends a turn with no special token, so that a model could not learn to stop.
-    """
+    """Id of the special token that ends an assistant turn (``<|im_end|>``, ...); ModelError without one."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     _, completion = render_completion(tokenizer, messages)
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -239,9 +223,6 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
     """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
 
     Packed weights are for training only (module docstring). Embeddings and the output layer are never quantised.
-
-    Raises:
-        ModelError: an unknown quantization, or no safetensors weights in the folder.
     """
     _require_one_of("quantization", quantization, QUANTIZATIONS)
     _weight_files(Path(folder))
@@ -266,12 +247,8 @@ def load_dense(
 ) -> PreTrainedModel:
     """The model that evaluation runs on: dense weights in the runtime's dtype, adapter merged, eval mode, frozen.
 
-    With ``nf4`` its weights are the dequantised 4-bit ones, so that it computes what QLoRA training optimised:
-    without an adapter exactly, with one up to the rounding of the merged weights to the dtype. ``adapter_scale``
-    multiplies the adapter's effect: 0 is the base model, 1 the adapter as it was trained.
-
-    Raises:
-        ModelError: as ``load_base``, or an adapter that is not safetensors or does not fit the model.
+    With ``nf4`` its weights are the dequantised 4-bit ones: what QLoRA training optimised, up to the rounding of the
+    merged weights. ``adapter_scale`` multiplies the adapter's effect: 0 is the base model, 1 the adapter as trained.
     """
     model = _load_dequantized(Path(folder), runtime, quantization)
     if adapter_dir is not None:
@@ -330,10 +307,7 @@ def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
-    """Dense weights: the dequantised 4-bit ones, or the folder's own without quantisation.
-
-    On a CPU they are kept on disk; a GPU packs faster than a disk reads.
-    """
+    """Dense weights, kept on disk for a CPU; a GPU packs faster than a disk reads."""
     if quantization != "nf4" or runtime.device != "cpu":
         return _dequantize(load_base(folder, runtime, quantization))
     files, versions = _weight_files(folder), {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}

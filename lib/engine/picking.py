@@ -26,11 +26,7 @@ class Picker:
 
 
 def pick_tokens(logits: Tensor) -> list[int]:
-    """The most likely token of each row of (rows, vocabulary).
-
-    Raises:
-        FloatingPointError: a row's logits are not numbers (a dtype that overflows), and any pick would be arbitrary.
-    """
+    """The most likely token of each row of (rows, vocabulary); FloatingPointError where logits are not numbers."""
     # Not argmax: over bfloat16 it takes the CPU six times as long. Both give the first of equals.
     best, tokens = logits.max(dim=-1)
     # One transfer for both: -1 marks a row whose best logit is not a number.
@@ -38,13 +34,9 @@ def pick_tokens(logits: Tensor) -> list[int]:
 
 
 def draw_tokens(logits: Tensor, uniforms: Sequence[float], temperature: float) -> list[int]:
-    """A token of each row of (rows, vocabulary), drawn from softmax(logits / temperature) by inverting its sum.
+    """A token per row of (rows, vocabulary), drawn from softmax(logits / temperature) by inverting its sum.
 
-    Args:
-        uniforms: a number in [0, 1) a row: the share of the probability that lies before the drawn token.
-
-    Raises:
-        FloatingPointError: as ``pick_tokens``.
+    ``uniforms`` in [0, 1) are the shares of the probability that lie before each drawn token.
     """
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     # In float64: over 150,000 tokens a float32 sum is off by more than the rarer tokens weigh.

@@ -30,11 +30,7 @@ def greedy_config(max_new_tokens: int, stop_ids: Iterable[int]) -> GenerationCon
 
 @contextmanager
 def own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Puts ``config`` in the place of the model's own.
-
-    ``generate(generation_config=...)`` fills what is None there from the model's: so would a repetition penalty that
-    ships with the weights come back.
-    """
+    """Put ``config`` in the place of the model's, which ``generate`` would fill in wherever ours is None."""
     shipped, model.generation_config = model.generation_config, config
     try:
         yield
@@ -64,11 +60,7 @@ def generate_batch(
     stop_ids: Iterable[int],
     draw: LogitsProcessor | None = None,
 ) -> list[list[int]]:
-    """``model.generate`` over left-padded prompts: the new tokens of each row, with what follows a stop token.
-
-    Args:
-        draw: takes the place of the most likely token; None: greedy.
-    """
+    """``model.generate`` over left-padded prompts: new tokens per row, with what follows a stop token."""
     input_ids, attention_mask = left_pad(prompts, model.device)
     drawing = {"logits_processor": LogitsProcessorList([draw])} if draw else {}
     with own_generation_config(model, greedy_config(max_new_tokens, stop_ids)):

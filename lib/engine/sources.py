@@ -69,14 +69,9 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offline: bool = False) -> ModelSource:
     """The folder of a causal language model, downloaded where it is missing.
 
-    Args:
-        name: ``smollm2-135m-instruct`` (bundled; converted once to ``data/models``), a folder, or a hub id, which is
-            looked for in the assets folder (``models/<org>__<name>`` or ``<name>``) before the hub.
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        AssetUnavailable: it is in none of these places.
-        AssetError: it is incomplete, cut off, not safetensors, cannot be read, or needs code from its folder.
+    ``name`` is ``smollm2-135m-instruct`` (bundled, converted once), a folder, or a hub id, which is looked for in the
+    assets folder (``models/<org>__<name>`` or ``<name>``) before the hub. Raises AssetUnavailable where it is in none
+    of these, AssetError where it is incomplete, not safetensors, unreadable, or needs code from its folder.
     """
     if name == BUNDLED_MODEL:
         return _resolve_bundled()
@@ -87,16 +82,9 @@ def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offli
 
 
 def resolve_adapter(checkpoint: str, base_model_name: str, assets_dir: str = "", offline: bool = False) -> ModelSource:
-    """The folder of a LoRA adapter made for ``base_model_name``.
+    """The folder of a LoRA adapter made for ``base_model_name`` (compared without organisation, folder and case).
 
-    Args:
-        checkpoint: a folder, or a hub id, which is looked for in the assets folder first.
-        base_model_name: compared without its organisation, folder and case.
-
-    Raises:
-        AssetUnavailable: it is in none of these places.
-        AssetError: no ``adapter_config.json``, no LoRA, another base model, weights that are not safetensors, or a file
-            that cannot be read.
+    Raises AssetUnavailable where it cannot be found, AssetError where it is no readable safetensors LoRA of this base.
     """
     with _named(f"checkpoint {_shortened(checkpoint)!r}"):
         source = _resolve_folder(checkpoint, ADAPTER_FILES, "main", assets_dir, offline)

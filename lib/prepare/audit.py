@@ -1,8 +1,7 @@
 """Checks of a training file: questions it must not hold, answers with a wrong number, rows that are too long.
 
-A file that somebody or some model wrote may hold test questions, and no score would show it. Questions are compared by
-their words and numbers (``gsm8k.normalise_question``), so a reworded copy is not found here (``overlap`` finds shared
-n-grams). A row's number is its line in its file, from 1.
+Questions are compared by their words and numbers (``gsm8k.normalise_question``): a reworded copy is not found here
+(``overlap`` finds shared n-grams). A row's number is its line in its file, from 1.
 """
 
 from collections import Counter
@@ -82,16 +81,10 @@ def check_rows(
     """Look for questions that must not be trained on and for answers whose number is not GSM8K's.
 
     Args:
-        rows: training rows ``question, answer`` as they were loaded; or GSM8K train, before rows are drawn from it.
-        fewshot, dev: pool and development rows, where they are drawn already; their questions are reported here and
-            removed by ``gsm8k.split_train``.
-        action: ``refuse`` raises where a row has a fault of ``DECIDED``, ``drop`` leaves such rows out, ``keep`` only
-            reports them.
-        name: of the rows' file.
-        lines: of the rows in it, from 1; empty: one row per line.
-
-    Raises:
-        TrainFileError: under ``refuse``.
+        rows: training rows ``question, answer``; or GSM8K train, before rows are drawn from it.
+        fewshot, dev: reported here, where they are drawn already; ``gsm8k.split_train`` removes their questions.
+        action: on faults of ``DECIDED``: ``refuse`` raises TrainFileError, ``drop`` leaves rows out, ``keep`` reports.
+        lines: of the rows in their file ``name``, from 1; empty: one row per line.
     """
     places = {
         "test question": _first_places(gsm8k_test),
@@ -162,15 +155,9 @@ def find_unlearnable(
     name: str,
     lines: Sequence[int] = (),
 ) -> list[Fault]:
-    """Rows that cannot be trained on: left out under ``drop`` and ``keep``.
+    """Faults of the rows ``tried`` by ``reasons`` (position -> why); the other arguments as in ``find_too_long``.
 
-    Args:
-        tried: rows that were encoded.
-        reasons: position in ``tried`` -> what is wrong.
-        rows, name, lines: as in ``find_too_long``.
-
-    Raises:
-        TrainFileError: under ``refuse``, or where no row would be left.
+    Raises TrainFileError under ``refuse``, or where no row would be left.
     """
     numbers = _line_numbers(rows, lines)
     faults = [
@@ -199,12 +186,7 @@ def find_too_long(
     name: str,
     lines: Sequence[int] = (),
 ) -> list[Fault]:
-    """Rows that training leaves out because they have more than ``limit`` tokens.
-
-    Args:
-        rows, name, lines: the rows as they were loaded, their file and their lines in it; of equal rows the first is
-            named.
-    """
+    """Rows of more than ``limit`` tokens, named by ``lines`` of the loaded ``rows``; of equal rows, the first."""
     numbers = _line_numbers(rows, lines)
     return [
         Fault(numbers[row["question"], row["answer"]], "too long", f"{length} tokens, max_seq_length is {limit}", name)

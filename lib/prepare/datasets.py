@@ -96,12 +96,8 @@ def load_gsm8k(
 ) -> tuple[list[Row], Source]:
     """Rows ``{"question", "answer"}`` of a GSM8K split, in the source's order.
 
-    Args:
-        gsm8k_source: ``openai/gsm8k``, or a folder with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl``.
-
-    Raises:
-        AssetUnavailable: no source has it here.
-        AssetError: its rows are malformed or are not the published ones.
+    ``gsm8k_source`` is ``openai/gsm8k``, or a folder with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl``. Raises
+    AssetUnavailable where no source has it, AssetError where rows are malformed or are not the published ones.
     """
     file_name = f"gsm8k_{split}.jsonl"
     if gsm8k_source != GSM8K_HUB_ID:
@@ -117,14 +113,9 @@ def load_gsm8k(
 def load_train_file(
     train_file: str, url: str = "", assets_dir: str = "", offline: bool = False
 ) -> tuple[list[Row], Source]:
-    """Training rows ``{"question", "answer"}`` of a JSON lines file, in its order.
+    """Rows of a JSON lines file: at its path, else of that name in the assets folder, else from ``url``.
 
-    Args:
-        train_file: path in the project; if absent, the same file name in the assets folder, then ``url``.
-
-    Raises:
-        AssetUnavailable: the file is in none of these places.
-        AssetError: a line is not a row with both columns (its number is named).
+    Raises AssetUnavailable where it is in none of these places, AssetError with the number of a malformed line.
     """
     try:
         return _load_published(_train_file(train_file, url), assets_dir, offline)
@@ -146,11 +137,7 @@ def _train_file(train_file: str, url: str) -> _Published:
 
 
 def parse_question_rows(data: bytes, where: str) -> list[Row]:
-    """Rows ``{"question", "answer"}`` of JSON lines; other columns are dropped, CRLF in texts becomes LF.
-
-    Raises:
-        AssetError: no rows, a JSON array, or a line that is not a JSON object with both columns as non-empty text.
-    """
+    """Rows ``{"question", "answer"}`` of JSON lines, both not empty; other columns are dropped, CRLF becomes LF."""
     text = _decode_text(data, where)
     if re.match(r"\s*\[\s*\{", text):
         raise AssetError(
@@ -213,14 +200,9 @@ def load_ailuminate(
 ) -> tuple[list[Row], Source]:
     """Selected rows ``{"id", "prompt", "release_prompt_id", "hazard", "persona"}``; ``id`` is the position.
 
-    Args:
-        ailuminate_source: ``mlcommons`` (the public 1,200), ``class`` (the class CSV of 240), a CSV, or a folder with
-            ``ailuminate.csv``.
-        prompt_set: ``class240``, ``demo1200`` or ``all``; the class CSV holds its 240 and nothing else.
-
-    Raises:
-        AssetUnavailable: no source has it here.
-        AssetError: not a CSV with a prompt column, not the published rows, or rows of the prompt set are absent.
+    ``ailuminate_source`` is ``mlcommons`` (the public 1,200), ``class`` (the class CSV of 240), a CSV, or a folder with
+    ``ailuminate.csv``. Raises AssetUnavailable where no source has it, AssetError where it is no CSV with a prompt
+    column, not the published rows, or lacks rows of the prompt set.
     """
     if ailuminate_source == "class":
         return _load_class_prompts(prompt_set, assets_dir, offline)
@@ -281,10 +263,7 @@ def _parse_prompts(data: bytes, where: str) -> list[Row]:
 
 
 def content_sha256(rows: Sequence[Row]) -> str:
-    """SHA-256 over the rows' content as canonical JSON: the same for JSON lines, parquet, CRLF and LF.
-
-    The position ``id`` is left out; the columns are ``question, answer`` or those of a prompt.
-    """
+    """SHA-256 over the rows' content but ``id`` as canonical JSON: the same for JSON lines and parquet."""
     return sha256_json([{column: value for column, value in row.items() if column != "id"} for row in rows])
 
 
@@ -365,12 +344,7 @@ MAX_DOWNLOAD_BYTES = 200_000_000
 
 
 def download(url: str) -> bytes:
-    """The complete body of ``url``.
-
-    Raises:
-        AssetUnavailable: no answer, an HTTP error, or a body that ends early.
-        AssetError: the address, or one that it redirects to, is not https; or the body is far too large.
-    """
+    """The complete body of an https ``url``; AssetUnavailable without one, AssetError for http or a huge body."""
     # Imported here: a run whose files are kept needs no HTTP client.
     import httpx
 

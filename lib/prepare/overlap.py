@@ -1,8 +1,7 @@
-"""Word n-grams that evaluation questions share with training rows and few-shot examples.
+"""Word n-grams that evaluation questions share with training rows and few-shot examples: a hint of contamination.
 
-Shared words are a hint of contamination, not its proof: "How many apples does he have left" is eight words that anyone
-may write. 13 words are GPT-3's measure (Brown et al. 2020, arXiv 2005.14165, appendix C), 8 GPT-2's (Radford et al.
-2019, section 4), 10 lies between. Answers are not read, and a question of fewer than n words has no n-gram.
+13 words are GPT-3's measure (Brown et al. 2020, arXiv 2005.14165, appendix C), 8 GPT-2's (Radford et al. 2019,
+section 4), 10 lies between. Answers are not read, and a question of fewer than n words has no n-gram.
 """
 
 import re
@@ -27,10 +26,7 @@ def normalised_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """An evaluation question that shares ``size`` words in a row with rows of a source, the largest such size.
-
-    ``row`` is its ``test_index`` (``id`` where that is unknown), ``source_rows`` are positions in the source.
-    """
+    """A question (``row``: ``test_index``, else ``id``) that shares ``size`` words with rows of a source, at most."""
 
     row: int
     size: int
@@ -41,16 +37,7 @@ class Overlap:
 def find_overlaps(
     rows: Sequence[Row], sources: Mapping[str, Sequence[Row]], sizes: Sequence[int] = SIZES
 ) -> list[Overlap]:
-    """Overlaps of evaluation questions with each source, the longest first; at most one per question and source.
-
-    Args:
-        rows: evaluation rows with ``question`` and ``test_index`` or ``id``.
-        sources: rows with ``question`` by a name, for example ``{"train": [...], "fewshot": [...]}``.
-        sizes: words in a row that count, at least one number above 0.
-
-    Raises:
-        ValueError: a size is below 1, or there are no sizes.
-    """
+    """Overlaps of evaluation questions with each source, the longest first; at most one per question and source."""
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes are {list(sizes)}; allowed: numbers above 0, at least one")
     words = [normalised_words(row["question"]) for row in rows]
@@ -122,15 +109,7 @@ def _record(rate: Rate | None) -> dict[str, Any]:
 def overlap_effects(
     rows: Sequence[Row], overlaps: Sequence[Overlap], sizes: Sequence[int] = SIZES
 ) -> list[OverlapEffect]:
-    """For each size, what accuracy is left on the clean rows and on those that overlap (strict reading).
-
-    Args:
-        rows: answered rows of GSM8K, at least one; scored from their text.
-        overlaps: of these rows, see ``find_overlaps`` with the same sizes.
-
-    Raises:
-        ValueError: there are no rows.
-    """
+    """Accuracy (strict) on the rows that overlap at each size, and on the others; rows are scored from their text."""
     if not rows:
         raise ValueError("no rows to compare: an accuracy needs at least one")
     correct = {row_id(row): gsm8k.score_row(row)["correct"] for row in rows}

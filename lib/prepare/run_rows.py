@@ -36,11 +36,7 @@ class RunData:
 
 
 def load_data(parameters: Mapping[str, Any]) -> RunData:
-    """GSM8K, the training file where the run has one, and the AILuminate prompts where they can be found.
-
-    Raises:
-        AssetError: GSM8K or the training file is nowhere here, or a file is not what it has to be.
-    """
+    """GSM8K, the training file where the run has one, and the AILuminate prompts where they can be found."""
     here = (parameters["assets_dir"], parameters["offline"])
     rows, source = datasets.load_gsm8k("train", parameters["gsm8k_source"], *here)
     test, test_source = datasets.load_gsm8k("test", parameters["gsm8k_source"], *here)
@@ -78,12 +74,7 @@ class RunRows:
 
 
 def draw_rows(data: RunData, parameters: Mapping[str, Any]) -> RunRows:
-    """Draw the rows of a run by ``data_seed`` and check its training rows.
-
-    Raises:
-        TrainFileError: training rows have faults, and ``train_file_faults`` is ``refuse``.
-        ValueError: there are fewer rows than the parameters ask for.
-    """
+    """Draw the rows of a run by ``data_seed`` and check its training rows; TrainFileError under ``refuse``."""
     draw = {"pool_size": parameters["fewshot_pool_size"], "dev_rows": parameters["dev_rows"]}
     draw |= {"max_train_rows": parameters["max_train_rows"], "seed": parameters["data_seed"]}
     # Before the pool is drawn: a GSM8K file of one's own may hold test questions too.

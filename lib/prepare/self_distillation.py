@@ -1,13 +1,9 @@
 """Self-distilled training data: the model's own correct answers to the training questions, row by row and resumable.
 
-Training on answers that the model itself would write, of which only the correct ones are kept, moves it less than a
-person's solutions do (rejection sampling: Yuan et al. 2023, arXiv 2308.01825; self-distillation: Yang et al. 2024,
-arXiv 2402.13669).
-
-**An interrupted run ends in the same bytes as an unbroken one** on the same machine. A batch's shape decides how its
-sums are rounded, and a near tie can turn on that; so questions go in chunks whose rows never depend on what is already
-answered, and a chunk that was cut short is generated again completely, of which only the missing rows are appended.
-Another number of threads, or a batch that was halved for lack of memory (the engine warns), may round otherwise.
+Training on these moves a model less than a person's solutions do (rejection sampling: Yuan et al. 2023, arXiv
+2308.01825; self-distillation: Yang et al. 2024, arXiv 2402.13669). **An interrupted run ends in the same bytes** on the
+same machine: a batch's shape decides rounding, so chunks never depend on what is answered, and a chunk that was cut
+short is generated again completely. Other threads or a halved batch (the engine warns) may round otherwise.
 """
 
 import hashlib
@@ -49,12 +45,7 @@ OWN_ANSWERS = "the model's own answers"
 class Asking:
     """How the questions are answered: everything but the model and the words.
 
-    Args:
-        sampling: the draws of an answer depend on its temperature and seed, the question and the sample's number alone.
-        num_samples: answers per question.
-        max_new_tokens: tokens of an answer at most.
-        device: cpu or cuda, which decides how many rows a call has.
-        batch_size: rows at once; 0: as many as a call has. Never from free memory, which may differ the next time.
+    ``batch_size`` 0 is as many rows as a call has, never from free memory, which may differ the next time.
     """
 
     sampling: Sampling
@@ -81,12 +72,7 @@ def protocol(
     template: str,
     asking: Asking,
 ) -> dict[str, str]:
-    """Everything that can change an answer, in words and hashes, under the names that 03 uses.
-
-    Args:
-        base_identity: see ``lib.engine.sources.ModelSource``.
-        template: chat template of the tokenizer.
-    """
+    """Everything that can change an answer, in words and hashes, under the names that 03 uses."""
     sampling = asking.sampling
     decoding = f"temperature {sampling.temperature}, seed {sampling.seed}, at most {asking.max_new_tokens} tokens"
     model = model_protocol(base_identity, quantization, dtype, template)
@@ -99,10 +85,7 @@ def protocol(
 
 @dataclass(frozen=True)
 class Sampled:
-    """All sampled answers, ``num_samples`` per question in the order of the questions.
-
-    ``num_new`` rows of ``num_new_tokens`` are from this call, in which the generator worked ``wall_s`` seconds.
-    """
+    """All answers in the order of the questions; ``num_new``, ``num_new_tokens`` and ``wall_s`` are this call's."""
 
     rows: list[Row]
     num_samples: int
@@ -116,14 +99,7 @@ def sample_answers(
 ) -> Sampled:
     """Answer every question ``num_samples`` times; answers that ``log`` already holds are kept.
 
-    Args:
-        questions: rows ``question, answer`` of GSM8K train; a question's number is its position here.
-        fewshot: examples shown before each question.
-        generator: its engine has the batch size ``asking.rows_at_once``.
-        log: row file of this protocol, keyed by ``id`` = question number * num_samples + sample.
-
-    Raises:
-        ValueError: ``log`` holds another question under an id, or a gold answer has no number.
+    ``log`` is keyed by question number * num_samples + sample; ValueError where it holds another question under an id.
     """
     rows = [
         {"id": place * asking.num_samples + sample, "question_number": place, "sample": sample, **question}
@@ -191,11 +167,7 @@ def _scored_row(row: Row, completion: Completion) -> Row:
 
 @dataclass(frozen=True)
 class Distilled:
-    """Rows to train on, ``question, answer``, in the order of the questions.
-
-    ``chosen`` are the sampled answers among them; ``num_gold`` questions fell back on GSM8K's own answer, and
-    ``num_dropped`` have no row.
-    """
+    """Rows to train on and the sampled answers ``chosen`` among them; questions with GSM8K's own answer and without."""
 
     rows: list[Row]
     chosen: list[Row]
@@ -209,14 +181,9 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 
 def choose_training_rows(sampled: Sampled, *, keep: int, choice: Choice, fallback: Fallback, seed: int) -> Distilled:
-    """Correct answers to train on, at most ``keep`` different ones per question.
+    """Correct answers to train on, at most ``keep`` different ones per question; ValueError where there are none.
 
-    Args:
-        choice: ``shortest`` takes those of the fewest tokens, ``random`` any, by a seeded draw per question.
-        fallback: for a question without a correct answer: ``drop`` it, or train on its ``gold`` answer.
-
-    Raises:
-        ValueError: no question has a row.
+    ``shortest`` takes those of the fewest tokens, ``random`` any, by a seeded draw per question.
     """
     rows, chosen, num_gold, num_dropped = [], [], 0, 0
     for samples in _chunks(sampled.rows, sampled.num_samples):
@@ -274,11 +241,7 @@ def count_outcomes(sampled: Sampled) -> dict[str, int]:
 
 
 def length_rows(sampled: Sampled, distilled: Distilled, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
-    """Rows of a table: lengths of answers in tokens; dashes where there is no answer.
-
-    GSM8K's answers hold calculator marks, those of a model that was shown examples with them often do too: only texts
-    without marks are alike.
-    """
+    """Rows of a table: answer lengths in tokens, with and without calculator marks, which only some answers hold."""
     kept = [row["model_output"] for row in distilled.chosen]
     golds = [row["gold_answer"] for row in distilled.chosen]
     lengths = {
@@ -318,12 +281,7 @@ def summarize(sampled: Sampled, distilled: Distilled) -> dict[str, Any]:
 
 
 def describe(counts: Mapping[str, Any] | None, source: str) -> str:
-    """What was trained on, in words.
-
-    Args:
-        counts: of ``summarize``; None where they are not known.
-        source: where the questions come from.
-    """
+    """What was trained on, in words; ``counts`` are of ``summarize``, None where they are not known."""
     counts = counts or {}
     num_covered, num_questions, num_gold = (counts.get(f"num_{name}") for name in ("covered", "questions", "gold"))
     if num_covered is None or num_questions is None:

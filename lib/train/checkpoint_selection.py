@@ -1,7 +1,6 @@
 """Which checkpoint to keep: candidates get the same rows under one protocol, are scored, and one is chosen.
 
-Chosen on development rows: questions of GSM8K's train split that are not trained on, and public AILuminate prompts that
-are not evaluated. With ``sweep_on_test: true`` it is chosen on the evaluation rows: what is chosen on them scores too
+Chosen on development rows, or with ``sweep_on_test: true`` on the evaluation rows: what is chosen on them scores too
 well on them, and every report says so.
 """
 
@@ -64,10 +63,7 @@ SAFETY_PARAMETERS = (
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is the same for every candidate; ``model`` and ``judge`` say by which weights and templates.
-
-    ``judge`` is empty where safety is not measured.
-    """
+    """What is the same for every candidate; ``judge`` is empty where safety is not measured."""
 
     model: Mapping[str, str]
     fewshot: list[Row]
@@ -102,13 +98,9 @@ def score_candidates(
     tuned: Callable[[Path], LazyGenerator],
     judge: LazyGenerator | None,
 ) -> list["Score"]:
-    """Score every candidate; rows that are already in ``folder`` are kept.
+    """Score every candidate; rows already in ``folder`` are kept, ``judge`` is None where there are no prompts.
 
     All candidates answer before the judge judges, so that each model is loaded once.
-
-    Args:
-        tuned: the generator of a checkpoint.
-        judge: None where there are no prompts.
     """
     generated = []
     for path in checkpoints:
@@ -173,11 +165,7 @@ class Score:
         return right | ({"safe": Rate.of_counts(self.num_safe, self.num_prompts)} if self.num_prompts else {})
 
     def value(self, metric: str) -> Fraction:
-        """What is compared; exact, so that equal scores are a tie whatever their rows.
-
-        Raises:
-            SweepError: the metric is unknown, or needs safety, which was not measured.
-        """
+        """What is compared; exact, so that equal scores are a tie. SweepError where the metric cannot be computed."""
         if metric not in METRICS:
             raise SweepError(f"sweep_metric is {metric!r}; allowed: {', '.join(METRICS)}")
         if needs_safety(metric) and not self.num_prompts:
@@ -208,11 +196,7 @@ def score(checkpoint: Path, answers: Sequence[Row], verdicts: Sequence[Row]) -> 
 
 
 def best(scores: Sequence[Score], metric: str) -> Score:
-    """The score with the highest value; of equal ones the latest step, which has seen the most rows.
-
-    Raises:
-        SweepError: there is no score, they are over different numbers of rows, or as ``Score.value``.
-    """
+    """The score with the highest value; of equal ones the latest step, which has seen the most rows."""
     if len({(one.num_questions, one.num_prompts) for one in scores}) != 1:
         raise SweepError(f"{len(scores)} checkpoints to choose from, not all with the same rows: run 02_train again")
     return max(scores, key=lambda one: (one.value(metric), one.step))
@@ -259,7 +243,7 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
 
 
 def selected_on_test(paths: RunPaths) -> str:
-    """How the adapter was chosen, in a sentence, where that was done on the rows that are reported; else ""."""
+    """How the adapter was chosen, where that was done on the rows that are reported; else ""."""
     facts = facts_of(paths, "02_train")
     compared = facts.get("checkpoints", [])
     # Of one checkpoint none is the winner.
@@ -308,8 +292,7 @@ def choose(
 ) -> Choice:
     """Choose among the last checkpoints, where ``checkpoint_sweep`` is set and the run trains its own adapter.
 
-    Raises:
-        SweepError: the metric needs safety, which cannot be measured here, or too few prompts are left to draw.
+    Raises SweepError where the metric needs safety, which cannot be measured here, or too few prompts are left.
     """
     if parameters["checkpoint"]:
         place = (parameters["checkpoint"], parameters["base_model"], parameters["assets_dir"], parameters["offline"])

@@ -33,14 +33,9 @@ class Learnable:
 
 
 def find_learnable(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, action: Action, file: File) -> Learnable:
-    """Leave out rows whose answer cannot follow their prompt.
+    """Leave out rows whose answer cannot follow their prompt; ``file``: where they are from, for faults and errors.
 
-    Args:
-        action: ``refuse`` raises where there is such a row.
-        file: where the rows are from; errors and faults name their lines in it.
-
-    Raises:
-        TrainFileError: under ``refuse``, or where no row would be left.
+    Raises TrainFileError under ``refuse``, or where no row would be left.
     """
     encoded = try_rows(tokenizer, list(map(gsm8k.training_messages, rows)), sys.maxsize)
     named = {"rows": file.rows, "name": file.name, "lines": file.lines}

@@ -1,7 +1,6 @@
-"""Model cards of the adapter and of the merged model: base, data, parameters, metrics, how to load it.
+"""Model cards of the adapter and of the merged model; the text is ``model_card.md.j2``.
 
-The text is ``model_card.md.j2``. A card does not depend on when, where or how fast it was made: the same
-training writes the same bytes.
+A card does not depend on when, where or how fast it was made: the same training writes the same bytes.
 """
 
 import json
@@ -69,12 +68,7 @@ class CardFacts:
 
 
 def training_data(prepared: Mapping[str, Any], rows: Path) -> dict[str, str]:
-    """Training data only: its source, whose answers, the number of rows, their hash.
-
-    Args:
-        prepared: manifest of 01; may be empty.
-        rows: file of the training rows.
-    """
+    """Training data only: its source, whose answers, the number of rows, their hash; ``prepared``: manifest of 01."""
     facts, parameters = prepared.get("facts", {}), prepared.get("parameters", {})
     table: dict[str, str] = {}
     if source := parameters.get("train_source", ""):
@@ -103,12 +97,7 @@ def _own_answers(distil: Mapping[str, Any], parameters: Mapping[str, Any]) -> di
 
 
 def evaluation_data(prepared: Mapping[str, Any], dev_rows: Path) -> dict[str, str]:
-    """Data on which the run chooses a checkpoint and is evaluated.
-
-    Args:
-        prepared: as for ``training_data``.
-        dev_rows: file of the development rows; may be empty.
-    """
+    """Data on which the run chooses a checkpoint and is evaluated."""
     facts = prepared.get("facts", {})
     table = {
         name: f"{_source_words(facts['data'][name])}; {facts['rows'][count]:,} of them evaluated"
@@ -125,12 +114,7 @@ def _source_words(source: Mapping[str, Any]) -> str:
 
 
 def metrics_table(log: Sequence[Mapping[str, Any]], scores: Sequence[tuple[str, int, int]] = ()) -> dict[str, str]:
-    """Losses of the training log, and rates with their rows.
-
-    Args:
-        log: rows of ``training_log.jsonl``; empty for an adapter made elsewhere.
-        scores: (name, successes, rows).
-    """
+    """Losses of ``training_log.jsonl``, and rates from ``scores``: (name, successes, rows)."""
     table = {}
     if log:
         table["training loss, first and last step"] = f"{log[0]['loss']:.4f}, {log[-1]['loss']:.4f}"
@@ -143,12 +127,7 @@ def metrics_table(log: Sequence[Mapping[str, Any]], scores: Sequence[tuple[str, 
 def run_card(
     parameters: Mapping[str, Any], paths: RunPaths, base: ModelSource, dtype: str, trained: str, choice: Choice
 ) -> CardFacts:
-    """Contents of the card of a run's adapter.
-
-    Args:
-        dtype: as ``str(torch.dtype)``.
-        trained: what was trained, in a sentence.
-    """
+    """Contents of the card of a run's adapter; ``trained``: what was trained, in a sentence."""
     manifest = paths.manifest("01_prepare")
     prepared = read_json(manifest) if manifest.exists() else {}
     made_here = not parameters["checkpoint"]

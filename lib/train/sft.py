@@ -1,13 +1,11 @@
 """Supervised fine-tuning with LoRA: assistant-only labels, transformers' Trainer, resume that equals an unbroken run.
 
-An optimizer step is one item of the Trainer's data set: its rows are drawn by a seeded shuffle of each epoch, and
-``train_batch_size * gradient_accumulation_steps`` of them make a step. Cutting them into micro-batches affects memory
-and speed alone: rows are packed without padding (``packing``), and the loss is divided by the supervised tokens of the
-complete step, so that no cut changes the update (transformers PR 34191).
+An item of the Trainer's data set is an optimizer step: ``train_batch_size * gradient_accumulation_steps`` rows of a
+seeded shuffle. Micro-batches affect memory and speed alone: rows are packed (``packing``), and the loss is divided by
+the supervised tokens of the complete step (transformers PR 34191).
 
-Written to ``output_dir``: ``adapter/`` (plain peft safetensors), ``checkpoints/checkpoint-N/``,
-``training_log.jsonl`` (one row per step; at the first step and at each checkpoint with the loss on development rows,
-``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
+Writes ``adapter/``, ``checkpoints/checkpoint-N/``, ``training_log.jsonl`` (one row per step; ``dev_loss`` at the first
+step and at checkpoints) and, last, ``training.json``: it exists only when training is complete.
 """
 
 import hashlib
@@ -66,19 +64,16 @@ def train(
     num_checkpoints: int = 0,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
-    """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
+    """Train a LoRA adapter on all linear layers of the decoder blocks, or go on where the same training stopped.
 
-    A complete training of the same settings, rows and base is returned as it is. Otherwise its latest complete
-    checkpoint is continued: order of the rows, optimizer, schedule and random numbers go on, so that the result is that
-    of an unbroken run. What another training left in ``output_dir`` is deleted, with a message.
+    A complete training of the same settings, rows and base is returned as it is; an interrupted one continues from its
+    latest complete checkpoint with the result of an unbroken run. What another training left is deleted, with a note.
 
     Args:
         model: frozen base in train mode, as ``load_for_training`` returns it; unchanged afterwards.
-        output_dir: the stage's folder (module docstring).
         dev_examples: rows whose loss is measured beside training; they change no weight.
         num_checkpoints: how many of the last checkpoints are needed afterwards; if one is missing, training goes on
             from before it, even if it was complete.
-        say: gets lines about the start and the end.
 
     Raises:
         TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded.
@@ -135,10 +130,7 @@ def train_adapter(
 def training_fingerprint(
     model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings, dev_examples: Sequence[Example] = ()
 ) -> str:
-    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers.
-
-    Development rows count too: they change no weight, but what the log holds.
-    """
+    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers."""
     identity = [settings.identity, rows_sha256(examples), str(model.dtype), LORA_TARGETS]
     return sha256_json([*identity, rows_sha256(dev_examples)] if dev_examples else identity)
 

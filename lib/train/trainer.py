@@ -103,9 +103,8 @@ def why_exploded(loss: float, earlier: Sequence[float], vocab_size: int) -> str:
     """Why a loss counts as exploded, in words; empty where it does not.
 
     It must be more than twice the first loss and, besides, more than ten times the median of the last twenty (of five
-    at least), or more than ``ln(vocab_size)``, which is what guessing every token alike would give. Conservative: an
-    unusual step of a sound training is not stopped, and a training that only gets slowly worse is not either; the loss
-    on development rows shows that.
+    at least), or more than ``ln(vocab_size)``, that of guessing. A training that slowly gets worse is not stopped; the
+    loss on development rows shows that.
     """
     if not earlier or loss <= EXPLODED_OVER_FIRST * earlier[0]:
         return ""
@@ -166,11 +165,7 @@ class StepTrainer(Trainer):
         raise self._stopped(f"{fault} at step {self.state.global_step + 1}")
 
     def require_finite_weights(self) -> None:
-        """Ends the training where a weight of the adapter is not finite: none such is saved, here or as the result.
-
-        Raises:
-            TrainingError: one is not.
-        """
+        """Raise TrainingError where a weight of the adapter is not finite: none such is saved."""
         finite = [weight.isfinite().all() for weight in self.model.parameters() if weight.requires_grad]
         if not torch.stack(finite).all():
             self._distrust_checkpoint_of_now()
@@ -201,11 +196,7 @@ class StepTrainer(Trainer):
         return norm
 
     def dev_loss(self) -> float:
-        """Mean loss over the supervised tokens of the development rows, without dropout.
-
-        Raises:
-            TrainingError: it is not finite.
-        """
+        """Mean loss over supervised tokens of the development rows, without dropout; TrainingError if not finite."""
         base = self.model.get_base_model()
         num_targets = sum(num_supervised(example) for part in self.dev_parts for example in part)
         with torch.no_grad(), _without_dropout(self.model):
@@ -216,7 +207,7 @@ class StepTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds a row to the log: what the Trainer measured in this step, and what the step was."""
+        """Add a row to the log: what the Trainer measured in this step, and what the step was."""
         if "loss" not in logs:
             return
         if not math.isfinite(logs.get("grad_norm", 0.0)):
