@@ -36,13 +36,7 @@ class PromptRow:
 class SlotBatch:
     """The rows under way: row ``i`` of ``active`` has its keys and values in slot ``i``."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prefix: SharedPrefix | None,
-        num_slots: int,
-        stats: EngineStats,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prefix: SharedPrefix | None, num_slots: int, stats: EngineStats) -> None:
         self.model, self.prefix, self.stats = model, prefix, stats
         self.cache = SlotCache(model.config, num_slots, model.dtype, model.device)
         self.active: list[PromptRow] = []

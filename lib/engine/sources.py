@@ -138,10 +138,7 @@ def _resolve_folder(name: str, patterns: tuple[str, ...], revision: str, assets_
 def _candidate_folders(name: str, assets_dir: str) -> list[tuple[Path, Origin]]:
     assets = assets_folder(assets_dir)
     places = [assets / "models" / name.replace("/", "__"), assets / name.rsplit("/", 1)[-1]] if assets else []
-    return [
-        (own_path(name), "local folder"),
-        *((place, "assets folder") for place in places if HUB_ID.fullmatch(name)),
-    ]
+    return [(own_path(name), "local folder"), *((place, "assets folder") for place in places if HUB_ID.fullmatch(name))]
 
 
 def _folder_identity(folder: Path, patterns: Sequence[str]) -> str:

@@ -248,12 +248,7 @@ class Recorder(TrainerCallback):
         self._begun_at, self._begun_step = time.perf_counter(), state.global_step
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         with self.log_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(logs) + "\n")
