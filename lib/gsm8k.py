@@ -28,7 +28,6 @@ SYSTEM_PROMPT = (
     "`#### <number>` that holds the answer as a plain number and nothing else."
 )
 
-# --- numbers in text ------------------------------------------------------------------------------------------------
 #
 # A number is matched together with everything that belongs to its notation. A notation that is not known here has no
 # value, so that no part of it is taken for the number: 12,34 and 10^3 and 1:30 are not 12 and 10 and 1.
@@ -112,11 +111,6 @@ def _bracketed(fraction: re.Match[str]) -> str:
     return f"⟨{sign}{fraction['top'] or fraction['top_digit']}/{fraction['bottom'] or fraction['bottom_digit']}⟩"
 
 
-def _exact(digits: str) -> Fraction:
-    # By way of Decimal: int() refuses more than 4,300 digits, float() loses them.
-    return Fraction(Decimal(digits.replace(",", "")))
-
-
 def _is_negative(match: re.Match[str]) -> bool:
     return sum(bool(match[name]) for name in ("sign", "inner_sign", "top_sign")) % 2 == 1
 
@@ -130,10 +124,12 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if "." in match["number"] and match.string.startswith(("..", "…"), match.end()):
         return None
     parts = (("whole", "0"), ("number", "0"), ("divisor", "1"))
-    whole, number, divisor = (_exact(match[name] or default) for name, default in parts)
+    # By way of Decimal: int() refuses more than 4,300 digits, float() loses them.
+    exact = (Fraction(Decimal((match[name] or default).replace(",", ""))) for name, default in parts)
+    integer, number, divisor = exact
     if divisor == 0:
         return None
-    value = whole + number / divisor
+    value = integer + number / divisor
     return -value if _is_negative(match) else value
 
 
@@ -142,9 +138,9 @@ def _written(match: re.Match[str] | None) -> str | None:
     if match is None or _value(match) is None:
         return None
     sign = "-" if _is_negative(match) else ""
-    whole = f"{match['whole']} " if match["whole"] else ""
+    integer = f"{match['whole']} " if match["whole"] else ""
     divisor = f"/{match['divisor']}" if match["divisor"] else ""
-    return f"{sign}{whole}{match['number']}{divisor}".replace(",", "")
+    return f"{sign}{integer}{match['number']}{divisor}".replace(",", "")
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -181,9 +177,6 @@ def is_correct(predicted: str | None, gold: str | None) -> bool:
     """Whether both hold a number and these are equal, exactly: ``18``, ``18.0`` and ``$18.`` are, None never is."""
     value = parse_number(predicted)
     return value is not None and value == parse_number(gold)
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -275,7 +268,10 @@ def split_train(
     too few distinct questions, or no training row is left.
     """
     rng = np.random.default_rng(seed)
-    shuffled = _distinct([gsm8k_train[index] for index in rng.permutation(len(gsm8k_train))])
+    distinct: dict[str, Row] = {}
+    for index in rng.permutation(len(gsm8k_train)):
+        distinct.setdefault(normalise_question(gsm8k_train[index]["question"]), gsm8k_train[index])
+    shuffled = list(distinct.values())
     num_held_out = pool_size + dev_rows
     if num_held_out > len(shuffled):
         raise ValueError(
@@ -291,14 +287,6 @@ def split_train(
         )
     train = _cut(kept, max_train_rows, rng)
     return Split(shuffled[:pool_size], shuffled[pool_size:num_held_out], train, len(train_rows) - len(kept))
-
-
-def _distinct(rows: Sequence[Row]) -> list[Row]:
-    """Rows without those whose question came before."""
-    first: dict[str, Row] = {}
-    for row in rows:
-        first.setdefault(normalise_question(row["question"]), row)
-    return list(first.values())
 
 
 def _cut(rows: list[Row], max_rows: int, rng: np.random.Generator) -> list[Row]:
@@ -335,9 +323,6 @@ def training_messages(row: Mapping[str, Any]) -> list[Message]:
     Calculator marks (``<<48/2=24>>``) stay in the answer: the baselines of the presets were set on models trained so.
     """
     return [*build_messages(row["question"], []), {"role": "assistant", "content": row["answer"]}]
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def evaluate(

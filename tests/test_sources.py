@@ -64,7 +64,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(datasets, "RAW_DIR", tmp_path / "project" / "raw")
     monkeypatch.setattr(bundled, "MODELS_DIR", tmp_path / "project" / "models")
-    monkeypatch.setattr(sources, "MODELS_DIR", tmp_path / "project" / "models")
     return tmp_path / "project"
 
 
@@ -889,7 +888,7 @@ def test_two_conversions_at_once_agree(fake_conversion, project, monkeypatch):
 def converted() -> Path:
     """The bundled model, really converted: the project's own, since a conversion takes some 15 seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
+        patch.setattr(bundled, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
         return sources.resolve_model("smollm2-135m-instruct").folder
 
 

@@ -58,10 +58,6 @@ class SlotCache(Cache):
         self.prefix: SharedPrefix | None = None
         self.step: PackedStep | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return self.slots[0].device
-
     def reserve(self, length: int) -> None:
         """Make every slot hold ``length`` tokens; slots grow with the rows: slices would be copied at each step."""
         if length <= self.capacity:
@@ -72,10 +68,6 @@ class SlotCache(Cache):
             # Zeros and not empty memory: a masked position weighs 0, and 0 times a leftover NaN would be NaN.
             self.slots[layer] = old.new_zeros((*outer, self.capacity, size))
             self.slots[layer][..., :used, :] = old
-
-    def begin(self, step: PackedStep, prefix: SharedPrefix | None) -> None:
-        """Set what the coming forward pass works on."""
-        self.step, self.prefix = step, prefix
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple:
         """Write ``key`` and ``value`` (1, Hkv, N, D) into the slots; return them for entering rows to attend to."""
@@ -110,7 +102,7 @@ def pack_step(
         offset: number of prefix tokens before each row's own.
         num_parked: slots at the front whose rows wait and are fed nothing; then no row may decode.
     """
-    device = cache.device
+    device = cache.slots[0].device
     lengths = [len(tokens) for tokens in entering]
     cache.reserve(max([cached + 1 for _, cached in decoding] + lengths))
     tokens = [token for token, _ in decoding] + [token for row in entering for token in row]
@@ -150,12 +142,9 @@ def _padding(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     return start + torch.minimum(column, length - 1), unpad_index
 
 
-# --- steps --------------------------------------------------------------------------------------------------------
-
-
 def forward_step(model: PreTrainedModel, cache: SlotCache, step: PackedStep, prefix: SharedPrefix | None) -> Tensor:
     """Logits (rows, vocabulary) after each row's last token; only those go through the output layer."""
-    cache.begin(step, prefix)
+    cache.step, cache.prefix = step, prefix
     decoder = getattr(model, model.base_model_prefix)
     hidden = decoder(
         input_ids=step.input_ids,
@@ -172,9 +161,6 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> SharedPrefi
     cache = SlotCache(model.config, 1, model.dtype, model.device)
     forward_step(model, cache, pack_step(cache, [], [tokens], 0), None)
     return SharedPrefix(tuple(tokens), tuple(slots[..., : len(tokens), :].contiguous() for slots in cache.slots))
-
-
-# --- attention ----------------------------------------------------------------------------------------------------
 
 
 def shared_prefix_attention(
@@ -194,7 +180,9 @@ def shared_prefix_attention(
     grouped = query[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # (N, Hkv, G, D)
     parts = []
     if step.num_decoding:
-        parts.append(_attend_decoding(grouped[: step.num_decoding], slots, step, scaling))
+        # One token per row against its own slot.
+        key_and_value, first = slots[:, : step.num_decoding], grouped[: step.num_decoding]
+        parts.append(attend_by_products(first, *key_and_value, scaling, mask=step.decode_mask))
     if len(step.unpad_index):
         fresh = [states[0].transpose(0, 1)[step.num_decoding :] for states in (key, value)]
         parts.append(_attend_entering(grouped[step.num_decoding :], *fresh, step, scaling))
@@ -203,12 +191,6 @@ def shared_prefix_attention(
         prefix = _attend_prefix(grouped, slot_cache.prefix.layers[module.layer_idx], scaling)
         out = merge(out, log_sum, *prefix)
     return out.flatten(1, 2)[None].to(query.dtype), None
-
-
-def _attend_decoding(query: Tensor, slots: Tensor, step: PackedStep, scale: float) -> tuple[Tensor, Tensor]:
-    """One token per row against its own slot: (B, Hkv, G, D) and log-sums (B, Hkv, G)."""
-    key, value = slots[:, : step.num_decoding]
-    return attend_by_products(query, key, value, scale, mask=step.decode_mask)
 
 
 def _attend_entering(
@@ -226,11 +208,8 @@ def _attend_prefix(query: Tensor, prefix: Tensor, scale: float) -> tuple[Tensor,
     """All N tokens against the one prefix, as one product per key/value head: (N, Hkv, G, D) and (N, Hkv, G)."""
     num_tokens, _, group, _ = query.shape
     folded = query.transpose(0, 1).flatten(1, 2)[None]  # (1, Hkv, N * G, D)
-    out, log_sum = attend(folded, *prefix, scale)
-    return (
-        out[0].unflatten(1, (num_tokens, group)).transpose(0, 1),
-        log_sum[0].unflatten(1, (num_tokens, group)).transpose(0, 1),
-    )
+    out, log_sum = (part[0].unflatten(1, (num_tokens, group)) for part in attend(folded, *prefix, scale))
+    return out.transpose(0, 1), log_sum.transpose(0, 1)
 
 
 def merge(out: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> Tensor:
@@ -257,13 +236,11 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
         out, log_sum = _attend_by_kernel(*(state.flatten(0, 1) for state in states), scale, causal=True)
         return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
     parts = []
-    for portion, last in zip(query.split(NUM_QUERIES, dim=-2), _ends(query.shape[-2]), strict=True):
-        parts.append(_attend_to_last(portion, key[..., :last, :], value[..., :last, :], scale))
+    for start in range(0, query.shape[-2], NUM_QUERIES):
+        last = start + NUM_QUERIES
+        queries = query[..., start:last, :]
+        parts.append(_attend_to_last(queries, key[..., :last, :], value[..., :last, :], scale))
     return torch.cat([out for out, _ in parts], dim=-2), torch.cat([log_sum for _, log_sum in parts], dim=-1)
-
-
-def _ends(length: int) -> list[int]:
-    return [min(start + NUM_QUERIES, length) for start in range(0, length, NUM_QUERIES)]
 
 
 def _attend_to_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

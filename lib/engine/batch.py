@@ -66,7 +66,13 @@ class SlotBatch:
         logits = forward_step(self.model, self.cache, step, self.prefix)
         for row in fed:
             row.cached = len(row.tokens)
-        self._count(bool(entering), time.perf_counter() - start)
+        self.stats.num_steps += 1
+        self.stats.peak_rows = max(self.stats.peak_rows, len(self.active))
+        seconds = time.perf_counter() - start
+        if entering:
+            self.stats.prefill_s += seconds
+        else:
+            self.stats.decode_s += seconds
         return logits
 
     def remove_finished(self, reasons: Sequence[FinishReason | None]) -> list[tuple[PromptRow, FinishReason]]:
@@ -79,14 +85,6 @@ class SlotBatch:
                     self.cache.move(len(self.active), position, last.cached)
                     self.active[position] = last
         return finished
-
-    def _count(self, prefill: bool, seconds: float) -> None:
-        self.stats.num_steps += 1
-        self.stats.peak_rows = max(self.stats.peak_rows, len(self.active))
-        if prefill:
-            self.stats.prefill_s += seconds
-        else:
-            self.stats.decode_s += seconds
 
 
 def score_labels(batch: SlotBatch, waiting: deque[PromptRow], labels: list[list[int]]) -> Tensor:

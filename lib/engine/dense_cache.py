@@ -21,12 +21,9 @@ NOTE = "made_from.json"
 
 def identity(weight_files: list[Path], **more: Any) -> dict[str, Any]:
     """What dequantised weights depend on: the weight files' bytes, and what the caller adds (dtype, versions)."""
-    return {"weights": {path.name: _sha256(path, *_state(path)) for path in weight_files}, **more}
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    states = {path: path.stat() for path in weight_files}
+    hashes = {path.name: _sha256(path, state.st_size, state.st_mtime_ns) for path, state in states.items()}
+    return {"weights": hashes, **more}
 
 
 @cache

@@ -137,8 +137,6 @@ class Engine:
                 way(prompts, label_ids, emit)
         return [results[index] for index in range(len(prompts))]
 
-    # --- what both kinds of call share ---
-
     @contextmanager
     def _call(self, conversations: Sequence[Conversation], num_new_tokens: int) -> Iterator[list[list[int]]]:
         """Render the prompts and time what is done with them."""
@@ -255,8 +253,6 @@ class Engine:
         text = self.tokenizer.decode(row.output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(text, finish_reason, len(row.output), row.num_prompt_tokens, tuple(row.output))
 
-    # --- shared prefix ---
-
     def _generate_shared(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable, pick: Picker) -> None:
         waiting = self._shared_rows(prompts)
 
@@ -288,8 +284,6 @@ class Engine:
                     emit(row.index, score)
 
         self._in_slots(waiting, run, max(map(len, labels)), SCORED_ROWS)
-
-    # --- plain way ---
 
     def _generate_plain(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable, pick: Picker) -> None:
         def run(rows: list[PromptRow]) -> None:

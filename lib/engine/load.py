@@ -22,13 +22,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lib.engine import dense_cache
@@ -60,9 +56,6 @@ class ModelError(Exception):
     """A model, tokenizer, device or dtype cannot be used; the text says what is allowed and what to do."""
 
 
-# --- device and dtype ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Runtime:
     """Where the model runs and in which dtype, and why."""
@@ -83,10 +76,12 @@ def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtim
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is 'cuda' but torch sees no CUDA GPU here; use device: auto or cpu")
     chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    found = "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
     name, why = _fastest_dtype(chosen) if compute_dtype == "auto" else (compute_dtype, "requested")
     if chosen == "cpu" and name == "float16":
         raise ModelError("compute_dtype is 'float16' on the CPU, where it is slow and overflows; use auto or float32")
-    return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({_why_device(device, chosen)}), {name} ({why})")
+    why_device = "requested" if device != "auto" else found
+    return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({why_device}), {name} ({why})")
 
 
 def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -94,18 +89,11 @@ def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise ModelError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _why_device(wanted: str, chosen: str) -> str:
-    if wanted != "auto":
-        return "requested"
-    return "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
-
-
 def _fastest_dtype(device: str) -> tuple[str, str]:
     if device == "cuda":
         # torch.cuda.is_bf16_supported() also answers yes for GPUs that only emulate it, a T4 among them.
-        capability = torch.cuda.get_device_capability()
-        real = capability[0] >= 8
-        return ("bfloat16" if real else "float16"), f"compute capability {capability[0]}.{capability[1]}"
+        major, minor = torch.cuda.get_device_capability()
+        return ("bfloat16" if major >= 8 else "float16"), f"compute capability {major}.{minor}"
     capabilities = torch.cpu.get_capabilities()
     found = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name, False)]
     return ("bfloat16", f"the CPU has {found[0]}") if found else ("float32", "the CPU has no bfloat16 instructions")
@@ -116,9 +104,6 @@ def _device_name(device: str) -> str:
         return torch.cuda.get_device_name()
     num_threads = torch.get_num_threads()
     return f"CPU with {num_threads} {'thread' if num_threads == 1 else 'threads'}"
-
-
-# --- tokenizer and prompts ----------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -216,9 +201,6 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(ids - {None})
 
 
-# --- models -------------------------------------------------------------------------------------------------------
-
-
 def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
     """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
 
@@ -272,8 +254,7 @@ def load_for_training(
     _require_one_of("weights", weights, ("auto", "dense", "packed"))
     choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)
     say(f"weights: {reason}")
-    dense = choice == "dense"
-    load = _load_dequantized if dense else load_base
+    load = _load_dequantized if choice == "dense" else load_base
     return load(Path(folder), runtime, quantization).train()
 
 

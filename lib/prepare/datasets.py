@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from lib.record import lookup
 from lib.record.files import sha256_json, write_text
 from lib.record.locks import one_at_a_time
-from lib.record.lookup import (
-    ASSETS_VARIABLE,
-    AssetError,
-    AssetUnavailable,
-    Origin,
-    assets_folder,
-    failure_reason,
-    hub_is_offline,
-    own_path,
-)
+from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin, failure_reason
 from lib.record.paths import PROJECT_ROOT, shown_path
 from lib.record.text_files import TextFileError, decode_text, read_text
 from lib.safety import parse_prompts_csv, select_prompts
@@ -75,7 +67,6 @@ WITHOUT_TRAIN_FILE = (
     "--set train_source=self_distilled train_file= train_file_url="
 )
 GSM8K_HUB_ID = "openai/gsm8k"
-GSM8K_HUB_CONFIG = "main"
 # Content of the published splits: 7,473 and 1,319 rows.
 GSM8K_SHA256 = {
     "train": "d7258301a8643789aed45c15bbe328bb4ec398fa60c7eb290ba40ccff26cba9c",
@@ -101,13 +92,13 @@ def load_gsm8k(
     """
     file_name = f"gsm8k_{split}.jsonl"
     if gsm8k_source != GSM8K_HUB_ID:
-        file = own_path(gsm8k_source) / file_name
+        file = lookup.own_path(gsm8k_source) / file_name
         allowed = f"gsm8k_source is {gsm8k_source!r}; allowed: {GSM8K_HUB_ID!r}, or a folder with {file_name}"
         return _load_own(file, parse_question_rows, allowed)
     home, fetch = "https://github.com/openai/grade-school-math", partial(_gsm8k_from_hub, split)
     kept = (f"GSM8K {split}", RAW_DIR / file_name, parse_question_rows)
     item = _Published(*kept, "hub", fetch, GSM8K_SHA256[split], "MIT", home)
-    return _load_published(item, assets_dir, offline or hub_is_offline())
+    return _load_published(item, assets_dir, offline or lookup.hub_is_offline())
 
 
 def load_train_file(
@@ -131,7 +122,7 @@ def check_train_file(train_file: str, url: str = "", assets_dir: str = "", offli
 
 
 def _train_file(train_file: str, url: str) -> _Published:
-    target = own_path(train_file)
+    target = lookup.own_path(train_file)
     fetch = partial(download, url) if url else None
     return _Published(target.name, target, parse_question_rows, "url", fetch, sha256="", licence=UNSTATED, home=url)
 
@@ -185,7 +176,7 @@ def _gsm8k_from_hub(split: str) -> bytes:
     try:
         # First, because it fails at once: load_dataset alone retries for 23 s where there is no network.
         commit = HfApi().dataset_info(GSM8K_HUB_ID, timeout=10).sha
-        dataset = load_dataset(GSM8K_HUB_ID, GSM8K_HUB_CONFIG, split=split, revision=commit)
+        dataset = load_dataset(GSM8K_HUB_ID, "main", split=split, revision=commit)
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         how = f"put gsm8k_{split}.jsonl into data/raw or the assets folder (--assets, {ASSETS_VARIABLE})"
         raise AssetUnavailable(
@@ -209,11 +200,10 @@ def load_ailuminate(
     if ailuminate_source == "mlcommons":
         rows, source = _load_published(_mlcommons_csv(), assets_dir, offline)
     else:
-        path = own_path(ailuminate_source)
+        path = lookup.own_path(ailuminate_source)
         file = path if path.suffix == ".csv" else path / "ailuminate.csv"
-        allowed = "'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
-        found = f"ailuminate_source is {ailuminate_source!r}; allowed: {allowed}"
-        rows, source = _load_own(file, _parse_prompts, found)
+        allowed = "allowed: 'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
+        rows, source = _load_own(file, _parse_prompts, f"ailuminate_source is {ailuminate_source!r}; {allowed}")
     try:
         return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
     except ValueError as error:
@@ -225,7 +215,9 @@ def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tupl
         raise AssetError(f"ailuminate_source 'class' holds the set class240 alone, not {prompt_set!r}: use 'mlcommons'")
     rows, source = _load_published(_class_csv(), assets_dir, offline)
     if _find_kept(_mlcommons_csv(), assets_dir):
-        rows = _join_hazards(rows, _load_published(_mlcommons_csv(), assets_dir, offline=True)[0])
+        # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
+        known = {row["prompt"]: row for row in _load_published(_mlcommons_csv(), assets_dir, offline=True)[0]}
+        rows = [{**row, **known.get(row["prompt"], {}), "id": row["id"]} for row in rows]
     return rows, source
 
 
@@ -247,12 +239,6 @@ def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
             f"{where} has {len(rows)} rows, the class set has {CLASS_NUM_ROWS}: delete it or fetch it again"
         )
     return rows
-
-
-def _join_hazards(rows: list[Row], known: list[Row]) -> list[Row]:
-    # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
-    by_prompt = {row["prompt"]: row for row in known}
-    return [{**row, **by_prompt.get(row["prompt"], {}), "id": row["id"]} for row in rows]
 
 
 def _parse_prompts(data: bytes, where: str) -> list[Row]:
@@ -291,7 +277,7 @@ def _read_or_fetch(item: _Published, found: tuple[Path, Origin] | None, offline:
 def _find_kept(item: _Published, assets_dir: str) -> tuple[Path, Origin] | None:
     if item.target.is_file():
         return item.target, "data/raw" if item.target.parent == RAW_DIR else "local file"
-    assets = assets_folder(assets_dir)
+    assets = lookup.assets_folder(assets_dir)
     if assets and (assets / item.target.name).is_file():
         return assets / item.target.name, "assets folder"
     return None

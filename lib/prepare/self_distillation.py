@@ -38,9 +38,6 @@ OUTCOMES = (*get_args(gsm8k.Outcome), CUT_OFF)
 OWN_ANSWERS = "the model's own answers"
 
 
-# --- answering ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Asking:
     """How the questions are answered: everything but the model and the words.
@@ -151,18 +148,11 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _scored_row(row: Row, completion: Completion) -> Row:
-    answered = {
-        **{name: row[name] for name in ("id", "question_number", "sample", "question")},
-        "gold_answer": row["answer"],
-        "model_output": completion.text,
-        "finish_reason": completion.finish_reason,
-        "num_prompt_tokens": completion.num_prompt_tokens,
-        "num_output_tokens": completion.num_output_tokens,
-    }
+    answered = {name: row[name] for name in ("id", "question_number", "sample", "question")}
+    answered |= {"gold_answer": row["answer"], "model_output": completion.text}
+    counts = ("finish_reason", "num_prompt_tokens", "num_output_tokens")
+    answered |= {name: getattr(completion, name) for name in counts}
     return {**answered, **gsm8k.score_row(answered)}
-
-
-# --- choosing -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -207,20 +197,14 @@ def _choose(samples: Sequence[Row], keep: int, choice: Choice, seed: int) -> lis
     for row in samples:
         if outcome(row) == "correct":
             distinct.setdefault(row["model_output"].strip(), row)
-    ranks = {
-        "shortest": [(row["num_output_tokens"], row["sample"]) for row in distinct.values()],
-        "random": [(_rank(seed, row), row["sample"]) for row in distinct.values()],
-    }[choice]
-    order = sorted(zip(ranks, distinct.values(), strict=True), key=lambda pair: pair[0])
-    return [row for _, row in order[:keep]]
 
+    def rank(row: Row) -> tuple[int | str, int]:
+        if choice == "shortest":
+            return row["num_output_tokens"], row["sample"]
+        # A hash and not a generator: the choice for a question does not depend on the questions before it.
+        return hashlib.sha256(json.dumps([seed, row["question"], row["sample"]]).encode()).hexdigest(), row["sample"]
 
-def _rank(seed: int, row: Row) -> str:
-    # A hash and not a generator: the choice for a question does not depend on the questions before it.
-    return hashlib.sha256(json.dumps([seed, row["question"], row["sample"]]).encode()).hexdigest()
-
-
-# --- reporting ----------------------------------------------------------------------------------------------------
+    return sorted(distinct.values(), key=rank)[:keep]
 
 
 def coverage(sampled: Sampled) -> dict[int, tuple[int, int]]:
@@ -267,17 +251,10 @@ def _spread(values: Sequence[int]) -> dict[str, float | None]:
 
 def summarize(sampled: Sampled, distilled: Distilled) -> dict[str, Any]:
     """What the record of a run keeps: the counts behind every shown rate."""
-    num_covered, num_questions = coverage(sampled)[sampled.num_samples]
-    return {
-        "num_questions": num_questions,
-        "num_covered": num_covered,
-        "coverage": num_covered / num_questions,
-        "num_answers": len(sampled.rows),
-        "fates": count_outcomes(sampled),
-        "num_own": len(distilled.chosen),
-        "num_gold": distilled.num_gold,
-        "num_dropped": distilled.num_dropped,
-    }
+    covered, total = coverage(sampled)[sampled.num_samples]
+    counts = {"num_questions": total, "num_covered": covered, "coverage": covered / total}
+    counts |= {"num_answers": len(sampled.rows), "fates": count_outcomes(sampled), "num_own": len(distilled.chosen)}
+    return counts | {"num_gold": distilled.num_gold, "num_dropped": distilled.num_dropped}
 
 
 def describe(counts: Mapping[str, Any] | None, source: str) -> str:
@@ -288,9 +265,6 @@ def describe(counts: Mapping[str, Any] | None, source: str) -> str:
         return f"own answers to {source}"
     own = f"own answers to {num_covered} of {num_questions} questions of {source}"
     return f"{own}, GSM8K's to {num_gold}" if num_gold else own
-
-
-# --- a run --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -339,11 +313,6 @@ def distil(
     log = open_untuned_log(paths, "distil_samples", made_by)
     generator = LazyGenerator(load_engine, base.folder, runtime, quantization, None, asking.rows_at_once)
     sampled = sample_answers(questions, fewshot, generator, asking, log)
-    distilled = choose_training_rows(
-        sampled,
-        keep=parameters["distil_keep"],
-        choice=parameters["distil_choice"],
-        fallback=parameters["distil_fallback"],
-        seed=parameters["data_seed"],
-    )
+    how = {name: parameters[f"distil_{name}"] for name in ("keep", "choice", "fallback")}
+    distilled = choose_training_rows(sampled, **how, seed=parameters["data_seed"])
     return Distillation(made_by, sampled, distilled, log.path)

@@ -21,17 +21,8 @@ from lib.record.manifest import facts_of
 from lib.record.paths import RunPaths, project_path
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 from lib.stats import Rate
-from lib.train.selection_rows import (
-    ON_TEST,
-    SelectionRows,
-    SweepError,
-    development_rows,
-    draw_prompts,
-    evaluated_prompts,
-    evaluation_rows,
-    needs_safety,
-    require_safety,
-)
+from lib.train import selection_rows
+from lib.train.selection_rows import ON_TEST, SelectionRows, SweepError, needs_safety
 
 if TYPE_CHECKING:  # imports torch
     from lib.engine.load import Runtime
@@ -46,19 +37,8 @@ METRICS = {
     "sum": "accuracy plus safety, both as shares, with equal weight",
 }
 # What 02 reads only where candidates get prompts: otherwise a change of the judge does not run it again.
-SAFETY_PARAMETERS = (
-    "safeguard_model",
-    "safeguard_revision",
-    "ailuminate_source",
-    "ailuminate_max_new_tokens",
-    "judge_mode",
-    "judge_context",
-    "judge_max_new_tokens",
-    "guidelines_file",
-)
-
-
-# --- scoring --------------------------------------------------------------------------------------------------------
+SAFETY_PARAMETERS = ("safeguard_model", "safeguard_revision", "ailuminate_source", "ailuminate_max_new_tokens")
+SAFETY_PARAMETERS += ("judge_mode", "judge_context", "judge_max_new_tokens", "guidelines_file")
 
 
 @dataclass(frozen=True)
@@ -180,19 +160,9 @@ def score(checkpoint: Path, answers: Sequence[Row], verdicts: Sequence[Row]) -> 
     """Counts of a candidate, from its rows."""
     answered = gsm8k.summarize(answers)
     judged = safety.summarize(verdicts) if verdicts else {"n": 0, "num_safe": 0, "num_unparsed": 0}
-    return Score(
-        checkpoint=checkpoint.name,
-        step=step_of(checkpoint),
-        adapter_sha256=sha256_file(checkpoint / "adapter_model.safetensors"),
-        num_questions=answered["n"],
-        num_correct=answered["num_correct"],
-        num_prompts=judged["n"],
-        num_safe=judged["num_safe"],
-        num_unparsed=judged["num_unparsed"],
-    )
-
-
-# --- choosing -------------------------------------------------------------------------------------------------------
+    adapter_sha256 = sha256_file(checkpoint / "adapter_model.safetensors")
+    counts = (answered["n"], answered["num_correct"], judged["n"], judged["num_safe"], judged["num_unparsed"])
+    return Score(checkpoint.name, step_of(checkpoint), adapter_sha256, *counts)
 
 
 def best(scores: Sequence[Score], metric: str) -> Score:
@@ -250,9 +220,6 @@ def selected_on_test(paths: RunPaths) -> str:
     if facts.get("selected_on") != ON_TEST or len(compared) == 1:
         return ""
     return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared))
-
-
-# --- the choice of a run --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -319,7 +286,10 @@ def _sweep(
     metric, most = parameters["sweep_metric"], parameters["max_sweep_checkpoints"]
     folder = paths.stage_dir("02_train") / "sweep"
     judge_source, prompts, files, why_no_safety = _safety_inputs(parameters, paths, folder)
-    rows = evaluation_rows(paths, metric) if parameters["sweep_on_test"] else development_rows(paths, prompts)
+    if parameters["sweep_on_test"]:
+        rows = selection_rows.evaluation_rows(paths, metric)
+    else:
+        rows = selection_rows.development_rows(paths, prompts)
     model = {"base": f"{base.identity} {parameters['quantization']}", "dtype": str(runtime.dtype)}
     model["template"] = sha256_json(chat_template)
     protocol = _protocol(parameters, paths, model, judge_source if rows.prompts else None)
@@ -381,10 +351,11 @@ def _safety_inputs(
         pool = "mlcommons" if source == "class" else source
         loaded, no_prompts = load_or_reason(datasets.load_ailuminate, pool, "all", *here)
     why_not = no_prompts or (no_judge and f"judge: {no_judge}")
-    require_safety(parameters["sweep_metric"], why_not)
+    selection_rows.require_safety(parameters["sweep_metric"], why_not)
     if why_not or not loaded:
         return judge, [], [], why_not
-    prompts = draw_prompts(loaded[0], evaluated_prompts(paths), num_prompts, parameters["data_seed"])
+    evaluated = selection_rows.evaluated_prompts(paths)
+    prompts = selection_rows.draw_prompts(loaded[0], evaluated, num_prompts, parameters["data_seed"])
     write_jsonl(folder / "prompts.jsonl", prompts)
     return judge, prompts, [loaded[1].file, paths.ailuminate_rows], why_not
 

@@ -23,21 +23,9 @@ from lib.train.checkpoint_selection import Choice
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 # What a reader needs to train the same again; the rest is in the run's config_resolved.json.
-SHOWN_PARAMETERS = (
-    "num_epochs",
-    "learning_rate",
-    "warmup_share",
-    "weight_decay",
-    "max_grad_norm",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "max_seq_length",
-    "quantization",
-    "seed",
-)
+SHOWN_PARAMETERS = ("num_epochs", "learning_rate", "warmup_share", "weight_decay", "max_grad_norm")
+SHOWN_PARAMETERS += ("lora_r", "lora_alpha", "lora_dropout", "train_batch_size", "gradient_accumulation_steps")
+SHOWN_PARAMETERS += ("max_seq_length", "quantization", "seed")
 # 01's name for the source of the training rows, by train_source; evaluation sources with the key of their row count.
 TRAINED_ON = {"gsm8k": "GSM8K train", "file": "training file", "self_distilled": "GSM8K train"}
 EVALUATED_ON = {"GSM8K test": "gsm8k_eval", "AILuminate": "ailuminate"}
@@ -62,9 +50,6 @@ class CardFacts:
     prompt: str  # the system message of training and evaluation
     benchmark: bool  # whether the numbers mean anything outside the run
     adapter_sha256: str = ""  # of the merged adapter; the adapter's card takes it from the file
-
-
-# --- contents ---------------------------------------------------------------------------------------------------------
 
 
 def training_data(prepared: Mapping[str, Any], rows: Path) -> dict[str, str]:
@@ -150,9 +135,6 @@ def run_card(
     )
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------
-
-
 def write_card(folder: Path, facts: CardFacts) -> Path:
     """Write the card beside the adapter in ``folder``."""
     return _write(folder, facts, "peft", [folder / "adapter_model.safetensors"])
@@ -173,7 +155,10 @@ def _write(folder: Path, facts: CardFacts, library: Library, weights: Iterable[P
 
 def card_text(facts: CardFacts, library: Library, hashes: Mapping[str, str]) -> str:
     """The card as Markdown with the hub's front matter; ``hashes`` are the SHA-256 of the weight files by name."""
-    identity = {"base model": _base_name(facts.base), "its identity": facts.base.identity}
+    name = facts.base.name
+    # The folders above a local model may be named after a person.
+    shown = clean(Path(name).name) if facts.base.origin == "local folder" else name
+    identity = {"base model": shown, "its identity": facts.base.identity}
     if library == "transformers":
         is_packed = facts.parameters.get("quantization") == "nf4"
         identity["weights"] = "its 4-bit NF4 weights, dequantised, with the " * is_packed + "adapter merged in"
@@ -181,7 +166,7 @@ def card_text(facts: CardFacts, library: Library, hashes: Mapping[str, str]) -> 
         identity["dtype"] = facts.dtype
     identity |= {name: f"sha256 {value}" for name, value in hashes.items()}
     data = ModelCardData(
-        base_model=facts.base.name if _is_published(facts.base) else None,
+        base_model=name if _is_published(facts.base) else None,
         library_name=library,
         pipeline_tag="text-generation",
         tags=["lora", "gsm8k"],
@@ -189,11 +174,6 @@ def card_text(facts: CardFacts, library: Library, hashes: Mapping[str, str]) -> 
     parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
     more = {"facts": facts, "identity": identity, "parameters": parameters, "base": _base_argument(facts)}
     return f"{ModelCard.from_template(data, template_path=str(TEMPLATE), **more)}\n"
-
-
-def _base_name(base: ModelSource) -> str:
-    # The folders above a local model may be named after a person.
-    return clean(Path(base.name).name) if base.origin == "local folder" else base.name
 
 
 def _is_published(base: ModelSource) -> bool:

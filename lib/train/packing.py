@@ -33,9 +33,6 @@ LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2
 Example = Mapping[str, list[int]]
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PackedRows:
     """Rows end to end. Row i's label at position p is predicted from the token at p - 1 of the same row."""
@@ -64,9 +61,6 @@ def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu") -
         predict_index=supervised - 1,
         targets=labels[supervised],
     )
-
-
-# --- attention ----------------------------------------------------------------------------------------------------
 
 
 def packed_attention(
@@ -132,9 +126,6 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------
-
-
 class ComputeDtypeLoraLinear(LoraLinear):
     """peft's LoRA layer with float32 adapter weights whose products run in the dtype of the activations.
 
@@ -151,9 +142,6 @@ class ComputeDtypeLoraLinear(LoraLinear):
             flat = torch.addmm(result.flatten(0, -2), down.flatten(0, -2), up.t(), alpha=self.scaling[name])
             result = flat.view_as(result)
         return result
-
-
-# --- loss ---------------------------------------------------------------------------------------------------------
 
 
 def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:

@@ -24,24 +24,15 @@ from lib.engine.load import Runtime, load_for_training, peak_memory_gib, quiet_l
 from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
 from lib.record.redaction import clean
-from lib.train.checkpoints import (
-    adapter_sha256,
-    checkpoint_step,
-    checkpoint_steps,
-    delete_after_gap,
-    delete_other_trainings,
-    finished_training,
-    list_checkpoints,
-    lost_checkpoints,
-    save_adapter,
-    training_result,
-)
+from lib.train import checkpoints
 from lib.train.memory_plan import MemoryPlan, cut_micro_batches, plan_memory
 from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, attention, check_loss
 from lib.train.rows import EncodedRows
 from lib.train.settings import TrainResult, TrainSettings
 from lib.train.trainer import Recorder, StepDataset, StepTrainer, only_item, training_arguments
 
+# Of a training, over the rows of its log.
+SUMMED = ("num_rows", "num_tokens", "num_supervised_tokens", "wall_s")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -82,30 +73,31 @@ def train(
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
     steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
-    saved = checkpoint_steps(len(steps), settings.save_steps)
+    saved = checkpoints.checkpoint_steps(len(steps), settings.save_steps)
     needed = saved[max(0, len(saved) - num_checkpoints) :]
-    finished = finished_training(output_dir, fingerprint)
-    if finished and not (gone := lost_checkpoints(checkpoints_dir, needed)):
+    finished = checkpoints.finished_training(output_dir, fingerprint)
+    if finished and not (gone := checkpoints.lost_checkpoints(checkpoints_dir, needed)):
         say(f"complete already: {finished.num_steps} steps with these settings, rows and base; nothing was trained")
         return finished
     if finished:
         names = ", ".join(f"checkpoint-{step}" for step in gone)
         say(f"complete already, but {names} is needed to choose among checkpoints and gone: training again")
-    delete_other_trainings(output_dir, fingerprint, say)
-    delete_after_gap(checkpoints_dir, needed, say)
+    checkpoints.delete_other_trainings(output_dir, fingerprint, say)
+    checkpoints.delete_after_gap(checkpoints_dir, needed, say)
     with _adapted(model, settings) as wrapped:
         check_loss(model, examples[0])
         plan = plan_memory(model, examples, settings)
-        say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {_checkpointing_words(plan)} ({plan.reason})")
+        activations = "activations computed twice" if plan.gradient_checkpointing else "activations kept"
+        say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {activations} ({plan.reason})")
         trainer = _build_trainer(wrapped, examples, steps, plan, settings, output_dir, fingerprint, say)
         trainer.dev_parts = cut_micro_batches(dev_examples, plan.micro_batch_tokens)
-        latest = list_checkpoints(checkpoints_dir)[-1:]
+        latest = checkpoints.list_checkpoints(checkpoints_dir)[-1:]
         if latest:
             say(f"going on from {latest[0].name}")
         with _checkpointed_activations(model, plan.gradient_checkpointing):
             trainer.train(resume_from_checkpoint=str(latest[0]) if latest else None)
         trainer.require_finite_weights()
-        save_adapter(wrapped, output_dir / "adapter")
+        checkpoints.save_adapter(wrapped, output_dir / "adapter")
         return _finish(trainer, plan, latest, output_dir)
 
 
@@ -141,10 +133,6 @@ def rows_sha256(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(np.array([example["input_ids"], example["labels"]], dtype=np.int64).tobytes() + b"|")
     return digest.hexdigest()
-
-
-def _checkpointing_words(plan: MemoryPlan) -> str:
-    return "activations computed twice" if plan.gradient_checkpointing else "activations kept"
 
 
 def lora_config(settings: TrainSettings) -> LoraConfig:
@@ -199,13 +187,12 @@ def _build_trainer(
     output_dir: Path,
     fingerprint: str,
     say: Callable[[str], None],
-) -> "StepTrainer":
+) -> StepTrainer:
     recorder = Recorder(output_dir / "training_log.jsonl", fingerprint, len(steps), say)
+    device, dtype = wrapped.device.type, wrapped.get_base_model().dtype
     trainer = StepTrainer(
         model=wrapped,
-        args=training_arguments(
-            wrapped.device.type, wrapped.get_base_model().dtype, len(steps), settings, output_dir / "checkpoints"
-        ),
+        args=training_arguments(device, dtype, len(steps), settings, output_dir / "checkpoints"),
         train_dataset=StepDataset(examples, steps, plan.micro_batch_tokens, settings.num_epochs),
         data_collator=only_item,
         callbacks=[recorder],
@@ -214,23 +201,20 @@ def _build_trainer(
     return trainer
 
 
-def _finish(trainer: "StepTrainer", plan: MemoryPlan, latest: list[Path], output_dir: Path) -> TrainResult:
+def _finish(trainer: StepTrainer, plan: MemoryPlan, latest: list[Path], output_dir: Path) -> TrainResult:
     log = [row for row in trainer.state.log_history if "num_rows" in row]
     num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
     facts = {
         "fingerprint": trainer.recorder.fingerprint,
-        "adapter_sha256": adapter_sha256(output_dir / "adapter"),
+        "adapter_sha256": checkpoints.adapter_sha256(output_dir / "adapter"),
         "num_steps": trainer.state.global_step,
         "num_trainable": num_trainable,
         "num_parameters": num_parameters,
-        "num_rows": sum(row["num_rows"] for row in log),
-        "num_tokens": sum(row["num_tokens"] for row in log),
-        "num_supervised_tokens": sum(row["num_supervised_tokens"] for row in log),
-        "wall_s": sum(row["wall_s"] for row in log),
+        **{name: sum(row[name] for row in log) for name in SUMMED},
         "peak_memory_gib": peak_memory_gib(trainer.model.device.type),
         "micro_batch_tokens": plan.micro_batch_tokens,
         "gradient_checkpointing": plan.gradient_checkpointing,
-        "resumed_from": checkpoint_step(latest[0]) if latest else None,
+        "resumed_from": checkpoints.checkpoint_step(latest[0]) if latest else None,
     }
     write_json(output_dir / "training.json", facts)
-    return training_result(facts, output_dir, reused=False)
+    return checkpoints.training_result(facts, output_dir, reused=False)

@@ -256,14 +256,10 @@ class Recorder(TrainerCallback):
         shown = {"num_tokens": num_tokens, "loss": logs["loss"], "dev_loss": logs.get("dev_loss")}
         progress.report("steps", logs["step"], self.num_steps, **shown)
         if logs["step"] == self.num_steps:
-            self.say(self._final_line(logs))
+            made, took = logs["step"] - self._begun_step, time.perf_counter() - self._begun_at
+            where = f"step {logs['step']}/{self.num_steps}  loss {logs['loss']:.4f}"
+            self.say(f"{where}  {made} steps made here in {took:.0f} s")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / COMPLETE, {"step": state.global_step, "fingerprint": self.fingerprint})
-
-    def _final_line(self, row: dict[str, Any]) -> str:
-        num_made, took = row["step"] - self._begun_step, time.perf_counter() - self._begun_at
-        return (
-            f"step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  {num_made} steps made here in {took:.0f} s"
-        )
