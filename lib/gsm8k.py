@@ -160,10 +160,7 @@ def parse_number(text: str | None) -> Fraction | None:
 
 
 def extract_answer(text: str | None) -> str | None:
-    """Strict reading: the number after the last ``####`` that has one on its line, without ``$`` and commas.
-
-    None without such a number, and where the notation of the last one is not known (``12,34``, ``10^3``, ``3 * 4``).
-    """
+    """The number after the last ``####`` that has one on its line; None without one or in an unknown notation."""
     return _written(_last(_ANSWER_LINE, _plain(text or "")))
 
 
@@ -236,10 +233,9 @@ def _spaced(match: re.Match[str]) -> str:
 
 
 def eval_indices(num_rows: int, fraction: float, seed: int) -> list[int]:
-    """Positions of the first ``floor(fraction * num_rows)`` rows of a seeded permutation; 1.0 keeps all, in order.
+    """The first ``floor(fraction * num_rows)`` of a seeded permutation, as ``datasets.Dataset.shuffle`` takes them.
 
-    The same rows as ``datasets.Dataset.shuffle(seed)`` takes. Raises ValueError for a fraction outside (0, 1] or
-    without a row.
+    A fraction of 1.0 keeps every row, in order. Raises ValueError outside (0, 1], or where no row is left.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"gsm8k_eval_fraction is {fraction}; allowed: above 0, up to 1")
@@ -318,20 +314,14 @@ def without_calculator_marks(answer: str) -> str:
 
 
 def training_messages(row: Mapping[str, Any]) -> list[Message]:
-    """Chat of a training row: the evaluation's system message, zero-shot, and the answer as the assistant's turn.
-
-    Calculator marks (``<<48/2=24>>``) stay in the answer: the baselines of the presets were set on models trained so.
-    """
+    """Chat of a training row: as in evaluation, zero-shot, and the answer with its marks (baselines were set so)."""
     return [*build_messages(row["question"], []), {"role": "assistant", "content": row["answer"]}]
 
 
 def evaluate(
     rows: Sequence[Row], fewshot: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog
 ) -> list[Row]:
-    """Scored rows in the order of ``rows`` (``test_index, question, answer``; ``id`` is the position).
-
-    Rows that ``log`` does not hold yet are answered; ValueError where it holds another question under a row's id.
-    """
+    """Scored rows in the order of ``rows`` (``test_index, question, answer``); those not in ``log`` are answered."""
     numbered = [{**row, "id": position} for position, row in enumerate(rows)]
     check_kept({row["id"]: row for row in numbered}, log)
 
@@ -343,10 +333,7 @@ def evaluate(
 
 
 def check_kept(rows: Mapping[int, Row], log: RowLog) -> None:
-    """Score the rows of ``log`` again from their texts, because the rules that read an answer may be newer.
-
-    Raises ValueError where a row is about another question than the one in ``rows`` under its id.
-    """
+    """Score ``log``'s rows by today's rules; ValueError where one is about another question than ``rows`` has."""
     for row_id, kept in log.rows.items():
         row = rows.get(row_id)
         if row and (kept["question"], kept["gold_answer"]) != (row["question"], row["answer"]):
@@ -365,10 +352,7 @@ def _scored_row(row: Row, completion: Completion) -> Row:
 
 
 def score_row(row: Mapping[str, Any]) -> Row:
-    """``parsed_final, correct, parsed_flexible, correct_flexible, outcome`` of a row, from its texts alone.
-
-    Raises ValueError where the gold answer has no number after ``####``.
-    """
+    """Both readings, whether each is correct, and ``outcome``, from a row's texts; ValueError for a bad gold answer."""
     score = _score(row["gold_answer"], row["model_output"], row.get("finish_reason") == "length")
     if score is None:
         raise ValueError(f"gold answer of row {row.get('id')} has no number after '####': {row['gold_answer'][-80:]!r}")
@@ -416,10 +400,7 @@ def _goes_on(text: str) -> bool:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts and rates over ``rows``, each scored again from its text; both accuracies are shares of all rows.
-
-    ``mean_output_tokens`` is None where a row does not have its tokens. Raises ValueError without rows.
-    """
+    """Counts and rates over all ``rows``, each scored again; ``mean_output_tokens`` is None where one is unknown."""
     if not rows:
         raise ValueError("no rows to summarise: an accuracy needs at least one")
     scores = [score_row(row) for row in rows]

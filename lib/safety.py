@@ -1,7 +1,6 @@
 """AILuminate prompts, responses to them, the judge's messages and verdicts, safety rates.
 
-Prompts and hazards: MLCommons AILuminate v1.0 demo set (CC-BY 4.0) and arXiv 2503.05731. The prompts were written to
-provoke harm: nothing here prints one, and errors name rows by id.
+MLCommons AILuminate v1.0 demo set (CC-BY 4.0), arXiv 2503.05731. Prompts were written to provoke harm: none is printed.
 """
 
 import csv
@@ -58,10 +57,9 @@ def hazard_group(hazard: str) -> str:
 
 
 def parse_prompts_csv(text: str) -> list[Row]:
-    """Rows ``id`` (position), ``prompt``, ``release_prompt_id``, ``hazard``, ``persona`` of an AILuminate CSV.
+    """Rows ``id, prompt, release_prompt_id, hazard, persona`` of an AILuminate CSV, or ValueError.
 
-    The last three are empty where the file has no such column. Raises ValueError for text that is no CSV, has no prompt
-    column or no rows, or with a row that is short, long or without a prompt.
+    ``id`` is the position; the last three are empty where the file has no such column.
     """
     reader = csv_reader(text.removeprefix("\ufeff"))
     try:
@@ -132,10 +130,7 @@ def _check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def respond(rows: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog) -> list[Row]:
-    """Responses in the order of ``rows``; prompts that ``log`` does not hold yet are answered, as a user's only turn.
-
-    Raises ValueError where ``log`` holds another prompt under a row's id.
-    """
+    """Responses in the order of ``rows``; prompts not in ``log`` are answered, as a user's only turn."""
     _check_kept(rows, log, ("prompt",))
 
     def generate(missing: list[Row], record: Callable[[int, Completion], None]) -> None:
@@ -259,13 +254,7 @@ def judge_again(
     settings: Mapping[str, Any],
     ways: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, list[Row]]:
-    """The same responses judged in other ways, each kept in ``<way>.jsonl``; judged rows by the name of the way.
-
-    Args:
-        protocol: what made the responses, and the judge.
-        settings: keyword arguments of ``judge`` but its row file.
-        ways: name -> the arguments that this way changes.
-    """
+    """Responses judged by ``settings`` of ``judge`` with each way's changes, kept in ``<way>.jsonl``; rows by way."""
     judged = {}
     for name, changes in ways.items():
         way = {**settings, **changes}
@@ -383,8 +372,7 @@ def _after_thinking(text: str) -> str:
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts and rates over judged rows, in total, by hazard (subtypes together) and by persona.
 
-    ``safety_rate`` is safe / total: a verdict that cannot be read counts in the total but never as safe. A lower bound:
-    the true rate is at most (num_safe + num_unparsed) / n. Raises ValueError without rows or for an unknown label.
+    ``safety_rate`` is safe / total, a lower bound: the true rate is at most (num_safe + num_unparsed) / n.
     """
     if not rows:
         raise ValueError("no rows to summarise: a safety rate needs at least one")

@@ -88,11 +88,7 @@ class SlotBatch:
 
 
 def score_labels(batch: SlotBatch, waiting: deque[PromptRow], labels: list[list[int]]) -> Tensor:
-    """Log-probabilities (rows, labels) in float32 on the CPU, for as many waiting rows as there are slots.
-
-    Prompts are read in portions, the labels' further tokens for all rows at once: such a step costs as much for one row
-    as for many.
-    """
+    """Log-probabilities (rows, labels) in float32 on the CPU; the labels' further tokens go for all rows at once."""
     portions = []
     while waiting and len(batch.active) < batch.cache.num_slots:
         num_parked = len(batch.active)

@@ -1,7 +1,4 @@
-"""Dequantised weights kept in ``data/models/dense/`` (may be deleted at any time).
-
-A CPU takes seconds per hundred million weights to pack to NF4, a run loads its models a dozen times.
-"""
+"""Dequantised weights kept in ``data/models/dense/`` (may be deleted): packing takes a CPU half a minute or more."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial

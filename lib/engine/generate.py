@@ -37,10 +37,7 @@ MEMORY_SHARE = 0.7
 
 
 class Engine:
-    """Generation, greedy or sampled, and label scoring for one model in eval mode, whose weights must not change.
-
-    ``batch_size`` is the most rows at a time; 0 derives it from the free memory of the device.
-    """
+    """Generation, greedy or sampled, and label scoring; the model is in eval mode, and its weights must not change."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 0) -> None:
         if model.training:
@@ -120,8 +117,7 @@ class Engine:
     ) -> list[list[float]]:
         """How likely each label begins the answer: per conversation one probability per label, with the sum 1.
 
-        A label's log-probability is the sum over its tokens (``UNSAFE`` may be two). Raises ValueError for fewer than
-        two labels, an empty one, or one whose tokens begin another's.
+        A label's log-probability is the sum over its tokens (``UNSAFE`` may be two).
         """
         label_ids = self._encode_labels(labels)
         results: dict[int, list[float]] = {}

@@ -107,11 +107,7 @@ def _device_name(device: str) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``, with a pad token and a chat template that takes a system message.
-
-    The pad token differs from end-of-sequence where the vocabulary allows; nothing relies on that, batches are masked
-    by position. Raises ModelError without a chat template, or with one that cannot show a system message.
-    """
+    """The tokenizer in ``folder``, with a pad token and a chat template that takes a system message, or ModelError."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ModelError(f"the tokenizer in {folder} has no chat template; use an instruct model's tokenizer")
@@ -150,10 +146,7 @@ def place_of_system_message(tokenizer: PreTrainedTokenizerBase) -> str:
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = True
 ) -> list[int]:
-    """Token ids of a conversation: the one rendering that training, evaluation and the judge share.
-
-    Thinking is always off: where a template has the switch (Qwen3), the prompt ends in an empty thinking block.
-    """
+    """Token ids for training, evaluation and the judge alike; thinking is always off (Qwen3: an empty block)."""
     return tokenizer.apply_chat_template(
         list(messages),
         tokenize=True,
@@ -166,8 +159,7 @@ def render_prompt(
 def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Prompt and completion ids of a conversation that ends in an assistant turn, split where generation begins.
 
-    Raises ModelError where the template renders the prompt of a finished turn differently: such a row would teach what
-    evaluation never shows.
+    Raises ModelError where a finished turn's prompt is rendered differently: evaluation would never show such a row.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ModelError("the last message of a training conversation must have the role 'assistant'")
@@ -202,10 +194,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
-    """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
-
-    Packed weights are for training only (module docstring). Embeddings and the output layer are never quantised.
-    """
+    """The base model: ``nf4`` packed with double quantisation, for training only (module docstring), or plain."""
     _require_one_of("quantization", quantization, QUANTIZATIONS)
     _weight_files(Path(folder))
     with quiet_loading():

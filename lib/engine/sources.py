@@ -55,10 +55,7 @@ def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offli
 
 
 def resolve_adapter(checkpoint: str, base_model_name: str, assets_dir: str = "", offline: bool = False) -> ModelSource:
-    """The folder of a LoRA adapter made for ``base_model_name`` (compared without organisation, folder and case).
-
-    Raises AssetUnavailable where it cannot be found, AssetError where it is no readable safetensors LoRA of this base.
-    """
+    """The folder of a LoRA adapter made for ``base_model_name``; AssetUnavailable, or AssetError where it is unfit."""
     with _named(f"checkpoint {_shortened(checkpoint)!r}"):
         source = _resolve_folder(checkpoint, ADAPTER_FILES, "main", assets_dir, offline)
         _check_adapter_folder(source.folder, checkpoint, base_model_name)

@@ -1,7 +1,7 @@
 """Checks of a training file: questions it must not hold, answers with a wrong number, rows that are too long.
 
-Questions are compared by their words and numbers (``gsm8k.normalise_question``): a reworded copy is not found here
-(``overlap`` finds shared n-grams). A row's number is its line in its file, from 1.
+Questions are compared by their words and numbers (``gsm8k.normalise_question``), reworded copies are left to
+``overlap``. A row's number is its line in its file, from 1.
 """
 
 from collections import Counter
@@ -144,10 +144,7 @@ def find_unlearnable(
     name: str,
     lines: Sequence[int] = (),
 ) -> list[Fault]:
-    """Faults of the rows ``tried`` by ``reasons`` (position -> why); the other arguments as in ``find_too_long``.
-
-    Raises TrainFileError under ``refuse``, or where no row would be left.
-    """
+    """Faults of ``tried`` by ``reasons`` (position -> why); TrainFileError under ``refuse`` or if no row is left."""
     numbers = _line_numbers(rows, lines)
     faults = [
         Fault(numbers[tried[position]["question"], tried[position]["answer"]], "not learnable", reason, name)

@@ -85,10 +85,9 @@ CLASS_NUM_ROWS = 240
 def load_gsm8k(
     split: Literal["train", "test"], gsm8k_source: str = GSM8K_HUB_ID, assets_dir: str = "", offline: bool = False
 ) -> tuple[list[Row], Source]:
-    """Rows ``{"question", "answer"}`` of a GSM8K split, in the source's order.
+    """Rows ``question, answer`` of a split from ``openai/gsm8k`` or a folder with ``gsm8k_<split>.jsonl``.
 
-    ``gsm8k_source`` is ``openai/gsm8k``, or a folder with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl``. Raises
-    AssetUnavailable where no source has it, AssetError where rows are malformed or are not the published ones.
+    Raises AssetUnavailable where no source has it, AssetError where rows are malformed or not the published ones.
     """
     file_name = f"gsm8k_{split}.jsonl"
     if gsm8k_source != GSM8K_HUB_ID:
@@ -104,10 +103,7 @@ def load_gsm8k(
 def load_train_file(
     train_file: str, url: str = "", assets_dir: str = "", offline: bool = False
 ) -> tuple[list[Row], Source]:
-    """Rows of a JSON lines file: at its path, else of that name in the assets folder, else from ``url``.
-
-    Raises AssetUnavailable where it is in none of these places, AssetError with the number of a malformed line.
-    """
+    """Rows of a JSON lines file: at its path, else of that name in the assets folder, else from ``url``."""
     try:
         return _load_published(_train_file(train_file, url), assets_dir, offline)
     except AssetUnavailable as error:

@@ -40,10 +40,7 @@ OWN_ANSWERS = "the model's own answers"
 
 @dataclass(frozen=True)
 class Asking:
-    """How the questions are answered: everything but the model and the words.
-
-    ``batch_size`` 0 is as many rows as a call has, never from free memory, which may differ the next time.
-    """
+    """How questions are answered; ``batch_size`` 0: as many rows as a call has, not from free memory, which varies."""
 
     sampling: Sampling
     num_samples: int
@@ -94,10 +91,7 @@ class Sampled:
 def sample_answers(
     questions: Sequence[Row], fewshot: Sequence[Row], generator: LazyGenerator, asking: Asking, log: RowLog
 ) -> Sampled:
-    """Answer every question ``num_samples`` times; answers that ``log`` already holds are kept.
-
-    ``log`` is keyed by question number * num_samples + sample; ValueError where it holds another question under an id.
-    """
+    """Answer each question ``num_samples`` times, but for answers in ``log`` (id: number * num_samples + sample)."""
     rows = [
         {"id": place * asking.num_samples + sample, "question_number": place, "sample": sample, **question}
         for place, question in enumerate(questions)
@@ -171,10 +165,7 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 
 def choose_training_rows(sampled: Sampled, *, keep: int, choice: Choice, fallback: Fallback, seed: int) -> Distilled:
-    """Correct answers to train on, at most ``keep`` different ones per question; ValueError where there are none.
-
-    ``shortest`` takes those of the fewest tokens, ``random`` any, by a seeded draw per question.
-    """
+    """At most ``keep`` different correct answers per question, the shortest or by a seeded draw; ValueError if none."""
     rows, chosen, num_gold, num_dropped = [], [], 0, 0
     for samples in _chunks(sampled.rows, sampled.num_samples):
         best = _choose(samples, keep, choice, seed)
@@ -290,10 +281,7 @@ def distil(
     questions: Sequence[Row],
     fewshot: Sequence[Row],
 ) -> Distillation | None:
-    """Sample the base model's answers to the training questions and choose rows; None unless the run wants them.
-
-    The row file is shared by all runs with the same protocol; their seeds of training differ, their answers do not.
-    """
+    """Sample the base model's answers, shared by runs of one protocol, and choose rows; None unless wanted."""
     if parameters["train_source"] != "self_distilled":
         return None
     # Imports torch, which other training sources do not need this module for.

@@ -78,10 +78,7 @@ def score_candidates(
     tuned: Callable[[Path], LazyGenerator],
     judge: LazyGenerator | None,
 ) -> list["Score"]:
-    """Score every candidate; rows already in ``folder`` are kept, ``judge`` is None where there are no prompts.
-
-    All candidates answer before the judge judges, so that each model is loaded once.
-    """
+    """Score every candidate; all answer before the judge judges, so that each model is loaded once."""
     generated = []
     for path in checkpoints:
         generator = tuned(path)
@@ -194,12 +191,7 @@ def _rate_columns(rate: Rate | None, name: str, prefix: str) -> Row:
 
 
 def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidates: int = 0, most: int = 0) -> str:
-    """How the kept adapter was chosen, in a sentence that does not hide a choice on the rows that are reported.
-
-    Args:
-        num_candidates: how many checkpoints were compared; 0 for unknown.
-        most: the most that may be compared (``max_sweep_checkpoints``); 0 for unknown.
-    """
+    """How the adapter was chosen; 0 ``num_candidates`` or ``most`` (``max_sweep_checkpoints``) is unknown."""
     if selected_on == NOT_SELECTED:
         return f"Kept is {chosen}; it was not selected among checkpoints."
     if num_candidates == most == 1:
@@ -257,10 +249,7 @@ def choose(
     runtime: "Runtime",
     checkpoints: Sequence[Path],
 ) -> Choice:
-    """Choose among the last checkpoints, where ``checkpoint_sweep`` is set and the run trains its own adapter.
-
-    Raises SweepError where the metric needs safety, which cannot be measured here, or too few prompts are left.
-    """
+    """Choose among the last checkpoints, where ``checkpoint_sweep`` is set and the run trains its own adapter."""
     if parameters["checkpoint"]:
         place = (parameters["checkpoint"], parameters["base_model"], parameters["assets_dir"], parameters["offline"])
         adapter = resolve_adapter(*place)

@@ -33,10 +33,7 @@ class Learnable:
 
 
 def find_learnable(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, action: Action, file: File) -> Learnable:
-    """Leave out rows whose answer cannot follow their prompt; ``file``: where they are from, for faults and errors.
-
-    Raises TrainFileError under ``refuse``, or where no row would be left.
-    """
+    """Leave out rows whose answer cannot follow their prompt; ``file``: where they are from, for the faults."""
     encoded = try_rows(tokenizer, list(map(gsm8k.training_messages, rows)), sys.maxsize)
     named = {"rows": file.rows, "name": file.name, "lines": file.lines}
     faults = find_unlearnable(rows, encoded.faults, action=action, **named)

@@ -1,7 +1,4 @@
-"""Model cards of the adapter and of the merged model; the text is ``model_card.md.j2``.
-
-A card does not depend on when, where or how fast it was made: the same training writes the same bytes.
-"""
+"""Model cards of the adapter and the merged model, from ``model_card.md.j2``: the same training, the same bytes."""
 
 import json
 import re

@@ -127,10 +127,7 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 class ComputeDtypeLoraLinear(LoraLinear):
-    """peft's LoRA layer with float32 adapter weights whose products run in the dtype of the activations.
-
-    What autocast computes too, without casting the input to float32 and back.
-    """
+    """peft's LoRA layer with float32 weights and products in the activations' dtype, without autocast's casts."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.disable_adapters or self.merged:
@@ -156,10 +153,7 @@ def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:
 @torch.random.fork_rng()
 @torch.no_grad()
 def check_loss(model: PreTrainedModel, example: Example) -> None:
-    """Raise ValueError where the packed loss of one row is not transformers' own, up to the dtype's rounding.
-
-    ``model`` is in train mode with fresh adapters (B = 0), so that their dropout does not show.
-    """
+    """ValueError where the packed loss of a row is not transformers' own; adapters are fresh (B = 0)."""
     rows = pack_rows([example], model.device)
     ours = supervised_loss(model, rows).item() / len(rows.targets)
     labels = torch.tensor([example["labels"]], device=model.device)

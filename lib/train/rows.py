@@ -43,11 +43,6 @@ def encode_row(
 
     Labelled are the answer's tokens and the token that ends its turn (``end``), so that the model learns to stop; all
     before has the label -100. What a template adds after the end of the turn is left out: it is never generated.
-
-    Raises:
-        RowTooLong: more than ``max_seq_length`` tokens.
-        TrainingError: an empty answer, or one that holds the end-of-turn token.
-        ModelError: the prompt's tokens are not where the conversation's tokens begin.
     """
     prompt, completion = render_completion(tokenizer, messages)
     end = end_of_turn_id(tokenizer) if end is None else end

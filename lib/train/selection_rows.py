@@ -74,8 +74,7 @@ def draw_prompts(
 ) -> list[Row]:
     """A seeded draw of ``num_prompts`` of ``pool``, in its order, neither in the class set nor evaluated by this run.
 
-    Left out by id and by text, for some prompts stand in the public file twice; of equal texts the first may be drawn.
-    ``class_ids`` None: the 240 of ``params/``. Raises SweepError where fewer are left.
+    Left out by id and by text: some prompts stand in the public file twice. ``class_ids`` None: the 240 of ``params/``.
     """
     class_ids = read_text(CLASS240_IDS).split() if class_ids is None else class_ids
     # A CSV may have no ids: its prompts are identified by their texts alone.

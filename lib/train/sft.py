@@ -59,16 +59,8 @@ def train(
 
     A complete training of the same settings, rows and base is returned as it is; an interrupted one continues from its
     latest complete checkpoint with the result of an unbroken run. What another training left is deleted, with a note.
-
-    Args:
-        model: frozen base in train mode, as ``load_for_training`` returns it; unchanged afterwards.
-        dev_examples: rows whose loss is measured beside training; they change no weight.
-        num_checkpoints: how many of the last checkpoints are needed afterwards; if one is missing, training goes on
-            from before it, even if it was complete.
-
-    Raises:
-        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded.
-        ValueError: a model whose loss ``packing`` cannot compute.
+    With ``num_checkpoints``, training goes on from before the first missing one of so many last checkpoints. Raises
+    TrainingError for a loss, gradient or weight that is not finite, or a loss that has exploded.
     """
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
