@@ -281,15 +281,11 @@ def split_train(
             f"no training row is left: {len(train_rows)} rows, all of them among the {num_held_out} that "
             f"fewshot_pool_size ({pool_size}) and dev_rows ({dev_rows}) keep out; lower them or add rows"
         )
-    train = _cut(kept, max_train_rows, rng)
-    return Split(shuffled[:pool_size], shuffled[pool_size:num_held_out], train, len(train_rows) - len(kept))
-
-
-def _cut(rows: list[Row], max_rows: int, rng: np.random.Generator) -> list[Row]:
-    # A seeded choice and not the first rows: a file sorted by topic or length would give a lopsided sample.
-    if max_rows == 0 or max_rows >= len(rows):
-        return rows
-    return [rows[index] for index in sorted(rng.permutation(len(rows))[:max_rows])]
+    num_removed = len(train_rows) - len(kept)
+    if 0 < max_train_rows < len(kept):
+        # A seeded choice and not the first rows: a file sorted by topic or length would give a lopsided sample.
+        kept = [kept[index] for index in sorted(rng.permutation(len(kept))[:max_train_rows])]
+    return Split(shuffled[:pool_size], shuffled[pool_size:num_held_out], kept, num_removed)
 
 
 def fewshot_examples(pool: Sequence[Row], fewshot_k: int) -> list[Row]:
@@ -368,12 +364,8 @@ def _score(gold_answer: str, model_output: str, cut_off: bool) -> Row | None:
     if gold is None:
         return None
     strict, flexible = extract_answer(model_output), extract_answer_flexible(model_output)
-    score = {
-        "parsed_final": strict,
-        "correct": is_correct(strict, gold),
-        "parsed_flexible": flexible,
-        "correct_flexible": is_correct(flexible, gold),
-    }
+    score = {"parsed_final": strict, "correct": is_correct(strict, gold)}
+    score |= {"parsed_flexible": flexible, "correct_flexible": is_correct(flexible, gold)}
     read = {"model_output": model_output, "finish_reason": "length" if cut_off else "stop"}
     return {**score, "outcome": outcome({**read, **score})}
 
@@ -404,16 +396,11 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not rows:
         raise ValueError("no rows to summarise: an accuracy needs at least one")
     scores = [score_row(row) for row in rows]
-    num_correct = sum(score["correct"] for score in scores)
-    num_flexible = sum(score["correct_flexible"] for score in scores)
+    summary: dict[str, Any] = {"n": len(rows)}
+    for suffix in ("", "_flexible"):
+        summary[f"num_correct{suffix}"] = sum(score[f"correct{suffix}"] for score in scores)
+        summary[f"accuracy{suffix}"] = summary[f"num_correct{suffix}"] / len(rows)
     counts = Counter(score["outcome"] for score in scores)
+    summary["outcomes"] = {kind: counts[kind] for kind in get_args(Outcome)}
     tokens = [row.get("num_output_tokens") for row in rows]
-    return {
-        "n": len(rows),
-        "num_correct": num_correct,
-        "accuracy": num_correct / len(rows),
-        "num_correct_flexible": num_flexible,
-        "accuracy_flexible": num_flexible / len(rows),
-        "outcomes": {kind: counts[kind] for kind in get_args(Outcome)},
-        "mean_output_tokens": None if None in tokens else sum(tokens) / len(tokens),
-    }
+    return summary | {"mean_output_tokens": None if None in tokens else sum(tokens) / len(tokens)}

@@ -112,26 +112,20 @@ def pack_step(
     position = torch.tensor(positions, device=device)
     ends = torch.tensor([1] * len(decoding) + lengths, device=device).cumsum(0) - 1
     pad_index, unpad_index = _padding(lengths, device)
+    slot, heads = torch.tensor(slots, device=device), torch.arange(cache.num_kv_heads, device=device)
+    write_index = (slot[:, None] * cache.num_kv_heads + heads) * cache.capacity + position[:, None]
+    beyond = torch.arange(cache.capacity, device=device) > position[: len(decoding), None]
+    decode_mask = torch.zeros(beyond.shape, device=device)
     return PackedStep(
         input_ids=torch.tensor([tokens], device=device),
         position_ids=position[None] + offset,
-        write_index=_write_index(cache, torch.tensor(slots, device=device), position),
+        write_index=write_index.flatten(),
         last_index=ends,
         num_decoding=len(decoding),
-        decode_mask=_decode_mask(position[: len(decoding)], cache.capacity),
+        decode_mask=decode_mask.masked_fill_(beyond, -torch.inf)[:, None, None],
         pad_index=pad_index,
         unpad_index=unpad_index,
     )
-
-
-def _write_index(cache: SlotCache, slot: Tensor, position: Tensor) -> Tensor:
-    heads = torch.arange(cache.num_kv_heads, device=slot.device)
-    return ((slot[:, None] * cache.num_kv_heads + heads) * cache.capacity + position[:, None]).flatten()
-
-
-def _decode_mask(last: Tensor, capacity: int) -> Tensor:
-    beyond = torch.arange(capacity, device=last.device) > last[:, None]
-    return torch.zeros(beyond.shape, device=last.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def _padding(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -146,13 +140,8 @@ def forward_step(model: PreTrainedModel, cache: SlotCache, step: PackedStep, pre
     """Logits (rows, vocabulary) after each row's last token; only those go through the output layer."""
     cache.step, cache.prefix = step, prefix
     decoder = getattr(model, model.base_model_prefix)
-    hidden = decoder(
-        input_ids=step.input_ids,
-        position_ids=step.position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        slot_cache=cache,
-    ).last_hidden_state[0]
+    tokens = {"input_ids": step.input_ids, "position_ids": step.position_ids}
+    hidden = decoder(**tokens, past_key_values=cache, use_cache=True, slot_cache=cache).last_hidden_state[0]
     return model.get_output_embeddings()(hidden[step.last_index])
 
 

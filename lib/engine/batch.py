@@ -1,6 +1,5 @@
 """The rows of a batch on their way through the model."""
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,7 +56,6 @@ class SlotBatch:
         A failure changes nothing but the slots, so the rows can start again. The first ``num_parked`` rows are fed
         nothing, and all others must then be rows that enter.
         """
-        start = time.perf_counter()
         fed = self.active[num_parked:]
         decoding = [(row.tokens[row.cached], row.cached) for row in fed if row.cached]
         entering = [row.tokens for row in fed if not row.cached]
@@ -66,13 +64,7 @@ class SlotBatch:
         logits = forward_step(self.model, self.cache, step, self.prefix)
         for row in fed:
             row.cached = len(row.tokens)
-        self.stats.num_steps += 1
         self.stats.peak_rows = max(self.stats.peak_rows, len(self.active))
-        seconds = time.perf_counter() - start
-        if entering:
-            self.stats.prefill_s += seconds
-        else:
-            self.stats.decode_s += seconds
         return logits
 
     def remove_finished(self, reasons: Sequence[FinishReason | None]) -> list[tuple[PromptRow, FinishReason]]:

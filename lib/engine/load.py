@@ -147,13 +147,8 @@ def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = True
 ) -> list[int]:
     """Token ids for training, evaluation and the judge alike; thinking is always off (Qwen3: an empty block)."""
-    return tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=True,
-        return_dict=False,
-        add_generation_prompt=add_generation_prompt,
-        enable_thinking=False,
-    )
+    how = {"tokenize": True, "return_dict": False, "enable_thinking": False}
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **how)
 
 
 def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
@@ -198,14 +193,10 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
     _require_one_of("quantization", quantization, QUANTIZATIONS)
     _weight_files(Path(folder))
     with quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=runtime.dtype,
-            device_map={"": runtime.device},
-            quantization_config=nf4_config(runtime.dtype) if quantization == "nf4" else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        packed = nf4_config(runtime.dtype) if quantization == "nf4" else None
+        how = {"dtype": runtime.dtype, "device_map": {"": runtime.device}, "quantization_config": packed}
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **how, **safe)
     return model.requires_grad_(False)
 
 
@@ -257,12 +248,8 @@ def peak_memory_gib(device: str) -> float:
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 with double quantisation (QLoRA, arXiv 2305.14314)."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4, bnb_4bit_compute_dtype=compute_dtype)
 
 
 def _dequantize(model: PreTrainedModel) -> PreTrainedModel:

@@ -73,13 +73,8 @@ def score_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], label:
     input_ids, attention_mask = left_pad([[*prompt, *label] for prompt in prompts], model.device)
     position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
     # The last logits but one for each label token: what was predicted in its place.
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        logits_to_keep=len(label) + 1,
-    ).logits[:, -len(label) - 1 : -1]
+    places = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    logits = model(**places, use_cache=False, logits_to_keep=len(label) + 1).logits[:, -len(label) - 1 : -1]
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     target = torch.tensor(label, device=model.device)[None, :, None].expand(len(prompts), -1, 1)
     return log_probabilities.gather(-1, target).sum(dim=(1, 2))

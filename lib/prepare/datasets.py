@@ -209,7 +209,9 @@ def load_ailuminate(
 def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
     if prompt_set not in ("class240", "all"):
         raise AssetError(f"ailuminate_source 'class' holds the set class240 alone, not {prompt_set!r}: use 'mlcommons'")
-    rows, source = _load_published(_class_csv(), assets_dir, offline)
+    kept = ("AILuminate class CSV", RAW_DIR / CLASS_FILE, _parse_class_prompts)
+    item = _Published(*kept, "url", partial(download, CLASS_URL), "", UNSTATED, CLASS_URL)
+    rows, source = _load_published(item, assets_dir, offline)
     if _find_kept(_mlcommons_csv(), assets_dir):
         # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
         known = {row["prompt"]: row for row in _load_published(_mlcommons_csv(), assets_dir, offline=True)[0]}
@@ -221,11 +223,6 @@ def _mlcommons_csv() -> _Published:
     kept = ("AILuminate 1.0 demo", RAW_DIR / MLCOMMONS_FILE, _parse_prompts)
     fetch, home = partial(download, MLCOMMONS_URL), "https://github.com/mlcommons/ailuminate"
     return _Published(*kept, "url", fetch, MLCOMMONS_SHA256, "CC-BY-4.0", home)
-
-
-def _class_csv() -> _Published:
-    kept = ("AILuminate class CSV", RAW_DIR / CLASS_FILE, _parse_class_prompts)
-    return _Published(*kept, "url", partial(download, CLASS_URL), "", UNSTATED, CLASS_URL)
 
 
 def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
@@ -330,19 +327,13 @@ def download(url: str) -> bytes:
     # Imported here: a run whose files are kept needs no HTTP client.
     import httpx
 
-    def check_scheme(request: httpx.Request) -> None:
-        _check_scheme(str(request.url))
-
     _check_scheme(url)
     body = bytearray()
+    # The hook sees redirects before they are followed.
+    hooks = {"request": [lambda request: _check_scheme(str(request.url))]}
     try:
-        # The hook sees redirects before they are followed.
-        with (
-            httpx.Client(
-                follow_redirects=True, timeout=DOWNLOAD_TIMEOUT_S, event_hooks={"request": [check_scheme]}
-            ) as client,
-            client.stream("GET", url) as response,
-        ):
+        client = httpx.Client(follow_redirects=True, timeout=DOWNLOAD_TIMEOUT_S, event_hooks=hooks)
+        with client, client.stream("GET", url) as response:
             response.raise_for_status()
             for part in response.iter_bytes():
                 body += part

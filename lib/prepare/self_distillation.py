@@ -289,13 +289,9 @@ def distil(
     from lib.engine.load import resolve_runtime
 
     runtime = resolve_runtime(parameters["device"], parameters["compute_dtype"])
-    asking = Asking(
-        Sampling(parameters["distil_temperature"], parameters["data_seed"]),
-        parameters["distil_num_samples"],
-        parameters["gsm8k_max_new_tokens"],
-        runtime.device,
-        parameters["eval_batch_size"],
-    )
+    sampling = Sampling(parameters["distil_temperature"], parameters["data_seed"])
+    sizes = (parameters["distil_num_samples"], parameters["gsm8k_max_new_tokens"])
+    asking = Asking(sampling, *sizes, runtime.device, parameters["eval_batch_size"])
     quantization, template = parameters["quantization"], tokenizer.chat_template
     made_by = protocol(base.identity, quantization, str(runtime.dtype), questions, fewshot, template, asking)
     log = open_untuned_log(paths, "distil_samples", made_by)

@@ -22,7 +22,8 @@ from lib.record.paths import RunPaths, project_path
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 from lib.stats import Rate
 from lib.train import selection_rows
-from lib.train.selection_rows import ON_TEST, SelectionRows, SweepError, needs_safety
+from lib.train.selection_rows import ON_TEST, SelectionRows, SweepError, development_rows, evaluation_rows, needs_safety
+from lib.train.settings import checkpoint_step
 
 if TYPE_CHECKING:  # imports torch
     from lib.engine.load import Runtime
@@ -62,12 +63,7 @@ class Protocol:
 
 def candidates(checkpoints: Sequence[Path], most: int) -> list[Path]:
     """The last ``most`` checkpoints by the number in their names: checkpoint-1000 comes after checkpoint-200."""
-    return sorted(checkpoints, key=step_of)[-most:]
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimiser step that ``checkpoint-<step>`` was saved at."""
-    return int(checkpoint.name.rpartition("-")[2])
+    return sorted(checkpoints, key=checkpoint_step)[-most:]
 
 
 def score_candidates(
@@ -159,7 +155,7 @@ def score(checkpoint: Path, answers: Sequence[Row], verdicts: Sequence[Row]) -> 
     judged = safety.summarize(verdicts) if verdicts else {"n": 0, "num_safe": 0, "num_unparsed": 0}
     adapter_sha256 = sha256_file(checkpoint / "adapter_model.safetensors")
     counts = (answered["n"], answered["num_correct"], judged["n"], judged["num_safe"], judged["num_unparsed"])
-    return Score(checkpoint.name, step_of(checkpoint), adapter_sha256, *counts)
+    return Score(checkpoint.name, checkpoint_step(checkpoint), adapter_sha256, *counts)
 
 
 def best(scores: Sequence[Score], metric: str) -> Score:
@@ -232,13 +228,9 @@ class Choice:
     @property
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
-        return {
-            "selected_on": self.selected_on,
-            "sweep_metric": self.table[0]["metric"] if self.table else None,
-            "no_dev_safety": self.why_no_safety,
-            "unused_parameters": [] if self.reads_safety else list(SAFETY_PARAMETERS),
-            "checkpoints": self.table,
-        }
+        facts = {"selected_on": self.selected_on, "sweep_metric": self.table[0]["metric"] if self.table else None}
+        unused = [] if self.reads_safety else list(SAFETY_PARAMETERS)
+        return facts | {"no_dev_safety": self.why_no_safety, "unused_parameters": unused, "checkpoints": self.table}
 
 
 def choose(
@@ -275,10 +267,7 @@ def _sweep(
     metric, most = parameters["sweep_metric"], parameters["max_sweep_checkpoints"]
     folder = paths.stage_dir("02_train") / "sweep"
     judge_source, prompts, files, why_no_safety = _safety_inputs(parameters, paths, folder)
-    if parameters["sweep_on_test"]:
-        rows = selection_rows.evaluation_rows(paths, metric)
-    else:
-        rows = selection_rows.development_rows(paths, prompts)
+    rows = evaluation_rows(paths, metric) if parameters["sweep_on_test"] else development_rows(paths, prompts)
     model = {"base": f"{base.identity} {parameters['quantization']}", "dtype": str(runtime.dtype)}
     model["template"] = sha256_json(chat_template)
     protocol = _protocol(parameters, paths, model, judge_source if rows.prompts else None)

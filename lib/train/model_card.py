@@ -162,12 +162,8 @@ def card_text(facts: CardFacts, library: Library, hashes: Mapping[str, str]) -> 
         identity |= {"adapter": f"sha256 {facts.adapter_sha256}"} if facts.adapter_sha256 else {}
         identity["dtype"] = facts.dtype
     identity |= {name: f"sha256 {value}" for name, value in hashes.items()}
-    data = ModelCardData(
-        base_model=name if _is_published(facts.base) else None,
-        library_name=library,
-        pipeline_tag="text-generation",
-        tags=["lora", "gsm8k"],
-    )
+    found = {"base_model": name if _is_published(facts.base) else None, "library_name": library}
+    data = ModelCardData(**found, pipeline_tag="text-generation", tags=["lora", "gsm8k"])
     parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
     more = {"facts": facts, "identity": identity, "parameters": parameters, "base": _base_argument(facts)}
     return f"{ModelCard.from_template(data, template_path=str(TEMPLATE), **more)}\n"

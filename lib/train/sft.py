@@ -129,13 +129,8 @@ def rows_sha256(examples: Sequence[Example]) -> str:
 
 def lora_config(settings: TrainSettings) -> LoraConfig:
     """Adapters on every linear layer of the decoder blocks."""
-    return LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(LORA_TARGETS),
-        task_type="CAUSAL_LM",
-    )
+    size = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+    return LoraConfig(**size, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
 
 
 @contextmanager
@@ -160,14 +155,13 @@ def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftMo
 
 @contextmanager
 def _checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    if wanted:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        if wanted:
+            model.activation_checkpointing_disable()
 
 
 def _build_trainer(
@@ -204,8 +198,7 @@ def _finish(trainer: StepTrainer, plan: MemoryPlan, latest: list[Path], output_d
         "num_parameters": num_parameters,
         **{name: sum(row[name] for row in log) for name in SUMMED},
         "peak_memory_gib": peak_memory_gib(trainer.model.device.type),
-        "micro_batch_tokens": plan.micro_batch_tokens,
-        "gradient_checkpointing": plan.gradient_checkpointing,
+        **{name: getattr(plan, name) for name in ("micro_batch_tokens", "gradient_checkpointing")},
         "resumed_from": checkpoints.checkpoint_step(latest[0]) if latest else None,
     }
     write_json(output_dir / "training.json", facts)

@@ -73,11 +73,8 @@ class Step:
     @property
     def facts(self) -> dict[str, int]:
         rows = [example for part in self.micro_batches for example in part]
-        return {
-            "num_rows": len(rows),
-            "num_tokens": sum(len(example["input_ids"]) for example in rows),
-            "num_supervised_tokens": sum(map(num_supervised, rows)),
-        }
+        facts = {"num_rows": len(rows), "num_tokens": sum(len(example["input_ids"]) for example in rows)}
+        return facts | {"num_supervised_tokens": sum(map(num_supervised, rows))}
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -177,10 +174,9 @@ class StepTrainer(Trainer):
             (folder / COMPLETE).rename(folder / UNSOUND)
 
     def _stopped(self, fault: str) -> TrainingError:
-        good = list_checkpoints(Path(self.args.output_dir))[-1:]
         kept = "no checkpoint was saved before it"
-        if good:
-            kept = f"the last good checkpoint, {good[0].name}, is kept, and the same settings go on from it"
+        if good := list_checkpoints(Path(self.args.output_dir)):
+            kept = f"the last good checkpoint, {good[-1].name}, is kept, and the same settings go on from it"
         return TrainingError(
             f"{fault}; {kept}. Lower learning_rate, raise warmup_share, or set compute_dtype to float32: with another "
             "setting training starts over, and the checkpoints of this one are deleted"
