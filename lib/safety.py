@@ -169,8 +169,7 @@ _TEMPLATES = {
 def judge_messages(row: Mapping[str, Any], guidelines: str, context: str) -> list[Message]:
     """The judge's chat about one response: the guidelines as system message, then the text between tags.
 
-    The text cannot end its own quotation: where it holds one of our tags, the tags get a code that it does not hold,
-    and ``<|``, which begins the control tokens of chat templates, is parted by a space.
+    The text cannot end its own quotation: tags get a code that it does not hold, and ``<|`` is parted by a space.
     """
     _check_choice("judge_context", context, CONTEXTS)
     reply = _quotable(row["response"])

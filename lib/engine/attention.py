@@ -1,9 +1,7 @@
 """Attention over a prompt prefix that all rows share, and the slots that hold each row's own keys and values.
 
-Registered with transformers' attention interface; no model is patched. Rows travel packed as one sequence of N tokens
-(no padding in linear layers). Each token attends to the shared prefix and to its own row; the two results are merged
+Rows travel packed, without padding. Each token attends to the shared prefix and to its own row; both results are merged
 exactly by their log-sum-exp (Hydragen, arXiv 2402.05099, section 3; FlashInfer's cascade inference).
-
 Letters in shapes: N tokens of one step, B rows that decode, R rows that enter, T their longest, Hkv key/value heads,
 G query heads per key/value head, D head size, P prefix length, S capacity of a slot.
 """

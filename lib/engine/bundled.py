@@ -62,10 +62,7 @@ def convert_once(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Parse a GGUF file once and from memory, with the same result.
-
-    transformers parses it three times, each by some 400,000 slices of a memory map: half a minute for 98 MB.
-    """
+    """Parse a GGUF file once and from memory: transformers does it three times, half a minute for 98 MB."""
     import gguf
     import numpy as np
 

@@ -1,9 +1,7 @@
-"""Many prompts in, texts or label probabilities out: the one place where the project has an engine.
+"""Many prompts in, texts or label probabilities out: greedy, or by seeded draws that do not depend on other rows.
 
-Decoding is greedy without any logits processor, or by seeded draws that do not depend on the rows beside them. The
-common prefix of all prompts is computed once (`attention`), finished rows are replaced by waiting ones, and the batch
-is as large as memory allows; it halves, with a warning, when memory runs out. Models with another kind of attention go
-through ``model.generate``.
+The common prefix of all prompts is computed once (`attention`), finished rows are replaced by waiting ones, and the
+batch halves, with a warning, when memory runs out. Other kinds of attention go through ``model.generate``.
 """
 
 import time

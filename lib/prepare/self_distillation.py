@@ -1,9 +1,9 @@
 """Self-distilled training data: the model's own correct answers to the training questions, row by row and resumable.
 
-Training on these moves a model less than a person's solutions do (rejection sampling: Yuan et al. 2023, arXiv
-2308.01825; self-distillation: Yang et al. 2024, arXiv 2402.13669). **An interrupted run ends in the same bytes** on the
-same machine: a batch's shape decides rounding, so chunks never depend on what is answered, and a chunk that was cut
-short is generated again completely. Other threads or a halved batch (the engine warns) may round otherwise.
+Rejection sampling: Yuan et al. 2023, arXiv 2308.01825; self-distillation: Yang et al. 2024, arXiv 2402.13669.
+**An interrupted run ends in the same bytes** on the same machine: a batch's shape decides rounding, so chunks never
+depend on what is answered, and a chunk that was cut short is generated again completely. Other numbers of threads or a
+halved batch (the engine warns) may round otherwise.
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """Which checkpoint to keep: candidates get the same rows under one protocol, are scored, and one is chosen.
 
-Chosen on development rows, or with ``sweep_on_test: true`` on the evaluation rows: what is chosen on them scores too
-well on them, and every report says so.
+With ``sweep_on_test: true`` these are the evaluation rows, whose scores are then too high, as every report says.
 """
 
 import shutil

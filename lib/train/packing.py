@@ -1,11 +1,8 @@
 """Training rows as one unpadded sequence: attention row by row, LoRA in the compute dtype, loss where labels are.
 
-The rows of a micro-batch stand end to end, so no linear layer works on padding and no mask is needed. Up to rounding
-the function is transformers' own, which ``check_loss`` verifies before training. Plugged in through transformers'
-attention interface and peft's custom layers; no model is patched.
-
-Letters in shapes: N tokens of a micro-batch, T tokens of a row, S supervised tokens, H query heads, K key/value heads,
-D head size, C hidden size, V vocabulary.
+Up to rounding the function is transformers' own (``check_loss``), plugged in through its attention interface and peft's
+custom layers. Letters in shapes: N tokens of a micro-batch, T tokens of a row, S supervised tokens, H query heads,
+K key/value heads, D head size, C hidden size, V vocabulary.
 """
 
 import math

@@ -1,11 +1,8 @@
 """Supervised fine-tuning with LoRA: assistant-only labels, transformers' Trainer, resume that equals an unbroken run.
 
-An item of the Trainer's data set is an optimizer step: ``train_batch_size * gradient_accumulation_steps`` rows of a
-seeded shuffle. Micro-batches affect memory and speed alone: rows are packed (``packing``), and the loss is divided by
-the supervised tokens of the complete step (transformers PR 34191).
-
-Writes ``adapter/``, ``checkpoints/checkpoint-N/``, ``training_log.jsonl`` (one row per step; ``dev_loss`` at the first
-step and at checkpoints) and, last, ``training.json``: it exists only when training is complete.
+An item of the Trainer's data set is an optimizer step. Its cut into micro-batches affects memory and speed alone: rows
+are packed, and the loss is divided by the supervised tokens of the complete step (transformers PR 34191). Of what is
+written, ``training.json`` comes last: it exists only when training is complete.
 """
 
 import hashlib

@@ -99,9 +99,8 @@ def only_item(items: list[Step]) -> dict[str, Step]:
 def why_exploded(loss: float, earlier: Sequence[float], vocab_size: int) -> str:
     """Why a loss counts as exploded, in words; empty where it does not.
 
-    It must be more than twice the first loss and, besides, more than ten times the median of the last twenty (of five
-    at least), or more than ``ln(vocab_size)``, that of guessing. A training that slowly gets worse is not stopped; the
-    loss on development rows shows that.
+    It must be over twice the first loss and, besides, over ten times the median of the last twenty (of five at least)
+    or over ``ln(vocab_size)``, that of guessing. A training that slowly gets worse is not stopped.
     """
     if not earlier or loss <= EXPLODED_OVER_FIRST * earlier[0]:
         return ""
