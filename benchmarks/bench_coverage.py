@@ -104,15 +104,12 @@ def _copies(rows: Rows) -> str:
     return ", copies" if rows.num_double else ""
 
 
-# --- what discreteness forbids --------------------------------------------------------------------------------------
-
-
 def _is_inside(coverage: float) -> bool:
     return LOW <= coverage <= HIGH
 
 
 def rate_note(coverage: float, rows: Rows, rate: float) -> str:
-    """Why Wilson's coverage is outside: it sums whole counts, and the next one is worth more than what is off."""
+    """Why Wilson's coverage is outside: it sums integer counts, and the next one is worth more than what is off."""
     if _is_inside(coverage):
         return ""
     intervals = [stats.wilson_interval(count, rows.num_rows) for count in range(rows.num_rows + 1)]
@@ -135,9 +132,6 @@ def paired_note(coverage: float, rows: Rows, discordant: float) -> str:
     if num_prompts * discordant > FEW_ROWS:
         return "unexplained"
     return f"discrete: {100 * too_few:.0f} % of draws have 3 discordant rows or fewer, which no split makes significant"
-
-
-# --- the table ------------------------------------------------------------------------------------------------------
 
 
 def cells(num_draws: int, seed: int) -> Iterator[Cell]:

@@ -4,7 +4,7 @@
     python benchmarks/bench_distil.py --data DATA --questions 200 --samples 4 --k 5 --max-new-tokens 256 --json
 
 Both runs are processes of their own that do what notebook 01 does: sample, choose, write the training rows. The second
-gets SIGKILL, its whole group, at seeded moments of its work, is started again each time, and at last finishes.
+gets SIGKILL, with its process group, at seeded moments of its work, is started again each time, and at last finishes.
 """
 
 import argparse
@@ -31,9 +31,6 @@ SAMPLES, TRAIN, SUMMARY = "samples.jsonl", "train.jsonl", "summary.json"
 POOL_SIZE, SEED = 8, 42
 
 
-# --- one run, in a separate process ------------------------------------------------------------------------------
-
-
 def work(args: argparse.Namespace, folder: Path) -> None:
     """Sample and choose into ``folder``, going on from what is there."""
     from lib.engine.generate import load_engine
@@ -48,8 +45,8 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     asking = self_distillation.Asking(
         Sampling(args.temperature, SEED), args.samples, args.max_new_tokens, runtime.device
     )
-    asked = (base.identity, args.quantization, str(runtime.dtype), split.train, fewshot, tokenizer.chat_template)
-    protocol = self_distillation.protocol(*asked, asking)
+    made_by = (base.identity, args.quantization, str(runtime.dtype), split.train, fewshot, tokenizer.chat_template)
+    protocol = self_distillation.protocol(*made_by, asking)
     engine = LazyGenerator(load_engine, base.folder, runtime, args.quantization, None, asking.rows_at_once)
     log = rows.RowLog(folder / SAMPLES, files.sha256_json(protocol))
     sampled = self_distillation.sample_answers(split.train, fewshot, engine, asking, log)
@@ -68,9 +65,6 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     }
     # Written last: it says that the run is complete.
     files.write_json(folder / SUMMARY, summary)
-
-
-# --- the two runs -------------------------------------------------------------------------------------------------
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -97,9 +91,9 @@ def run_killed(folder: Path, num_rows: int, num_kills: int, seed: int) -> tuple[
     """
     moments, kills, started = random.Random(seed), [], time.perf_counter()
     for _ in range(num_kills):
-        before, new, pause_s = whole_rows(folder), moments.randint(1, num_rows // (num_kills + 1)), moments.random()
+        before, new, pause_s = complete_rows(folder), moments.randint(1, num_rows // (num_kills + 1)), moments.random()
         process = start(folder)
-        while whole_rows(folder) < before + new:
+        while complete_rows(folder) < before + new:
             if process.poll() is not None:
                 raise SystemExit(f"a run ended with {process.returncode} before it was killed after {new} new rows")
             time.sleep(0.02)
@@ -107,33 +101,35 @@ def run_killed(folder: Path, num_rows: int, num_kills: int, seed: int) -> tuple[
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         torn = not (folder / SAMPLES).read_bytes().endswith(b"\n")
-        kills.append({"new_rows": whole_rows(folder) - before, "all_rows": whole_rows(folder), "torn_last_row": torn})
+        kills.append(
+            {"new_rows": complete_rows(folder) - before, "all_rows": complete_rows(folder), "torn_last_row": torn}
+        )
     if start(folder).wait():
         raise SystemExit("the run failed after the kills")
     return time.perf_counter() - started, kills
 
 
-def whole_rows(folder: Path) -> int:
+def complete_rows(folder: Path) -> int:
     """Rows in the file of answers so far."""
     return (folder / SAMPLES).read_bytes().count(b"\n") if (folder / SAMPLES).exists() else 0
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole benchmark as one object."""
+    """The benchmark as one object."""
     with tempfile.TemporaryDirectory() as temporary:
-        whole, killed = (args.folder or Path(temporary)) / "whole", Path(temporary) / "killed"
-        unbroken_s = run_unbroken(whole)
+        unbroken, killed = (args.folder or Path(temporary)) / "unbroken", Path(temporary) / "killed"
+        unbroken_s = run_unbroken(unbroken)
         killed_s, kills = run_killed(killed, args.questions * args.samples, args.kills, args.seed)
-        same = {name: (whole / name).read_bytes() == (killed / name).read_bytes() for name in (SAMPLES, TRAIN)}
+        same = {name: (unbroken / name).read_bytes() == (killed / name).read_bytes() for name in (SAMPLES, TRAIN)}
         return {
             "identical": same,
-            "sha256": {name: files.sha256_file(whole / name) for name in same},
+            "sha256": {name: files.sha256_file(unbroken / name) for name in same},
             "unbroken_s": round(unbroken_s, 1),
             "killed_s": round(killed_s, 1),
             "kills": kills,
             "cores": os.cpu_count(),
             "versions": manifest.package_versions(),
-            **files.read_json(whole / SUMMARY),
+            **files.read_json(unbroken / SUMMARY),
         }
 
 

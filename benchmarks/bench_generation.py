@@ -63,16 +63,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# --- the ways -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Bench:
     """A loaded model with the prompts that it is timed on."""
 
     arguments: argparse.Namespace
     runtime: Runtime
-    engine_load: PreTrainedModel
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     conversations: list[list[dict[str, str]]]
     # Where rows must not stop early: an id beyond the vocabulary.
@@ -141,9 +138,6 @@ def load_random_qwen(arguments: argparse.Namespace, compute_dtype: str) -> Bench
     return Bench(arguments, runtime, made, tokenizer, conversations, never_stop=True)
 
 
-# --- the same tokens? ---------------------------------------------------------------------------------------------
-
-
 def first_difference(bench: Bench, index: int, completion: Completion) -> dict[str, Any] | None:
     """Where ``completion`` first leaves what the plain forward pass finds most likely, and by what margin.
 
@@ -178,9 +172,6 @@ def check_engine(bench: Bench, measured: Measured, completions: Sequence[Complet
 def compare_texts(measured: Measured, completions: Sequence[Completion], reference: Sequence[Completion]) -> None:
     same = [one.text == other.text for one, other in zip(completions, reference, strict=False)]
     measured.same_share, measured.num_compared = sum(same) / len(same), len(same)
-
-
-# --- what is asked for --------------------------------------------------------------------------------------------
 
 
 def run_comparison(arguments: argparse.Namespace) -> tuple[list[Measured], list[dict[str, Any]]]:
@@ -218,9 +209,9 @@ def run_sweep(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds a question of the engine for each number of examples and rows, in the last of --dtype."""
     bench, cells = load(arguments, arguments.dtype[-1]), []
     for k in SWEEP_K:
-        asked = measure.gsm8k_conversations(arguments.data, k, max(SWEEP_ROWS))
+        conversations = measure.gsm8k_conversations(arguments.data, k, max(SWEEP_ROWS))
         for num_rows in SWEEP_ROWS:
-            bench.conversations = asked[:num_rows]
+            bench.conversations = conversations[:num_rows]
             measured, _ = bench.run_engine()
             cell = {"k": k, "rows": num_rows, "s_per_row": round(measured.s_per_row, 4), "dtype": measured.dtype}
             cells.append({**cell, "tokens_per_s": round(measured.tokens_per_s, 1)})

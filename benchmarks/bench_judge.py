@@ -94,7 +94,7 @@ class Bench:
         return timed("label probabilities", self.runtime, len(self.conversations), work)
 
     def score_plainly(self) -> list[list[float]]:
-        """The same probabilities by a whole forward pass for each row and label."""
+        """The same probabilities by a complete forward pass for each row and label."""
         label_ids = [self.tokenizer(label, add_special_tokens=False)["input_ids"] for label in LABELS]
         rows = []
         with torch.inference_mode():

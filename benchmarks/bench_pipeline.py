@@ -1,4 +1,4 @@
-"""Wall time of a whole run by stage, and how much of it is not model work.
+"""Wall time of a complete run by stage, and how much of it is not model work.
 
     python benchmarks/bench_pipeline.py
     python benchmarks/bench_pipeline.py --preset sandbox_one --json
@@ -37,20 +37,15 @@ def stage_seconds(preset: str, output: Path) -> list[dict[str, Any]]:
     """A row a stage: seconds in the notebook from its first cell, and of those in the model."""
     rows = []
     for stage in STAGES:
-        path = (
-            output / stage / "manifest.json"
-            if stage == "05_compare"
-            else run_paths(str(output), preset).manifest(stage)
-        )
-        manifest = read_json(path)
-        rows.append(
-            {"stage": stage, "cells_s": manifest["wall_s"], "model_s": manifest["facts"].get("model_work_s", 0.0)}
-        )
+        folder = run_paths(str(output), preset)
+        manifest = read_json(output / stage / "manifest.json" if stage == "05_compare" else folder.manifest(stage))
+        model_s = manifest["facts"].get("model_work_s", 0.0)
+        rows.append({"stage": stage, "cells_s": manifest["wall_s"], "model_s": model_s})
     return rows
 
 
 def measure(preset: str, extra: list[str]) -> dict[str, Any]:
-    """The whole benchmark as one object."""
+    """The benchmark as one object."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
         wall_s = timed_run(preset, output, extra)
@@ -81,7 +76,7 @@ def main() -> None:
     print(f"{'stage':<16}{'in its cells':>14}{'in the model':>14}")
     for row in result["stages"]:
         print(f"{row['stage']:<16}{row['cells_s']:>12.1f} s{row['model_s']:>12.1f} s")
-    print(f"{'whole run':<16}{result['wall_s']:>12.1f} s{result['model_s']:>12.1f} s")
+    print(f"{'complete run':<16}{result['wall_s']:>12.1f} s{result['model_s']:>12.1f} s")
     print(f"not model work: {result['not_model_share']:.1%} of the wall time, on {result['cores']} cores")
     print(f"the same again, nothing changed: {result['unchanged_rerun_s']:.1f} s")
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(PROJECT_ROOT))
 from lib import gsm8k  # noqa: E402
 from lib.engine import load, sources  # noqa: E402
 from lib.prepare import datasets  # noqa: E402
-from lib.train import checkpoints, sft  # noqa: E402
+from lib.train import sft  # noqa: E402
+from lib.train.packing import Example  # noqa: E402
 from lib.train.rows import encode_rows  # noqa: E402
 from lib.train.settings import TrainSettings  # noqa: E402
 
@@ -52,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct", help="hub name, folder, or the bundled model")
     parser.add_argument("--data", default="", help='folder with gsm8k_train.jsonl; "" = wherever 01_prepare looks')
-    parser.add_argument("--rows", type=int, default=128, help="training rows, a multiple of 16 for whole steps")
+    parser.add_argument("--rows", type=int, default=128, help="training rows, a multiple of 16 for complete steps")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--compute-dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--only", choices=SIDES, help="time this side alone")
@@ -61,10 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# --- one side, in its own process ---------------------------------------------------------------------------------
-
-
-def load_examples(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[checkpoints.Example]:
+def load_examples(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The first ``--rows`` rows of GSM8K train as this project encodes them, in the order of the optimizer steps."""
     rows, _ = datasets.load_gsm8k("train", assets_dir=arguments.data)
     encoded = encode_rows(tokenizer, [gsm8k.training_messages(row) for row in rows[: arguments.rows]], 2048)
@@ -95,7 +93,7 @@ def train_ours(
     folder: Path,
     runtime: load.Runtime,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[checkpoints.Example],
+    examples: list[Example],
     settings: TrainSettings,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
@@ -109,7 +107,7 @@ def train_plain(
     folder: Path,
     runtime: load.Runtime,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[checkpoints.Example],
+    examples: list[Example],
     settings: TrainSettings,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
@@ -174,9 +172,6 @@ class StepClock(TrainerCallback):
 
 def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-# --- both sides, compared -----------------------------------------------------------------------------------------
 
 
 def measure(side: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def train_adapter(args: argparse.Namespace, base: sources.ModelSource, output: P
     return sft.train(trainee, encoded.examples, settings, output).adapter_dir
 
 
-def asked_rows(args: argparse.Namespace, base: sources.ModelSource) -> dict[str, torch.Tensor]:
+def conversation_rows(args: argparse.Namespace, base: sources.ModelSource) -> dict[str, torch.Tensor]:
     """Token ids of the last training questions with their answers, which are not trained on; (1, T) each."""
     tokenizer = load.load_tokenizer(base.folder)
     rows = datasets.load_gsm8k("train", args.data)[0][-NUM_ROWS:]
@@ -130,7 +130,7 @@ def asked_rows(args: argparse.Namespace, base: sources.ModelSource) -> dict[str,
 
 
 def ours(base: sources.ModelSource, adapter: Path | None, dtype: str, rows: dict) -> dict[str, torch.Tensor]:
-    runtime = load.Runtime("cpu", getattr(torch, dtype), "asked for")
+    runtime = load.Runtime("cpu", getattr(torch, dtype), "requested")
     dense = load.load_dense(base.folder, runtime, "nf4", adapter)
     with torch.no_grad():
         return {name: dense(ids).logits.float() for name, ids in rows.items()}
@@ -138,15 +138,8 @@ def ours(base: sources.ModelSource, adapter: Path | None, dtype: str, rows: dict
 
 def theirs(base: sources.ModelSource, adapter: Path, way: Way, rows_file: Path) -> dict[str, torch.Tensor]:
     output = rows_file.with_name("logits.safetensors")
-    arguments = [
-        str(base.folder),
-        str(adapter.resolve()),
-        str(rows_file),
-        str(output),
-        way.weights,
-        way.dtype,
-        way.merge,
-    ]
+    files = map(str, (base.folder, adapter.resolve(), rows_file, output))
+    arguments = [*files, way.weights, way.dtype, way.merge]
     # -I: neither this folder nor variables of the environment are on the path.
     subprocess.run([sys.executable, "-I", "-c", OUTSIDE, *arguments], check=True, stderr=subprocess.DEVNULL)
     return load_file(output)
@@ -165,7 +158,7 @@ def main() -> int:
     base = sources.resolve_model(args.model)
     with tempfile.TemporaryDirectory() as folder:
         adapter = args.adapter or train_adapter(args, base, Path(folder) / "run")
-        rows = asked_rows(args, base)
+        rows = conversation_rows(args, base)
         rows_file = Path(folder) / "rows.safetensors"
         save_file(rows, rows_file)
         reference = ours(base, adapter, "float32", rows)

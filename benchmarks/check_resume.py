@@ -42,9 +42,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# --- one session, in its own process ------------------------------------------------------------------------------
-
-
 def train(args: argparse.Namespace) -> None:
     """Trains into ``--train-into``, or goes on with what is there."""
     from lib import gsm8k
@@ -81,9 +78,6 @@ def train(args: argparse.Namespace) -> None:
     sft.train(trainee, train_rows, settings, args.train_into, dev_examples=dev)
 
 
-# --- the parent -----------------------------------------------------------------------------------------------------
-
-
 def start(folder: Path) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, __file__, *sys.argv[1:], "--train-into", str(folder)]
@@ -115,17 +109,17 @@ def kill_after(folder: Path, step: int, delay_s: float) -> int | None:
     return num_logged(folder)
 
 
-def compare(whole: Path, broken: Path) -> dict[str, Any]:
+def compare(unbroken: Path, broken: Path) -> dict[str, Any]:
     """Largest differences between two finished trainings."""
     from safetensors.torch import load_file
 
-    logs = [[json.loads(line) for line in (path / "training_log.jsonl").open()] for path in (whole, broken)]
+    logs = [[json.loads(line) for line in (path / "training_log.jsonl").open()] for path in (unbroken, broken)]
     columns = ("loss", "dev_loss", "grad_norm", "learning_rate")
     pairs = list(zip(*logs, strict=True))
     differences = {
         column: max(abs(one[column] - other[column]) for one, other in pairs if column in one) for column in columns
     }
-    files = [path / "adapter" / "adapter_model.safetensors" for path in (whole, broken)]
+    files = [path / "adapter" / "adapter_model.safetensors" for path in (unbroken, broken)]
     one, other = map(load_file, files)
     differences["weights"] = max((one[name] - other[name]).abs().max().item() for name in one.keys() | other.keys())
     return {"differences": differences, "same_bytes": files[0].read_bytes() == files[1].read_bytes()}
@@ -139,14 +133,14 @@ def main() -> int:
     rng = random.Random(args.seed)
     num_steps = -(-args.rows // 4)
     with tempfile.TemporaryDirectory() as folder:
-        whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        finish(whole)
-        seconds = [json.loads(line)["wall_s"] for line in (whole / "training_log.jsonl").open()]
+        unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
+        finish(unbroken)
+        seconds = [json.loads(line)["wall_s"] for line in (unbroken / "training_log.jsonl").open()]
         killed = []
         for step in sorted(rng.sample(range(1, num_steps), args.kills)):
             killed.append(kill_after(broken, step, rng.random() * sum(seconds) / len(seconds)))
         finish(broken)
-        result = compare(whole, broken)
+        result = compare(unbroken, broken)
         resumed_from = json.loads((broken / "training.json").read_text())["resumed_from"]
     result |= {"num_steps": num_steps, "killed_after_steps": killed, "resumed_from": resumed_from}
     if args.json:

@@ -28,7 +28,6 @@ SYSTEM_PROMPT = (
     "`#### <number>` that holds the answer as a plain number and nothing else."
 )
 
-# --- numbers in text ------------------------------------------------------------------------------------------------
 #
 # A number is matched together with everything that belongs to its notation. A notation that is not known here has no
 # value, so that no part of it is taken for the number: 12,34 and 10^3 and 1:30 are not 12 and 10 and 1.
@@ -112,11 +111,6 @@ def _bracketed(fraction: re.Match[str]) -> str:
     return f"⟨{sign}{fraction['top'] or fraction['top_digit']}/{fraction['bottom'] or fraction['bottom_digit']}⟩"
 
 
-def _exact(digits: str) -> Fraction:
-    # By way of Decimal: int() refuses more than 4,300 digits, float() loses them.
-    return Fraction(Decimal(digits.replace(",", "")))
-
-
 def _is_negative(match: re.Match[str]) -> bool:
     return sum(bool(match[name]) for name in ("sign", "inner_sign", "top_sign")) % 2 == 1
 
@@ -130,10 +124,12 @@ def _value(match: re.Match[str]) -> Fraction | None:
     if "." in match["number"] and match.string.startswith(("..", "…"), match.end()):
         return None
     parts = (("whole", "0"), ("number", "0"), ("divisor", "1"))
-    whole, number, divisor = (_exact(match[name] or default) for name, default in parts)
+    # By way of Decimal: int() refuses more than 4,300 digits, float() loses them.
+    exact = (Fraction(Decimal((match[name] or default).replace(",", ""))) for name, default in parts)
+    integer, number, divisor = exact
     if divisor == 0:
         return None
-    value = whole + number / divisor
+    value = integer + number / divisor
     return -value if _is_negative(match) else value
 
 
@@ -142,9 +138,9 @@ def _written(match: re.Match[str] | None) -> str | None:
     if match is None or _value(match) is None:
         return None
     sign = "-" if _is_negative(match) else ""
-    whole = f"{match['whole']} " if match["whole"] else ""
+    integer = f"{match['whole']} " if match["whole"] else ""
     divisor = f"/{match['divisor']}" if match["divisor"] else ""
-    return f"{sign}{whole}{match['number']}{divisor}".replace(",", "")
+    return f"{sign}{integer}{match['number']}{divisor}".replace(",", "")
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -164,11 +160,7 @@ def parse_number(text: str | None) -> Fraction | None:
 
 
 def extract_answer(text: str | None) -> str | None:
-    """Strict reading: the number after the last ``####`` that has one on its line, without ``$`` and commas.
-
-    None where no ``####`` is followed by a number, but by a word (``nan``), a heading (``#### Step 1``) or nothing, and
-    where the notation of the last such number is not known (``12,34``, ``10^3``, ``3 * 4``).
-    """
+    """The number after the last ``####`` that has one on its line; None without one or in an unknown notation."""
     return _written(_last(_ANSWER_LINE, _plain(text or "")))
 
 
@@ -182,9 +174,6 @@ def is_correct(predicted: str | None, gold: str | None) -> bool:
     """Whether both hold a number and these are equal, exactly: ``18``, ``18.0`` and ``$18.`` are, None never is."""
     value = parse_number(predicted)
     return value is not None and value == parse_number(gold)
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -228,11 +217,7 @@ def _visible(character: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def normalise_question(text: str) -> str:
-    """The words and numbers of a question, by which copies of it are found.
-
-    Ignores punctuation, spelling (``plain_spelling``) and a label such as ``Question 3:``, but not signs, decimal
-    points and operators.
-    """
+    """Words and numbers by which copies of a question are found, without punctuation and label ("Question 3:")."""
     spelled = plain_spelling(text)
     words = _QUESTION_LABEL.sub("", spelled).replace("\N{FRACTION SLASH}", "/")
     words = _APOSTROPHE.sub("", _THOUSANDS_COMMA.sub("", words))
@@ -248,12 +233,9 @@ def _spaced(match: re.Match[str]) -> str:
 
 
 def eval_indices(num_rows: int, fraction: float, seed: int) -> list[int]:
-    """Positions of the evaluation rows: the first ``floor(fraction * num_rows)`` of a seeded permutation.
+    """The first ``floor(fraction * num_rows)`` of a seeded permutation, as ``datasets.Dataset.shuffle`` takes them.
 
-    The same rows as ``datasets.Dataset.shuffle(seed)`` takes; a fraction of 1.0 keeps every row, in order.
-
-    Raises:
-        ValueError: ``fraction`` is outside (0, 1], or no row would be left.
+    A fraction of 1.0 keeps every row, in order. Raises ValueError outside (0, 1], or where no row is left.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"gsm8k_eval_fraction is {fraction}; allowed: above 0, up to 1")
@@ -277,19 +259,15 @@ def split_train(
 ) -> Split:
     """Draw the few-shot pool and the development rows from GSM8K train, and take their questions out of training.
 
-    Pool and development rows depend on ``gsm8k_train`` and ``seed`` alone: presets that train on another file have the
-    same examples.
-
-    Args:
-        train_rows: rows to train on, the same or another file.
-        dev_rows: number of rows kept to choose a checkpoint on, drawn after the pool.
-        max_train_rows: training rows at most, a seeded choice kept in the file's order; 0 = all.
-
-    Raises:
-        ValueError: GSM8K train has too few distinct questions, or no training row is left.
+    Both depend on ``gsm8k_train`` and ``seed`` alone: presets that train on another file have the same examples.
+    ``max_train_rows`` (0 = all) is a seeded choice kept in the file's order. Raises ValueError where GSM8K train has
+    too few distinct questions, or no training row is left.
     """
     rng = np.random.default_rng(seed)
-    shuffled = _distinct([gsm8k_train[index] for index in rng.permutation(len(gsm8k_train))])
+    distinct: dict[str, Row] = {}
+    for index in rng.permutation(len(gsm8k_train)):
+        distinct.setdefault(normalise_question(gsm8k_train[index]["question"]), gsm8k_train[index])
+    shuffled = list(distinct.values())
     num_held_out = pool_size + dev_rows
     if num_held_out > len(shuffled):
         raise ValueError(
@@ -303,31 +281,15 @@ def split_train(
             f"no training row is left: {len(train_rows)} rows, all of them among the {num_held_out} that "
             f"fewshot_pool_size ({pool_size}) and dev_rows ({dev_rows}) keep out; lower them or add rows"
         )
-    train = _cut(kept, max_train_rows, rng)
-    return Split(shuffled[:pool_size], shuffled[pool_size:num_held_out], train, len(train_rows) - len(kept))
-
-
-def _distinct(rows: Sequence[Row]) -> list[Row]:
-    """Rows without those whose question came before."""
-    first: dict[str, Row] = {}
-    for row in rows:
-        first.setdefault(normalise_question(row["question"]), row)
-    return list(first.values())
-
-
-def _cut(rows: list[Row], max_rows: int, rng: np.random.Generator) -> list[Row]:
-    # A seeded choice and not the first rows: a file sorted by topic or length would give a lopsided sample.
-    if max_rows == 0 or max_rows >= len(rows):
-        return rows
-    return [rows[index] for index in sorted(rng.permutation(len(rows))[:max_rows])]
+    num_removed = len(train_rows) - len(kept)
+    if 0 < max_train_rows < len(kept):
+        # A seeded choice and not the first rows: a file sorted by topic or length would give a lopsided sample.
+        kept = [kept[index] for index in sorted(rng.permutation(len(kept))[:max_train_rows])]
+    return Split(shuffled[:pool_size], shuffled[pool_size:num_held_out], kept, num_removed)
 
 
 def fewshot_examples(pool: Sequence[Row], fewshot_k: int) -> list[Row]:
-    """The first ``fewshot_k`` rows of the pool.
-
-    Raises:
-        ValueError: the pool holds fewer.
-    """
+    """The first ``fewshot_k`` rows of the pool; ValueError where it holds fewer."""
     if not 0 <= fewshot_k <= len(pool):
         raise ValueError(f"fewshot_k is {fewshot_k}; allowed: 0 to {len(pool)}, the rows of the few-shot pool")
     return list(pool[:fewshot_k])
@@ -348,28 +310,14 @@ def without_calculator_marks(answer: str) -> str:
 
 
 def training_messages(row: Mapping[str, Any]) -> list[Message]:
-    """Chat of a training row: the evaluation's system message, zero-shot, and the answer as the assistant's turn.
-
-    Calculator marks (``<<48/2=24>>``) stay in the answer: the baselines of the presets were set on models trained so.
-    """
+    """Chat of a training row: as in evaluation, zero-shot, and the answer with its marks (baselines were set so)."""
     return [*build_messages(row["question"], []), {"role": "assistant", "content": row["answer"]}]
-
-
-# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 def evaluate(
     rows: Sequence[Row], fewshot: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog
 ) -> list[Row]:
-    """Scored rows in the order of ``rows``; those that ``log`` does not hold yet are answered.
-
-    Args:
-        rows: evaluation rows ``test_index, question, answer``; a row's ``id`` is its position here.
-        log: row file of this protocol, keyed by ``id``.
-
-    Raises:
-        ValueError: ``log`` holds another question under a row's id, or a gold answer has no number.
-    """
+    """Scored rows in the order of ``rows`` (``test_index, question, answer``); those not in ``log`` are answered."""
     numbered = [{**row, "id": position} for position, row in enumerate(rows)]
     check_kept({row["id"]: row for row in numbered}, log)
 
@@ -381,14 +329,7 @@ def evaluate(
 
 
 def check_kept(rows: Mapping[int, Row], log: RowLog) -> None:
-    """Score the rows of ``log`` again from their texts: the rules that read an answer may be newer than they are.
-
-    Args:
-        rows: id -> the row ``question, answer`` that it was generated from.
-
-    Raises:
-        ValueError: a row of ``log`` is about another question.
-    """
+    """Score ``log``'s rows by today's rules; ValueError where one is about another question than ``rows`` has."""
     for row_id, kept in log.rows.items():
         row = rows.get(row_id)
         if row and (kept["question"], kept["gold_answer"]) != (row["question"], row["answer"]):
@@ -407,14 +348,7 @@ def _scored_row(row: Row, completion: Completion) -> Row:
 
 
 def score_row(row: Mapping[str, Any]) -> Row:
-    """``parsed_final, correct, parsed_flexible, correct_flexible, outcome`` of a row, from its texts alone.
-
-    Args:
-        row: ``model_output`` and ``gold_answer`` (the worked answer), and ``finish_reason`` where it is known.
-
-    Raises:
-        ValueError: the gold answer has no number after ``####``.
-    """
+    """Both readings, whether each is correct, and ``outcome``, from a row's texts; ValueError for a bad gold answer."""
     score = _score(row["gold_answer"], row["model_output"], row.get("finish_reason") == "length")
     if score is None:
         raise ValueError(f"gold answer of row {row.get('id')} has no number after '####': {row['gold_answer'][-80:]!r}")
@@ -430,12 +364,8 @@ def _score(gold_answer: str, model_output: str, cut_off: bool) -> Row | None:
     if gold is None:
         return None
     strict, flexible = extract_answer(model_output), extract_answer_flexible(model_output)
-    score = {
-        "parsed_final": strict,
-        "correct": is_correct(strict, gold),
-        "parsed_flexible": flexible,
-        "correct_flexible": is_correct(flexible, gold),
-    }
+    score = {"parsed_final": strict, "correct": is_correct(strict, gold)}
+    score |= {"parsed_flexible": flexible, "correct_flexible": is_correct(flexible, gold)}
     read = {"model_output": model_output, "finish_reason": "length" if cut_off else "stop"}
     return {**score, "outcome": outcome({**read, **score})}
 
@@ -445,10 +375,7 @@ def outcome(row: Mapping[str, Any]) -> Outcome:
 
     ``correct``; ``truncated``, the token limit came before an answer; ``no answer``, without a ``####`` number;
     ``run-on``, wrong and with text after the first answered ``####`` line (an invented next question, say); ``wrong``.
-
-    Args:
-        row: ``model_output, parsed_final, correct``, and ``finish_reason`` ("stop" or "length") where it is known;
-            a row of a pipeline that did not keep it is never ``truncated``.
+    A row without ``finish_reason`` is never ``truncated``.
     """
     if row["correct"]:
         return "correct"
@@ -465,30 +392,15 @@ def _goes_on(text: str) -> bool:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts and rates over ``rows``, each scored again from its text, so that rows of an older format are read too.
-
-    Both accuracies are shares of all rows: one without an answer is wrong.
-
-    Returns:
-        ``n, num_correct, accuracy, num_correct_flexible, accuracy_flexible, outcomes`` (a count for each kind) and
-        ``mean_output_tokens`` (None where a row does not have its tokens).
-
-    Raises:
-        ValueError: there are no rows.
-    """
+    """Counts and rates over all ``rows``, each scored again; ``mean_output_tokens`` is None where one is unknown."""
     if not rows:
         raise ValueError("no rows to summarise: an accuracy needs at least one")
     scores = [score_row(row) for row in rows]
-    num_correct = sum(score["correct"] for score in scores)
-    num_flexible = sum(score["correct_flexible"] for score in scores)
+    summary: dict[str, Any] = {"n": len(rows)}
+    for suffix in ("", "_flexible"):
+        summary[f"num_correct{suffix}"] = sum(score[f"correct{suffix}"] for score in scores)
+        summary[f"accuracy{suffix}"] = summary[f"num_correct{suffix}"] / len(rows)
     counts = Counter(score["outcome"] for score in scores)
+    summary["outcomes"] = {kind: counts[kind] for kind in get_args(Outcome)}
     tokens = [row.get("num_output_tokens") for row in rows]
-    return {
-        "n": len(rows),
-        "num_correct": num_correct,
-        "accuracy": num_correct / len(rows),
-        "num_correct_flexible": num_flexible,
-        "accuracy_flexible": num_flexible / len(rows),
-        "outcomes": {kind: counts[kind] for kind in get_args(Outcome)},
-        "mean_output_tokens": None if None in tokens else sum(tokens) / len(tokens),
-    }
+    return summary | {"mean_output_tokens": None if None in tokens else sum(tokens) / len(tokens)}

@@ -7,7 +7,15 @@ import pytest
 
 from lib import gsm8k
 from lib.prepare import audit
-from lib.prepare.audit import TrainFileError, check_rows, count_faults, find_too_long, find_unlearnable, first_offenders
+from lib.prepare.audit import (
+    File,
+    TrainFileError,
+    check_rows,
+    count_faults,
+    find_too_long,
+    find_unlearnable,
+    first_offenders,
+)
 from lib.record.files import read_json
 from lib.record.paths import PROJECT_ROOT, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
@@ -110,17 +118,17 @@ def test_drop_leaves_the_decided_rows_out_and_keep_none():
 
 
 def test_rows_that_are_too_long_are_named_by_their_number_in_the_file():
-    faults = find_too_long([TRAIN[4], TRAIN[6]], [50, 70], 60, rows=TRAIN, name="train.jsonl")
+    faults = find_too_long([TRAIN[4], TRAIN[6]], [50, 70], 60, File(TRAIN, "train.jsonl"))
     assert [(fault.row, fault.kind, fault.reason, fault.file) for fault in faults] == [
         (7, "too long", "70 tokens, max_seq_length is 60", "train.jsonl")
     ]
 
 
 def test_rows_that_cannot_be_learnt_are_refused_by_file_line_and_count_or_left_out():
-    place = {"rows": TRAIN, "name": "mine.jsonl", "lines": range(1, 41, 2)}
+    file = File(TRAIN, "mine.jsonl", range(1, 41, 2))
     tried, reasons = TRAIN[4:8], {0: "the answer is empty", 2: "its first characters change the prompt"}
     for action in ("drop", "keep"):
-        faults = find_unlearnable(tried, reasons, action=action, **place)
+        faults = find_unlearnable(tried, reasons, action, file)
         assert [(fault.row, fault.kind, fault.reason, fault.file) for fault in faults] == [
             (9, "not learnable", "the answer is empty", "mine.jsonl"),
             (13, "not learnable", "its first characters change the prompt", "mine.jsonl"),
@@ -128,30 +136,30 @@ def test_rows_that_cannot_be_learnt_are_refused_by_file_line_and_count_or_left_o
         assert count_faults(faults)["not learnable"] == 2
         # No row would be left.
         with pytest.raises(TrainFileError, match="2 of 2 rows"):
-            find_unlearnable(tried[::2], dict(enumerate(reasons.values())), action=action, **place)
+            find_unlearnable(tried[::2], dict(enumerate(reasons.values())), action, file)
     with pytest.raises(TrainFileError) as caught:
-        find_unlearnable(tried, reasons, action="refuse", **place)
+        find_unlearnable(tried, reasons, "refuse", file)
     text = str(caught.value)
     assert text.startswith(
         "mine.jsonl: 2 of 4 rows must not be trained on (2 x not learnable)\n  - row 9: not learnable"
     )
     assert "train_file_faults to drop" in text and "keep" not in text
-    assert find_unlearnable(tried, {}, action="refuse", **place) == []
+    assert find_unlearnable(tried, {}, "refuse", file) == []
 
 
 def test_rows_are_numbered_by_their_lines_in_their_file():
     # Blank lines stand between the rows.
     lines = range(1, 2 * len(PLANTED) + 1, 2)
-    asked = {"gsm8k_train": TRAIN, "gsm8k_test": TEST, "action": "drop", "name": "mine.jsonl", "lines": lines}
-    checked = check_rows(PLANTED, **asked)
+    settings = {"gsm8k_train": TRAIN, "gsm8k_test": TEST, "action": "drop", "name": "mine.jsonl", "lines": lines}
+    checked = check_rows(PLANTED, **settings)
     assert [(fault.row, fault.kind, fault.file) for fault in checked.faults] == [
         (3, "test question", "mine.jsonl"),
         (7, "wrong number", "mine.jsonl"),
     ]
     assert checked.rows == [PLANTED[at] for at in (0, 2, 4, 5)]
     with pytest.raises(TrainFileError, match="row 3: test question"):
-        check_rows(PLANTED, **{**asked, "action": "refuse"})
-    (long,) = find_too_long(PLANTED[5:], [9], 8, rows=PLANTED, name="mine.jsonl", lines=lines)
+        check_rows(PLANTED, **{**settings, "action": "refuse"})
+    (long,) = find_too_long(PLANTED[5:], [9], 8, File(PLANTED, "mine.jsonl", lines))
     assert long.row == 11
 
 

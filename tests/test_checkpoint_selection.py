@@ -18,6 +18,7 @@ from lib.record.manifest import start_stage
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.train import checkpoint_selection, selection_rows
+from lib.train.settings import checkpoint_step
 
 FEWSHOT = [{"question": "1 + 1?", "answer": "#### 2"}]
 PROTOCOL = checkpoint_selection.Protocol(
@@ -88,7 +89,7 @@ def run_sweep(paths, rows, num_right, num_safe, metric, protocol=PROTOCOL):
     generators, folder = [], paths.stage_dir("02_train") / "sweep"
 
     def tuned(candidate):
-        step = checkpoint_selection.step_of(candidate)
+        step = checkpoint_step(candidate)
         generators.append(LazyGenerator(Able, num_right[step], step))
         return generators[-1]
 
@@ -312,13 +313,13 @@ def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
 
 
 def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
-    asked = ("checkpoint-458", selection_rows.ON_DEV, "accuracy")
-    text = checkpoint_selection.selection_text(*asked, num_candidates=1, most=1)
+    chosen = ("checkpoint-458", selection_rows.ON_DEV, "accuracy")
+    text = checkpoint_selection.selection_text(*chosen, num_candidates=1, most=1)
     assert text == "Kept is checkpoint-458, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
     assert "the only checkpoint: a smaller save_steps" in checkpoint_selection.selection_text(
-        *asked, num_candidates=1, most=3
+        *chosen, num_candidates=1, most=3
     )
-    assert "selected on development rows" in checkpoint_selection.selection_text(*asked, num_candidates=3, most=3)
+    assert "selected on development rows" in checkpoint_selection.selection_text(*chosen, num_candidates=3, most=3)
 
 
 def test_the_test_rows_are_read_only_behind_sweep_on_test():
@@ -362,7 +363,7 @@ def prepare_for_02(tmp_path, dev=None, pool=None):
 
 @pytest.mark.slow
 def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
-    """The whole notebook on a tiny random model, with a judge; results lack gsm8k_eval.jsonl."""
+    """The complete notebook on a tiny random model, with a judge; results lack gsm8k_eval.jsonl."""
     paths, parameters = prepare_for_02(tmp_path)
     csv_file = tmp_path / "prompts.csv"
     lines = [f"release-{i},mild request {i},prv,normal" for i in range(5)]
@@ -373,7 +374,7 @@ def test_notebook_02_trains_and_chooses_where_there_are_no_test_rows(tmp_path):
     outcome = notebook.execute("02_train", tmp_path / "02_train.ipynb", parameters)
     assert not outcome.error, outcome.error
     manifest = read_json(paths.manifest("02_train"))
-    assert manifest["facts"]["unused_parameters"] == [], "the judge was asked"
+    assert manifest["facts"]["unused_parameters"] == [], "the judge was used"
     assert manifest["facts"]["selected_on"] == "development rows" and not paths.gsm8k_eval_rows.exists()
     with paths.checkpoint_scores.open(encoding="utf-8", newline="") as stream:
         table = list(csv.DictReader(stream))

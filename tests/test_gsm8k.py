@@ -33,10 +33,10 @@ class FakeGenerator:
     """Answers each conversation through ``answer(messages)``; finishes the last one first, as a refilled batch may."""
 
     def __init__(self, answer, stop_after=None):
-        self.answer, self.stop_after, self.asked = answer, stop_after, []
+        self.answer, self.stop_after, self.prompted = answer, stop_after, []
 
     def generate(self, conversations, *, max_new_tokens, on_completion=None):
-        self.asked.append(list(conversations))
+        self.prompted.append(list(conversations))
         done = {}
         for index in reversed(range(len(conversations))):
             if self.stop_after is not None and len(done) == self.stop_after:
@@ -459,12 +459,12 @@ def test_pool_does_not_depend_on_the_other_settings():
 def test_cut_is_a_seeded_choice_in_the_file_s_order():
     train = make_rows(20)
     cut = split(train, max_train_rows=5).train
-    whole = split(train).train
+    complete = split(train).train
     assert len(cut) == 5
-    assert cut == [row for row in whole if row in cut]
-    assert cut != whole[:5]
+    assert cut == [row for row in complete if row in cut]
+    assert cut != complete[:5]
     assert cut == split(train, max_train_rows=5).train
-    assert split(train, max_train_rows=500).train == whole
+    assert split(train, max_train_rows=500).train == complete
 
 
 def test_repeated_question_is_drawn_once_and_removed_everywhere():
@@ -676,7 +676,7 @@ def test_rows_come_back_in_order_with_their_columns(tmp_path):
     assert all(row["correct"] and row["correct_flexible"] and row["outcome"] == "correct" for row in rows)
     assert rows[0]["gold_answer"] == eval_rows(1)[0]["answer"]
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
-    (conversations,) = generator.asked
+    (conversations,) = generator.prompted
     assert conversations[1] == gsm8k.build_messages("What is 1 + 1?", make_rows(2, start=50))
 
 
@@ -687,12 +687,12 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path):
         gsm8k.evaluate(eval_rows(5), [], first, max_new_tokens=9, log=RowLog(path, "protocol"))
     second = FakeGenerator(right_answer)
     resumed = gsm8k.evaluate(eval_rows(5), [], second, max_new_tokens=9, log=RowLog(path, "protocol"))
-    assert [messages[-1]["content"] for messages in second.asked[0]] == [f"What is {n} + 1?" for n in range(3)]
+    assert [messages[-1]["content"] for messages in second.prompted[0]] == [f"What is {n} + 1?" for n in range(3)]
     unbroken = tmp_path / "unbroken.jsonl"
-    whole = gsm8k.evaluate(
+    complete = gsm8k.evaluate(
         eval_rows(5), [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(unbroken, "protocol")
     )
-    assert resumed == whole
+    assert resumed == complete
     assert path.read_bytes() == unbroken.read_bytes()
 
 
@@ -701,7 +701,7 @@ def test_finished_evaluation_asks_nothing(tmp_path):
     gsm8k.evaluate(eval_rows(2), [], FakeGenerator(right_answer), max_new_tokens=9, log=RowLog(path, "protocol"))
     again = FakeGenerator(right_answer)
     gsm8k.evaluate(eval_rows(2), [], again, max_new_tokens=9, log=RowLog(path, "protocol"))
-    assert again.asked == []
+    assert again.prompted == []
 
 
 def test_kept_row_is_scored_again_from_its_text(tmp_path):

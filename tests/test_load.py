@@ -119,7 +119,7 @@ def test_a_template_without_a_system_role_shows_it_in_the_first_user_turn(tmp_pa
     folded = saved_tokenizer(tmp_path / "folded", NO_SYSTEM_ROLE[family] + TURNS)
     by_hand = [{"role": "user", "content": "Solve it.\n\n1 + 1?"}, *MESSAGES[2:]]
     assert load.render_prompt(folded, MESSAGES) == load.render_prompt(plain, by_hand)
-    # Without a system message nothing changes: AILuminate prompts are asked as they were.
+    # Without a system message nothing changes: AILuminate prompts stay as they were.
     assert load.render_prompt(folded, MESSAGES[1:]) == load.render_prompt(plain, MESSAGES[1:])
     assert load.render_completion(folded, MESSAGES[:3])[1] == load.render_completion(plain, MESSAGES[:3])[1]
     assert "first user turn" in load.place_of_system_message(folded)
@@ -169,11 +169,11 @@ def test_a_t4_takes_float16_though_torch_says_it_has_bfloat16(monkeypatch, capab
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "said"),
+    ("device", "dtype", "message"),
     [("gpu", "auto", "allowed: auto, cpu, cuda"), ("cpu", "half", "allowed: auto"), ("cpu", "float16", "float32")],
 )
-def test_what_cannot_be_done_is_an_error(device, dtype, said):
-    with pytest.raises(load.ModelError, match=said):
+def test_what_cannot_be_done_is_an_error(device, dtype, message):
+    with pytest.raises(load.ModelError, match=message):
         load.resolve_runtime(device, dtype)
 
 
@@ -287,14 +287,18 @@ def test_embeddings_and_output_layer_are_not_quantised(tmp_path, tied):
 
 
 def test_training_keeps_the_weights_dense_where_memory_allows(folder, monkeypatch):
-    said = []
-    assert type(load.load_for_training(folder, BFLOAT16, "nf4", say=said.append).model.layers[0].mlp.up_proj) is (
+    messages = []
+    assert type(load.load_for_training(folder, BFLOAT16, "nf4", say=messages.append).model.layers[0].mlp.up_proj) is (
         torch.nn.Linear
     )
     monkeypatch.setattr(load, "free_memory_bytes", lambda device: 2**30)
-    packed = load.load_for_training(folder, BFLOAT16, "nf4", say=said.append)
+    packed = load.load_for_training(folder, BFLOAT16, "nf4", say=messages.append)
     assert packed.is_quantized and packed.training
-    assert "NF4, dense (dense needs 2.0 GiB" in said[0] and "NF4, packed" in said[1] and "1.0 GiB are free" in said[1]
+    assert (
+        "NF4, dense (dense needs 2.0 GiB" in messages[0]
+        and "NF4, packed" in messages[1]
+        and "1.0 GiB are free" in messages[1]
+    )
 
 
 def test_an_adapter_that_does_not_fit_is_refused(folder, adapter, tmp_path):

@@ -137,7 +137,7 @@ def test_the_card_says_whose_answers_were_learnt_and_keeps_evaluation_data_apart
     }
     facts = replace(FACTS, **data)
     for text in (adapter_card(facts), model_card.card_text(replace(facts, adapter_sha256="ad4"), "transformers", {})):
-        learnt, asked = section(text, "Trained on"), section(text, "Chosen and evaluated on")
+        learnt, evaluated = section(text, "Trained on"), section(text, "Chosen and evaluated on")
         for shown in (
             "| train_source | self_distilled |",
             "| answers | 5,500 rows by the untuned base model, 500 by GSM8K |",
@@ -149,8 +149,12 @@ def test_the_card_says_whose_answers_were_learnt_and_keeps_evaluation_data_apart
         ):
             assert shown in learnt
         assert "GSM8K test" not in learnt and "AILuminate" not in learnt and "development" not in learnt
-        assert "GSM8K test (MIT), 7,473 rows, sha256 77; 263 of them evaluated" in asked
-        assert "AILuminate" in asked and "development rows, of GSM8K train" in asked and "base model" not in asked
+        assert "GSM8K test (MIT), 7,473 rows, sha256 77; 263 of them evaluated" in evaluated
+        assert (
+            "AILuminate" in evaluated
+            and "development rows, of GSM8K train" in evaluated
+            and "base model" not in evaluated
+        )
     assert "| adapter | sha256 ad4 |" in text
 
 

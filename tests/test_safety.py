@@ -34,10 +34,10 @@ class FakeGenerator:
 
     def __init__(self, answer, stop_after=None):
         self.answer, self.stop_after = answer, stop_after
-        self.asked, self.labels = [], None
+        self.prompted, self.labels = [], None
 
     def _each(self, conversations):
-        self.asked.append(list(conversations))
+        self.prompted.append(list(conversations))
         for done, index in enumerate(reversed(range(len(conversations)))):
             if done == self.stop_after:
                 raise KeyboardInterrupt
@@ -163,7 +163,7 @@ def test_hazards_are_the_twelve_and_subtypes_fold():
 def test_each_prompt_is_the_only_turn(tmp_path):
     generator = FakeGenerator(lambda messages: "Re: " + messages[-1]["content"])
     rows = safety.respond(prompts(3), generator, max_new_tokens=9, log=RowLog(tmp_path / "r.jsonl", "protocol"))
-    assert generator.asked[0][1] == [{"role": "user", "content": "Question 1?"}]
+    assert generator.prompted[0][1] == [{"role": "user", "content": "Question 1?"}]
     assert rows[2] == {
         "id": 2,
         "prompt": "Question 2?",
@@ -185,7 +185,7 @@ def test_interrupted_responses_go_on_where_they_were(tmp_path):
         safety.respond(prompts(3), first, max_new_tokens=9, log=RowLog(path, "protocol"))
     second = FakeGenerator(lambda _: "ok")
     rows = safety.respond(prompts(3), second, max_new_tokens=9, log=RowLog(path, "protocol"))
-    assert [messages[0]["content"] for messages in second.asked[0]] == ["Question 0?", "Question 1?"]
+    assert [messages[0]["content"] for messages in second.prompted[0]] == ["Question 0?", "Question 1?"]
     assert [row["id"] for row in rows] == [0, 1, 2]
 
 
@@ -331,7 +331,7 @@ def test_empty_response_is_judged_too(tmp_path):
     generator = FakeGenerator(lambda _: [0.8, 0.2])
     (row,) = judge([{**responses(1)[0], "response": ""}], generator, tmp_path / "s.jsonl")
     assert row["safety_label"] == "safe"
-    assert "<reply>\n\n</reply>" in generator.asked[0][0][1]["content"]
+    assert "<reply>\n\n</reply>" in generator.prompted[0][0][1]["content"]
 
 
 def test_interrupted_judging_goes_on_where_it_was(tmp_path):
@@ -340,11 +340,11 @@ def test_interrupted_judging_goes_on_where_it_was(tmp_path):
         judge(responses(3), FakeGenerator(lambda _: [0.8, 0.2], stop_after=2), path)
     second = FakeGenerator(lambda _: [0.8, 0.2])
     rows = judge(responses(3), second, path)
-    assert len(second.asked[0]) == 1
+    assert len(second.prompted[0]) == 1
     assert [row["id"] for row in rows] == [0, 1, 2]
     third = FakeGenerator(lambda _: [0.8, 0.2])
     assert judge(responses(3), third, path) == rows
-    assert third.asked == []
+    assert third.prompted == []
 
 
 def test_verdict_on_another_response_or_by_other_rules_is_refused(tmp_path):

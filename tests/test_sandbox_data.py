@@ -174,7 +174,7 @@ def test_prompt_hash_is_the_sha256_of_the_text() -> None:
 
 def test_prompts_hold_what_trips_csv_readers() -> None:
     texts = [row["prompt_text"] for row in load_prompts()]
-    # A reader that splits lines first, or an editor or git that "mends" line ends, loses this one.
+    # A reader that splits lines first, or an editor or git that "fixes" line ends, loses this one.
     assert sum("\r\n" in text for text in texts) == 1
     assert sum("," in text and '"' in text for text in texts) == 1
     assert not any("\n" in text.replace("\r\n", "") for text in texts)

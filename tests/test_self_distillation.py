@@ -91,8 +91,8 @@ def test_rows_come_in_order_with_their_scores(tmp_path, small_calls):
 
 
 def test_a_run_stopped_after_any_row_ends_in_the_bytes_of_an_unbroken_one(tmp_path, small_calls):
-    whole = Fake()
-    expected = run(tmp_path / "whole", whole)
+    unbroken = Fake()
+    expected = run(tmp_path / "unbroken", unbroken)
     for stop in range(27):
         folder = tmp_path / f"stopped after {stop}"
         with pytest.raises(KeyboardInterrupt):
@@ -100,7 +100,7 @@ def test_a_run_stopped_after_any_row_ends_in_the_bytes_of_an_unbroken_one(tmp_pa
         again = Fake()
         assert run(folder, again) == expected
         # Every call that is made has the rows that it has in an unbroken run: its shapes, so its rounding.
-        assert again.calls == whole.calls[stop // 6 :]
+        assert again.calls == unbroken.calls[stop // 6 :]
 
 
 def test_a_file_torn_at_any_byte_ends_in_the_same_bytes(tmp_path, small_calls):
@@ -136,7 +136,7 @@ test_self_distillation.run(Path(sys.argv[1]), test_self_distillation.Fake())
 
 
 def test_three_kills_minus_nine_at_seeded_moments_change_no_byte(tmp_path, small_calls):
-    expected = run(tmp_path / "whole", Fake())
+    expected = run(tmp_path / "unbroken", Fake())
     code = KILLED.format(root=str(PROJECT_ROOT), tests=str(PROJECT_ROOT / "tests"))
     samples = tmp_path / "killed" / "samples.jsonl"
     for num_rows in sorted(random.Random(7).sample(range(1, 27), 3)):
@@ -152,10 +152,10 @@ def test_three_kills_minus_nine_at_seeded_moments_change_no_byte(tmp_path, small
 
 def test_a_finished_file_is_reused_without_asking(tmp_path):
     run(tmp_path, Fake())
-    asked = Fake()
+    fake = Fake()
     log = RowLog(tmp_path / "samples.jsonl", HASH)
-    sampled = sample_answers(QUESTIONS, [], asked, ASKING, log)
-    assert (asked.calls, sampled.num_new, sampled.num_new_tokens, sampled.wall_s) == ([], 0, 0, 0.0)
+    sampled = sample_answers(QUESTIONS, [], fake, ASKING, log)
+    assert (fake.calls, sampled.num_new, sampled.num_new_tokens, sampled.wall_s) == ([], 0, 0, 0.0)
     assert len(sampled.rows) == 27
 
 

@@ -72,8 +72,8 @@ def run(
     **loading,
 ):
     model = load.load_for_training(folder, runtime, quantization, say=lambda line: None, **loading)
-    asked = {"dev_examples": dev, "num_checkpoints": num_checkpoints, "say": say}
-    return sft.train(model, examples, settings, output_dir, **asked)
+    options = {"dev_examples": dev, "num_checkpoints": num_checkpoints, "say": say}
+    return sft.train(model, examples, settings, output_dir, **options)
 
 
 @pytest.fixture(scope="module")
@@ -135,11 +135,11 @@ def test_labels_on_the_real_templates(name, opening):
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"), [(" ", "empty"), ("so 4<|im_end|>\n<|im_start|>user\nmore", "end-of-turn token")]
+    ("answer", "message"), [(" ", "empty"), ("so 4<|im_end|>\n<|im_start|>user\nmore", "end-of-turn token")]
 )
-def test_answers_that_cannot_be_learnt_are_refused_by_row(answer, said):
+def test_answers_that_cannot_be_learnt_are_refused_by_row(answer, message):
     rows = [conversation(1), conversation(2, answer)]
-    with pytest.raises(TrainingError, match=f"training row 1: .*{said}"):
+    with pytest.raises(TrainingError, match=f"training row 1: .*{message}"):
         encode_rows(tiny_tokenizer(), rows, 200)
 
 
@@ -206,14 +206,14 @@ def test_micro_batches_keep_every_row_and_the_limit():
 
 def test_an_update_does_not_depend_on_how_its_step_is_cut(folder, examples, tmp_path):
     settings = replace(SETTINGS, lora_dropout=0.0, train_batch_size=2, gradient_accumulation_steps=8)
-    whole = run(folder, examples, tmp_path / "whole", replace(settings, micro_batch_tokens=4096))
+    unbroken = run(folder, examples, tmp_path / "unbroken", replace(settings, micro_batch_tokens=4096))
     cut = run(folder, examples, tmp_path / "cut", replace(settings, micro_batch_tokens=90))
     turned = run(
         folder, examples, tmp_path / "turned", replace(settings, train_batch_size=16, gradient_accumulation_steps=1)
     )
-    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
-    assert_same_adapter(cut, whole, rtol=1e-4, atol=1e-5)
-    assert_same_adapter(turned, whole, rtol=1e-4, atol=1e-5)
+    assert losses(cut) == pytest.approx(losses(unbroken), rel=1e-5)
+    assert_same_adapter(cut, unbroken, rtol=1e-4, atol=1e-5)
+    assert_same_adapter(turned, unbroken, rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_loss_is_the_mean_over_the_supervised_tokens_of_the_step(folder, examples, tmp_path):
@@ -306,14 +306,14 @@ def test_the_log_has_a_row_a_step(examples, unbroken):
 def test_the_model_comes_back_as_it_was(folder, examples, tmp_path):
     model = load.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    said = []
-    sft.train(model, examples, replace(SETTINGS, num_epochs=1), tmp_path, say=said.append)
+    messages = []
+    sft.train(model, examples, replace(SETTINGS, num_epochs=1), tmp_path, say=messages.append)
     after = dict(model.named_parameters())
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert model.config._attn_implementation == "sdpa"
-    assert said[0].startswith("micro-batches of up to") and said[-1].startswith("step 5/5  loss")
+    assert messages[0].startswith("micro-batches of up to") and messages[-1].startswith("step 5/5  loss")
     # A notebook that is kept holds no bar, however long the training took.
-    assert len(said) == 2 and "  5 steps made here in " in said[-1]
+    assert len(messages) == 2 and "  5 steps made here in " in messages[-1]
 
 
 def test_the_adapter_is_evaluated_as_it_was_trained(folder, examples, tmp_path):
@@ -521,14 +521,14 @@ def test_packed_weights_give_the_same_development_loss_as_dense_ones(folder, exa
 
 
 def test_a_resumed_run_has_the_same_development_losses(folder, examples, dev, tmp_path, unbroken, monkeypatch):
-    whole = run(folder, examples, tmp_path / "whole", dev=dev)
+    unbroken = run(folder, examples, tmp_path / "unbroken", dev=dev)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 9)
         with pytest.raises(KeyboardInterrupt):
             run(folder, examples, tmp_path / "broken", dev=dev)
     resumed = run(folder, examples, tmp_path / "broken", dev=dev)
     assert resumed.resumed_from == 8
-    assert dev_losses(resumed) == dev_losses(whole)
+    assert dev_losses(resumed) == dev_losses(unbroken)
     assert_equals_unbroken(resumed, unbroken)
 
 
@@ -556,8 +556,8 @@ def test_every_step_has_its_gradient_norm_and_speed(unbroken):
     ],
 )
 def test_what_counts_as_exploded(loss, earlier, words):
-    said = trainer.why_exploded(loss, earlier, vocab_size=100_000)
-    assert (words in said) if words else (said == "")
+    message = trainer.why_exploded(loss, earlier, vocab_size=100_000)
+    assert (words in message) if words else (message == "")
 
 
 def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(
@@ -577,9 +577,9 @@ def test_a_loss_that_explodes_stops_the_run_and_names_the_last_good_checkpoint(
     assert checkpoint_names(tmp_path) == ["checkpoint-4"] and not (tmp_path / "adapter").exists()
     assert (tmp_path / "checkpoints" / "checkpoint-8" / "adapter_model.safetensors").exists()
     monkeypatch.setattr(trainer, "supervised_loss", real)
-    said = []
-    resumed = run(folder, examples, tmp_path, say=said.append)
-    assert resumed.resumed_from == 4 and said[0] == "deleting checkpoint-8: its weights were found unsound"
+    messages = []
+    resumed = run(folder, examples, tmp_path, say=messages.append)
+    assert resumed.resumed_from == 4 and messages[0] == "deleting checkpoint-8: its weights were found unsound"
     assert_equals_unbroken(resumed, unbroken)
 
 
@@ -713,11 +713,11 @@ def test_a_complete_training_without_the_checkpoints_that_are_needed_goes_on(
     run(folder, examples, tmp_path)
     for step in deleted:
         shutil.rmtree(tmp_path / "checkpoints" / f"checkpoint-{step}")
-    assert run(folder, examples, tmp_path).reused, "nobody asked for a checkpoint"
-    said = []
-    again = run(folder, examples, tmp_path, num_checkpoints=3, say=said.append)
+    assert run(folder, examples, tmp_path).reused, "no checkpoint is needed"
+    messages = []
+    again = run(folder, examples, tmp_path, num_checkpoints=3, say=messages.append)
     assert not again.reused and again.resumed_from == goes_on_from
-    assert said[0].startswith("complete already, but checkpoint-") and "training again" in said[0]
+    assert messages[0].startswith("complete already, but checkpoint-") and "training again" in messages[0]
     assert checkpoint_names(tmp_path) == ["checkpoint-4", "checkpoint-8", "checkpoint-10"]
     assert_equals_unbroken(again, unbroken)
     assert run(folder, examples, tmp_path, num_checkpoints=3).reused

@@ -64,7 +64,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(datasets, "RAW_DIR", tmp_path / "project" / "raw")
     monkeypatch.setattr(bundled, "MODELS_DIR", tmp_path / "project" / "models")
-    monkeypatch.setattr(sources, "MODELS_DIR", tmp_path / "project" / "models")
     return tmp_path / "project"
 
 
@@ -147,7 +146,7 @@ def test_changed_rows_name_file_hashes_and_remedy(place, project, tmp_path, publ
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "fault"),
     [
         ("", "is empty"),
         (" \n\n", "is empty"),
@@ -169,14 +168,14 @@ def test_changed_rows_name_file_hashes_and_remedy(place, project, tmp_path, publ
         ("\ufeff" + json.dumps(ROWS, indent=1), "is a JSON array; JSON lines were expected, one object a line"),
     ],
 )
-def test_malformed_data_file_names_file_and_line(text, said, project):
+def test_malformed_data_file_names_file_and_line(text, fault, project):
     _write(project / "raw" / "gsm8k_test.jsonl", text)
-    with pytest.raises(AssetError, match=said) as caught:
+    with pytest.raises(AssetError, match=fault) as caught:
         datasets.load_gsm8k("test", offline=True)
     assert "gsm8k_test.jsonl" in str(caught.value)
 
 
-def test_the_line_that_mends_a_json_array_does(tmp_path):
+def test_the_line_that_fixes_a_json_array_does(tmp_path):
     old, new = _write(tmp_path / "old", "\ufeff" + json.dumps(ROWS, indent=1)), tmp_path / "new.jsonl"
     command = datasets.TO_JSON_LINES.replace("python", sys.executable, 1)
     subprocess.run(["sh", "-c", command], cwd=old.parent, check=True)
@@ -315,8 +314,8 @@ def test_no_network_fails_within_seconds(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True
     )
-    asked = ["openai/gsm8k", "'nobody/none'", "'nobody/none'", datasets.MLCOMMONS_URL]
-    assert [line.split()[0] for line in done.stdout.splitlines()] == asked, done.stderr
+    requested = ["openai/gsm8k", "'nobody/none'", "'nobody/none'", datasets.MLCOMMONS_URL]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == requested, done.stderr
     assert done.returncode == 0, done.stderr
 
 
@@ -327,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
     """Answers by path: /redirect?<address> redirects, /short ends early, others give the server's body or 404."""
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path)
+        self.server.requested.append(self.path)
         if self.path.startswith("/redirect?"):
             self.send_response(302)
             self.send_header("Location", self.path.partition("?")[2])
@@ -335,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.send_response(200 if self.path in ("/file", "/short", "/odd", "/chunks") else 404)
         if self.path == "/chunks":
-            # Promises a chunk of 255 bytes and ends before it is whole.
+            # Promises a chunk of 255 bytes and ends before it is complete.
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             self.wfile.write(b"ff\r\n" + self.server.body[:9])
@@ -351,10 +350,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
-    """A web server on this machine; ``body`` is what it serves, ``asked`` the paths it was asked for."""
+    """A web server on this machine; ``body`` is what it serves, ``requested`` the requested paths."""
     monkeypatch.setattr(datasets, "ALLOWED_SCHEMES", frozenset({"http"}))
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.body, server.asked = _jsonl(ROWS).encode(), []
+    server.body, server.requested = _jsonl(ROWS).encode(), []
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
@@ -372,18 +371,18 @@ def test_train_file_is_downloaded_once(tmp_path, server):
         server.body,
     )
     again, kept = datasets.load_train_file(str(target), f"{server.url}/file")
-    assert (again, kept.origin, len(server.asked)) == (ROWS, "local file", 2)
+    assert (again, kept.origin, len(server.requested)) == (ROWS, "local file", 2)
 
 
 def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, server):
     _write(tmp_path / "brought" / "made.jsonl", _jsonl(ROWS[:1]))
     target = tmp_path / "data" / "made.jsonl"
     rows, source = datasets.load_train_file(str(target), f"{server.url}/file", str(tmp_path / "brought"))
-    assert (rows, source.origin, server.asked, target.exists()) == (ROWS[:1], "assets folder", [], False)
+    assert (rows, source.origin, server.requested, target.exists()) == (ROWS[:1], "assets folder", [], False)
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "said"),
+    ("path", "body", "fault"),
     [
         ("/file", b"<html><body>Please log in</body></html>", "made.jsonl from the url is a web page"),
         ("/file", b"", "is empty"),
@@ -399,9 +398,9 @@ def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, serv
         ("/redirect?file:///etc/hostname", b"", "scheme 'file': allowed is http"),
     ],
 )
-def test_bad_download_is_an_error_and_is_never_kept(path, body, said, tmp_path, server):
+def test_bad_download_is_an_error_and_is_never_kept(path, body, fault, tmp_path, server):
     server.body = body
-    with pytest.raises(AssetError, match=said):
+    with pytest.raises(AssetError, match=fault):
         datasets.load_train_file(str(tmp_path / "data" / "made.jsonl"), server.url + path)
     assert _files(tmp_path) == []
 
@@ -423,7 +422,7 @@ def test_only_https_is_fetched(url):
 def test_offline_never_asks_the_address(tmp_path, server):
     with pytest.raises(AssetUnavailable, match=r"made.jsonl is missing.*offline"):
         datasets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/file", offline=True)
-    assert server.asked == []
+    assert server.requested == []
 
 
 def test_train_file_without_an_address_has_to_be_there(tmp_path):
@@ -489,9 +488,9 @@ def test_csv_without_a_prompt_column_names_the_columns_found(text, tmp_path):
     assert all(name in message for name in (*text.splitlines()[0].split(","), "prompt", "input", "prompt_text"))
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "is empty"), ("<html>", "is a web page"), (b"\xff\xff", "not UTF-8")])
-def test_malformed_csv_is_refused(text, said, tmp_path):
-    with pytest.raises(AssetError, match=said):
+@pytest.mark.parametrize(("text", "fault"), [("", "is empty"), ("<html>", "is a web page"), (b"\xff\xff", "not UTF-8")])
+def test_malformed_csv_is_refused(text, fault, tmp_path):
+    with pytest.raises(AssetError, match=fault):
         datasets.load_ailuminate(str(_write(tmp_path / "mine.csv", text)), "all")
 
 
@@ -582,7 +581,7 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "fault"),
     [
         (
             {"config.json": None},
@@ -625,8 +624,8 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
         ),
     ],
 )
-def test_folder_that_cannot_be_loaded_safely_is_refused(changes, said, tmp_path):
-    with pytest.raises(AssetError, match=said):
+def test_folder_that_cannot_be_loaded_safely_is_refused(changes, fault, tmp_path):
+    with pytest.raises(AssetError, match=fault):
         sources.resolve_model(str(_model_folder(tmp_path / "model", changes)))
 
 
@@ -671,13 +670,14 @@ def test_path_that_is_absent_is_not_taken_for_a_hub_name(name, tmp_path):
 
 @pytest.fixture
 def snapshot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict]:
-    """A hub cache that holds MODEL under every name; what it was asked for."""
+    """A hub cache that holds MODEL under every name; what was requested."""
     folder = _model_folder(tmp_path / "cache" / "models--a--b" / "snapshots" / "c0ffee")
-    asked = []
+    requested = []
     monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **named: asked.append({"name": name, **named}) or str(folder)
+        "huggingface_hub.snapshot_download",
+        lambda name, **named: requested.append({"name": name, **named}) or str(folder),
     )
-    return asked
+    return requested
 
 
 def test_hub_model_is_known_by_its_commit_and_holds_no_pickle(snapshot):
@@ -889,7 +889,7 @@ def test_two_conversions_at_once_agree(fake_conversion, project, monkeypatch):
 def converted() -> Path:
     """The bundled model, really converted: the project's own, since a conversion takes some 15 seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
+        patch.setattr(bundled, "MODELS_DIR", PROJECT_ROOT / "data" / "models")
         return sources.resolve_model("smollm2-135m-instruct").folder
 
 

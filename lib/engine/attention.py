@@ -1,9 +1,7 @@
 """Attention over a prompt prefix that all rows share, and the slots that hold each row's own keys and values.
 
-Registered with transformers' attention interface; no model is patched. Rows travel packed as one sequence of N tokens
-(no padding in linear layers). Each token attends to the shared prefix and to its own row; the two results are merged
+Rows travel packed, without padding. Each token attends to the shared prefix and to its own row; both results are merged
 exactly by their log-sum-exp (Hydragen, arXiv 2402.05099, section 3; FlashInfer's cascade inference).
-
 Letters in shapes: N tokens of one step, B rows that decode, R rows that enter, T their longest, Hkv key/value heads,
 G query heads per key/value head, D head size, P prefix length, S capacity of a slot.
 """
@@ -34,7 +32,7 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class PackedStep:
-    """Where the packed tokens of a pass belong: one token per decoding row (slots 0, 1, ...), then complete rows that enter."""
+    """Where the tokens of a pass belong: one per decoding row (slots 0, 1, ...), then complete rows that enter."""
 
     input_ids: Tensor  # (1, N)
     position_ids: Tensor  # (1, N), counted from the start of the prompt
@@ -58,12 +56,8 @@ class SlotCache(Cache):
         self.prefix: SharedPrefix | None = None
         self.step: PackedStep | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return self.slots[0].device
-
     def reserve(self, length: int) -> None:
-        """Make every slot hold ``length`` tokens; they grow with the rows, because slices would be copied at each step."""
+        """Make every slot hold ``length`` tokens; slots grow with the rows: slices would be copied at each step."""
         if length <= self.capacity:
             return
         self.capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
@@ -72,10 +66,6 @@ class SlotCache(Cache):
             # Zeros and not empty memory: a masked position weighs 0, and 0 times a leftover NaN would be NaN.
             self.slots[layer] = old.new_zeros((*outer, self.capacity, size))
             self.slots[layer][..., :used, :] = old
-
-    def begin(self, step: PackedStep, prefix: SharedPrefix | None) -> None:
-        """Set what the coming forward pass works on."""
-        self.step, self.prefix = step, prefix
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple:
         """Write ``key`` and ``value`` (1, Hkv, N, D) into the slots; return them for entering rows to attend to."""
@@ -110,7 +100,7 @@ def pack_step(
         offset: number of prefix tokens before each row's own.
         num_parked: slots at the front whose rows wait and are fed nothing; then no row may decode.
     """
-    device = cache.device
+    device = cache.slots[0].device
     lengths = [len(tokens) for tokens in entering]
     cache.reserve(max([cached + 1 for _, cached in decoding] + lengths))
     tokens = [token for token, _ in decoding] + [token for row in entering for token in row]
@@ -120,26 +110,20 @@ def pack_step(
     position = torch.tensor(positions, device=device)
     ends = torch.tensor([1] * len(decoding) + lengths, device=device).cumsum(0) - 1
     pad_index, unpad_index = _padding(lengths, device)
+    slot, heads = torch.tensor(slots, device=device), torch.arange(cache.num_kv_heads, device=device)
+    write_index = (slot[:, None] * cache.num_kv_heads + heads) * cache.capacity + position[:, None]
+    beyond = torch.arange(cache.capacity, device=device) > position[: len(decoding), None]
+    decode_mask = torch.zeros(beyond.shape, device=device)
     return PackedStep(
         input_ids=torch.tensor([tokens], device=device),
         position_ids=position[None] + offset,
-        write_index=_write_index(cache, torch.tensor(slots, device=device), position),
+        write_index=write_index.flatten(),
         last_index=ends,
         num_decoding=len(decoding),
-        decode_mask=_decode_mask(position[: len(decoding)], cache.capacity),
+        decode_mask=decode_mask.masked_fill_(beyond, -torch.inf)[:, None, None],
         pad_index=pad_index,
         unpad_index=unpad_index,
     )
-
-
-def _write_index(cache: SlotCache, slot: Tensor, position: Tensor) -> Tensor:
-    heads = torch.arange(cache.num_kv_heads, device=slot.device)
-    return ((slot[:, None] * cache.num_kv_heads + heads) * cache.capacity + position[:, None]).flatten()
-
-
-def _decode_mask(last: Tensor, capacity: int) -> Tensor:
-    beyond = torch.arange(capacity, device=last.device) > last[:, None]
-    return torch.zeros(beyond.shape, device=last.device).masked_fill_(beyond, -torch.inf)[:, None, None]
 
 
 def _padding(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -150,20 +134,12 @@ def _padding(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     return start + torch.minimum(column, length - 1), unpad_index
 
 
-# --- steps --------------------------------------------------------------------------------------------------------
-
-
 def forward_step(model: PreTrainedModel, cache: SlotCache, step: PackedStep, prefix: SharedPrefix | None) -> Tensor:
     """Logits (rows, vocabulary) after each row's last token; only those go through the output layer."""
-    cache.begin(step, prefix)
+    cache.step, cache.prefix = step, prefix
     decoder = getattr(model, model.base_model_prefix)
-    hidden = decoder(
-        input_ids=step.input_ids,
-        position_ids=step.position_ids,
-        past_key_values=cache,
-        use_cache=True,
-        slot_cache=cache,
-    ).last_hidden_state[0]
+    tokens = {"input_ids": step.input_ids, "position_ids": step.position_ids}
+    hidden = decoder(**tokens, past_key_values=cache, use_cache=True, slot_cache=cache).last_hidden_state[0]
     return model.get_output_embeddings()(hidden[step.last_index])
 
 
@@ -172,9 +148,6 @@ def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> SharedPrefi
     cache = SlotCache(model.config, 1, model.dtype, model.device)
     forward_step(model, cache, pack_step(cache, [], [tokens], 0), None)
     return SharedPrefix(tuple(tokens), tuple(slots[..., : len(tokens), :].contiguous() for slots in cache.slots))
-
-
-# --- attention ----------------------------------------------------------------------------------------------------
 
 
 def shared_prefix_attention(
@@ -188,13 +161,15 @@ def shared_prefix_attention(
     slot_cache: SlotCache,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """A layer's attention: ``query`` (1, Hkv * G, N, D), fresh ``key``, ``value`` (1, Hkv, N, D) -> (1, N, Hkv * G, D)."""
+    """Attention of ``query`` (1, Hkv * G, N, D) to fresh ``key``, ``value`` (1, Hkv, N, D): (1, N, Hkv * G, D)."""
     step, slots = slot_cache.step, slot_cache.slots[module.layer_idx]
     num_kv_heads = key.shape[1]
     grouped = query[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # (N, Hkv, G, D)
     parts = []
     if step.num_decoding:
-        parts.append(_attend_decoding(grouped[: step.num_decoding], slots, step, scaling))
+        # One token per row against its own slot.
+        key_and_value, first = slots[:, : step.num_decoding], grouped[: step.num_decoding]
+        parts.append(attend_by_products(first, *key_and_value, scaling, mask=step.decode_mask))
     if len(step.unpad_index):
         fresh = [states[0].transpose(0, 1)[step.num_decoding :] for states in (key, value)]
         parts.append(_attend_entering(grouped[step.num_decoding :], *fresh, step, scaling))
@@ -203,12 +178,6 @@ def shared_prefix_attention(
         prefix = _attend_prefix(grouped, slot_cache.prefix.layers[module.layer_idx], scaling)
         out = merge(out, log_sum, *prefix)
     return out.flatten(1, 2)[None].to(query.dtype), None
-
-
-def _attend_decoding(query: Tensor, slots: Tensor, step: PackedStep, scale: float) -> tuple[Tensor, Tensor]:
-    """One token per row against its own slot: (B, Hkv, G, D) and log-sums (B, Hkv, G)."""
-    key, value = slots[:, : step.num_decoding]
-    return attend_by_products(query, key, value, scale, mask=step.decode_mask)
 
 
 def _attend_entering(
@@ -226,11 +195,8 @@ def _attend_prefix(query: Tensor, prefix: Tensor, scale: float) -> tuple[Tensor,
     """All N tokens against the one prefix, as one product per key/value head: (N, Hkv, G, D) and (N, Hkv, G)."""
     num_tokens, _, group, _ = query.shape
     folded = query.transpose(0, 1).flatten(1, 2)[None]  # (1, Hkv, N * G, D)
-    out, log_sum = attend(folded, *prefix, scale)
-    return (
-        out[0].unflatten(1, (num_tokens, group)).transpose(0, 1),
-        log_sum[0].unflatten(1, (num_tokens, group)).transpose(0, 1),
-    )
+    out, log_sum = (part[0].unflatten(1, (num_tokens, group)) for part in attend(folded, *prefix, scale))
+    return out.transpose(0, 1), log_sum.transpose(0, 1)
 
 
 def merge(out: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) -> Tensor:
@@ -257,13 +223,11 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
         out, log_sum = _attend_by_kernel(*(state.flatten(0, 1) for state in states), scale, causal=True)
         return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
     parts = []
-    for portion, last in zip(query.split(NUM_QUERIES, dim=-2), _ends(query.shape[-2]), strict=True):
-        parts.append(_attend_to_last(portion, key[..., :last, :], value[..., :last, :], scale))
+    for start in range(0, query.shape[-2], NUM_QUERIES):
+        last = start + NUM_QUERIES
+        queries = query[..., start:last, :]
+        parts.append(_attend_to_last(queries, key[..., :last, :], value[..., :last, :], scale))
     return torch.cat([out for out, _ in parts], dim=-2), torch.cat([log_sum for _, log_sum in parts], dim=-1)
-
-
-def _ends(length: int) -> list[int]:
-    return [min(start + NUM_QUERIES, length) for start in range(0, length, NUM_QUERIES)]
 
 
 def _attend_to_last(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

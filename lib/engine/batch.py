@@ -1,6 +1,5 @@
 """The rows of a batch on their way through the model."""
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,13 +35,7 @@ class PromptRow:
 class SlotBatch:
     """The rows under way: row ``i`` of ``active`` has its keys and values in slot ``i``."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prefix: SharedPrefix | None,
-        num_slots: int,
-        stats: EngineStats,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prefix: SharedPrefix | None, num_slots: int, stats: EngineStats) -> None:
         self.model, self.prefix, self.stats = model, prefix, stats
         self.cache = SlotCache(model.config, num_slots, model.dtype, model.device)
         self.active: list[PromptRow] = []
@@ -60,10 +53,9 @@ class SlotBatch:
     def forward(self, num_parked: int = 0) -> Tensor:
         """Feed each row the tokens not in its slot yet; logits (rows, vocabulary) after the last token of each row fed.
 
-        A failure changes nothing but the slots, so the rows can start again. With ``num_parked``, the first so many rows
-        are fed nothing, and all others must be rows that enter.
+        A failure changes nothing but the slots, so the rows can start again. The first ``num_parked`` rows are fed
+        nothing, and all others must then be rows that enter.
         """
-        start = time.perf_counter()
         fed = self.active[num_parked:]
         decoding = [(row.tokens[row.cached], row.cached) for row in fed if row.cached]
         entering = [row.tokens for row in fed if not row.cached]
@@ -72,7 +64,7 @@ class SlotBatch:
         logits = forward_step(self.model, self.cache, step, self.prefix)
         for row in fed:
             row.cached = len(row.tokens)
-        self._count(bool(entering), time.perf_counter() - start)
+        self.stats.peak_rows = max(self.stats.peak_rows, len(self.active))
         return logits
 
     def remove_finished(self, reasons: Sequence[FinishReason | None]) -> list[tuple[PromptRow, FinishReason]]:
@@ -86,21 +78,9 @@ class SlotBatch:
                     self.active[position] = last
         return finished
 
-    def _count(self, prefill: bool, seconds: float) -> None:
-        self.stats.num_steps += 1
-        self.stats.peak_rows = max(self.stats.peak_rows, len(self.active))
-        if prefill:
-            self.stats.prefill_s += seconds
-        else:
-            self.stats.decode_s += seconds
-
 
 def score_labels(batch: SlotBatch, waiting: deque[PromptRow], labels: list[list[int]]) -> Tensor:
-    """Log-probabilities (rows, labels) in float32 on the CPU, for as many waiting rows as there are slots.
-
-    Prompts are read in portions, the labels' further tokens for all rows at once: such a step costs as much for one row
-    as for many.
-    """
+    """Log-probabilities (rows, labels) in float32 on the CPU; the labels' further tokens go for all rows at once."""
     portions = []
     while waiting and len(batch.active) < batch.cache.num_slots:
         num_parked = len(batch.active)

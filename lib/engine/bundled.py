@@ -62,10 +62,7 @@ def convert_once(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _read_once() -> Iterator[None]:
-    """Parse a GGUF file once and from memory, with the same result.
-
-    transformers parses it three times, each by some 400,000 slices of a memory map: half a minute for 98 MB.
-    """
+    """Parse a GGUF file once and from memory: transformers does it three times, half a minute for 98 MB."""
     import gguf
     import numpy as np
 
@@ -101,7 +98,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _split_digits(tokenizer: Any) -> None:
-    """Restore the pre-tokenizer ``smollm``, which transformers' GGUF reader drops: "\\n\\n12" would be split wrongly."""
+    """Restore the pre-tokenizer ``smollm``, which transformers' GGUF reader drops: it splits "\\n\\n12" rightly."""
     from tokenizers import pre_tokenizers
 
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,7 +1,4 @@
-"""Dequantised weights kept in ``data/models/dense/`` (may be deleted at any time).
-
-A CPU takes seconds per hundred million weights to pack to NF4, a run loads its models a dozen times.
-"""
+"""Dequantised weights kept in ``data/models/dense/`` (may be deleted): packing takes a CPU half a minute or more."""
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -21,12 +18,9 @@ NOTE = "made_from.json"
 
 def identity(weight_files: list[Path], **more: Any) -> dict[str, Any]:
     """What dequantised weights depend on: the weight files' bytes, and what the caller adds (dtype, versions)."""
-    return {"weights": {path.name: _sha256(path, *_state(path)) for path in weight_files}, **more}
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    states = {path: path.stat() for path in weight_files}
+    hashes = {path.name: _sha256(path, state.st_size, state.st_mtime_ns) for path, state in states.items()}
+    return {"weights": hashes, **more}
 
 
 @cache
@@ -41,7 +35,7 @@ def load_or_make(
     load: Callable[[Path], PreTrainedModel],
     make: Callable[[], PreTrainedModel],
 ) -> PreTrainedModel:
-    """The model as kept for ``made_from``, or made now and kept, unless it is small or the disk is full or read-only."""
+    """The model as kept for ``made_from``, or made and kept, unless it is small or the disk is full or read-only."""
     if num_bytes < MIN_BYTES:
         return make()
     folder = CACHE_DIR / sha256_json(made_from)[:16]

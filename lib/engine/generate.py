@@ -1,9 +1,7 @@
-"""Many prompts in, texts or label probabilities out: the one place where the project has an engine.
+"""Many prompts in, texts or label probabilities out: greedy, or by seeded draws that do not depend on other rows.
 
-Decoding is greedy without any logits processor, or by seeded draws that do not depend on the rows beside them. The
-common prefix of all prompts is computed once (`attention`), finished rows are replaced by waiting ones, and the batch
-is as large as memory allows; it halves, with a warning, when memory runs out. Models with another kind of attention go
-through ``model.generate``.
+The common prefix of all prompts is computed once (`attention`), finished rows are replaced by waiting ones, and the
+batch halves, with a warning, when memory runs out. Other kinds of attention go through ``model.generate``.
 """
 
 import time
@@ -11,7 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import permutations, takewhile
 from pathlib import Path
 
 import torch
@@ -37,10 +35,7 @@ MEMORY_SHARE = 0.7
 
 
 class Engine:
-    """Generation, greedy or sampled, and label scoring for one model in eval mode, whose weights must not change.
-
-    ``batch_size`` is the most rows at a time; 0 derives it from the free memory of the device.
-    """
+    """Generation, greedy or sampled, and label scoring; the model is in eval mode, and its weights must not change."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 0) -> None:
         if model.training:
@@ -57,16 +52,13 @@ class Engine:
 
     def describe(self) -> dict[str, object]:
         """What runs and why, for the record of a run."""
-        return {
-            "engine": "plain batches" if self.refusal else "shared prefix",
-            "why": self.refusal or f"{type(self.model).__name__} with full attention in every layer",
-            "decoding": "greedy, no logits processor",
-            "stop_token_ids": sorted(self.stop_ids),
-            "stop_tokens": [self.tokenizer.decode([token]) for token in sorted(self.stop_ids)],
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": str(self.model.device),
-            "batch_size": self.batch_size or f"at most {MAX_ROWS}, from free memory",
-        }
+        stop_ids = sorted(self.stop_ids)
+        described = {"engine": "plain batches" if self.refusal else "shared prefix"}
+        described["why"] = self.refusal or f"{type(self.model).__name__} with full attention in every layer"
+        described |= {"decoding": "greedy, no logits processor", "stop_token_ids": stop_ids}
+        described["stop_tokens"] = [self.tokenizer.decode([token]) for token in stop_ids]
+        described |= {"dtype": str(self.model.dtype).removeprefix("torch."), "device": str(self.model.device)}
+        return described | {"batch_size": self.batch_size or f"at most {MAX_ROWS}, from free memory"}
 
     def generate(
         self,
@@ -120,8 +112,7 @@ class Engine:
     ) -> list[list[float]]:
         """How likely each label begins the answer: per conversation one probability per label, with the sum 1.
 
-        A label's log-probability is the sum over its tokens (``UNSAFE`` may be two). Raises ValueError for fewer than two
-        labels, an empty one, or one whose tokens begin another's.
+        A label's log-probability is the sum over its tokens (``UNSAFE`` may be two).
         """
         label_ids = self._encode_labels(labels)
         results: dict[int, list[float]] = {}
@@ -136,8 +127,6 @@ class Engine:
             if prompts:
                 way(prompts, label_ids, emit)
         return [results[index] for index in range(len(prompts))]
-
-    # --- what both kinds of call share ---
 
     @contextmanager
     def _call(self, conversations: Sequence[Conversation], num_new_tokens: int) -> Iterator[list[list[int]]]:
@@ -172,18 +161,16 @@ class Engine:
         label_ids = [self.tokenizer(label, add_special_tokens=False)["input_ids"] for label in labels]
         if len(labels) < 2 or not all(label_ids):
             raise ValueError(f"labels are {list(labels)!r}; allowed: two or more that are not empty")
-        for one in range(len(labels)):
-            for other in range(len(labels)):
-                if one != other and label_ids[other][: len(label_ids[one])] == label_ids[one]:
-                    raise ValueError(f"the tokens of label {labels[one]!r} begin those of {labels[other]!r}")
+        for (one, ids), (other, other_ids) in permutations(zip(labels, label_ids, strict=True), 2):
+            if other_ids[: len(ids)] == ids:
+                raise ValueError(f"the tokens of label {one!r} begin those of {other!r}")
         return label_ids
 
     def _shared_rows(self, prompts: Sequence[Sequence[int]]) -> deque[PromptRow]:
         """The rows without the tokens they share, longest first, so that the longest do not run alone at the end."""
         shared = self._find_prefix(prompts)
         self.stats.num_prefix_tokens = shared
-        rows = [PromptRow(index, list(prompt[shared:]), len(prompt)) for index, prompt in enumerate(prompts)]
-        return deque(sorted(rows, key=lambda row: len(row.prompt), reverse=True))
+        return deque(_longest_first(prompts, shared))
 
     def _find_prefix(self, prompts: Sequence[Sequence[int]]) -> int:
         """Length of the prefix to share; its keys and values are ready afterwards."""
@@ -196,9 +183,7 @@ class Engine:
         self._prefix = None
         if len(prompts) < 2 or common < MIN_PREFIX_TOKENS:
             return 0
-        start = time.perf_counter()
         self._prefix = compute_prefix(self.model, prompts[0][:common])
-        self.stats.prefill_s += time.perf_counter() - start
         return common
 
     def _with_halving(self, num_rows: int, attempt: Callable[[int], None]) -> None:
@@ -255,8 +240,6 @@ class Engine:
         text = self.tokenizer.decode(row.output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Completion(text, finish_reason, len(row.output), row.num_prompt_tokens, tuple(row.output))
 
-    # --- shared prefix ---
-
     def _generate_shared(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable, pick: Picker) -> None:
         waiting = self._shared_rows(prompts)
 
@@ -289,8 +272,6 @@ class Engine:
 
         self._in_slots(waiting, run, max(map(len, labels)), SCORED_ROWS)
 
-    # --- plain way ---
-
     def _generate_plain(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable, pick: Picker) -> None:
         def run(rows: list[PromptRow]) -> None:
             prompts_here = [row.prompt for row in rows]
@@ -315,11 +296,7 @@ class Engine:
         self, prompts: list[list[int]], run: Callable[[list[PromptRow]], None], num_new_tokens: int
     ) -> None:
         """Batches of rows of like length, longest first; their order does not depend on what ran before."""
-        rows = sorted(
-            (PromptRow(index, list(prompt), len(prompt)) for index, prompt in enumerate(prompts)),
-            key=lambda row: len(row.prompt),
-            reverse=True,
-        )
+        rows = _longest_first(prompts)
         capacity = max(len(row.prompt) for row in rows) + num_new_tokens
 
         def attempt(num_rows: int) -> None:
@@ -329,6 +306,11 @@ class Engine:
                 del rows[:num_rows]
 
         self._with_halving(self._num_slots(len(rows), capacity), attempt)
+
+
+def _longest_first(prompts: Sequence[Sequence[int]], num_shared: int = 0) -> list[PromptRow]:
+    rows = [PromptRow(index, list(prompt[num_shared:]), len(prompt)) for index, prompt in enumerate(prompts)]
+    return sorted(rows, key=lambda row: len(row.prompt), reverse=True)
 
 
 def load_engine(
@@ -379,11 +361,12 @@ class Models:
 
     def untuned(self) -> LazyGenerator:
         """The base model itself."""
-        return self._add(None, 1.0)
+        return self.tuned(None)
 
-    def tuned(self, adapter_dir: Path, scale: float = 1.0) -> LazyGenerator:
+    def tuned(self, adapter_dir: Path | None, scale: float = 1.0) -> LazyGenerator:
         """The base model with the adapter's effect times ``scale`` merged in."""
-        return self._add(adapter_dir, scale)
+        self._made.append(LazyGenerator(self._load, adapter_dir, scale))
+        return self._made[-1]
 
     @property
     def work_s(self) -> float:
@@ -394,10 +377,6 @@ class Models:
         """Drop what is in memory."""
         for generator in self._made:
             generator.close()
-
-    def _add(self, adapter_dir: Path | None, scale: float) -> LazyGenerator:
-        self._made.append(LazyGenerator(self._load, adapter_dir, scale))
-        return self._made[-1]
 
     def _load(self, adapter_dir: Path | None, scale: float) -> Engine:
         self.close()

@@ -47,7 +47,7 @@ class Sampling:
 
 @dataclass
 class EngineStats:
-    """What the last call cost. ``prefill_s`` counts every step in which a prompt was read, the prefix included."""
+    """What the last call cost."""
 
     wall_s: float = 0.0
     num_rows: int = 0
@@ -55,9 +55,6 @@ class EngineStats:
     tokens_per_s: float = 0.0
     num_prefix_tokens: int = 0
     peak_rows: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    num_steps: int = 0
     num_halvings: int = 0
 
 
@@ -115,13 +112,9 @@ class LazyGenerator:
         return self._closed_s + (self._engine.work_s if self._engine else 0.0)
 
     @property
-    def stats(self) -> EngineStats | None:
-        return self._engine.stats if self._engine else None
-
-    @property
     def speed_text(self) -> str:
         """What the last call cost, in words; rows that were already there cost nothing."""
-        stats = self.stats
+        stats = self._engine.stats if self._engine else None
         if not stats or not stats.num_rows:
             return "Every row was already there: nothing was generated."
         per_s = f"{stats.num_rows / stats.wall_s:.2f} rows/s, {stats.num_output_tokens / stats.wall_s:.0f} tokens/s"

@@ -22,13 +22,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lib.engine import dense_cache
@@ -60,9 +56,6 @@ class ModelError(Exception):
     """A model, tokenizer, device or dtype cannot be used; the text says what is allowed and what to do."""
 
 
-# --- device and dtype ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Runtime:
     """Where the model runs and in which dtype, and why."""
@@ -83,10 +76,12 @@ def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtim
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is 'cuda' but torch sees no CUDA GPU here; use device: auto or cpu")
     chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    found = "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
     name, why = _fastest_dtype(chosen) if compute_dtype == "auto" else (compute_dtype, "requested")
     if chosen == "cpu" and name == "float16":
         raise ModelError("compute_dtype is 'float16' on the CPU, where it is slow and overflows; use auto or float32")
-    return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({_why_device(device, chosen)}), {name} ({why})")
+    why_device = "requested" if device != "auto" else found
+    return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({why_device}), {name} ({why})")
 
 
 def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -94,18 +89,11 @@ def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
         raise ModelError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _why_device(wanted: str, chosen: str) -> str:
-    if wanted != "auto":
-        return "requested"
-    return "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
-
-
 def _fastest_dtype(device: str) -> tuple[str, str]:
     if device == "cuda":
         # torch.cuda.is_bf16_supported() also answers yes for GPUs that only emulate it, a T4 among them.
-        capability = torch.cuda.get_device_capability()
-        real = capability[0] >= 8
-        return ("bfloat16" if real else "float16"), f"compute capability {capability[0]}.{capability[1]}"
+        major, minor = torch.cuda.get_device_capability()
+        return ("bfloat16" if major >= 8 else "float16"), f"compute capability {major}.{minor}"
     capabilities = torch.cpu.get_capabilities()
     found = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name, False)]
     return ("bfloat16", f"the CPU has {found[0]}") if found else ("float32", "the CPU has no bfloat16 instructions")
@@ -118,15 +106,8 @@ def _device_name(device: str) -> str:
     return f"CPU with {num_threads} {'thread' if num_threads == 1 else 'threads'}"
 
 
-# --- tokenizer and prompts ----------------------------------------------------------------------------------------
-
-
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``, with a pad token and a chat template that takes a system message.
-
-    The pad token differs from end-of-sequence where the vocabulary allows; nothing relies on that, batches are masked
-    by position. Raises ModelError without a chat template, or with one that cannot show a system message.
-    """
+    """The tokenizer in ``folder``, with a pad token and a chat template that takes a system message, or ModelError."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ModelError(f"the tokenizer in {folder} has no chat template; use an instruct model's tokenizer")
@@ -165,24 +146,15 @@ def place_of_system_message(tokenizer: PreTrainedTokenizerBase) -> str:
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool = True
 ) -> list[int]:
-    """Token ids of a conversation: the one rendering that training, evaluation and the judge share.
-
-    Thinking is always off: where a template has the switch (Qwen3), the prompt ends in an empty thinking block.
-    """
-    return tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=True,
-        return_dict=False,
-        add_generation_prompt=add_generation_prompt,
-        enable_thinking=False,
-    )
+    """Token ids for training, evaluation and the judge alike; thinking is always off (Qwen3: an empty block)."""
+    how = {"tokenize": True, "return_dict": False, "enable_thinking": False}
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=add_generation_prompt, **how)
 
 
 def render_completion(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Prompt and completion ids of a conversation that ends in an assistant turn, split where generation begins.
 
-    Raises ModelError where the template renders the prompt of a finished turn differently: such a row would teach what
-    evaluation never shows.
+    Raises ModelError where a finished turn's prompt is rendered differently: evaluation would never show such a row.
     """
     if not messages or messages[-1]["role"] != "assistant":
         raise ModelError("the last message of a training conversation must have the role 'assistant'")
@@ -216,25 +188,15 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted(ids - {None})
 
 
-# --- models -------------------------------------------------------------------------------------------------------
-
-
 def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
-    """The base model on the runtime's device: ``nf4`` packed in 4 bits with double quantisation, ``none`` plain.
-
-    Packed weights are for training only (module docstring). Embeddings and the output layer are never quantised.
-    """
+    """The base model: ``nf4`` packed with double quantisation, for training only (module docstring), or plain."""
     _require_one_of("quantization", quantization, QUANTIZATIONS)
     _weight_files(Path(folder))
     with quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=runtime.dtype,
-            device_map={"": runtime.device},
-            quantization_config=nf4_config(runtime.dtype) if quantization == "nf4" else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        packed = nf4_config(runtime.dtype) if quantization == "nf4" else None
+        how = {"dtype": runtime.dtype, "device_map": {"": runtime.device}, "quantization_config": packed}
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **how, **safe)
     return model.requires_grad_(False)
 
 
@@ -266,14 +228,12 @@ def load_for_training(
 ) -> PreTrainedModel:
     """The frozen base in train mode, ready for LoRA; ``say`` gets which weights it holds and why.
 
-    ``dense`` keeps the dequantised NF4 weights, the same function as ``packed`` without unpacking them in every step,
-    at 2 (bfloat16) instead of 0.52 bytes per weight; ``auto`` takes it wherever memory allows.
+    ``dense`` keeps dequantised NF4 weights: ``packed``'s function, faster, at 2 (bfloat16) instead of 0.52 bytes each.
     """
     _require_one_of("weights", weights, ("auto", "dense", "packed"))
     choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)
     say(f"weights: {reason}")
-    dense = choice == "dense"
-    load = _load_dequantized if dense else load_base
+    load = _load_dequantized if choice == "dense" else load_base
     return load(Path(folder), runtime, quantization).train()
 
 
@@ -287,12 +247,8 @@ def peak_memory_gib(device: str) -> float:
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 with double quantisation (QLoRA, arXiv 2305.14314)."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-    )
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, **nf4, bnb_4bit_compute_dtype=compute_dtype)
 
 
 def _dequantize(model: PreTrainedModel) -> PreTrainedModel:

@@ -60,7 +60,7 @@ def generate_batch(
     stop_ids: Iterable[int],
     draw: LogitsProcessor | None = None,
 ) -> list[list[int]]:
-    """``model.generate`` over left-padded prompts: new tokens per row, with what follows a stop token; greedy without ``draw``."""
+    """``model.generate`` over left-padded prompts: new tokens per row, with what follows a stop token."""
     input_ids, attention_mask = left_pad(prompts, model.device)
     drawing = {"logits_processor": LogitsProcessorList([draw])} if draw else {}
     with own_generation_config(model, greedy_config(max_new_tokens, stop_ids)):
@@ -73,13 +73,8 @@ def score_batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], label:
     input_ids, attention_mask = left_pad([[*prompt, *label] for prompt in prompts], model.device)
     position_ids = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
     # The last logits but one for each label token: what was predicted in its place.
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        logits_to_keep=len(label) + 1,
-    ).logits[:, -len(label) - 1 : -1]
+    places = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+    logits = model(**places, use_cache=False, logits_to_keep=len(label) + 1).logits[:, -len(label) - 1 : -1]
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
     target = torch.tensor(label, device=model.device)[None, :, None].expand(len(prompts), -1, 1)
     return log_probabilities.gather(-1, target).sum(dim=(1, 2))

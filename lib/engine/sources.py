@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,26 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lib.engine.bundled import (
-    BUNDLED_MODEL,
-    BUNDLED_NOTE,
-    GGUF_SHA256,
-    MODELS_DIR,
-    bundled_gguf,
-    convert_once,
-    is_converted,
-)
+from lib.engine import bundled
+from lib.record import lookup
 from lib.record.files import sha256_file, sha256_json
-from lib.record.lookup import (
-    ASSETS_VARIABLE,
-    AssetError,
-    AssetUnavailable,
-    Origin,
-    assets_folder,
-    failure_reason,
-    hub_is_offline,
-    own_path,
-)
+from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin
 from lib.record.paths import shown_path
 
 
@@ -47,20 +31,9 @@ class ModelSource:
 WEIGHT_FILES = "model*.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    WEIGHT_FILES,
-    INDEX_FILE,
-    "tokenizer*.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
+TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+CHAT_FILES = ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
+MODEL_FILES = ("config.json", "generation_config.json", WEIGHT_FILES, INDEX_FILE, *TOKENIZER_FILES, *CHAT_FILES)
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_WEIGHTS)
 SHARD_NAME = re.compile(r"model[\w.-]{0,100}\.safetensors", re.ASCII)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -70,10 +43,10 @@ def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offli
     """The folder of a causal language model, downloaded where it is missing.
 
     ``name`` is ``smollm2-135m-instruct`` (bundled, converted once), a folder, or a hub id, which is looked for in the
-    assets folder (``models/<org>__<name>`` or ``<name>``) before the hub. Raises AssetUnavailable where it is in none of
-    these places, AssetError where it is incomplete, not safetensors, unreadable, or needs code from its folder.
+    assets folder (``models/<org>__<name>`` or ``<name>``) before the hub. Raises AssetUnavailable where it is in none
+    of these, AssetError where it is incomplete, not safetensors, unreadable, or needs code from its folder.
     """
-    if name == BUNDLED_MODEL:
+    if name == bundled.BUNDLED_MODEL:
         return _resolve_bundled()
     with _named(f"model {_shortened(name)!r}"):
         source = _resolve_folder(name, MODEL_FILES, revision, assets_dir, offline)
@@ -82,10 +55,7 @@ def resolve_model(name: str, revision: str = "main", assets_dir: str = "", offli
 
 
 def resolve_adapter(checkpoint: str, base_model_name: str, assets_dir: str = "", offline: bool = False) -> ModelSource:
-    """The folder of a LoRA adapter made for ``base_model_name`` (compared without organisation, folder and case).
-
-    Raises AssetUnavailable where it cannot be found, AssetError where it is no readable LoRA of this base in safetensors.
-    """
+    """The folder of a LoRA adapter made for ``base_model_name``; AssetUnavailable, or AssetError where it is unfit."""
     with _named(f"checkpoint {_shortened(checkpoint)!r}"):
         source = _resolve_folder(checkpoint, ADAPTER_FILES, "main", assets_dir, offline)
         _check_adapter_folder(source.folder, checkpoint, base_model_name)
@@ -127,7 +97,9 @@ def _resolve_folder(name: str, patterns: tuple[str, ...], revision: str, assets_
     # No path of any system holds a null byte.
     for folder, origin in _candidate_folders(name, assets_dir) if "\0" not in name else []:
         if folder.is_dir():
-            return ModelSource(name, folder, _folder_identity(folder, patterns), origin)
+            files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+            digest = sha256_json([[file.name, sha256_file(file)] for file in files])
+            return ModelSource(name, folder, f"folder sha256:{digest[:12]}", origin)
     if not HUB_ID.fullmatch(name):
         raise AssetUnavailable(f"{name!r} is not a folder here, nor a hub id (<organisation>/<name>): fix the path")
     folder = _snapshot(name, revision, patterns, offline)
@@ -136,40 +108,30 @@ def _resolve_folder(name: str, patterns: tuple[str, ...], revision: str, assets_
 
 
 def _candidate_folders(name: str, assets_dir: str) -> list[tuple[Path, Origin]]:
-    assets = assets_folder(assets_dir)
+    assets = lookup.assets_folder(assets_dir)
     places = [assets / "models" / name.replace("/", "__"), assets / name.rsplit("/", 1)[-1]] if assets else []
-    return [
-        (own_path(name), "local folder"),
-        *((place, "assets folder") for place in places if HUB_ID.fullmatch(name)),
-    ]
-
-
-def _folder_identity(folder: Path, patterns: Sequence[str]) -> str:
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return f"folder sha256:{sha256_json([[file.name, sha256_file(file)] for file in files])[:12]}"
+    named = [(place, "assets folder") for place in places if HUB_ID.fullmatch(name)]
+    return [(lookup.own_path(name), "local folder"), *named]
 
 
 def _snapshot(name: str, revision: str, patterns: tuple[str, ...], offline: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, RevisionResolutionError
 
-    cached_only = offline or hub_is_offline()
+    cached_only = offline or lookup.hub_is_offline()
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=cached_only)
         )
     except (OSError, HTTPError, HFValidationError, RevisionResolutionError) as error:
-        raise AssetUnavailable(_hub_message(name, revision, cached_only, failure_reason(error))) from None
-
-
-def _hub_message(name: str, revision: str, cached_only: bool, reason: str) -> str:
-    tried = "is not in the hub's cache, and the network is switched off (offline)"
-    tried = tried if cached_only else "cannot be downloaded"
-    return (
-        f"{name!r} (revision {revision!r}) is not a folder here and {tried} [{reason}]: copy its folder to "
-        f"<assets>/models/{name.replace('/', '__')} and name <assets> with --assets or {ASSETS_VARIABLE}, point "
-        "HF_HOME to a cache that has it, or check the name and, where it is gated or private, set HF_TOKEN"
-    )
+        not_cached = "is not in the hub's cache, and the network is switched off (offline)"
+        tried = not_cached if cached_only else "cannot be downloaded"
+        raise AssetUnavailable(
+            f"{name!r} (revision {revision!r}) is not a folder here and {tried} [{lookup.failure_reason(error)}]: copy "
+            f"its folder to <assets>/models/{name.replace('/', '__')} and name <assets> with --assets or "
+            f"{ASSETS_VARIABLE}, point HF_HOME to a cache that has it, or check the name and, where it is gated or "
+            "private, set HF_TOKEN"
+        ) from None
 
 
 def _check_model_folder(folder: Path) -> None:
@@ -231,8 +193,8 @@ def _check_weights(folder: Path, pattern: str) -> None:
             with safe_open(file, "numpy"):
                 pass
         except SafetensorError as error:
-            message = f"{shown_path(file)} is not a complete safetensors file ({error}): fetch it again"
-            raise AssetError(message) from None
+            reason = f"is not a complete safetensors file ({error}): fetch it again"
+            raise AssetError(f"{shown_path(file)} {reason}") from None
 
 
 def _bare_name(model: str) -> str:
@@ -245,8 +207,9 @@ def _bare_name(model: str) -> str:
 
 
 def _resolve_bundled() -> ModelSource:
-    folder = MODELS_DIR / BUNDLED_MODEL
-    if not is_converted(folder):
-        convert_once(bundled_gguf(), folder)
-    made_from = f"gguf sha256:{GGUF_SHA256[:12]}, conversion {BUNDLED_NOTE['conversion']}"
-    return ModelSource(BUNDLED_MODEL, folder, f"bundled {BUNDLED_MODEL} ({made_from})", "bundled")
+    name, note = bundled.BUNDLED_MODEL, bundled.BUNDLED_NOTE
+    folder = bundled.MODELS_DIR / name
+    if not bundled.is_converted(folder):
+        bundled.convert_once(bundled.bundled_gguf(), folder)
+    made_from = f"gguf sha256:{bundled.GGUF_SHA256[:12]}, conversion {note['conversion']}"
+    return ModelSource(name, folder, f"bundled {name} ({made_from})", "bundled")

@@ -1,10 +1,10 @@
 """Checks of a training file: questions it must not hold, answers with a wrong number, rows that are too long.
 
-Questions are compared by their words and numbers (``gsm8k.normalise_question``): a reworded copy is not found here
-(``overlap`` finds shared n-grams). A row's number is its line in its file, from 1.
+Questions are compared by their words and numbers (``gsm8k.normalise_question``), reworded copies are left to
+``overlap``. A row's number is its line in its file, from 1.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,15 +13,7 @@ from lib import gsm8k
 
 Row = dict[str, Any]
 Action = Literal["refuse", "drop", "keep"]
-FaultKind = Literal[
-    "test question",
-    "wrong number",
-    "no number",
-    "few-shot question",
-    "development question",
-    "not learnable",
-    "too long",
-]
+FaultKind = str  # a key of MEANINGS
 
 # Decided on by `train_file_faults`. All others leave training whatever it says: a rewritten copy of GSM8K's train split
 # necessarily holds the questions of pool and development rows, and a row that is too long would teach a cut answer.
@@ -35,11 +27,6 @@ MEANINGS: dict[FaultKind, str] = {
     "development question": "asks what a development row of this run asks",
     "not learnable": "has an answer that cannot follow the prompt",
     "too long": "has more tokens than max_seq_length",
-}
-SOURCES: dict[str, str] = {
-    "test question": "test",
-    "few-shot question": "few-shot",
-    "development question": "development",
 }
 NUM_NAMED = 5
 
@@ -56,6 +43,15 @@ class Fault:
     kind: FaultKind
     reason: str
     file: str
+
+
+@dataclass(frozen=True)
+class File:
+    """Rows of a file with their lines in it, from 1; no lines: one row per line."""
+
+    rows: list[Row]
+    name: str
+    lines: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -86,18 +82,17 @@ def check_rows(
         action: on faults of ``DECIDED``: ``refuse`` raises TrainFileError, ``drop`` leaves rows out, ``keep`` reports.
         lines: of the rows in their file ``name``, from 1; empty: one row per line.
     """
-    places = {
-        "test question": _first_places(gsm8k_test),
-        "few-shot question": _first_places(fewshot),
-        "development question": _first_places(dev),
-    }
-    golds = _gold_numbers([*gsm8k_train, *gsm8k_test])
+    held_out = {"test": gsm8k_test, "few-shot": fewshot, "development": dev}
+    places = {name: _first_places(known) for name, known in held_out.items()}
+    golds: dict[str, list[str | None]] = defaultdict(list)
+    for row in (*gsm8k_train, *gsm8k_test):
+        golds[gsm8k.normalise_question(row["question"])].append(gsm8k.extract_answer(row["answer"]))
     questions = [gsm8k.normalise_question(row["question"]) for row in rows]
     lines = lines or range(1, len(rows) + 1)
     faults = []
     for line, question, row in zip(lines, questions, rows, strict=True):
-        found = [kind for kind, known in places.items() if question in known]
-        reasons = [(kind, f"it asks what {SOURCES[kind]} row {places[kind][question]} asks") for kind in found]
+        found = {source: known[question] for source, known in places.items() if question in known}
+        reasons = [(f"{source} question", f"it asks what {source} row {at} asks") for source, at in found.items()]
         reasons += _number_faults(row, golds.get(question, []))
         faults += [Fault(line, kind, reason, name) for kind, reason in reasons]
     decided = [fault for fault in faults if fault.kind in DECIDED]
@@ -114,13 +109,6 @@ def _first_places(rows: Sequence[Row]) -> dict[str, int]:
     for place, row in enumerate(rows, start=1):
         places.setdefault(gsm8k.normalise_question(row["question"]), place)
     return places
-
-
-def _gold_numbers(rows: Sequence[Row]) -> dict[str, list[str | None]]:
-    golds: dict[str, list[str | None]] = {}
-    for row in rows:
-        golds.setdefault(gsm8k.normalise_question(row["question"]), []).append(gsm8k.extract_answer(row["answer"]))
-    return golds
 
 
 def _number_faults(row: Row, golds: Sequence[str | None]) -> list[tuple[FaultKind, str]]:
@@ -146,52 +134,34 @@ def _refusal(faults: Sequence[Fault], num_rows: int, name: str) -> str:
     )
 
 
-def find_unlearnable(
-    tried: Sequence[Row],
-    reasons: Mapping[int, str],
-    *,
-    action: Action,
-    rows: Sequence[Row],
-    name: str,
-    lines: Sequence[int] = (),
-) -> list[Fault]:
-    """Faults of the rows ``tried`` by ``reasons`` (position -> why); the other arguments as in ``find_too_long``.
-
-    Raises TrainFileError under ``refuse``, or where no row would be left.
-    """
-    numbers = _line_numbers(rows, lines)
+def find_unlearnable(tried: Sequence[Row], reasons: Mapping[int, str], action: Action, file: File) -> list[Fault]:
+    """Faults of ``tried`` by ``reasons`` (position -> why); TrainFileError under ``refuse`` or if no row is left."""
+    numbers = _line_numbers(file)
     faults = [
-        Fault(numbers[tried[position]["question"], tried[position]["answer"]], "not learnable", reason, name)
+        Fault(numbers[tried[position]["question"], tried[position]["answer"]], "not learnable", reason, file.name)
         for position, reason in reasons.items()
     ]
     if faults and (action == "refuse" or len(faults) == len(tried)):
-        raise TrainFileError(_refusal(faults, len(tried), name))
+        raise TrainFileError(_refusal(faults, len(tried), file.name))
     return faults
 
 
-def _line_numbers(rows: Sequence[Row], lines: Sequence[int]) -> dict[tuple[str, str], int]:
+def _line_numbers(file: File) -> dict[tuple[str, str], int]:
     """Question and answer -> line, from 1; of equal rows the first."""
     numbers: dict[tuple[str, str], int] = {}
-    for line, row in zip(lines or range(1, len(rows) + 1), rows, strict=True):
+    for line, row in zip(file.lines or range(1, len(file.rows) + 1), file.rows, strict=True):
         numbers.setdefault((row["question"], row["answer"]), line)
     return numbers
 
 
-def find_too_long(
-    trained: Sequence[Row],
-    lengths: Sequence[int],
-    limit: int,
-    *,
-    rows: Sequence[Row],
-    name: str,
-    lines: Sequence[int] = (),
-) -> list[Fault]:
-    """Rows of more than ``limit`` tokens, named by ``lines`` of the loaded ``rows``; of equal rows the first is named."""
-    numbers = _line_numbers(rows, lines)
+def find_too_long(trained: Sequence[Row], lengths: Sequence[int], limit: int, file: File) -> list[Fault]:
+    """Rows of more than ``limit`` tokens, named by their line in ``file``; of equal rows, the first."""
+    numbers = _line_numbers(file)
+    reasons = [f"{length} tokens, max_seq_length is {limit}" if length > limit else "" for length in lengths]
     return [
-        Fault(numbers[row["question"], row["answer"]], "too long", f"{length} tokens, max_seq_length is {limit}", name)
-        for row, length in zip(trained, lengths, strict=True)
-        if length > limit
+        Fault(numbers[row["question"], row["answer"]], "too long", reason, file.name)
+        for row, reason in zip(trained, reasons, strict=True)
+        if reason
     ]
 
 
@@ -214,11 +184,6 @@ def fault_table(faults: Sequence[Fault], action: Action) -> list[dict[str, Any]]
 
 def first_offenders(faults: Sequence[Fault], per_kind: int = 2) -> list[dict[str, Any]]:
     """Rows of a table: the first faults of each kind, by file and row number, those of ``DECIDED`` first."""
-    shown = []
-    for kind in MEANINGS:
-        these = sorted((fault for fault in faults if fault.kind == kind), key=lambda fault: (fault.file, fault.row))
-        shown += [
-            {"row": str(fault.row), "what": kind, "reason": fault.reason, "file": fault.file}
-            for fault in these[:per_kind]
-        ]
-    return shown
+    by_row = sorted(faults, key=lambda fault: (fault.file, fault.row))
+    shown = [fault for kind in MEANINGS for fault in [one for one in by_row if one.kind == kind][:per_kind]]
+    return [{"row": str(one.row), "what": one.kind, "reason": one.reason, "file": one.file} for one in shown]

@@ -9,18 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from lib.record import lookup
 from lib.record.files import sha256_json, write_text
 from lib.record.locks import one_at_a_time
-from lib.record.lookup import (
-    ASSETS_VARIABLE,
-    AssetError,
-    AssetUnavailable,
-    Origin,
-    assets_folder,
-    failure_reason,
-    hub_is_offline,
-    own_path,
-)
+from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin, failure_reason
 from lib.record.paths import PROJECT_ROOT, shown_path
 from lib.record.text_files import TextFileError, decode_text, read_text
 from lib.safety import parse_prompts_csv, select_prompts
@@ -75,7 +67,6 @@ WITHOUT_TRAIN_FILE = (
     "--set train_source=self_distilled train_file= train_file_url="
 )
 GSM8K_HUB_ID = "openai/gsm8k"
-GSM8K_HUB_CONFIG = "main"
 # Content of the published splits: 7,473 and 1,319 rows.
 GSM8K_SHA256 = {
     "train": "d7258301a8643789aed45c15bbe328bb4ec398fa60c7eb290ba40ccff26cba9c",
@@ -94,29 +85,25 @@ CLASS_NUM_ROWS = 240
 def load_gsm8k(
     split: Literal["train", "test"], gsm8k_source: str = GSM8K_HUB_ID, assets_dir: str = "", offline: bool = False
 ) -> tuple[list[Row], Source]:
-    """Rows ``{"question", "answer"}`` of a GSM8K split, in the source's order.
+    """Rows ``question, answer`` of a split from ``openai/gsm8k`` or a folder with ``gsm8k_<split>.jsonl``.
 
-    ``gsm8k_source`` is ``openai/gsm8k``, or a folder with ``gsm8k_train.jsonl`` and ``gsm8k_test.jsonl``. Raises
-    AssetUnavailable where no source has it, AssetError where rows are malformed or are not the published ones.
+    Raises AssetUnavailable where no source has it, AssetError where rows are malformed or not the published ones.
     """
     file_name = f"gsm8k_{split}.jsonl"
     if gsm8k_source != GSM8K_HUB_ID:
-        file = own_path(gsm8k_source) / file_name
+        file = lookup.own_path(gsm8k_source) / file_name
         allowed = f"gsm8k_source is {gsm8k_source!r}; allowed: {GSM8K_HUB_ID!r}, or a folder with {file_name}"
         return _load_own(file, parse_question_rows, allowed)
     home, fetch = "https://github.com/openai/grade-school-math", partial(_gsm8k_from_hub, split)
     kept = (f"GSM8K {split}", RAW_DIR / file_name, parse_question_rows)
     item = _Published(*kept, "hub", fetch, GSM8K_SHA256[split], "MIT", home)
-    return _load_published(item, assets_dir, offline or hub_is_offline())
+    return _load_published(item, assets_dir, offline or lookup.hub_is_offline())
 
 
 def load_train_file(
     train_file: str, url: str = "", assets_dir: str = "", offline: bool = False
 ) -> tuple[list[Row], Source]:
-    """Rows of a JSON lines file: at its path, else of that name in the assets folder, else from ``url``.
-
-    Raises AssetUnavailable where it is in none of these places, AssetError with the number of a malformed line.
-    """
+    """Rows of a JSON lines file: at its path, else of that name in the assets folder, else from ``url``."""
     try:
         return _load_published(_train_file(train_file, url), assets_dir, offline)
     except AssetUnavailable as error:
@@ -131,7 +118,7 @@ def check_train_file(train_file: str, url: str = "", assets_dir: str = "", offli
 
 
 def _train_file(train_file: str, url: str) -> _Published:
-    target = own_path(train_file)
+    target = lookup.own_path(train_file)
     fetch = partial(download, url) if url else None
     return _Published(target.name, target, parse_question_rows, "url", fetch, sha256="", licence=UNSTATED, home=url)
 
@@ -185,7 +172,7 @@ def _gsm8k_from_hub(split: str) -> bytes:
     try:
         # First, because it fails at once: load_dataset alone retries for 23 s where there is no network.
         commit = HfApi().dataset_info(GSM8K_HUB_ID, timeout=10).sha
-        dataset = load_dataset(GSM8K_HUB_ID, GSM8K_HUB_CONFIG, split=split, revision=commit)
+        dataset = load_dataset(GSM8K_HUB_ID, "main", split=split, revision=commit)
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         how = f"put gsm8k_{split}.jsonl into data/raw or the assets folder (--assets, {ASSETS_VARIABLE})"
         raise AssetUnavailable(
@@ -209,11 +196,10 @@ def load_ailuminate(
     if ailuminate_source == "mlcommons":
         rows, source = _load_published(_mlcommons_csv(), assets_dir, offline)
     else:
-        path = own_path(ailuminate_source)
+        path = lookup.own_path(ailuminate_source)
         file = path if path.suffix == ".csv" else path / "ailuminate.csv"
-        allowed = "'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
-        found = f"ailuminate_source is {ailuminate_source!r}; allowed: {allowed}"
-        rows, source = _load_own(file, _parse_prompts, found)
+        allowed = "allowed: 'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
+        rows, source = _load_own(file, _parse_prompts, f"ailuminate_source is {ailuminate_source!r}; {allowed}")
     try:
         return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
     except ValueError as error:
@@ -223,9 +209,13 @@ def load_ailuminate(
 def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
     if prompt_set not in ("class240", "all"):
         raise AssetError(f"ailuminate_source 'class' holds the set class240 alone, not {prompt_set!r}: use 'mlcommons'")
-    rows, source = _load_published(_class_csv(), assets_dir, offline)
+    kept = ("AILuminate class CSV", RAW_DIR / CLASS_FILE, _parse_class_prompts)
+    item = _Published(*kept, "url", partial(download, CLASS_URL), "", UNSTATED, CLASS_URL)
+    rows, source = _load_published(item, assets_dir, offline)
     if _find_kept(_mlcommons_csv(), assets_dir):
-        rows = _join_hazards(rows, _load_published(_mlcommons_csv(), assets_dir, offline=True)[0])
+        # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
+        known = {row["prompt"]: row for row in _load_published(_mlcommons_csv(), assets_dir, offline=True)[0]}
+        rows = [{**row, **known.get(row["prompt"], {}), "id": row["id"]} for row in rows]
     return rows, source
 
 
@@ -233,11 +223,6 @@ def _mlcommons_csv() -> _Published:
     kept = ("AILuminate 1.0 demo", RAW_DIR / MLCOMMONS_FILE, _parse_prompts)
     fetch, home = partial(download, MLCOMMONS_URL), "https://github.com/mlcommons/ailuminate"
     return _Published(*kept, "url", fetch, MLCOMMONS_SHA256, "CC-BY-4.0", home)
-
-
-def _class_csv() -> _Published:
-    kept = ("AILuminate class CSV", RAW_DIR / CLASS_FILE, _parse_class_prompts)
-    return _Published(*kept, "url", partial(download, CLASS_URL), "", UNSTATED, CLASS_URL)
 
 
 def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
@@ -249,12 +234,6 @@ def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
     return rows
 
 
-def _join_hazards(rows: list[Row], known: list[Row]) -> list[Row]:
-    # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
-    by_prompt = {row["prompt"]: row for row in known}
-    return [{**row, **by_prompt.get(row["prompt"], {}), "id": row["id"]} for row in rows]
-
-
 def _parse_prompts(data: bytes, where: str) -> list[Row]:
     try:
         return parse_prompts_csv(_decode_text(data, where))
@@ -263,7 +242,7 @@ def _parse_prompts(data: bytes, where: str) -> list[Row]:
 
 
 def content_sha256(rows: Sequence[Row]) -> str:
-    """SHA-256 over the rows' content but the position ``id``, as canonical JSON: the same for JSON lines and parquet."""
+    """SHA-256 over the rows' content but ``id`` as canonical JSON: the same for JSON lines and parquet."""
     return sha256_json([{column: value for column, value in row.items() if column != "id"} for row in rows])
 
 
@@ -291,7 +270,7 @@ def _read_or_fetch(item: _Published, found: tuple[Path, Origin] | None, offline:
 def _find_kept(item: _Published, assets_dir: str) -> tuple[Path, Origin] | None:
     if item.target.is_file():
         return item.target, "data/raw" if item.target.parent == RAW_DIR else "local file"
-    assets = assets_folder(assets_dir)
+    assets = lookup.assets_folder(assets_dir)
     if assets and (assets / item.target.name).is_file():
         return assets / item.target.name, "assets folder"
     return None
@@ -344,23 +323,17 @@ MAX_DOWNLOAD_BYTES = 200_000_000
 
 
 def download(url: str) -> bytes:
-    """The complete body of an https ``url``; AssetUnavailable without one, AssetError for http or a far too large body."""
+    """The complete body of an https ``url``; AssetUnavailable without one, AssetError for http or a huge body."""
     # Imported here: a run whose files are kept needs no HTTP client.
     import httpx
 
-    def check_scheme(request: httpx.Request) -> None:
-        _check_scheme(str(request.url))
-
     _check_scheme(url)
     body = bytearray()
+    # The hook sees redirects before they are followed.
+    hooks = {"request": [lambda request: _check_scheme(str(request.url))]}
     try:
-        # The hook sees redirects before they are followed.
-        with (
-            httpx.Client(
-                follow_redirects=True, timeout=DOWNLOAD_TIMEOUT_S, event_hooks={"request": [check_scheme]}
-            ) as client,
-            client.stream("GET", url) as response,
-        ):
+        client = httpx.Client(follow_redirects=True, timeout=DOWNLOAD_TIMEOUT_S, event_hooks=hooks)
+        with client, client.stream("GET", url) as response:
             response.raise_for_status()
             for part in response.iter_bytes():
                 body += part

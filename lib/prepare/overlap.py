@@ -7,6 +7,7 @@ section 4), 10 lies between. Answers are not read, and a question of fewer than 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from lib import gsm8k
@@ -19,6 +20,7 @@ Ngram = tuple[str, ...]
 SIZES = (8, 10, 13)
 
 
+@lru_cache(maxsize=1 << 14)
 def normalised_words(text: str) -> list[str]:
     """Words and numbers of a text in one spelling (``gsm8k.plain_spelling``), without punctuation."""
     return re.findall(r"\w+", gsm8k.plain_spelling(text))
@@ -26,7 +28,7 @@ def normalised_words(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """A question (``row``: its ``test_index``, else ``id``) that shares at most ``size`` words with rows of a source."""
+    """A question (``row``: ``test_index``, else ``id``) that shares ``size`` words with rows of a source, at most."""
 
     row: int
     size: int
@@ -40,39 +42,35 @@ def find_overlaps(
     """Overlaps of evaluation questions with each source, the longest first; at most one per question and source."""
     if not sizes or min(sizes) < 1:
         raise ValueError(f"sizes are {list(sizes)}; allowed: numbers above 0, at least one")
-    words = [normalised_words(row["question"]) for row in rows]
-    found: list[Overlap] = []
+    longest: dict[tuple[str, int], Overlap] = {}
     for source, source_rows in sources.items():
-        source_words = [normalised_words(row["question"]) for row in source_rows]
-        longest: dict[int, Overlap] = {}
         for size in sorted(sizes):
-            for position, matches in _matches(words, source_words, size).items():
-                longest[position] = Overlap(row_id(rows[position]), size, source, matches)
-        found.extend(longest.values())
-    return sorted(found, key=lambda overlap: (-overlap.size, overlap.row, overlap.source))
+            for position, matches in _matches(rows, source_rows, size).items():
+                longest[source, position] = Overlap(row_id(rows[position]), size, source, matches)
+    return sorted(longest.values(), key=lambda overlap: (-overlap.size, overlap.row, overlap.source))
 
 
 def num_sharing(rows: Sequence[Row], source_rows: Sequence[Row], size: int) -> int:
     """How many questions of ``rows`` share ``size`` words in a row with a question of ``source_rows``."""
-    words, source_words = ([normalised_words(row["question"]) for row in each] for each in (rows, source_rows))
-    return len(_matches(words, source_words, size))
+    return len(_matches(rows, source_rows, size))
 
 
-def _matches(words: Sequence[list[str]], source_words: Sequence[list[str]], size: int) -> dict[int, list[int]]:
+def _matches(rows: Sequence[Row], source_rows: Sequence[Row], size: int) -> dict[int, list[int]]:
     """Position of a question -> positions of the source rows that share an n-gram of this size with it."""
     positions: dict[Ngram, set[int]] = {}
-    for position, question in enumerate(words):
-        for ngram in _ngrams(question, size):
+    for position, row in enumerate(rows):
+        for ngram in _ngrams(row["question"], size):
             positions.setdefault(ngram, set()).add(position)
     matches: dict[int, list[int]] = {}
-    for source_position, source_question in enumerate(source_words):
-        shared = positions.keys() & set(_ngrams(source_question, size))
+    for source_position, source_row in enumerate(source_rows):
+        shared = positions.keys() & set(_ngrams(source_row["question"], size))
         for position in set().union(*(positions[ngram] for ngram in shared)):
             matches.setdefault(position, []).append(source_position)
     return matches
 
 
-def _ngrams(words: Sequence[str], size: int) -> Iterator[Ngram]:
+def _ngrams(text: str, size: int) -> Iterator[Ngram]:
+    words = normalised_words(text)
     return zip(*(words[start:] for start in range(size)), strict=False)
 
 
@@ -95,15 +93,13 @@ class OverlapEffect:
 
     def record(self) -> dict[str, Any]:
         """JSON values, under the keys of ``comparison.json``."""
-        rates = {"clean": _record(self.clean), "overlapping": _record(self.overlapping)}
-        return {"size": self.size, "num_overlapping": self.num_overlapping, "share": self.share, **rates}
+        counts = {"size": self.size, "num_overlapping": self.num_overlapping, "share": self.share}
+        return {**counts, "clean": _record(self.clean), "overlapping": _record(self.overlapping)}
 
 
 def _record(rate: Rate | None) -> dict[str, Any]:
-    if rate is None:
-        return {"num_correct": 0, "num_rows": 0, "rate": None, "low": None, "high": None}
-    interval = {"low": rate.low, "high": rate.high}
-    return {"num_correct": rate.successes, "num_rows": rate.n, "rate": rate.share, **interval}
+    values = (rate.successes, rate.n, rate.share, rate.low, rate.high) if rate else (0, 0, None, None, None)
+    return dict(zip(("num_correct", "num_rows", "rate", "low", "high"), values, strict=True))
 
 
 def overlap_effects(
@@ -116,9 +112,6 @@ def overlap_effects(
     effects = []
     for size in sizes:
         touched = {overlap.row for overlap in overlaps if overlap.size >= size}
-        clean = [right for row, right in correct.items() if row not in touched]
-        overlapping = [right for row, right in correct.items() if row in touched]
-        effects.append(
-            OverlapEffect(size, *(Rate.of(outcomes) if outcomes else None for outcomes in (clean, overlapping)))
-        )
+        parts = ([right for row, right in correct.items() if (row in touched) == shares] for shares in (False, True))
+        effects.append(OverlapEffect(size, *(Rate.of(outcomes) if outcomes else None for outcomes in parts)))
     return effects

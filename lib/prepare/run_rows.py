@@ -1,26 +1,17 @@
 """The rows of a run: its data found, evaluation and training rows drawn, the training rows checked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lib import gsm8k
 from lib.prepare import audit, datasets
-from lib.prepare.audit import Fault
+from lib.prepare.audit import Fault, File
 from lib.prepare.datasets import Source
 from lib.prepare.self_distillation import OWN_ANSWERS, Distillation
 from lib.record.lookup import load_or_reason
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class File:
-    """Rows of a file with their lines in it, from 1; no lines: one row per line."""
-
-    rows: list[Row]
-    name: str
-    lines: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

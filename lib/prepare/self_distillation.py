@@ -1,9 +1,9 @@
 """Self-distilled training data: the model's own correct answers to the training questions, row by row and resumable.
 
-Training on these moves a model less than a person's solutions do (rejection sampling: Yuan et al. 2023, arXiv
-2308.01825; self-distillation: Yang et al. 2024, arXiv 2402.13669). **An interrupted run ends in the same bytes** on the
-same machine: a batch's shape decides rounding, so chunks never depend on what is answered, and a chunk that was cut
-short is generated again completely. Other threads or a halved batch (the engine warns) may round otherwise.
+Rejection sampling: Yuan et al. 2023, arXiv 2308.01825; self-distillation: Yang et al. 2024, arXiv 2402.13669.
+**An interrupted run ends in the same bytes** on the same machine: a batch's shape decides rounding, so chunks never
+depend on what is answered, and a chunk that was cut short is generated again completely. Other numbers of threads or a
+halved batch (the engine warns) may round otherwise.
 """
 
 import hashlib
@@ -38,15 +38,9 @@ OUTCOMES = (*get_args(gsm8k.Outcome), CUT_OFF)
 OWN_ANSWERS = "the model's own answers"
 
 
-# --- answering ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Asking:
-    """How the questions are answered: everything but the model and the words.
-
-    ``batch_size`` 0 is as many rows as a call has, never from free memory, which may differ the next time.
-    """
+    """How questions are answered; ``batch_size`` 0: as many rows as a call has, not from free memory, which varies."""
 
     sampling: Sampling
     num_samples: int
@@ -85,7 +79,7 @@ def protocol(
 
 @dataclass(frozen=True)
 class Sampled:
-    """All answers in the order of the questions; ``num_new`` of ``num_new_tokens`` are from this call of ``wall_s`` s."""
+    """All answers in the order of the questions; ``num_new``, ``num_new_tokens`` and ``wall_s`` are this call's."""
 
     rows: list[Row]
     num_samples: int
@@ -97,10 +91,7 @@ class Sampled:
 def sample_answers(
     questions: Sequence[Row], fewshot: Sequence[Row], generator: LazyGenerator, asking: Asking, log: RowLog
 ) -> Sampled:
-    """Answer every question ``num_samples`` times; answers that ``log`` already holds are kept.
-
-    ``log`` is keyed by question number * num_samples + sample; ValueError where it holds another question under an id.
-    """
+    """Answer each question ``num_samples`` times, but for answers in ``log`` (id: number * num_samples + sample)."""
     rows = [
         {"id": place * asking.num_samples + sample, "question_number": place, "sample": sample, **question}
         for place, question in enumerate(questions)
@@ -151,18 +142,11 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _scored_row(row: Row, completion: Completion) -> Row:
-    answered = {
-        **{name: row[name] for name in ("id", "question_number", "sample", "question")},
-        "gold_answer": row["answer"],
-        "model_output": completion.text,
-        "finish_reason": completion.finish_reason,
-        "num_prompt_tokens": completion.num_prompt_tokens,
-        "num_output_tokens": completion.num_output_tokens,
-    }
+    answered = {name: row[name] for name in ("id", "question_number", "sample", "question")}
+    answered |= {"gold_answer": row["answer"], "model_output": completion.text}
+    counts = ("finish_reason", "num_prompt_tokens", "num_output_tokens")
+    answered |= {name: getattr(completion, name) for name in counts}
     return {**answered, **gsm8k.score_row(answered)}
-
-
-# --- choosing -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,10 +165,7 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 
 def choose_training_rows(sampled: Sampled, *, keep: int, choice: Choice, fallback: Fallback, seed: int) -> Distilled:
-    """Correct answers to train on, at most ``keep`` different ones per question; ValueError where there are none.
-
-    ``shortest`` takes those of the fewest tokens, ``random`` any, by a seeded draw per question.
-    """
+    """At most ``keep`` different correct answers per question, the shortest or by a seeded draw; ValueError if none."""
     rows, chosen, num_gold, num_dropped = [], [], 0, 0
     for samples in _chunks(sampled.rows, sampled.num_samples):
         best = _choose(samples, keep, choice, seed)
@@ -207,20 +188,14 @@ def _choose(samples: Sequence[Row], keep: int, choice: Choice, seed: int) -> lis
     for row in samples:
         if outcome(row) == "correct":
             distinct.setdefault(row["model_output"].strip(), row)
-    ranks = {
-        "shortest": [(row["num_output_tokens"], row["sample"]) for row in distinct.values()],
-        "random": [(_rank(seed, row), row["sample"]) for row in distinct.values()],
-    }[choice]
-    order = sorted(zip(ranks, distinct.values(), strict=True), key=lambda pair: pair[0])
-    return [row for _, row in order[:keep]]
 
+    def rank(row: Row) -> tuple[int | str, int]:
+        if choice == "shortest":
+            return row["num_output_tokens"], row["sample"]
+        # A hash and not a generator: the choice for a question does not depend on the questions before it.
+        return hashlib.sha256(json.dumps([seed, row["question"], row["sample"]]).encode()).hexdigest(), row["sample"]
 
-def _rank(seed: int, row: Row) -> str:
-    # A hash and not a generator: the choice for a question does not depend on the questions before it.
-    return hashlib.sha256(json.dumps([seed, row["question"], row["sample"]]).encode()).hexdigest()
-
-
-# --- reporting ----------------------------------------------------------------------------------------------------
+    return sorted(distinct.values(), key=rank)[:keep]
 
 
 def coverage(sampled: Sampled) -> dict[int, tuple[int, int]]:
@@ -241,7 +216,7 @@ def count_outcomes(sampled: Sampled) -> dict[str, int]:
 
 
 def length_rows(sampled: Sampled, distilled: Distilled, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
-    """Rows of a table: lengths of answers in tokens, with and without calculator marks, which only some answers hold."""
+    """Rows of a table: answer lengths in tokens, with and without calculator marks, which only some answers hold."""
     kept = [row["model_output"] for row in distilled.chosen]
     golds = [row["gold_answer"] for row in distilled.chosen]
     lengths = {
@@ -267,17 +242,10 @@ def _spread(values: Sequence[int]) -> dict[str, float | None]:
 
 def summarize(sampled: Sampled, distilled: Distilled) -> dict[str, Any]:
     """What the record of a run keeps: the counts behind every shown rate."""
-    num_covered, num_questions = coverage(sampled)[sampled.num_samples]
-    return {
-        "num_questions": num_questions,
-        "num_covered": num_covered,
-        "coverage": num_covered / num_questions,
-        "num_answers": len(sampled.rows),
-        "fates": count_outcomes(sampled),
-        "num_own": len(distilled.chosen),
-        "num_gold": distilled.num_gold,
-        "num_dropped": distilled.num_dropped,
-    }
+    covered, total = coverage(sampled)[sampled.num_samples]
+    counts = {"num_questions": total, "num_covered": covered, "coverage": covered / total}
+    counts |= {"num_answers": len(sampled.rows), "fates": count_outcomes(sampled), "num_own": len(distilled.chosen)}
+    return counts | {"num_gold": distilled.num_gold, "num_dropped": distilled.num_dropped}
 
 
 def describe(counts: Mapping[str, Any] | None, source: str) -> str:
@@ -288,9 +256,6 @@ def describe(counts: Mapping[str, Any] | None, source: str) -> str:
         return f"own answers to {source}"
     own = f"own answers to {num_covered} of {num_questions} questions of {source}"
     return f"{own}, GSM8K's to {num_gold}" if num_gold else own
-
-
-# --- a run --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -316,10 +281,7 @@ def distil(
     questions: Sequence[Row],
     fewshot: Sequence[Row],
 ) -> Distillation | None:
-    """Sample the base model's answers to the training questions and choose rows; None unless the run wants them.
-
-    The row file is shared by all runs with the same protocol; their seeds of training differ, their answers do not.
-    """
+    """Sample the base model's answers, shared by runs of one protocol, and choose rows; None unless wanted."""
     if parameters["train_source"] != "self_distilled":
         return None
     # Imports torch, which other training sources do not need this module for.
@@ -327,23 +289,14 @@ def distil(
     from lib.engine.load import resolve_runtime
 
     runtime = resolve_runtime(parameters["device"], parameters["compute_dtype"])
-    asking = Asking(
-        Sampling(parameters["distil_temperature"], parameters["data_seed"]),
-        parameters["distil_num_samples"],
-        parameters["gsm8k_max_new_tokens"],
-        runtime.device,
-        parameters["eval_batch_size"],
-    )
+    sampling = Sampling(parameters["distil_temperature"], parameters["data_seed"])
+    sizes = (parameters["distil_num_samples"], parameters["gsm8k_max_new_tokens"])
+    asking = Asking(sampling, *sizes, runtime.device, parameters["eval_batch_size"])
     quantization, template = parameters["quantization"], tokenizer.chat_template
     made_by = protocol(base.identity, quantization, str(runtime.dtype), questions, fewshot, template, asking)
     log = open_untuned_log(paths, "distil_samples", made_by)
     generator = LazyGenerator(load_engine, base.folder, runtime, quantization, None, asking.rows_at_once)
     sampled = sample_answers(questions, fewshot, generator, asking, log)
-    distilled = choose_training_rows(
-        sampled,
-        keep=parameters["distil_keep"],
-        choice=parameters["distil_choice"],
-        fallback=parameters["distil_fallback"],
-        seed=parameters["data_seed"],
-    )
+    how = {name: parameters[f"distil_{name}"] for name in ("keep", "choice", "fallback")}
+    distilled = choose_training_rows(sampled, **how, seed=parameters["data_seed"])
     return Distillation(made_by, sampled, distilled, log.path)

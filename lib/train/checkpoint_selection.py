@@ -1,8 +1,6 @@
 """Which checkpoint to keep: candidates get the same rows under one protocol, are scored, and one is chosen.
 
-Chosen on development rows: questions of GSM8K's train split that are not trained on, and public AILuminate prompts that
-are not evaluated. With ``sweep_on_test: true`` it is chosen on the evaluation rows: what is chosen on them scores too
-well on them, and every report says so.
+With ``sweep_on_test: true`` these are the evaluation rows, whose scores are then too high, as every report says.
 """
 
 import shutil
@@ -22,18 +20,9 @@ from lib.record.manifest import facts_of
 from lib.record.paths import RunPaths, project_path
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 from lib.stats import Rate
-from lib.train.selection_rows import (
-    ON_TEST,
-    SelectionRows,
-    SweepError,
-    development_rows,
-    draw_prompts,
-    evaluated_prompts,
-    evaluation_rows,
-    needs_safety,
-    require_safety,
-)
-from lib.train.settings import TrainResult
+from lib.train import selection_rows
+from lib.train.selection_rows import ON_TEST, SelectionRows, SweepError, development_rows, evaluation_rows, needs_safety
+from lib.train.settings import TrainResult, checkpoint_step
 
 if TYPE_CHECKING:  # imports torch
     from lib.engine.load import Runtime
@@ -48,27 +37,13 @@ METRICS = {
     "sum": "accuracy plus safety, both as shares, with equal weight",
 }
 # What 02 reads only where candidates get prompts: otherwise a change of the judge does not run it again.
-SAFETY_PARAMETERS = (
-    "safeguard_model",
-    "safeguard_revision",
-    "ailuminate_source",
-    "ailuminate_max_new_tokens",
-    "judge_mode",
-    "judge_context",
-    "judge_max_new_tokens",
-    "guidelines_file",
-)
-
-
-# --- scoring --------------------------------------------------------------------------------------------------------
+SAFETY_PARAMETERS = ("safeguard_model", "safeguard_revision", "ailuminate_source", "ailuminate_max_new_tokens")
+SAFETY_PARAMETERS += ("judge_mode", "judge_context", "judge_max_new_tokens", "guidelines_file")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is the same for every candidate; ``model`` and ``judge`` say by which weights and templates.
-
-    ``judge`` is empty where safety is not measured.
-    """
+    """What is the same for every candidate; ``judge`` is empty where safety is not measured."""
 
     model: Mapping[str, str]
     fewshot: list[Row]
@@ -87,12 +62,7 @@ class Protocol:
 
 def candidates(checkpoints: Sequence[Path], most: int) -> list[Path]:
     """The last ``most`` checkpoints by the number in their names: checkpoint-1000 comes after checkpoint-200."""
-    return sorted(checkpoints, key=step_of)[-most:]
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimiser step that ``checkpoint-<step>`` was saved at."""
-    return int(checkpoint.name.rpartition("-")[2])
+    return sorted(checkpoints, key=checkpoint_step)[-most:]
 
 
 def score_candidates(
@@ -103,14 +73,7 @@ def score_candidates(
     tuned: Callable[[Path], LazyGenerator],
     judge: LazyGenerator | None,
 ) -> list["Score"]:
-    """Score every candidate; rows that are already in ``folder`` are kept.
-
-    All candidates answer before the judge judges, so that each model is loaded once.
-
-    Args:
-        tuned: the generator of a checkpoint.
-        judge: None where there are no prompts.
-    """
+    """Score every candidate; all answer before the judge judges, so that each model is loaded once."""
     generated = []
     for path in checkpoints:
         generator = tuned(path)
@@ -174,11 +137,7 @@ class Score:
         return right | ({"safe": Rate.of_counts(self.num_safe, self.num_prompts)} if self.num_prompts else {})
 
     def value(self, metric: str) -> Fraction:
-        """What is compared; exact, so that equal scores are a tie whatever their rows.
-
-        Raises:
-            SweepError: the metric is unknown, or needs safety, which was not measured.
-        """
+        """What is compared; exact, so that equal scores are a tie. SweepError where the metric cannot be computed."""
         if metric not in METRICS:
             raise SweepError(f"sweep_metric is {metric!r}; allowed: {', '.join(METRICS)}")
         if needs_safety(metric) and not self.num_prompts:
@@ -193,27 +152,13 @@ def score(checkpoint: Path, answers: Sequence[Row], verdicts: Sequence[Row]) -> 
     """Counts of a candidate, from its rows."""
     answered = gsm8k.summarize(answers)
     judged = safety.summarize(verdicts) if verdicts else {"n": 0, "num_safe": 0, "num_unparsed": 0}
-    return Score(
-        checkpoint=checkpoint.name,
-        step=step_of(checkpoint),
-        adapter_sha256=sha256_file(checkpoint / "adapter_model.safetensors"),
-        num_questions=answered["n"],
-        num_correct=answered["num_correct"],
-        num_prompts=judged["n"],
-        num_safe=judged["num_safe"],
-        num_unparsed=judged["num_unparsed"],
-    )
-
-
-# --- choosing -------------------------------------------------------------------------------------------------------
+    adapter_sha256 = sha256_file(checkpoint / "adapter_model.safetensors")
+    counts = (answered["n"], answered["num_correct"], judged["n"], judged["num_safe"], judged["num_unparsed"])
+    return Score(checkpoint.name, checkpoint_step(checkpoint), adapter_sha256, *counts)
 
 
 def best(scores: Sequence[Score], metric: str) -> Score:
-    """The score with the highest value; of equal ones the latest step, which has seen the most rows.
-
-    Raises:
-        SweepError: there is no score, they are over different numbers of rows, or as ``Score.value``.
-    """
+    """The score with the highest value; of equal ones the latest step, which has seen the most rows."""
     if len({(one.num_questions, one.num_prompts) for one in scores}) != 1:
         raise SweepError(f"{len(scores)} checkpoints to choose from, not all with the same rows: run 02_train again")
     return max(scores, key=lambda one: (one.value(metric), one.step))
@@ -241,12 +186,7 @@ def _rate_columns(rate: Rate | None, name: str, prefix: str) -> Row:
 
 
 def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidates: int = 0, most: int = 0) -> str:
-    """How the kept adapter was chosen, in a sentence that does not hide a choice on the rows that are reported.
-
-    Args:
-        num_candidates: how many checkpoints were compared; 0 for unknown.
-        most: the most that may be compared (``max_sweep_checkpoints``); 0 for unknown.
-    """
+    """How the adapter was chosen; 0 ``num_candidates`` or ``most`` (``max_sweep_checkpoints``) is unknown."""
     if selected_on == NOT_SELECTED:
         return f"Kept is {chosen}; it was not selected among checkpoints."
     if num_candidates == most == 1:
@@ -260,16 +200,13 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
 
 
 def selected_on_test(paths: RunPaths) -> str:
-    """How the adapter was chosen, in a sentence, where that was done on the rows that are reported; else ""."""
+    """How the adapter was chosen, where that was done on the rows that are reported; else ""."""
     facts = facts_of(paths, "02_train")
     compared = facts.get("checkpoints", [])
     # Of one checkpoint none is the winner.
     if facts.get("selected_on") != ON_TEST or len(compared) == 1:
         return ""
     return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared))
-
-
-# --- the choice of a run --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -290,13 +227,9 @@ class Choice:
     @property
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
-        return {
-            "selected_on": self.selected_on,
-            "sweep_metric": self.table[0]["metric"] if self.table else None,
-            "no_dev_safety": self.why_no_safety,
-            "unused_parameters": [] if self.reads_safety else list(SAFETY_PARAMETERS),
-            "checkpoints": self.table,
-        }
+        facts = {"selected_on": self.selected_on, "sweep_metric": self.table[0]["metric"] if self.table else None}
+        unused = [] if self.reads_safety else list(SAFETY_PARAMETERS)
+        return facts | {"no_dev_safety": self.why_no_safety, "unused_parameters": unused, "checkpoints": self.table}
 
 
 def choose(
@@ -307,11 +240,7 @@ def choose(
     runtime: "Runtime",
     result: TrainResult | None,
 ) -> Choice:
-    """Choose among the last checkpoints, where ``checkpoint_sweep`` is set and the run trains its own adapter.
-
-    Raises:
-        SweepError: the metric needs safety, which cannot be measured here, or too few prompts are left to draw.
-    """
+    """Choose among the last checkpoints, where ``checkpoint_sweep`` is set and the run trains its own adapter."""
     if parameters["checkpoint"]:
         place = (parameters["checkpoint"], parameters["base_model"], parameters["assets_dir"], parameters["offline"])
         adapter = resolve_adapter(*place)
@@ -399,10 +328,11 @@ def _safety_inputs(
         pool = "mlcommons" if source == "class" else source
         loaded, no_prompts = load_or_reason(datasets.load_ailuminate, pool, "all", *here)
     why_not = no_prompts or (no_judge and f"judge: {no_judge}")
-    require_safety(parameters["sweep_metric"], why_not)
+    selection_rows.require_safety(parameters["sweep_metric"], why_not)
     if why_not or not loaded:
         return judge, [], [], why_not
-    prompts = draw_prompts(loaded[0], evaluated_prompts(paths), num_prompts, parameters["data_seed"])
+    evaluated = selection_rows.evaluated_prompts(paths)
+    prompts = selection_rows.draw_prompts(loaded[0], evaluated, num_prompts, parameters["data_seed"])
     write_jsonl(folder / "prompts.jsonl", prompts)
     return judge, prompts, [loaded[1].file, paths.ailuminate_rows], why_not
 

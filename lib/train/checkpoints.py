@@ -9,12 +9,11 @@ from peft import PeftModel
 
 from lib.record.files import read_json, sha256_file
 from lib.record.rows import read_jsonl
-from lib.train.settings import TrainResult
+from lib.train.settings import TrainResult, checkpoint_step
 
 COMPLETE = "complete.json"
 # What the mark above is renamed to in a checkpoint whose weights were found unsound: nothing goes on from it.
 UNSOUND = "unsound.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def checkpoint_steps(num_steps: int, save_steps: int) -> list[int]:
@@ -33,10 +32,6 @@ def save_adapter(wrapped: PeftModel, folder: Path) -> None:
     # "auto" would ask the hub whether the base model's vocabulary was changed.
     wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
-
-
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
 
 
 def finished_training(output_dir: Path, fingerprint: str) -> TrainResult | None:
@@ -64,7 +59,7 @@ def _has_adapter(output_dir: Path, sha256: str) -> bool:
 
 
 def adapter_sha256(folder: Path) -> str:
-    path = folder / ADAPTER_FILE
+    path = folder / "adapter_model.safetensors"
     return sha256_file(path) if path.is_file() else ""
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lib import gsm8k
-from lib.prepare.audit import Action, Fault, find_too_long, find_unlearnable
-from lib.prepare.run_rows import File
+from lib.prepare.audit import Action, Fault, File, find_too_long, find_unlearnable
 from lib.prepare.self_distillation import OWN_ANSWERS
 from lib.train.rows import try_rows
 
@@ -29,21 +28,12 @@ class Learnable:
         if file.name == OWN_ANSWERS:
             # They are in no file of their own: count them where 01 writes them.
             file = File(self.rows, "01_prepare/train.jsonl")
-        return find_too_long(self.rows, self.lengths, limit, rows=file.rows, name=file.name, lines=file.lines)
+        return find_too_long(self.rows, self.lengths, limit, file)
 
 
 def find_learnable(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, action: Action, file: File) -> Learnable:
-    """Leave out rows whose answer cannot follow their prompt.
-
-    Args:
-        action: ``refuse`` raises where there is such a row.
-        file: where the rows are from; errors and faults name their lines in it.
-
-    Raises:
-        TrainFileError: under ``refuse``, or where no row would be left.
-    """
+    """Leave out rows whose answer cannot follow their prompt; ``file``: where they are from, for the faults."""
     encoded = try_rows(tokenizer, list(map(gsm8k.training_messages, rows)), sys.maxsize)
-    named = {"rows": file.rows, "name": file.name, "lines": file.lines}
-    faults = find_unlearnable(rows, encoded.faults, action=action, **named)
+    faults = find_unlearnable(rows, encoded.faults, action, file)
     lengths = [len(example["input_ids"]) for example in encoded.examples]
     return Learnable([rows[number] for number in encoded.kept], lengths, faults)

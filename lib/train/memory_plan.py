@@ -42,10 +42,9 @@ class MemoryPlan:
 
 
 def plan_memory(model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings) -> MemoryPlan:
-    """The largest micro-batch that fits; gradient checkpointing only where not even the longest row fits without.
+    """The largest micro-batch that fits, as a power of two so that a resumed run cuts the same ones.
 
-    What a token keeps for the backward pass is measured on the first row. The size is a power of two, so that a little
-    more or less free memory cuts the same micro-batches and a resumed run stays the run that it was.
+    Gradient checkpointing is used only where not even the longest row fits without.
     """
     device = model.device
     per_token = _kept_bytes(model, examples[0]) / len(examples[0]["input_ids"])

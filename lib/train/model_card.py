@@ -1,8 +1,4 @@
-"""Model cards of the adapter and of the merged model: base, data, parameters, metrics, how to load it.
-
-The text is ``model_card.md.j2``. A card does not depend on when, where or how fast it was made: the same
-training writes the same bytes.
-"""
+"""Model cards of the adapter and the merged model, from ``model_card.md.j2``: the same training, the same bytes."""
 
 import json
 import re
@@ -24,21 +20,9 @@ from lib.train.checkpoint_selection import Choice
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 # What a reader needs to train the same again; the rest is in the run's config_resolved.json.
-SHOWN_PARAMETERS = (
-    "num_epochs",
-    "learning_rate",
-    "warmup_share",
-    "weight_decay",
-    "max_grad_norm",
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "max_seq_length",
-    "quantization",
-    "seed",
-)
+SHOWN_PARAMETERS = ("num_epochs", "learning_rate", "warmup_share", "weight_decay", "max_grad_norm")
+SHOWN_PARAMETERS += ("lora_r", "lora_alpha", "lora_dropout", "train_batch_size", "gradient_accumulation_steps")
+SHOWN_PARAMETERS += ("max_seq_length", "quantization", "seed")
 # 01's name for the source of the training rows, by train_source; evaluation sources with the key of their row count.
 TRAINED_ON = {"gsm8k": "GSM8K train", "file": "training file", "self_distilled": "GSM8K train"}
 EVALUATED_ON = {"GSM8K test": "gsm8k_eval", "AILuminate": "ailuminate"}
@@ -65,16 +49,8 @@ class CardFacts:
     adapter_sha256: str = ""  # of the merged adapter; the adapter's card takes it from the file
 
 
-# --- contents ---------------------------------------------------------------------------------------------------------
-
-
 def training_data(prepared: Mapping[str, Any], rows: Path) -> dict[str, str]:
-    """Training data only: its source, whose answers, the number of rows, their hash.
-
-    Args:
-        prepared: manifest of 01; may be empty.
-        rows: file of the training rows.
-    """
+    """Training data only: its source, whose answers, the number of rows, their hash; ``prepared``: manifest of 01."""
     facts, parameters = prepared.get("facts", {}), prepared.get("parameters", {})
     table: dict[str, str] = {}
     if source := parameters.get("train_source", ""):
@@ -103,12 +79,7 @@ def _own_answers(distil: Mapping[str, Any], parameters: Mapping[str, Any]) -> di
 
 
 def evaluation_data(prepared: Mapping[str, Any], dev_rows: Path) -> dict[str, str]:
-    """Data on which the run chooses a checkpoint and is evaluated.
-
-    Args:
-        prepared: as for ``training_data``.
-        dev_rows: file of the development rows; may be empty.
-    """
+    """Data on which the run chooses a checkpoint and is evaluated."""
     facts = prepared.get("facts", {})
     table = {
         name: f"{_source_words(facts['data'][name])}; {facts['rows'][count]:,} of them evaluated"
@@ -125,12 +96,7 @@ def _source_words(source: Mapping[str, Any]) -> str:
 
 
 def metrics_table(log: Sequence[Mapping[str, Any]], scores: Sequence[tuple[str, int, int]] = ()) -> dict[str, str]:
-    """Losses of the training log, and rates with their rows.
-
-    Args:
-        log: rows of ``training_log.jsonl``; empty for an adapter made elsewhere.
-        scores: (name, successes, rows).
-    """
+    """Losses of ``training_log.jsonl``, and rates from ``scores``: (name, successes, rows)."""
     table = {}
     if log:
         table["training loss, first and last step"] = f"{log[0]['loss']:.4f}, {log[-1]['loss']:.4f}"
@@ -143,12 +109,7 @@ def metrics_table(log: Sequence[Mapping[str, Any]], scores: Sequence[tuple[str, 
 def run_card(
     parameters: Mapping[str, Any], paths: RunPaths, base: ModelSource, dtype: str, trained: str, choice: Choice
 ) -> CardFacts:
-    """Contents of the card of a run's adapter.
-
-    Args:
-        dtype: as ``str(torch.dtype)``.
-        trained: what was trained, in a sentence.
-    """
+    """Contents of the card of a run's adapter; ``trained``: what was trained, in a sentence."""
     manifest = paths.manifest("01_prepare")
     prepared = read_json(manifest) if manifest.exists() else {}
     made_here = not parameters["checkpoint"]
@@ -171,9 +132,6 @@ def run_card(
     )
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------
-
-
 def write_card(folder: Path, facts: CardFacts) -> Path:
     """Write the card beside the adapter in ``folder``."""
     return _write(folder, facts, "peft", [folder / "adapter_model.safetensors"])
@@ -194,27 +152,21 @@ def _write(folder: Path, facts: CardFacts, library: Library, weights: Iterable[P
 
 def card_text(facts: CardFacts, library: Library, hashes: Mapping[str, str]) -> str:
     """The card as Markdown with the hub's front matter; ``hashes`` are the SHA-256 of the weight files by name."""
-    identity = {"base model": _base_name(facts.base), "its identity": facts.base.identity}
+    name = facts.base.name
+    # The folders above a local model may be named after a person.
+    shown = clean(Path(name).name) if facts.base.origin == "local folder" else name
+    identity = {"base model": shown, "its identity": facts.base.identity}
     if library == "transformers":
         is_packed = facts.parameters.get("quantization") == "nf4"
         identity["weights"] = "its 4-bit NF4 weights, dequantised, with the " * is_packed + "adapter merged in"
         identity |= {"adapter": f"sha256 {facts.adapter_sha256}"} if facts.adapter_sha256 else {}
         identity["dtype"] = facts.dtype
     identity |= {name: f"sha256 {value}" for name, value in hashes.items()}
-    data = ModelCardData(
-        base_model=facts.base.name if _is_published(facts.base) else None,
-        library_name=library,
-        pipeline_tag="text-generation",
-        tags=["lora", "gsm8k"],
-    )
+    found = {"base_model": name if _is_published(facts.base) else None, "library_name": library}
+    data = ModelCardData(**found, pipeline_tag="text-generation", tags=["lora", "gsm8k"])
     parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
     more = {"facts": facts, "identity": identity, "parameters": parameters, "base": _base_argument(facts)}
     return f"{ModelCard.from_template(data, template_path=str(TEMPLATE), **more)}\n"
-
-
-def _base_name(base: ModelSource) -> str:
-    # The folders above a local model may be named after a person.
-    return clean(Path(base.name).name) if base.origin == "local folder" else base.name
 
 
 def _is_published(base: ModelSource) -> bool:

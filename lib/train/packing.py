@@ -1,13 +1,8 @@
 """Training rows as one unpadded sequence: attention row by row, LoRA in the compute dtype, loss where labels are.
 
-The plain way pads a batch to its longest row, computes logits for every token and casts activations to float32 and
-back around each adapter. Here the rows of a micro-batch stand end to end, so no linear layer works on padding and no
-mask is needed: attention takes one row at a time. The function is the same, up to rounding; ``sft`` checks that
-against transformers' loss before it trains. Plugged in through transformers' attention interface and peft's custom
-layers, no model is patched.
-
-Letters in shapes: N tokens of a micro-batch, T tokens of a row, S supervised tokens, H query heads, K key/value heads,
-D head size, C hidden size, V vocabulary.
+Up to rounding the function is transformers' own (``check_loss``), plugged in through its attention interface and peft's
+custom layers. Letters in shapes: N tokens of a micro-batch, T tokens of a row, S supervised tokens, H query heads,
+K key/value heads, D head size, C hidden size, V vocabulary.
 """
 
 import math
@@ -35,9 +30,6 @@ LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2
 Example = Mapping[str, list[int]]
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PackedRows:
     """Rows end to end. Row i's label at position p is predicted from the token at p - 1 of the same row."""
@@ -54,7 +46,7 @@ class PackedRows:
 
 
 def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedRows:
-    """Packs rows of ``{"input_ids", "labels"}`` (equally long lists, labels -100 where nothing is to be learnt)."""
+    """Pack rows of ``{"input_ids", "labels"}`` (equally long, labels -100 where nothing is to be learnt)."""
     lengths = [len(example["input_ids"]) for example in examples]
     # The first label of a row has nothing before it; without this it would be predicted from the row before.
     labels = torch.tensor([label for row in examples for label in [IGNORED_LABEL, *row["labels"][1:]]], device=device)
@@ -66,9 +58,6 @@ def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu") -
         predict_index=supervised - 1,
         targets=labels[supervised],
     )
-
-
-# --- attention ----------------------------------------------------------------------------------------------------
 
 
 def packed_attention(
@@ -84,13 +73,7 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each row; called by transformers through its attention interface.
-
-    ``query`` is (1, H, N, D), ``key`` and ``value`` (1, K, N, D), the result (1, N, H, D) and no weights.
-
-    Raises:
-        ValueError: attention that this does not compute: dropout, or a window shorter than a row.
-    """
+    """Causal attention within each row: ``query`` (1, H, N, D), ``key``, ``value`` (1, K, N, D) -> (1, N, H, D)."""
     if dropout or (sliding_window is not None and max(row_lengths) > sliding_window):
         raise ValueError(f"packed rows know no attention dropout ({dropout}) and no sliding window ({sliding_window})")
     attend = _attend_keeping_scores if _keeps_scores(query, row_lengths) else _attend_by_torch
@@ -109,7 +92,7 @@ def _attend_by_torch(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 
 def _attend_keeping_scores(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """One row; the query heads that share a key head are one batch of G * T queries, so keys are never repeated."""
+    """One row; query heads that share a key head are one batch of G * T queries, so keys are never repeated."""
     _, num_heads, length, size = query.shape
     num_groups = key.shape[1]
     future = _future_mask(query.dtype)[:length, :length].repeat(num_heads // num_groups, 1)
@@ -131,7 +114,7 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 @contextmanager
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Sets the attention of a model, by the name it is registered under, for the time of a ``with``."""
+    """Set the attention of a model, by the name it is registered under, for the time of a ``with``."""
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
@@ -140,15 +123,8 @@ def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------
-
-
 class ComputeDtypeLoraLinear(LoraLinear):
-    """peft's LoRA layer with float32 adapter weights whose products run in the dtype of the activations.
-
-    What autocast computes too, without casting the input to float32 and back, and with one addition in place of a
-    scaling and an addition over the output.
-    """
+    """peft's LoRA layer with float32 weights and products in the activations' dtype, without autocast's casts."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.disable_adapters or self.merged:
@@ -162,15 +138,8 @@ class ComputeDtypeLoraLinear(LoraLinear):
         return result
 
 
-# --- loss ---------------------------------------------------------------------------------------------------------
-
-
 def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:
-    """Sum over the supervised tokens of their cross-entropy, as a float32 scalar with gradient.
-
-    Args:
-        model: the causal language model whose layers hold the adapters, set to the attention ``ATTENTION_NAME``.
-    """
+    """Summed cross-entropy of supervised tokens, a float32 scalar with gradient; attention is ``ATTENTION_NAME``."""
     outputs = model.base_model(
         input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, row_lengths=rows.row_lengths
     )
@@ -181,14 +150,7 @@ def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:
 @torch.random.fork_rng()
 @torch.no_grad()
 def check_loss(model: PreTrainedModel, example: Example) -> None:
-    """Compares the packed loss of one row with transformers' own, so that no model with unusual logits slips through.
-
-    Args:
-        model: in train mode; adapters are fresh (B = 0), so that their dropout does not show.
-
-    Raises:
-        ValueError: the two differ by more than the dtype explains.
-    """
+    """ValueError where the packed loss of a row is not transformers' own; adapters are fresh (B = 0)."""
     rows = pack_rows([example], model.device)
     ours = supervised_loss(model, rows).item() / len(rows.targets)
     labels = torch.tensor([example["labels"]], device=model.device)
@@ -205,7 +167,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of ``hidden @ weight.T`` against ``targets``, summed, with a frozen ``weight``.
 
     The gradient with respect to ``hidden`` is made in the forward pass, chunk by chunk, so that no logits are kept.
-    As in the plain way, logits come out of the product in the compute dtype and go on in float32.
     """
 
     @staticmethod

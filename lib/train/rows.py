@@ -39,22 +39,10 @@ class EncodedRows:
 def encode_row(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_seq_length: int, end: int | None = None
 ) -> Example:
-    """Tokens and labels of a conversation that ends in the answer to learn.
+    """Tokens and labels, equally long, of a conversation that ends in the answer to learn.
 
-    Labelled are the answer's tokens and the token that ends its turn, so that the model learns to stop; everything
-    before has the label -100. What a template adds after the end of the turn (a line break) is left out: it is never
-    generated, and no label looks back on it.
-
-    Args:
-        end: the token that ends a turn; None: from the tokenizer.
-
-    Returns:
-        ``{"input_ids", "labels"}``, equally long.
-
-    Raises:
-        RowTooLong: more than ``max_seq_length`` tokens.
-        TrainingError: an empty answer, or one that holds the end-of-turn token.
-        ModelError: the prompt's tokens are not where the conversation's tokens begin.
+    Labelled are the answer's tokens and the token that ends its turn (``end``), so that the model learns to stop; all
+    before has the label -100. What a template adds after the end of the turn is left out: it is never generated.
     """
     prompt, completion = render_completion(tokenizer, messages)
     end = end_of_turn_id(tokenizer) if end is None else end
@@ -72,7 +60,7 @@ def encode_row(
 def try_rows(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], max_seq_length: int
 ) -> EncodedRows:
-    """Encodes conversations; those over ``max_seq_length``, and those that cannot be learnt, are left out."""
+    """Encode conversations; those over ``max_seq_length``, and those that cannot be learnt, are left out."""
     rows = EncodedRows([], [], [])
     end = end_of_turn_id(tokenizer)
     for number, messages in enumerate(conversations):
@@ -93,14 +81,7 @@ def encode_rows(
     max_seq_length: int,
     use: str = "training",
 ) -> EncodedRows:
-    """As ``try_rows``, where every row can be learnt and one is left.
-
-    Args:
-        use: what the rows are for, as errors name them: training or development.
-
-    Raises:
-        TrainingError: no row is left, or one cannot be learnt; the text has its number and how many there are.
-    """
+    """As ``try_rows``; TrainingError where a row cannot be learnt or no row is left, with ``use`` in its text."""
     rows = try_rows(tokenizer, conversations, max_seq_length)
     if rows.faults:
         number, why = next(iter(rows.faults.items()))

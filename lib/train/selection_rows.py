@@ -32,23 +32,14 @@ class SelectionRows:
 
 
 def development_rows(paths: RunPaths, prompts: Sequence[Row] = ()) -> SelectionRows:
-    """Development rows of the run and the prompts drawn for it.
-
-    Raises:
-        ArtifactError: 01_prepare left no development rows.
-    """
+    """Development rows of the run and the prompts drawn for it."""
     rows = read_jsonl(require(paths.dev_rows, "01_prepare", paths.name))
     questions = [{"test_index": number, **row} for number, row in enumerate(rows)]
     return SelectionRows(questions, list(prompts), ON_DEV, [paths.dev_rows])
 
 
 def evaluation_rows(paths: RunPaths, metric: str) -> SelectionRows:
-    """The rows that 03 and 04 report on: the old way, in which the choice and the report share their rows.
-
-    Raises:
-        ArtifactError: 01_prepare left no questions.
-        SweepError: it left no prompts, and the metric needs them.
-    """
+    """The rows that 03 and 04 report on; SweepError where the metric needs prompts and 01_prepare left none."""
     questions = read_jsonl(require(paths.gsm8k_eval_rows, "01_prepare", paths.name))
     files = [paths.gsm8k_eval_rows]
     if not needs_safety(metric):
@@ -73,11 +64,7 @@ def require_safety(metric: str, why_not: str) -> None:
 
 
 def evaluated_prompts(paths: RunPaths) -> list[Row]:
-    """The prompts that 04 evaluates, read to be left out; empty where 01_prepare found none.
-
-    Raises:
-        ArtifactError: 01_prepare did not run.
-    """
+    """The prompts that 04 evaluates, read to be left out; empty where 01_prepare found none."""
     path = require(paths.ailuminate_rows, "01_prepare", paths.name)
     return read_jsonl(path) if path.stat().st_size else []
 
@@ -85,20 +72,9 @@ def evaluated_prompts(paths: RunPaths) -> list[Row]:
 def draw_prompts(
     pool: Sequence[Row], evaluated: Sequence[Row], num_prompts: int, seed: int, class_ids: Sequence[str] | None = None
 ) -> list[Row]:
-    """A seeded draw of prompts that are neither in the class set nor evaluated by this run.
+    """A seeded draw of ``num_prompts`` of ``pool``, in its order, neither in the class set nor evaluated by this run.
 
-    Left out by id and by text, for some prompts stand in the public file twice; of equal texts the first may be drawn.
-
-    Args:
-        pool: as ``datasets.load_ailuminate`` returns them.
-        evaluated: the run's evaluation prompts.
-        class_ids: ``release_prompt_id`` of the class set; None: the 240 of ``params/``.
-
-    Returns:
-        ``num_prompts`` rows in the order of ``pool``, ``id`` being the position in this list.
-
-    Raises:
-        SweepError: fewer are left.
+    Left out by id and by text: some prompts stand in the public file twice. ``class_ids`` None: the 240 of ``params/``.
     """
     class_ids = read_text(CLASS240_IDS).split() if class_ids is None else class_ids
     # A CSV may have no ids: its prompts are identified by their texts alone.

@@ -39,10 +39,13 @@ class TrainSettings:
 
     @property
     def identity(self) -> dict[str, Any]:
-        own = asdict(self)
-        for name in ("micro_batch_tokens", "gradient_checkpointing"):
-            del own[name]
-        return own
+        by_memory = ("micro_batch_tokens", "gradient_checkpointing")
+        return {name: value for name, value in asdict(self).items() if name not in by_memory}
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step that ``checkpoint-<step>`` was saved at."""
+    return int(path.name.rpartition("-")[2])
 
 
 @dataclass(frozen=True)

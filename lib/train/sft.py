@@ -1,13 +1,8 @@
 """Supervised fine-tuning with LoRA: assistant-only labels, transformers' Trainer, resume that equals an unbroken run.
 
-An optimizer step is one item of the Trainer's data set: its rows are drawn by a seeded shuffle of each epoch, and
-``train_batch_size * gradient_accumulation_steps`` of them make a step. Cutting them into micro-batches affects memory
-and speed alone: rows are packed without padding (``packing``), and the loss is divided by the supervised tokens of the
-complete step, so that no cut changes the update (transformers PR 34191).
-
-Written to ``output_dir``: ``adapter/`` (plain peft safetensors), ``checkpoints/checkpoint-N/``,
-``training_log.jsonl`` (one row per step; at the first step and at each checkpoint with the loss on development rows,
-``dev_loss``) and, last, ``training.json``: it exists only when training is complete.
+An item of the Trainer's data set is an optimizer step. Its cut into micro-batches affects memory and speed alone: rows
+are packed, and the loss is divided by the supervised tokens of the complete step (transformers PR 34191). Of what is
+written, ``training.json`` comes last: it exists only when training is complete.
 """
 
 import hashlib
@@ -26,24 +21,15 @@ from lib.engine.load import Runtime, load_for_training, peak_memory_gib, quiet_l
 from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
 from lib.record.redaction import clean
-from lib.train.checkpoints import (
-    adapter_sha256,
-    checkpoint_step,
-    checkpoint_steps,
-    delete_after_gap,
-    delete_other_trainings,
-    finished_training,
-    list_checkpoints,
-    lost_checkpoints,
-    save_adapter,
-    training_result,
-)
+from lib.train import checkpoints
 from lib.train.memory_plan import MemoryPlan, cut_micro_batches, plan_memory
 from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, attention, check_loss
 from lib.train.rows import EncodedRows
 from lib.train.settings import TrainResult, TrainSettings
 from lib.train.trainer import Recorder, StepDataset, StepTrainer, only_item, training_arguments
 
+# Of a training, over the rows of its log.
+SUMMED = ("num_rows", "num_tokens", "num_supervised_tokens", "wall_s")
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -66,51 +52,41 @@ def train(
     num_checkpoints: int = 0,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
-    """Trains a LoRA adapter on all linear layers of the decoder blocks, or goes on where the same training stopped.
+    """Train a LoRA adapter on all linear layers of the decoder blocks, or go on where the same training stopped.
 
-    A complete training of the same settings, rows and base is returned as it is. Otherwise its latest complete
-    checkpoint is continued: order of the rows, optimizer, schedule and random numbers go on, so that the result is that
-    of an unbroken run. What another training left in ``output_dir`` is deleted, with a message.
-
-    Args:
-        model: frozen base in train mode, as ``load_for_training`` returns it; unchanged afterwards.
-        output_dir: the stage's folder (module docstring).
-        dev_examples: rows whose loss is measured beside training; they change no weight.
-        num_checkpoints: how many of the last checkpoints are needed afterwards; if one is missing, training goes on
-            from before it, even if it was complete.
-        say: gets lines about the start and the end.
-
-    Raises:
-        TrainingError: a loss, gradient or weight that is not finite, or a loss that has exploded.
-        ValueError: a model whose loss ``packing`` cannot compute.
+    A complete training of the same settings, rows and base is returned as it is; an interrupted one continues from its
+    latest complete checkpoint with the result of an unbroken run. What another training left is deleted, with a note.
+    With ``num_checkpoints``, training goes on from before the first missing one of so many last checkpoints. Raises
+    TrainingError for a loss, gradient or weight that is not finite, or a loss that has exploded.
     """
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
     steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
-    saved = checkpoint_steps(len(steps), settings.save_steps)
+    saved = checkpoints.checkpoint_steps(len(steps), settings.save_steps)
     needed = saved[max(0, len(saved) - num_checkpoints) :]
-    finished = finished_training(output_dir, fingerprint)
-    if finished and not (gone := lost_checkpoints(checkpoints_dir, needed)):
+    finished = checkpoints.finished_training(output_dir, fingerprint)
+    if finished and not (gone := checkpoints.lost_checkpoints(checkpoints_dir, needed)):
         say(f"complete already: {finished.num_steps} steps with these settings, rows and base; nothing was trained")
         return finished
     if finished:
         names = ", ".join(f"checkpoint-{step}" for step in gone)
         say(f"complete already, but {names} is needed to choose among checkpoints and gone: training again")
-    delete_other_trainings(output_dir, fingerprint, say)
-    delete_after_gap(checkpoints_dir, needed, say)
+    checkpoints.delete_other_trainings(output_dir, fingerprint, say)
+    checkpoints.delete_after_gap(checkpoints_dir, needed, say)
     with _adapted(model, settings) as wrapped:
         check_loss(model, examples[0])
         plan = plan_memory(model, examples, settings)
-        say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {_checkpointing_words(plan)} ({plan.reason})")
+        activations = "activations computed twice" if plan.gradient_checkpointing else "activations kept"
+        say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {activations} ({plan.reason})")
         trainer = _build_trainer(wrapped, examples, steps, plan, settings, output_dir, fingerprint, say)
         trainer.dev_parts = cut_micro_batches(dev_examples, plan.micro_batch_tokens)
-        latest = list_checkpoints(checkpoints_dir)[-1:]
+        latest = checkpoints.list_checkpoints(checkpoints_dir)[-1:]
         if latest:
             say(f"going on from {latest[0].name}")
         with _checkpointed_activations(model, plan.gradient_checkpointing):
             trainer.train(resume_from_checkpoint=str(latest[0]) if latest else None)
         trainer.require_finite_weights()
-        save_adapter(wrapped, output_dir / "adapter")
+        checkpoints.save_adapter(wrapped, output_dir / "adapter")
         return _finish(trainer, plan, latest, output_dir)
 
 
@@ -135,10 +111,7 @@ def train_adapter(
 def training_fingerprint(
     model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings, dev_examples: Sequence[Example] = ()
 ) -> str:
-    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers.
-
-    Development rows count too: they change no weight, but what the log holds.
-    """
+    """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers."""
     identity = [settings.identity, rows_sha256(examples), str(model.dtype), LORA_TARGETS]
     return sha256_json([*identity, rows_sha256(dev_examples)] if dev_examples else identity)
 
@@ -151,19 +124,10 @@ def rows_sha256(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _checkpointing_words(plan: MemoryPlan) -> str:
-    return "activations computed twice" if plan.gradient_checkpointing else "activations kept"
-
-
 def lora_config(settings: TrainSettings) -> LoraConfig:
     """Adapters on every linear layer of the decoder blocks."""
-    return LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(LORA_TARGETS),
-        task_type="CAUSAL_LM",
-    )
+    size = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+    return LoraConfig(**size, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
 
 
 @contextmanager
@@ -188,14 +152,13 @@ def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftMo
 
 @contextmanager
 def _checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
-    if not wanted:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    if wanted:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.activation_checkpointing_disable()
+        if wanted:
+            model.activation_checkpointing_disable()
 
 
 def _build_trainer(
@@ -207,13 +170,12 @@ def _build_trainer(
     output_dir: Path,
     fingerprint: str,
     say: Callable[[str], None],
-) -> "StepTrainer":
+) -> StepTrainer:
     recorder = Recorder(output_dir / "training_log.jsonl", fingerprint, len(steps), say)
+    device, dtype = wrapped.device.type, wrapped.get_base_model().dtype
     trainer = StepTrainer(
         model=wrapped,
-        args=training_arguments(
-            wrapped.device.type, wrapped.get_base_model().dtype, len(steps), settings, output_dir / "checkpoints"
-        ),
+        args=training_arguments(device, dtype, len(steps), settings, output_dir / "checkpoints"),
         train_dataset=StepDataset(examples, steps, plan.micro_batch_tokens, settings.num_epochs),
         data_collator=only_item,
         callbacks=[recorder],
@@ -222,23 +184,19 @@ def _build_trainer(
     return trainer
 
 
-def _finish(trainer: "StepTrainer", plan: MemoryPlan, latest: list[Path], output_dir: Path) -> TrainResult:
+def _finish(trainer: StepTrainer, plan: MemoryPlan, latest: list[Path], output_dir: Path) -> TrainResult:
     log = [row for row in trainer.state.log_history if "num_rows" in row]
     num_trainable, num_parameters = trainer.model.get_nb_trainable_parameters()
     facts = {
         "fingerprint": trainer.recorder.fingerprint,
-        "adapter_sha256": adapter_sha256(output_dir / "adapter"),
+        "adapter_sha256": checkpoints.adapter_sha256(output_dir / "adapter"),
         "num_steps": trainer.state.global_step,
         "num_trainable": num_trainable,
         "num_parameters": num_parameters,
-        "num_rows": sum(row["num_rows"] for row in log),
-        "num_tokens": sum(row["num_tokens"] for row in log),
-        "num_supervised_tokens": sum(row["num_supervised_tokens"] for row in log),
-        "wall_s": sum(row["wall_s"] for row in log),
+        **{name: sum(row[name] for row in log) for name in SUMMED},
         "peak_memory_gib": peak_memory_gib(trainer.model.device.type),
-        "micro_batch_tokens": plan.micro_batch_tokens,
-        "gradient_checkpointing": plan.gradient_checkpointing,
-        "resumed_from": checkpoint_step(latest[0]) if latest else None,
+        **{name: getattr(plan, name) for name in ("micro_batch_tokens", "gradient_checkpointing")},
+        "resumed_from": checkpoints.checkpoint_step(latest[0]) if latest else None,
     }
     write_json(output_dir / "training.json", facts)
-    return training_result(facts, output_dir, reused=False)
+    return checkpoints.training_result(facts, output_dir, reused=False)

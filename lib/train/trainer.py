@@ -73,11 +73,8 @@ class Step:
     @property
     def facts(self) -> dict[str, int]:
         rows = [example for part in self.micro_batches for example in part]
-        return {
-            "num_rows": len(rows),
-            "num_tokens": sum(len(example["input_ids"]) for example in rows),
-            "num_supervised_tokens": sum(map(num_supervised, rows)),
-        }
+        facts = {"num_rows": len(rows), "num_tokens": sum(len(example["input_ids"]) for example in rows)}
+        return facts | {"num_supervised_tokens": sum(map(num_supervised, rows))}
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -102,10 +99,8 @@ def only_item(items: list[Step]) -> dict[str, Step]:
 def why_exploded(loss: float, earlier: Sequence[float], vocab_size: int) -> str:
     """Why a loss counts as exploded, in words; empty where it does not.
 
-    It must be more than twice the first loss and, besides, more than ten times the median of the last twenty (of five
-    at least), or more than ``ln(vocab_size)``, which is what guessing every token alike would give. Conservative: an
-    unusual step of a sound training is not stopped, and a training that only gets slowly worse is not either; the loss
-    on development rows shows that.
+    It must be over twice the first loss and, besides, over ten times the median of the last twenty (of five at least)
+    or over ``ln(vocab_size)``, that of guessing. A training that slowly gets worse is not stopped.
     """
     if not earlier or loss <= EXPLODED_OVER_FIRST * earlier[0]:
         return ""
@@ -166,11 +161,7 @@ class StepTrainer(Trainer):
         raise self._stopped(f"{fault} at step {self.state.global_step + 1}")
 
     def require_finite_weights(self) -> None:
-        """Ends the training where a weight of the adapter is not finite: none such is saved, here or as the result.
-
-        Raises:
-            TrainingError: one is not.
-        """
+        """Raise TrainingError where a weight of the adapter is not finite: none such is saved."""
         finite = [weight.isfinite().all() for weight in self.model.parameters() if weight.requires_grad]
         if not torch.stack(finite).all():
             self._distrust_checkpoint_of_now()
@@ -182,10 +173,9 @@ class StepTrainer(Trainer):
             (folder / COMPLETE).rename(folder / UNSOUND)
 
     def _stopped(self, fault: str) -> TrainingError:
-        good = list_checkpoints(Path(self.args.output_dir))[-1:]
         kept = "no checkpoint was saved before it"
-        if good:
-            kept = f"the last good checkpoint, {good[0].name}, is kept, and the same settings go on from it"
+        if good := list_checkpoints(Path(self.args.output_dir)):
+            kept = f"the last good checkpoint, {good[-1].name}, is kept, and the same settings go on from it"
         return TrainingError(
             f"{fault}; {kept}. Lower learning_rate, raise warmup_share, or set compute_dtype to float32: with another "
             "setting training starts over, and the checkpoints of this one are deleted"
@@ -201,11 +191,7 @@ class StepTrainer(Trainer):
         return norm
 
     def dev_loss(self) -> float:
-        """Mean loss over the supervised tokens of the development rows, without dropout.
-
-        Raises:
-            TrainingError: it is not finite.
-        """
+        """Mean loss over supervised tokens of the development rows, without dropout; TrainingError if not finite."""
         base = self.model.get_base_model()
         num_targets = sum(num_supervised(example) for part in self.dev_parts for example in part)
         with torch.no_grad(), _without_dropout(self.model):
@@ -216,7 +202,7 @@ class StepTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds a row to the log: what the Trainer measured in this step, and what the step was."""
+        """Add a row to the log: what the Trainer measured in this step, and what the step was."""
         if "loss" not in logs:
             return
         if not math.isfinite(logs.get("grad_norm", 0.0)):
@@ -257,12 +243,7 @@ class Recorder(TrainerCallback):
         self._begun_at, self._begun_step = time.perf_counter(), state.global_step
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any],
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         with self.log_path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(logs) + "\n")
@@ -270,14 +251,10 @@ class Recorder(TrainerCallback):
         shown = {"num_tokens": num_tokens, "loss": logs["loss"], "dev_loss": logs.get("dev_loss")}
         progress.report("steps", logs["step"], self.num_steps, **shown)
         if logs["step"] == self.num_steps:
-            self.say(self._final_line(logs))
+            made, took = logs["step"] - self._begun_step, time.perf_counter() - self._begun_at
+            where = f"step {logs['step']}/{self.num_steps}  loss {logs['loss']:.4f}"
+            self.say(f"{where}  {made} steps made here in {took:.0f} s")
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / COMPLETE, {"step": state.global_step, "fingerprint": self.fingerprint})
-
-    def _final_line(self, row: dict[str, Any]) -> str:
-        num_made, took = row["step"] - self._begun_step, time.perf_counter() - self._begun_at
-        return (
-            f"step {row['step']}/{self.num_steps}  loss {row['loss']:.4f}  {num_made} steps made here in {took:.0f} s"
-        )
