@@ -197,16 +197,13 @@ OTHER_NAMES = {name: ours for ours, names in _OTHER_NAMES.items() for name in na
 def load_params(
     path: str | Path, overrides: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None
 ) -> Params:
-    """Load one preset, apply ``overrides`` and check the result.
+    """Load one preset, apply ``overrides`` (key -> value) and check the result.
 
     Args:
-        path: the YAML file.
-        overrides: key -> value, typed as in the YAML.
         origins: key -> where the override came from; ``override`` by default.
 
     Raises:
-        ParamsError: the file cannot be read, or a key is unknown, missing, of the wrong type, out of range or
-            contradicts another; every fault is listed.
+        ParamsError: the file cannot be read, or keys or values are refused; every fault is listed.
     """
     path, overrides, origins = Path(path), dict(overrides or {}), dict(origins or {})
     values = {**read_mapping(path), **overrides}
@@ -350,11 +347,7 @@ def _suggest(key: Any, known: Iterable[str], otherwise: str = "; params/simple.y
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` of the command line, typed as in the YAML.
-
-    Raises:
-        ParamsError: there is no ``=``, or the key is unknown.
-    """
+    """``KEY=VALUE`` of the command line, typed as in the YAML; ParamsError without ``=`` or for an unknown key."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ParamsError(f"--set {text!r}: KEY=VALUE was expected")
@@ -364,12 +357,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def from_notebook(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
-    """The parameters that a notebook declares, checked like those of a preset.
-
-    A preset named by ``PRESET``, in the notebook or the environment, first replaces the values in ``namespace``.
-
-    Args:
-        namespace: ``globals()`` of the notebook, right after its parameters cell.
+    """The checked parameters in ``globals()`` of a notebook, after a preset that ``PRESET`` names replaced them there.
 
     Raises:
         ParamsError: there is no such preset, or a value is refused; every fault is listed.
@@ -408,11 +396,7 @@ def find_presets(params_dir: Path = PARAMS_DIR) -> list[str]:
 
 
 def preset_path(name: str, params_dir: Path = PARAMS_DIR) -> Path:
-    """The YAML file of the preset ``name``.
-
-    Raises:
-        ParamsError: there is no such preset; the message names those that exist.
-    """
+    """The YAML file of the preset ``name``; ParamsError with those that exist if there is none."""
     known = find_presets(params_dir)
     if name not in known:
         names = ", ".join(known) or "none"

@@ -150,11 +150,7 @@ class OwnKernelManager(AsyncKernelManager):
 
 
 def _socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """A new folder whose path leaves room for sockets and is UTF-8, as an address is.
-
-    Raises:
-        OSError: no such folder can be written.
-    """
+    """A new folder whose path leaves room for sockets and is UTF-8, as an address is; OSError if there is none."""
     for place in (tempfile.gettempdir(), *SHORT_FOLDERS):
         is_short = len(os.fsencode(place + LONGEST_NAME)) <= MAX_SOCKET_PATH
         if is_short and is_utf8(place) and os.access(place, os.W_OK | os.X_OK):
@@ -174,11 +170,7 @@ def last_words() -> str:
 
 
 class Interrupts:
-    """Ctrl-C, and a cluster's SIGTERM: the first lets the kernel finish its row, the second ends it now.
-
-    Args:
-        tell: prints a sentence for the person at the keyboard.
-    """
+    """Ctrl-C, and a cluster's SIGTERM: the first lets the kernel finish its row, the second ends it now."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell, self.count = tell, 0

@@ -32,10 +32,7 @@ SUBMISSION_PRESETS = ("simple", "medium", "strong")
 
 @dataclass
 class Plan:
-    """One run: its parameters, settings and stages, and how it ended.
-
-    ``preset`` is the run's name: that of its preset, with ``_seed<N>`` after it under ``--seeds``.
-    """
+    """One run, named ``preset``: its parameters, settings and stages, and how it ended."""
 
     preset: str
     of_preset: str
@@ -53,11 +50,7 @@ class Plan:
 
 
 def make_plans(args: argparse.Namespace) -> list[Plan]:
-    """Check the whole command line and every preset; nothing is written.
-
-    Raises:
-        UsageError: anything is wrong; every faulty preset is named.
-    """
+    """Check the command line and every preset, writing nothing; UsageError with every faulty preset."""
     presets = list(args.presets or (SUBMISSION_PRESETS if args.submission else ()))
     _check_usage(args, presets)
     checkpoints = _parse_checkpoints(args.checkpoint, presets)

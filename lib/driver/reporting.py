@@ -20,11 +20,7 @@ from lib.reports.to_lm_eval import export_lm_eval
 
 
 def verify(folder: str) -> int:
-    """Recompute every metric below ``folder`` from its row files; 1 when anything differs.
-
-    Raises:
-        UsageError: there is no such folder.
-    """
+    """Recompute every metric below ``folder`` from its rows; 1 when anything differs, UsageError without folder."""
     if not Path(folder).is_dir():
         raise UsageError(f"--verify {folder}: there is no such folder; results of a run lie in results/")
     try:
@@ -42,11 +38,7 @@ def verify(folder: str) -> int:
 
 
 def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
-    """Write ``index.html`` over every run of the folder; prints why and returns False where that failed.
-
-    Args:
-        required: a folder without any scored run is a failure too.
-    """
+    """Write ``index.html`` over every run; prints why and returns False on failure, also of no run if ``required``."""
     results, reports = output_folders(args)
     if not required and not find_runs(display_path(results)):
         return True

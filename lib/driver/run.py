@@ -29,16 +29,9 @@ from lib.record.terminal import as_typed, fail, tell
 MIN_FREE_BYTES = 20_000_000
 
 
-# --- before anything runs ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def locked(folder: Path, typed: str = "", wait: bool = False) -> Iterator[None]:
-    """Hold the output folder for one driver; the lock ends with its holder and its kernel, however they end.
-
-    Raises:
-        UsageError: the folder cannot be written or is full, or another driver holds it.
-    """
+    """Hold the output folder for one driver and its kernel; UsageError if it is full, unwritable or held by another."""
     try:
         with hold(folder, typed, wait=wait, tell=fail):
             free = free_bytes(folder)
@@ -65,11 +58,7 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[str, str]]]:
-    """The environment of each preset that runs at once: a GPU that it holds alone, or its share of the CPU.
-
-    Raises:
-        UsageError: other drivers hold every GPU.
-    """
+    """The environment of each preset that runs at once: its GPU or share of the CPU; UsageError if no GPU is free."""
     most = min(args.jobs, len(plans))
     computes = bool(set(plans[0].stages) - {COMPARE})
     gpus = devices.visible_gpus() if computes and any(plan.params.device != "cpu" for plan in plans) else []
@@ -117,15 +106,8 @@ def ensure_home() -> None:
         os.environ["HOME"] = str(folder)
 
 
-# --- every preset -----------------------------------------------------------------------------------------------------
-
-
 def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> int:
-    """Run every preset, then the comparison; returns the exit status.
-
-    Args:
-        environments: of the presets that run at once, see ``places``.
-    """
+    """Run every preset, in the ``environments`` of ``places``, then the comparison; returns the exit status."""
     results, reports = output_folders(args)
     check_writable(reports)
     set_kernel_environment(args.offline)
@@ -231,9 +213,6 @@ def show_failures(plans: list[Plan], typed: str) -> None:
         if plan.failure:
             fail(f"\n{plan.preset}: {plan.failure}")
     fail(f"\nfinished stages and rows are kept; to go on: {typed}")
-
-
-# --- one preset -------------------------------------------------------------------------------------------------------
 
 
 def run_preset(plan: Plan, rerun: bool) -> None:

@@ -22,11 +22,7 @@ class AssetUnavailable(AssetError):
 
 
 def load_or_reason(load: Callable[..., Asset], *arguments: object) -> tuple[Asset | None, str]:
-    """``load(*arguments)`` and "", or None and why it is not available here.
-
-    Raises:
-        AssetError: it was found but is not what it has to be.
-    """
+    """``load(*arguments)`` and "", or None and why it is unavailable; AssetError if it is not what it has to be."""
     try:
         return load(*arguments), ""
     except AssetUnavailable as error:
