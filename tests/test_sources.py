@@ -110,7 +110,7 @@ def test_assets_folder_is_an_argument_or_a_variable(named_by, tmp_path, publishe
 
 
 def test_assets_folder_that_is_none_is_an_error(tmp_path):
-    with pytest.raises(AssetError, match=r"assets folder .*nowhere.* is not a folder: mend --assets or ASSETS_DIR"):
+    with pytest.raises(AssetError, match=r"assets folder .*nowhere.* is not a folder: fix --assets or ASSETS_DIR"):
         datasets.load_gsm8k("test", assets_dir=str(tmp_path / "nowhere"))
 
 

@@ -19,12 +19,14 @@ def run_command(args: argparse.Namespace) -> int:
     if args.verify or args.export or args.report_only or args.track:
         # Scipy and statsmodels behind it take two seconds.
         from lib.driver import reporting
+        from lib.reports import to_mlflow
 
         if args.verify:
             return reporting.verify(args.verify)
         if args.export:
             return reporting.export_models(args) if args.export == "model" else reporting.export_runs(args)
-        reporting.check_tracker(args)
+        if args.track and (why := to_mlflow.missing()):
+            raise UsageError(why)
         if args.report_only:
             return reporting.track_runs(args, [], 0) if reporting.write_report_site(args, required=True) else 1
     plans = make_plans(args)

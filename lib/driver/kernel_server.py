@@ -1,11 +1,8 @@
 """A process that has imported what the notebooks import, and forks kernels.
 
-    python -P lib/driver/kernel_server.py FD
-
 Importing torch, transformers and peft takes a kernel 6 to 15 seconds on two cores; the server does it once per run. It
 refuses where a fork would not be sound: threads run, or torch sees a GPU, whose driver does not survive a fork.
-Requests and answers are lines of JSON on the socket ``FD``. Nothing of ``lib`` is imported: a kernel reads the
-project's code as it is on disk when it starts.
+Requests and answers are lines of JSON on a socket. It imports nothing of ``lib``: a kernel reads the code on disk.
 """
 
 import atexit

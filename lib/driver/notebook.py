@@ -73,13 +73,10 @@ def declared_parameters(stage: str) -> dict[str, Any]:
 def execute(
     stage: str, output: Path, parameters: Mapping[str, Any], *, cell_timeout_s: int = 0, go_on: str = ""
 ) -> Outcome:
-    """Run the stage's notebook with ``parameters`` and keep it, filled, at ``output``.
+    """Run the stage's notebook with ``parameters`` and keep it, filled, at ``output``; DiskFull if it cannot be saved.
 
     The outcome reports a cell that raises, a kernel that dies, hangs or never starts, and an interrupt (the first one
     lets the current row finish); the partly filled notebook is kept and names ``go_on``, the command that resumes.
-
-    Raises:
-        DiskFull, ArtifactError: the notebook cannot be saved, or what was saved is not valid.
     """
     # With papermill's half a second; --list and --help need neither.
     from lib.driver.kernel import Interrupts

@@ -109,12 +109,6 @@ def export_models(args: argparse.Namespace) -> int:
     return min(1, subprocess.run(command, cwd=PROJECT_ROOT).returncode)
 
 
-def check_tracker(args: argparse.Namespace) -> None:
-    """Raise UsageError if the runs cannot be logged as ``--track`` demands."""
-    if args.track and (why := to_mlflow.missing()):
-        raise UsageError(why)
-
-
 def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> int:
     """Log the runs ``names`` (all if empty) to ``--track``; returns ``status``, or 1 where logging failed."""
     if not args.track or status == 130:

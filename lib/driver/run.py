@@ -15,7 +15,7 @@ from lib.driver import devices, kernel_server
 from lib.driver.cli import UsageError
 from lib.driver.display import Display, final_lines
 from lib.driver.jobs import run_jobs
-from lib.driver.notebook import Outcome, declared_parameters, execute, is_complete
+from lib.driver.notebook import declared_parameters, execute, is_complete
 from lib.driver.plan import COMPARE, Plan, output_folders
 from lib.record import progress
 from lib.record.files import error_text, free_bytes, remove_temporary, write_json
@@ -120,7 +120,11 @@ def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict
             run_at_once(args, plans, environments)
         else:
             os.environ |= environments[0]
-            run_in_turn(args, plans)
+            for plan in plans:
+                with Display({plan.preset: plan.paths.run_dir}, quiet=args.quiet):
+                    run_preset(plan, args.rerun_all)
+                if plan.interrupted:
+                    break
         interrupted = any(plan.interrupted for plan in plans)
         comparison = None if interrupted else run_comparison(plans, args.rerun_all)
     finally:
@@ -152,15 +156,6 @@ def conclude(args: argparse.Namespace, plans: list[Plan], comparison: Plan | Non
     elif args.require_baselines and reporting.baselines_missed(args, plans):
         status = 3
     return reporting.track_runs(args, [plan.preset for plan in plans], status)
-
-
-def run_in_turn(args: argparse.Namespace, plans: list[Plan]) -> None:
-    """Run one preset after the other; none after an interrupt."""
-    for plan in plans:
-        with Display({plan.preset: plan.paths.run_dir}, quiet=args.quiet):
-            run_preset(plan, args.rerun_all)
-        if plan.interrupted:
-            break
 
 
 def run_at_once(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> None:
@@ -270,13 +265,9 @@ def run_stage(plan: Plan, stage: str, folder: Path, rerun: bool) -> None:
     plan.interrupted = outcome.interrupted
     plan.wall_s += outcome.wall_s
     if outcome.error:
-        plan.failure = _failure_text(stage, outcome)
+        cell = f" in cell {outcome.cell}" if outcome.cell else ""
+        plan.failure = f"{stage}{cell}: {outcome.error}\n  notebook: {as_typed(outcome.notebook)}"
         word = "interrupted" if outcome.interrupted else "failed"
         say(f"{label}: {word} after {outcome.wall_s:.0f} s")
     else:
         say("\n  ".join([f"{label}: done in {outcome.wall_s:.0f} s", *lines]))
-
-
-def _failure_text(stage: str, outcome: Outcome) -> str:
-    cell = f" in cell {outcome.cell}" if outcome.cell else ""
-    return f"{stage}{cell}: {outcome.error}\n  notebook: {as_typed(outcome.notebook)}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lib.record.paths import expand_home, project_path
+from lib.record.redaction import HIDDEN, clean
 
 ASSETS_VARIABLE = "ASSETS_DIR"
 Asset = TypeVar("Asset")
@@ -47,7 +48,4 @@ def hub_is_offline() -> bool:
 def failure_reason(error: Exception) -> str:
     """Kind and first line of a library's error, without anything that looks like a token."""
     text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if os.environ.get(variable):
-            text = text.replace(os.environ[variable], "***")
-    return re.sub(r"\bhf_\w+", "***", text)
+    return re.sub(r"\bhf_\w+", HIDDEN, clean(text))

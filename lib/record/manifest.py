@@ -98,10 +98,10 @@ class StageRecord:
         *,
         inputs: Iterable[Path],
         outputs: Iterable[Path],
-        facts: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None = None,
+        facts: Row,
+        metrics: Row | None = None,
         skipped: str = "",
-    ) -> dict[str, Any]:
+    ) -> Row:
         """Write and return the manifest, last of a stage; folders stand for their files, ``skipped`` says why."""
         manifest = {
             "stage": self.stage,

@@ -38,11 +38,7 @@ def expand_home(name: str) -> Path:
 
 def is_utf8(name: str) -> bool:
     """Whether ``name`` can be encoded as UTF-8; Python decodes other bytes of a file's name to lone surrogates."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 @dataclass(unsafe_hash=True)

@@ -67,17 +67,14 @@ class ProtocolMismatch(Exception):
 
 
 def check_alike(a: Row, b: Row, *, allow_unlike: bool = False) -> list[str]:
-    """Return how the settings of two runs differ; ProtocolMismatch if they are incompatible, unless ``allow_unlike``.
-
-    Every field outside ``REPORTED_ONLY`` refuses, also an unknown one; but not one that a side does not record, as in
-    runs of an earlier pipeline. Mappings inside are compared key by key.
-    """
+    """How the settings of two runs differ; ProtocolMismatch if a recorded one matters, unless ``allow_unlike``."""
     differences, refusing = [], []
     for field, value_a, value_b in _differing_fields(a, b):
         kind = field.partition(".")[0]
         if kind in MAY_DIFFER:
             continue
         differences.append(f"{field} is {_shown(value_a)} in one and {_shown(value_b)} in the other")
+        # An unknown field refuses too, but not one that a side does not record, as in runs of an earlier pipeline.
         if kind not in REPORTED_ONLY and value_a is not None and value_b is not None:
             refusing.append(differences[-1])
     if refusing and not allow_unlike:

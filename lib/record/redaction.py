@@ -45,7 +45,6 @@ STRING_LITERAL = re.compile(r""""(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""")
 FORMAT_METADATA = frozenset(["kernelspec", "language_info"])
 
 Rule = Callable[[str], str]
-Machine = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def clean(text: str) -> str:
@@ -166,7 +165,7 @@ def _cleaner(lines: bool = False) -> Rule:
     return clean_text
 
 
-def _machine() -> Machine:
+def _machine() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """(secrets, home folders, user names) of this process; read each time, because tests and kernels change them."""
     secrets = {
         value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name)

@@ -55,11 +55,10 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 class RowLog:
-    """An append-only row file that survives ``kill -9``.
+    """An append-only row file that survives ``kill -9``; ``label`` (``untuned``) stands in the progress.
 
     Opening it keeps complete rows of the same protocol in ``rows`` (key -> row), drops rows of another one
-    (``num_dropped``) and cuts off an incomplete last line (``torn``). An earlier line that is not a JSON object with
-    the column ``key`` is an ArtifactError. ``label`` says whose rows they are, as ``untuned``, in the progress.
+    (``num_dropped``) and cuts off an incomplete last line (``torn``); ArtifactError for any other faulty line.
     """
 
     def __init__(self, path: Path, protocol_hash: str, key: str = "id", label: str = "") -> None:
@@ -129,8 +128,8 @@ def fill_rows(
 ) -> list[Row]:
     """The finished row of each of ``rows``, in their order; only those that ``log`` lacks are generated.
 
-    ``generate`` gets the missing rows, and calls back with the position of a row among them and its result, in any
-    order; ``to_row`` then makes the row, which is in the file before the call returns.
+    ``generate`` gets the missing rows, and calls back with the position and result of each, in any order; its finished
+    row, made by ``to_row``, is in the file before the call returns.
     """
     missing = [row for row in rows if row[key] not in log.rows]
     if missing:
