@@ -15,10 +15,8 @@ from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT
 from lib.record.preset_yaml import ParamsError, number_remedy, read_mapping, read_value
 
 PARAMS_DIR = PROJECT_ROOT / "params"
-# Characters of a wrong value that a message repeats.
-MAX_SHOWN = 200
-# Names that a list in a message holds.
-MAX_LISTED = 30
+# What a message shows: characters of a wrong value, names of a list.
+MAX_SHOWN, MAX_LISTED = 200, 30
 
 Count = Annotated[int, Field(ge=1)]
 CountOrAll = Annotated[int, Field(ge=0)]
@@ -153,7 +151,10 @@ RULES: dict[str, Callable[[SimpleNamespace], bool]] = {
     " dev_safety_rows: 0": lambda p: p.sweep_on_test and p.dev_safety_rows > 0,
     "dev_safety_rows is {dev_safety_rows} but ailuminate_prompt_set {ailuminate_prompt_set!r} evaluates every "
     "prompt, so none is left to choose on: use class240, or max_ailuminate_rows": lambda p: (
-        p.dev_safety_rows > 0 and _evaluates_every_prompt(p)
+        p.dev_safety_rows > 0
+        and p.ailuminate_source != "class"
+        and p.ailuminate_prompt_set != "class240"
+        and p.max_ailuminate_rows == 0
     ),
     "device is 'cpu' but compute_dtype is 'float16': allowed on a CPU are auto, bfloat16 and float32": lambda p: (
         p.device == "cpu" and p.compute_dtype == "float16"
@@ -197,17 +198,7 @@ OTHER_NAMES = {name: ours for ours, names in _OTHER_NAMES.items() for name in na
 def load_params(
     path: str | Path, overrides: Mapping[str, Any] | None = None, origins: Mapping[str, str] | None = None
 ) -> Params:
-    """Load one preset, apply ``overrides`` and check the result.
-
-    Args:
-        path: the YAML file.
-        overrides: key -> value, typed as in the YAML.
-        origins: key -> where the override came from; ``override`` by default.
-
-    Raises:
-        ParamsError: the file cannot be read, or a key is unknown, missing, of the wrong type, out of range or
-            contradicts another; every fault is listed.
-    """
+    """Load a preset, apply ``overrides`` (from ``origins``, else "override"); ParamsError with every fault of it."""
     path, overrides, origins = Path(path), dict(overrides or {}), dict(origins or {})
     values = {**read_mapping(path), **overrides}
     _refuse(path.name, find_faults(values))
@@ -243,26 +234,18 @@ def _value_faults(values: Mapping[str, Any], *, partial: bool = False) -> list[s
                 faults.setdefault(key, _sentence(key, values[key], fault["msg"]))
             elif not partial:
                 faults[key] = f"{key}: missing; {_allowed(key)}"
-    return [*faults.values(), *_contradictions({key: value for key, value in values.items() if key not in faults})]
+    found, known = [*faults.values()], SimpleNamespace(**{key: values[key] for key in values.keys() - faults.keys()})
+    for message, contradicts in RULES.items():
+        with suppress(AttributeError):
+            if contradicts(known):
+                found.append(message.format(**values))
+    return found
 
 
 def _sentence(key: str, value: Any, why: str) -> str:
     text = repr(value)
     shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
     return f"{key}: {shown} ({type(value).__name__}) is refused: {why}; {_allowed(key)}{_remedy(key, value)}"
-
-
-def _evaluates_every_prompt(p: SimpleNamespace) -> bool:
-    return p.ailuminate_source != "class" and p.ailuminate_prompt_set != "class240" and p.max_ailuminate_rows == 0
-
-
-def _contradictions(values: Mapping[str, Any]) -> list[str]:
-    found, params = [], SimpleNamespace(**values)
-    for message, contradicts in RULES.items():
-        with suppress(AttributeError):
-            if contradicts(params):
-                found.append(message.format(**values))
-    return found
 
 
 def _nested_fault(values: Mapping[Any, Any]) -> str:
@@ -350,11 +333,7 @@ def _suggest(key: Any, known: Iterable[str], otherwise: str = "; params/simple.y
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` of the command line, typed as in the YAML.
-
-    Raises:
-        ParamsError: there is no ``=``, or the key is unknown.
-    """
+    """``KEY=VALUE`` of the command line, typed as in the YAML; ParamsError without ``=`` or for an unknown key."""
     key, equals, value = text.partition("=")
     if not equals:
         raise ParamsError(f"--set {text!r}: KEY=VALUE was expected")
@@ -364,16 +343,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def from_notebook(namespace: MutableMapping[str, Any]) -> dict[str, Any]:
-    """The parameters that a notebook declares, checked like those of a preset.
-
-    A preset named by ``PRESET``, in the notebook or the environment, first replaces the values in ``namespace``.
-
-    Args:
-        namespace: ``globals()`` of the notebook, right after its parameters cell.
-
-    Raises:
-        ParamsError: there is no such preset, or a value is refused; every fault is listed.
-    """
+    """Checked parameters in ``globals()`` of a notebook, where a preset in ``PRESET`` replaces them; ParamsError."""
     _apply_preset(namespace)
     declared = {key: namespace[key] for key in (*RUN_SETTINGS, *Params.model_fields) if key in namespace}
     faults = [
@@ -408,11 +378,7 @@ def find_presets(params_dir: Path = PARAMS_DIR) -> list[str]:
 
 
 def preset_path(name: str, params_dir: Path = PARAMS_DIR) -> Path:
-    """The YAML file of the preset ``name``.
-
-    Raises:
-        ParamsError: there is no such preset; the message names those that exist.
-    """
+    """The YAML file of the preset ``name``; ParamsError with those that exist if there is none."""
     known = find_presets(params_dir)
     if name not in known:
         names = ", ".join(known) or "none"

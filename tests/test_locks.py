@@ -188,8 +188,8 @@ def test_a_disk_without_room_to_begin_is_refused(tmp_path, monkeypatch, capsys):
 
 # Stands still before the row that is named, until it is printed to go on.
 FILLER = (
-    "import pathlib, sys; from lib.record.rows import SharedRowLog\n"
-    "log = SharedRowLog(pathlib.Path(sys.argv[1]), 'p')\n"
+    "import pathlib, sys; from lib.record.rows import open_shared_log\n"
+    "log = open_shared_log(pathlib.Path(sys.argv[1]), 'p')\n"
     "missing = [number for number in range(20) if number not in log.rows]\n"
     "print('begun', len(missing))\n"
     "for number in missing:\n"

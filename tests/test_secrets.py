@@ -230,7 +230,7 @@ def test_a_notebook_of_another_form_is_named_with_its_place(tmp_path):
     content["cells"][1]["cell_type"] = "user"
     (tmp_path / "01.ipynb").write_text(json.dumps(content))
     with pytest.raises(
-        ArtifactError, match=r"01\.ipynb is no valid notebook at cells\.1: .*'user'.*run its stage again"
+        ArtifactError, match=r"01\.ipynb is not a valid notebook at cells\.1: .*'user'.*run its stage again"
     ):
         notebook_page.write_html(tmp_path / "01.ipynb")
 

@@ -37,11 +37,7 @@ def settle_streams() -> None:
 
 
 def check_names(typed: Sequence[str]) -> None:
-    """Refuse names that are not UTF-8, as every file of a run is.
-
-    Raises:
-        UsageError: something typed, the project's folder or the working directory has such a name.
-    """
+    """UsageError if something typed, the project or the working directory has a name that is not UTF-8."""
     places = [str(PROJECT_ROOT), str(Path.cwd()), os.environ.get(RESULTS_VARIABLE, "")]
     for name in [*typed, *places]:
         if is_utf8(name):

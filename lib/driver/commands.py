@@ -12,30 +12,23 @@ from lib.record.terminal import fail, tell
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Run the command and return the exit status.
-
-    Raises:
-        UsageError: it cannot be done; nothing was started.
-    """
+    """Run the command and return the exit status; UsageError if nothing could be started."""
     args.params_dir = args.params_dir.resolve()
     if args.list:
         return show_list(args)
-    if not (args.verify or args.export or args.report_only or args.track):
-        return _run(args)
-    # Scipy and statsmodels behind it take two seconds.
-    from lib.driver import reporting
+    if args.verify or args.export or args.report_only or args.track:
+        # Scipy and statsmodels behind it take two seconds.
+        from lib.driver import reporting
+        from lib.reports import to_mlflow
 
-    if args.verify:
-        return reporting.verify(args.verify)
-    if args.export:
-        return reporting.export_models(args) if args.export == "model" else reporting.export_runs(args)
-    reporting.check_tracker(args)
-    if args.report_only:
-        return reporting.track_runs(args, [], 0) if reporting.write_report_site(args, required=True) else 1
-    return _run(args)
-
-
-def _run(args: argparse.Namespace) -> int:
+        if args.verify:
+            return reporting.verify(args.verify)
+        if args.export:
+            return reporting.export_models(args) if args.export == "model" else reporting.export_runs(args)
+        if args.track and (why := to_mlflow.missing()):
+            raise UsageError(why)
+        if args.report_only:
+            return reporting.track_runs(args, [], 0) if reporting.write_report_site(args, required=True) else 1
     plans = make_plans(args)
     with locked(output_folders(args)[0], args.typed, args.wait), places(args, plans) as environments:
         return run_all(args, plans, environments)

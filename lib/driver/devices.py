@@ -1,7 +1,6 @@
 """The GPUs of this machine, one run on each, across all drivers of a user; the CPU cores of runs side by side.
 
-A device is held by a lock in the machine's temporary folder. GPUs are listed by ``nvidia-smi`` and never by torch,
-which the driver of the notebooks must not import.
+A device is held by a lock in the temporary folder, and listed by ``nvidia-smi``: the driver never imports torch.
 """
 
 import os
@@ -17,7 +16,6 @@ from lib.record.locks import LOOK_AGAIN_S, FolderInUse, hold, machine_folder
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
-TOOL_TIMEOUT_S = 20
 UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[\w/-]+)\)")
 
 
@@ -26,10 +24,7 @@ class DevicesInUse(Exception):
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``; empty on a CPU machine.
-
-    UUIDs from ``nvidia-smi`` if the variable is not set; a GPU that is split into MIG devices counts as these.
-    """
+    """The GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``, MIG devices for a split one; [] on a CPU."""
     named = os.environ.get(VISIBLE_VARIABLE)
     if named is None:
         return _listed_uuids()
@@ -39,15 +34,15 @@ def visible_gpus() -> list[str]:
 
 def _listed_uuids() -> list[str]:
     # A line for each GPU, then indented lines for its MIG devices.
-    gpus = [UUID.findall(text) for text in re.split("^GPU ", _nvidia_smi(), flags=re.MULTILINE)]
+    gpus = [UUID.findall(text) for text in re.split("^GPU ", nvidia_smi("-L"), flags=re.MULTILINE)]
     return [uuid for uuids in gpus for uuid in (uuids[1:] or uuids)]
 
 
-def _nvidia_smi() -> str:
-    """Output of ``nvidia-smi -L``; "" where the tool is missing or fails."""
-    command = ["nvidia-smi", "-L"]
+def nvidia_smi(*arguments: str, timeout_s: float = 20) -> str:
+    """What ``nvidia-smi`` prints; "" where the tool is missing, fails or does not answer."""
+    command = ["nvidia-smi", *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -56,16 +51,11 @@ def _nvidia_smi() -> str:
 def held_gpus(
     gpus: Sequence[str], most: int, command: str, *, wait: bool = False, tell: Callable[[str], None] = print
 ) -> Iterator[list[str]]:
-    """Hold at least one and up to ``most`` of ``gpus`` that no other driver of this user holds.
-
-    Args:
-        command: what the user typed; shown to other drivers.
-        wait: if all are held, wait for the first that becomes free.
-
-    Raises:
-        DevicesInUse: all are held, and ``wait`` is false.
-    """
-    identities = dict(zip(gpus, _identities(gpus), strict=True))
+    """Hold one to ``most`` of ``gpus`` that no other driver of this user holds; DevicesInUse without ``wait``."""
+    # Folder names of locks, the same for ``0`` and for the UUID of the first GPU.
+    uuids = _listed_uuids() if any(name.isdigit() for name in gpus) else []
+    known = {str(index): uuid for index, uuid in enumerate(uuids)}
+    identities = {gpu: re.sub(r"[^\w-]", "_", known.get(gpu, gpu)) for gpu in gpus}
     with ExitStack() as stack:
         free, refused = _take_free(stack, identities, most, command, tell)
         if not free and not wait:
@@ -81,7 +71,7 @@ def held_gpus(
 def _take_free(
     stack: ExitStack, identities: Mapping[str, str], most: int, command: str, tell: Callable[[str], None]
 ) -> tuple[list[str], str]:
-    """Hold up to ``most`` free GPUs until ``stack`` ends; also returns a sentence on who holds the first other one."""
+    """Hold up to ``most`` free GPUs until ``stack`` ends; also a sentence on who holds the first other one."""
     free, refused = [], ""
     for gpu, identity in identities.items():
         try:
@@ -93,13 +83,6 @@ def _take_free(
     return free, refused
 
 
-def _identities(gpus: Sequence[str]) -> list[str]:
-    """Folder names of locks, the same for ``0`` and for the UUID of the first GPU."""
-    uuids = _listed_uuids() if any(name.isdigit() for name in gpus) else []
-    known = {str(index): uuid for index, uuid in enumerate(uuids)}
-    return [re.sub(r"[^\w-]", "_", known.get(name, name)) for name in gpus]
-
-
 def slow_cpu_note(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
     """A note on the speed of a CPU without bfloat16 units; "" if it has them or that is unknown."""
     flags = re.search(r"^flags\s*:(.*)", cpu_info.read_text(), re.MULTILINE) if cpu_info.exists() else None
@@ -109,10 +92,7 @@ def slow_cpu_note(cpu_info: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cpu_shares(num_jobs: int) -> dict[str, str]:
-    """Environment variables that share this CPU's cores among ``num_jobs`` runs.
-
-    Several thread pools, each as large as the machine, make all runs many times slower.
-    """
+    """Variables that share the cores among runs: thread pools as large as the machine make all many times slower."""
     if num_jobs == 1 or THREADS_VARIABLE in os.environ:
         return {}
     # A job scheduler may allow fewer cores than the machine has.

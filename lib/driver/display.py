@@ -4,13 +4,12 @@ Follows the small file that each running stage keeps (``lib.record.progress``): 
 """
 
 import os
-import shutil
-import subprocess
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lib import wording
+from lib.driver.devices import nvidia_smi
 from lib.record import progress
 from lib.record.locks import is_alive
 from lib.record.progress import Counts
@@ -35,20 +35,14 @@ BAR_WIDTH = 20
 GIB = 2**30
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
 def score_words(counts: Counts) -> str:
-    """The loss, or the rate so far; "" where rows are not scored.
-
-    Accuracy has its 95 % interval. A safe rate has none here: equal prompts count together in it, and only the rows
-    know which are equal.
-    """
+    """The loss, or the rate so far with its 95 % interval; "" where rows are not scored."""
     if counts.loss is not None:
         return f"loss {counts.loss:.4f}" + ("" if counts.dev_loss is None else f", dev {counts.dev_loss:.4f}")
     if not counts.num_scored:
         return ""
     rate = f"{wording.percent(counts.num_good / counts.num_scored)} {counts.good}"
+    # Equal prompts count together in the interval of a safe rate, and only the rows know which are equal.
     if counts.good == "safe":
         return rate
     from lib.stats import wilson_interval  # scipy: most of a second, only where there is a rate
@@ -73,47 +67,24 @@ def duration(seconds: float) -> str:
 def memory_words(driver: int) -> str:
     """Memory of the processes that the process ``driver`` started, and of all GPUs where there are any."""
     taken = 0
-    try:
-        below = psutil.Process(driver).children(recursive=True)
-    except psutil.Error:
-        below = []
-    for process in below:
-        try:
-            taken += process.memory_info().rss
-        except psutil.Error:
-            continue  # it has just ended
-    gpu = _gpu_bytes()
+    with suppress(psutil.Error):
+        for process in psutil.Process(driver).children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                taken += process.memory_info().rss
+    output = nvidia_smi("--query-gpu=memory.used", "--format=csv,noheader,nounits", timeout_s=5)
+    gpu = sum(int(line) for line in output.split() if line.isdigit()) * 2**20
     words = [f"{taken / GIB:.1f} GiB"] if taken else []
     return " + ".join([*words, *([f"GPU {gpu / GIB:.1f} GiB"] if gpu else [])])
 
 
-def _gpu_bytes() -> int:
-    """Memory in use on all GPUs, by anyone; 0 without ``nvidia-smi``, or where it does not answer."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return 0
-    command = [program, "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(int(line) for line in output.split() if line.isdigit()) * 2**20
-
-
 def fit(begin: str, details: Iterable[str], width: int) -> str:
-    """``begin`` and as many of ``details`` (speed, time left, score, tokens/s, memory) as ``width`` has room for.
-
-    The speed is read before the time left but dropped before it and the score; no detail is cut.
-    """
+    """``begin`` and the ``details`` that ``width`` has room for; speed goes before time left and score, none is cut."""
     speed, left, score, tokens, memory = details
     for dropped in ((), (memory,), (memory, tokens), (memory, tokens, speed), (memory, tokens, speed, score)):
         line = "  ".join(part for part in (begin, speed, left, score, tokens, memory) if part and part not in dropped)
         if len(line) <= width:
             return line
     return begin if len(begin) <= width else begin[: max(0, width - 1)] + "…"
-
-
-# --- one run ----------------------------------------------------------------------------------------------------------
 
 
 class Follower:
@@ -170,19 +141,8 @@ class Follower:
         return (counts.done - done) / (now - before), (counts.num_tokens - tokens) / (now - before)
 
 
-# --- all runs ---------------------------------------------------------------------------------------------------------
-
-
 class Display:
-    """One live line per running run on a terminal, else a plain line each now and then.
-
-    Args:
-        runs: name -> folder.
-        quiet: show no progress; ``tell`` still writes.
-        console: where to write; the standard output where it is None.
-        every_s: seconds between two looks; by what is written to where it is None.
-        background: look from another thread, else only when ``update`` is called.
-    """
+    """Live lines of ``runs`` (name -> folder), or plain ones; without ``background`` only when ``update`` is called."""
 
     def __init__(
         self,

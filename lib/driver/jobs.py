@@ -51,9 +51,6 @@ class _Lines:
         return False
 
 
-Work = Callable[[], Any]
-
-
 @dataclass
 class _Running:
     name: str
@@ -64,18 +61,15 @@ class _Running:
     was_stopped: bool = False
 
 
-def run_jobs(jobs: Mapping[str, Work], environments: Sequence[Mapping[str, str]], display: Display) -> dict[str, Any]:
-    """Run ``jobs`` in order, as many at once as there are ``environments``.
+def run_jobs(
+    jobs: Mapping[str, Callable[[], Any]], environments: Sequence[Mapping[str, str]], display: Display
+) -> dict[str, Any]:
+    """Run ``jobs`` in order, as many at once as there are ``environments``: variables for a job, such as its device.
 
     After Ctrl-C or SIGTERM no further job is started; both signals are passed to all running jobs, each time.
 
-    Args:
-        jobs: name -> function for the job's process; its result must be JSON.
-        environments: variables for a running job, such as its device; each is used by one job at a time.
-        display: shows progress and the lines that jobs print.
-
     Returns:
-        name -> result; ``None`` for a job whose process died. Left out are jobs that never started or were stopped.
+        name -> JSON result; ``None`` for a job whose process died; no entry for one that was stopped or not started.
     """
     left, free = deque(jobs.items()), deque(environments)
     running: list[_Running] = []
@@ -107,7 +101,9 @@ def _stops_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
-def _start(name: str, work: Work, environment: Mapping[str, str], others: Sequence[Connection]) -> _Running:
+def _start(
+    name: str, work: Callable[[], Any], environment: Mapping[str, str], others: Sequence[Connection]
+) -> _Running:
     ours, theirs = multiprocessing.Pipe(duplex=False)
     # Forked: the job inherits the driver's locks and its imports.
     process = multiprocessing.get_context("fork").Process(
@@ -124,7 +120,11 @@ def _start(name: str, work: Work, environment: Mapping[str, str], others: Sequen
 
 
 def _work(
-    work: Work, environment: Mapping[str, str], driver: Connection, parent: int, not_ours: Sequence[Connection]
+    work: Callable[[], Any],
+    environment: Mapping[str, str],
+    driver: Connection,
+    parent: int,
+    not_ours: Sequence[Connection],
 ) -> None:
     """Main function of a job's process; signals are blocked at its start, as in the driver when it forked."""
     # Ctrl-C in the terminal reaches only the driver, which passes it on: each job gets it once.

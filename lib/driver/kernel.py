@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -48,23 +47,20 @@ class ForkedKernel:
         self.pid, self.returncode = pid, None
         self._handle = os.pidfd_open(pid)
 
-    def poll(self) -> int | None:
-        """0 if it has ended; its exit status is known only to its parent."""
+    def poll(self, wait_s: float | None = 0) -> int | None:
+        """0 if it ends within ``wait_s`` (None: for ever); its exit status is known only to its parent."""
         if self.returncode is None:
             watch = select.poll()
             watch.register(self._handle, select.POLLIN)
-            if watch.poll(0):
+            if watch.poll(None if wait_s is None else wait_s * 1000):
                 os.close(self._handle)
                 self.returncode = 0
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; raises ``subprocess.TimeoutExpired`` after ``timeout`` seconds."""
-        started = time.monotonic()
-        while self.poll() is None:
-            if timeout is not None and time.monotonic() - started > timeout:
-                raise subprocess.TimeoutExpired("kernel", timeout)
-            time.sleep(0.02)
+        if self.poll(timeout) is None:
+            raise subprocess.TimeoutExpired("kernel", timeout)
         return 0
 
     def send_signal(self, number: int) -> None:
@@ -139,22 +135,13 @@ class OwnKernelManager(AsyncKernelManager):
         OwnKernelManager.log_file = Path(self._folder.name) / "kernel.log"
         with OwnKernelManager.log_file.open("ab") as log:
             await super()._async_launch_kernel(
-                kernel_cmd,
-                stdout=log,
-                stderr=log,
-                pass_fds=held_descriptors(),
-                preexec_fn=die_with(os.getpid()),
-                **kw,
+                kernel_cmd, stdout=log, stderr=log, pass_fds=held_descriptors(), preexec_fn=die_with(os.getpid()), **kw
             )
         OwnKernelManager.running_pid = self.provisioner.pid
 
 
 def _socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """A new folder whose path leaves room for sockets and is UTF-8, as an address is.
-
-    Raises:
-        OSError: no such folder can be written.
-    """
+    """A new folder whose path leaves room for sockets and is UTF-8, as an address is; OSError if there is none."""
     for place in (tempfile.gettempdir(), *SHORT_FOLDERS):
         is_short = len(os.fsencode(place + LONGEST_NAME)) <= MAX_SOCKET_PATH
         if is_short and is_utf8(place) and os.access(place, os.W_OK | os.X_OK):
@@ -174,11 +161,7 @@ def last_words() -> str:
 
 
 class Interrupts:
-    """Ctrl-C, and a cluster's SIGTERM: the first lets the kernel finish its row, the second ends it now.
-
-    Args:
-        tell: prints a sentence for the person at the keyboard.
-    """
+    """Ctrl-C, and a cluster's SIGTERM: the first lets the kernel finish its row, the second ends it now."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell, self.count = tell, 0

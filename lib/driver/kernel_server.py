@@ -1,11 +1,8 @@
 """A process that has imported what the notebooks import, and forks kernels.
 
-    python -P lib/driver/kernel_server.py FD
-
 Importing torch, transformers and peft takes a kernel 6 to 15 seconds on two cores; the server does it once per run. It
 refuses where a fork would not be sound: threads run, or torch sees a GPU, whose driver does not survive a fork.
-Requests and answers are lines of JSON on the socket ``FD``. Nothing of ``lib`` is imported: a kernel reads the
-project's code as it is on disk when it starts.
+Requests and answers are lines of JSON on a socket. It imports nothing of ``lib``: a kernel reads the code on disk.
 """
 
 import atexit
@@ -56,10 +53,7 @@ PRELOADED = (
 
 
 def die_with(parent: int) -> Callable[[], None] | None:
-    """What a new process calls first: Linux then kills it when its parent ends.
-
-    Elsewhere ipykernel looks for its parent once per second, which a long call into C can hold up.
-    """
+    """What a new process calls first, so that Linux kills it with its parent; ipykernel looks only once per second."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None, use_errno=True)
@@ -143,15 +137,8 @@ def main(descriptor: int) -> None:
         become_kernel(request, server)
 
 
-# --- the driver's side ----------------------------------------------------------------------------------------------
-
-
 class KernelServer:
-    """A server as a child of this process, started early so that it imports meanwhile.
-
-    Args:
-        inherited: descriptors that every kernel inherits, such as those of locks.
-    """
+    """A server as a child of this process, started early so that it imports meanwhile; kernels get ``inherited``."""
 
     def __init__(self, inherited: Sequence[int] = ()) -> None:
         ours, theirs = socket.socketpair()
@@ -172,13 +159,7 @@ class KernelServer:
         self._refusal: str | None = None
 
     def fork(self, arguments: Sequence[str], log: str, environment: Mapping[str, str], folder: str) -> int:
-        """Process number of a new kernel; 0 if the server died or refuses, and the caller must start one plainly.
-
-        Args:
-            arguments: of ``ipykernel_launcher``.
-            log: file for what it writes outside its notebook.
-            folder: its working directory.
-        """
+        """Process number of a new kernel that writes to ``log``; 0 if the caller must start one plainly."""
         if self._refusal is None:
             self._refusal = self._answer().get("refusal", "it died")
         if self._refusal:

@@ -36,10 +36,7 @@ COMPLETE_MARK = "run_all"
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one notebook ended; ``error`` is empty if every cell ran.
-
-    ``headline`` is for the top of the notebook, where papermill writes nothing itself.
-    """
+    """How one notebook ended, ``error`` empty if every cell ran; ``headline`` is for the top of the notebook."""
 
     error: str = ""
     cell: int = 0
@@ -58,11 +55,7 @@ def source_notebook(stage: str) -> Path:
 
 
 def declared_parameters(stage: str) -> dict[str, Any]:
-    """Names and default values of the stage's ``parameters`` cell, in its order; without ``PRESET``, which sets them.
-
-    Raises:
-        ValueError: the notebook has no such cell, or a line of it is not ``name: type = literal``.
-    """
+    """Names and defaults of the ``parameters`` cell but PRESET; ValueError if not ``name: type = literal``."""
     cells = json.loads(source_notebook(stage).read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     if len(tagged) != 1:
@@ -80,18 +73,10 @@ def declared_parameters(stage: str) -> dict[str, Any]:
 def execute(
     stage: str, output: Path, parameters: Mapping[str, Any], *, cell_timeout_s: int = 0, go_on: str = ""
 ) -> Outcome:
-    """Run the stage's notebook with ``parameters`` and keep it, filled, at ``output``.
+    """Run the stage's notebook with ``parameters`` and keep it, filled, at ``output``; DiskFull if it cannot be saved.
 
     The outcome reports a cell that raises, a kernel that dies, hangs or never starts, and an interrupt (the first one
-    lets the current row finish); the partly filled notebook is kept and says on top what happened.
-
-    Args:
-        cell_timeout_s: seconds that a cell may take; 0 for no limit.
-        go_on: the command that resumes, for the notebook to name.
-
-    Raises:
-        DiskFull: the notebook cannot be saved.
-        ArtifactError: what was saved is not a valid notebook.
+    lets the current row finish); the partly filled notebook is kept and names ``go_on``, the command that resumes.
     """
     # With papermill's half a second; --list and --help need neither.
     from lib.driver.kernel import Interrupts
@@ -165,7 +150,11 @@ def _run_once(
             return STOPPED_BY_HAND
         words = clean(last_words())
         last = f"; its last words: {words}" if words else ""
-        return Outcome(f"the kernel died: often there was too little memory{last}", headline=DEAD_KERNEL)
+        headline = (
+            "The kernel died while a cell was running. The operating system often ends it when memory runs out: "
+            "a smaller eval_batch_size, train_batch_size or model needs less."
+        )
+        return Outcome(f"the kernel died: often there was too little memory{last}", headline=headline)
     except CellTimeoutError as failure:
         if NO_OUTPUT in str(failure):
             late = f"the outputs of a cell did not come within {OUTPUT_TIMEOUT_S} s of its end: is the machine starved?"
@@ -175,35 +164,20 @@ def _run_once(
     return Outcome()
 
 
-DEAD_KERNEL = (
-    "The kernel died while a cell was running. The operating system often ends it when memory runs out: "
-    "a smaller eval_batch_size, train_batch_size or model needs less."
-)
-
-
 @cache
 def _use_record_files() -> None:
-    from papermill.iorw import papermill_io
+    """Let papermill write atomically, so that a kill leaves no half notebook, and without the names of homes."""
+    from papermill.iorw import LocalHandler, papermill_io
 
-    # papermill writes in place, so a kill would leave half a notebook, and what kernels print may name a home.
-    papermill_io.register("", _RecordFiles())
+    class RecordFiles(LocalHandler):
+        # Paths start at the project, whatever the working directory is.
+        def read(self, path: str) -> str:
+            return (PROJECT_ROOT / path).read_text(encoding="utf-8")
 
+        def write(self, content: str, path: str) -> None:
+            _save(PROJECT_ROOT / path, json.loads(content))
 
-class _RecordFiles:
-    """papermill's reading and writing of notebooks, relative to the project: atomic and cleaned."""
-
-    def read(self, path: str) -> str:
-        return (PROJECT_ROOT / path).read_text(encoding="utf-8")
-
-    def write(self, content: str, path: str) -> None:
-        _save(PROJECT_ROOT / path, json.loads(content))
-
-    def pretty_path(self, path: str) -> str:
-        return path
-
-    def cwd(self, folder: str | None) -> str | None:
-        # papermill notes here where paths start; ours start at the project, whatever the working directory is.
-        return folder
+    papermill_io.register("", RecordFiles())
 
 
 def _save(path: Path, notebook: dict[str, Any]) -> None:

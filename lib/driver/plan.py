@@ -32,10 +32,7 @@ SUBMISSION_PRESETS = ("simple", "medium", "strong")
 
 @dataclass
 class Plan:
-    """One run: its parameters, settings and stages, and how it ended.
-
-    ``preset`` is the run's name: that of its preset, with ``_seed<N>`` after it under ``--seeds``.
-    """
+    """One run, named ``preset``: its parameters, settings and stages, and how it ended."""
 
     preset: str
     of_preset: str
@@ -53,11 +50,7 @@ class Plan:
 
 
 def make_plans(args: argparse.Namespace) -> list[Plan]:
-    """Check the whole command line and every preset; nothing is written.
-
-    Raises:
-        UsageError: anything is wrong; every faulty preset is named.
-    """
+    """Check the command line and every preset, writing nothing; UsageError with every faulty preset."""
     presets = list(args.presets or (SUBMISSION_PRESETS if args.submission else ()))
     _check_usage(args, presets)
     checkpoints = _parse_checkpoints(args.checkpoint, presets)
@@ -174,9 +167,8 @@ def _overrides(args: argparse.Namespace, params: Params) -> dict[str, tuple[Any,
     """Key -> (value, the flag it came from); ``--set`` wins over every other flag."""
     found: dict[str, tuple[Any, str]] = {}
     if args.smoke_test:
-        sizes = {"train": params.smoke_train_rows, "gsm8k": params.smoke_gsm8k_rows}
-        sizes["ailuminate"] = params.smoke_ailuminate_rows
-        found |= {f"max_{name}_rows": (rows, "--smoke-test") for name, rows in sizes.items()}
+        for name in ("train", "gsm8k", "ailuminate"):
+            found[f"max_{name}_rows"] = (getattr(params, f"smoke_{name}_rows"), "--smoke-test")
     if args.submission:
         has_all = params.submission_gsm8k_rows == 1319
         found["gsm8k_eval_fraction"] = (1.0 if has_all else params.gsm8k_eval_fraction, "--submission")

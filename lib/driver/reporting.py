@@ -20,11 +20,7 @@ from lib.reports.to_lm_eval import export_lm_eval
 
 
 def verify(folder: str) -> int:
-    """Recompute every metric below ``folder`` from its row files; 1 when anything differs.
-
-    Raises:
-        UsageError: there is no such folder.
-    """
+    """Recompute every metric below ``folder`` from its rows; 1 when anything differs, UsageError without folder."""
     if not Path(folder).is_dir():
         raise UsageError(f"--verify {folder}: there is no such folder; results of a run lie in results/")
     try:
@@ -42,11 +38,7 @@ def verify(folder: str) -> int:
 
 
 def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
-    """Write ``index.html`` over every run of the folder; prints why and returns False where that failed.
-
-    Args:
-        required: a folder without any scored run is a failure too.
-    """
+    """Write ``index.html`` over every run; prints why and returns False on failure, also of no run if ``required``."""
     results, reports = output_folders(args)
     if not required and not find_runs(display_path(results)):
         return True
@@ -115,12 +107,6 @@ def export_models(args: argparse.Namespace) -> int:
     # A child process: the driver never imports torch.
     command = [sys.executable, "-m", "lib.reports.to_transformers", "--results-dir", str(results), *sources, *names]
     return min(1, subprocess.run(command, cwd=PROJECT_ROOT).returncode)
-
-
-def check_tracker(args: argparse.Namespace) -> None:
-    """Raise UsageError if the runs cannot be logged as ``--track`` demands."""
-    if args.track and (why := to_mlflow.missing()):
-        raise UsageError(why)
 
 
 def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> int:

@@ -15,7 +15,7 @@ from lib.driver import devices, kernel_server
 from lib.driver.cli import UsageError
 from lib.driver.display import Display, final_lines
 from lib.driver.jobs import run_jobs
-from lib.driver.notebook import Outcome, declared_parameters, execute, is_complete
+from lib.driver.notebook import declared_parameters, execute, is_complete
 from lib.driver.plan import COMPARE, Plan, output_folders
 from lib.record import progress
 from lib.record.files import error_text, free_bytes, remove_temporary, write_json
@@ -29,16 +29,9 @@ from lib.record.terminal import as_typed, fail, tell
 MIN_FREE_BYTES = 20_000_000
 
 
-# --- before anything runs ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def locked(folder: Path, typed: str = "", wait: bool = False) -> Iterator[None]:
-    """Hold the output folder for one driver; the lock ends with its holder and its kernel, however they end.
-
-    Raises:
-        UsageError: the folder cannot be written or is full, or another driver holds it.
-    """
+    """Hold the output folder for one driver and its kernel; UsageError if it is full, unwritable or held by another."""
     try:
         with hold(folder, typed, wait=wait, tell=fail):
             free = free_bytes(folder)
@@ -65,11 +58,7 @@ def check_writable(folder: Path) -> None:
 
 @contextmanager
 def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[str, str]]]:
-    """The environment of each preset that runs at once: a GPU that it holds alone, or its share of the CPU.
-
-    Raises:
-        UsageError: other drivers hold every GPU.
-    """
+    """The environment of each preset that runs at once: its GPU or share of the CPU; UsageError if no GPU is free."""
     most = min(args.jobs, len(plans))
     computes = bool(set(plans[0].stages) - {COMPARE})
     gpus = devices.visible_gpus() if computes and any(plan.params.device != "cpu" for plan in plans) else []
@@ -117,15 +106,8 @@ def ensure_home() -> None:
         os.environ["HOME"] = str(folder)
 
 
-# --- every preset -----------------------------------------------------------------------------------------------------
-
-
 def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> int:
-    """Run every preset, then the comparison; returns the exit status.
-
-    Args:
-        environments: of the presets that run at once, see ``places``.
-    """
+    """Run every preset, in the ``environments`` of ``places``, then the comparison; returns the exit status."""
     results, reports = output_folders(args)
     check_writable(reports)
     set_kernel_environment(args.offline)
@@ -138,7 +120,11 @@ def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict
             run_at_once(args, plans, environments)
         else:
             os.environ |= environments[0]
-            run_in_turn(args, plans)
+            for plan in plans:
+                with Display({plan.preset: plan.paths.run_dir}, quiet=args.quiet):
+                    run_preset(plan, args.rerun_all)
+                if plan.interrupted:
+                    break
         interrupted = any(plan.interrupted for plan in plans)
         comparison = None if interrupted else run_comparison(plans, args.rerun_all)
     finally:
@@ -170,15 +156,6 @@ def conclude(args: argparse.Namespace, plans: list[Plan], comparison: Plan | Non
     elif args.require_baselines and reporting.baselines_missed(args, plans):
         status = 3
     return reporting.track_runs(args, [plan.preset for plan in plans], status)
-
-
-def run_in_turn(args: argparse.Namespace, plans: list[Plan]) -> None:
-    """Run one preset after the other; none after an interrupt."""
-    for plan in plans:
-        with Display({plan.preset: plan.paths.run_dir}, quiet=args.quiet):
-            run_preset(plan, args.rerun_all)
-        if plan.interrupted:
-            break
 
 
 def run_at_once(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> None:
@@ -231,9 +208,6 @@ def show_failures(plans: list[Plan], typed: str) -> None:
         if plan.failure:
             fail(f"\n{plan.preset}: {plan.failure}")
     fail(f"\nfinished stages and rows are kept; to go on: {typed}")
-
-
-# --- one preset -------------------------------------------------------------------------------------------------------
 
 
 def run_preset(plan: Plan, rerun: bool) -> None:
@@ -291,13 +265,9 @@ def run_stage(plan: Plan, stage: str, folder: Path, rerun: bool) -> None:
     plan.interrupted = outcome.interrupted
     plan.wall_s += outcome.wall_s
     if outcome.error:
-        plan.failure = _failure_text(stage, outcome)
+        cell = f" in cell {outcome.cell}" if outcome.cell else ""
+        plan.failure = f"{stage}{cell}: {outcome.error}\n  notebook: {as_typed(outcome.notebook)}"
         word = "interrupted" if outcome.interrupted else "failed"
         say(f"{label}: {word} after {outcome.wall_s:.0f} s")
     else:
         say("\n  ".join([f"{label}: done in {outcome.wall_s:.0f} s", *lines]))
-
-
-def _failure_text(stage: str, outcome: Outcome) -> str:
-    cell = f" in cell {outcome.cell}" if outcome.cell else ""
-    return f"{stage}{cell}: {outcome.error}\n  notebook: {as_typed(outcome.notebook)}"

@@ -77,22 +77,14 @@ def free_bytes(folder: Path) -> float:
 
 
 def remove_temporary(folder: Path, *, below: bool = True) -> None:
-    """Remove what killed writers left in ``folder``; only for the holder of its lock.
-
-    Args:
-        below: also in the folders below it, of which none may be another driver's.
-    """
+    """Remove what killed writers left in ``folder`` and, if ``below``, under it; only for the holder of its lock."""
     for path in (folder.rglob if below else folder.glob)(TEMPORARY_FILES):
         if path.is_file():
             path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all; a lone surrogate, which UTF-8 cannot encode, becomes a question mark.
-
-    Raises:
-        DiskFull: there is no room for it; an older file of that name is still there.
-    """
+    """Write a file completely or not at all (``DiskFull``: no room); a lone surrogate becomes a question mark."""
     with named_when_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -126,14 +118,9 @@ def share(path: Path) -> None:
 
 @contextmanager
 def folder_in_making(folder: Path, is_complete: Callable[[Path], bool]) -> Iterator[Path]:
-    """Where to make ``folder``: beside it under another name, renamed when the block ends without an error.
-
-    A killed maker leaves its part, which may be gigabytes: the next one removes it.
-
-    Args:
-        is_complete: whether an existing folder can stay; another one is replaced.
-    """
+    """Where to make ``folder``, renamed at the end of the block; one there that is not complete is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # A killed maker leaves its part, which may be gigabytes: the next one removes it.
     here = f".{folder.name}.{socket.gethostname()}."
     for part in folder.parent.glob(f"{glob.escape(here)}*"):
         # Only of this machine: on a shared disk, processes of another one cannot be looked up.
@@ -180,11 +167,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows of a table of runs, see ``write_csv``.
-
-    Raises:
-        ArtifactError: it is no CSV in UTF-8, has no column ``run_name``, or a row with more cells than the header.
-    """
+    """Rows of a table of runs; ArtifactError if it is no CSV in UTF-8 with the column ``run_name``."""
     where, again = display_path(path), "delete it, 05 writes it again"
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
@@ -197,11 +180,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in ``path``.
-
-    Raises:
-        ArtifactError: the file is missing or is not JSON.
-    """
+    """The JSON value in ``path``; ArtifactError if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -74,17 +74,7 @@ def held_descriptors() -> tuple[int, ...]:
 
 @contextmanager
 def hold(folder: Path, command: str, *, wait: bool = False, tell: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold ``folder`` for this process and its kernels.
-
-    Args:
-        command: what the user typed; shown to other drivers.
-        wait: wait for another driver to end instead of refusing.
-        tell: prints a sentence when it waits, and when the file system has no locks.
-
-    Raises:
-        FolderInUse: another driver holds the folder, and ``wait`` is false.
-        FolderUnwritable: the folder cannot be made or written.
-    """
+    """Hold ``folder`` for this process and its kernels; FolderUnwritable, or FolderInUse without ``wait``."""
     with _open_lock(folder) as stream:
         _acquire(stream, folder, wait, tell)
         stream.truncate(0)
@@ -133,17 +123,8 @@ def _locked(stream: IO[str], folder: Path, tell: Callable[[str], None], kind: in
 
 
 def join(folder: Path, what: str) -> None:
-    """Keep drivers out of ``folder`` until ``leave`` or the end of this process; others may join it too.
-
-    For notebooks that a person runs: several may be open at once, but no driver may run.
-
-    Args:
-        what: shown to a driver that is refused.
-
-    Raises:
-        FolderInUse: a driver holds the folder.
-        FolderUnwritable: the folder cannot be made or written.
-    """
+    """Keep drivers, not other joiners, out of ``folder`` until ``release_file`` or process end; raises as ``hold``."""
+    # For notebooks that a person runs: several may be open at once, but no driver may run.
     if folder in _files:
         return
     stream = _open_lock(folder)
@@ -166,23 +147,19 @@ def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[N
 
 
 def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
-    """Hold ``path``, which may be absent, until ``release_file`` or the end of this process; waits for another holder.
-
-    Does nothing if this process holds it: a cell that is run again must not wait for itself. Only processes of this
-    user on this machine are excluded; the lock on a run's folder excludes others.
-    """
+    """Hold ``path``, which may be absent, until ``release_file`` or process end; waits for this user's others."""
+    # A cell that is run again must not wait for itself.
     if path in _files:
         return
     # Not beside it: a folder of data may be read-only.
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
-    folder, announced = machine_folder(), False
+    folder = machine_folder()
     stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
-    # Polled, so that Ctrl-C takes effect at once.
-    while not _locked(stream, folder, tell):
-        if not announced:
-            tell(f"waiting for another run that is making {path.name}")
-            announced = True
-        time.sleep(LOOK_AGAIN_S)
+    if not _locked(stream, folder, tell):
+        tell(f"waiting for another run that is making {path.name}")
+        # Polled, so that Ctrl-C takes effect at once.
+        while not _locked(stream, folder, tell):
+            time.sleep(LOOK_AGAIN_S)
     _files[path] = stream
 
 
@@ -192,16 +169,8 @@ def release_file(path: Path) -> None:
         stream.close()
 
 
-# The counterpart of `join`.
-leave = release_file
-
-
 def machine_folder() -> Path:
-    """Folder for locks of this user on this machine.
-
-    Raises:
-        PermissionError: the folder cannot be made, or belongs to another user.
-    """
+    """This user's folder of locks on this machine; PermissionError if it cannot be made or belongs to another user."""
     folder = Path(tempfile.gettempdir()) / f"tune-and-tell-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -224,12 +193,8 @@ def _write_holder(stream: IO[str], command: str) -> None:
 def read_holder(stream: IO[str]) -> Holder | None:
     """The last writer not known to be dead, else the last one; ``None`` before the first."""
     stream.seek(0)
-    holders = [holder for line in stream.read().splitlines() if (holder := _parse_holder(line))]
+    holders = []
+    for line in stream.read().splitlines():
+        with suppress(ValueError, TypeError):
+            holders.append(Holder(**json.loads(line)))
     return next((holder for holder in reversed(holders) if not holder.is_gone), holders[-1] if holders else None)
-
-
-def _parse_holder(line: str) -> Holder | None:
-    try:
-        return Holder(**json.loads(line))
-    except (ValueError, TypeError):
-        return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lib.record.paths import expand_home, project_path
+from lib.record.redaction import HIDDEN, clean
 
 ASSETS_VARIABLE = "ASSETS_DIR"
 Asset = TypeVar("Asset")
@@ -22,11 +23,7 @@ class AssetUnavailable(AssetError):
 
 
 def load_or_reason(load: Callable[..., Asset], *arguments: object) -> tuple[Asset | None, str]:
-    """``load(*arguments)`` and "", or None and why it is not available here.
-
-    Raises:
-        AssetError: it was found but is not what it has to be.
-    """
+    """``load(*arguments)`` and "", or None and why it is unavailable; AssetError if it is not what it has to be."""
     try:
         return load(*arguments), ""
     except AssetUnavailable as error:
@@ -51,7 +48,4 @@ def hub_is_offline() -> bool:
 def failure_reason(error: Exception) -> str:
     """Kind and first line of a library's error, without anything that looks like a token."""
     text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if os.environ.get(variable):
-            text = text.replace(os.environ[variable], "***")
-    return re.sub(r"\bhf_\w+", "***", text)
+    return re.sub(r"\bhf_\w+", HIDDEN, clean(text))

@@ -34,21 +34,18 @@ ABSENT = {"sha256": None, "size": None, "mtime_ns": None}
 
 
 def file_stamp(path: Path) -> dict[str, Any]:
-    """Identity of a file: SHA-256 of its bytes, size in bytes and modification time in ns."""
+    """SHA-256 of a file, size in bytes and modification time in ns."""
     status = path.stat()
     return {"sha256": sha256_file(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
 def same_file(path: Path, stamp: Mapping[str, Any]) -> bool:
     """Whether ``path`` still has the content of ``stamp``; it is read only if its time changed."""
-    if stamp == ABSENT:
-        return not path.exists()
-    if not path.is_file():
-        return False
+    if stamp == ABSENT or not path.is_file():
+        return stamp == ABSENT and not path.exists()
     status = path.stat()
-    if status.st_size != stamp["size"]:
-        return False
-    return status.st_mtime_ns == stamp["mtime_ns"] or sha256_file(path) == stamp["sha256"]
+    is_untouched = status.st_mtime_ns == stamp["mtime_ns"]
+    return status.st_size == stamp["size"] and (is_untouched or sha256_file(path) == stamp["sha256"])
 
 
 def package_versions() -> dict[str, str]:
@@ -101,19 +98,11 @@ class StageRecord:
         *,
         inputs: Iterable[Path],
         outputs: Iterable[Path],
-        facts: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None = None,
+        facts: Row,
+        metrics: Row | None = None,
         skipped: str = "",
-    ) -> dict[str, Any]:
-        """Write the manifest and return it; nothing of the stage may be written afterwards.
-
-        Args:
-            inputs: files the stage read; a folder stands for every file in it.
-            outputs: files the stage wrote, likewise.
-            facts: model, adapter, dtype, device, peak memory, rows ...
-            metrics: the numbers that the stage reports.
-            skipped: why the stage could not measure; empty if it did.
-        """
+    ) -> Row:
+        """Write and return the manifest, last of a stage; folders stand for their files, ``skipped`` says why."""
         manifest = {
             "stage": self.stage,
             "run_name": self.run_name,
@@ -133,16 +122,12 @@ class StageRecord:
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(self.manifest_path, manifest)
-        locks.leave(_root_of(self.manifest_path))
+        locks.release_file(_root_of(self.manifest_path))
         return manifest
 
 
 def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapping[str, Any]) -> StageRecord:
-    """Begin a stage; its old manifest is removed, so that a stage that dies half-way never looks complete.
-
-    Raises:
-        ArtifactError: a person runs the notebook while a driver uses the same folder.
-    """
+    """Begin a stage, without its old manifest; ArtifactError if a driver uses the folder of a notebook run by hand."""
     if someone_looks():
         # A driver would write the same files: it is refused until this stage is finished or its kernel ended.
         try:
@@ -176,11 +161,7 @@ def _stamp_name(file: Path, base: Path) -> str:
 
 
 def stale_reason(manifest_path: Path, stage: str, parameters: Mapping[str, Any]) -> str:
-    """Why a stage has to run again; empty if its manifest still holds for these parameters.
-
-    Compares the parameters, the code, and the bytes of every input and output. Parameters that the stage noted as
-    unused do not count: they can matter only after one that it used has changed.
-    """
+    """Why a stage has to run again: what changed of parameters it used, code, inputs and outputs; "" if nothing."""
     if not manifest_path.exists():
         return NOT_RUN
     manifest = _read_manifest(manifest_path)
@@ -219,11 +200,5 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def facts_of(paths: RunPaths, stage: str) -> Row:
     """The facts of a stage's manifest; empty without one."""
-    manifest = manifest_of(paths, stage)
-    return manifest["facts"] if manifest else {}
-
-
-def manifest_of(paths: RunPaths, stage: str) -> Row:
-    """A stage's manifest; empty without one."""
     path = paths.manifest(stage)
-    return read_json(path) if path.exists() else {}
+    return read_json(path)["facts"] if path.exists() else {}

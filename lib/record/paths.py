@@ -38,11 +38,7 @@ def expand_home(name: str) -> Path:
 
 def is_utf8(name: str) -> bool:
     """Whether ``name`` can be encoded as UTF-8; Python decodes other bytes of a file's name to lone surrogates."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 @dataclass(unsafe_hash=True)
@@ -91,11 +87,7 @@ def results_root(results_dir: str = "") -> Path:
 
 
 def run_paths(results_dir: str, run_name: str) -> RunPaths:
-    """Paths of the run ``run_name`` below ``results_dir``.
-
-    Raises:
-        ArtifactError: the name is empty or is not a plain folder name.
-    """
+    """Paths of the run ``run_name`` below ``results_dir``; ArtifactError if the name is no plain folder name."""
     if not run_name or not all(char.isalnum() or char in "._-" for char in run_name) or run_name.startswith("."):
         raise ArtifactError(f"run_name is {run_name!r}; allowed: letters, digits, '.', '_' and '-', no leading dot")
     return RunPaths(run_name, results_root(results_dir) / f"run_{run_name}")
@@ -109,11 +101,7 @@ def find_runs(results_dir: str) -> list[RunPaths]:
 
 
 def require(path: Path, stage: str, run_name: str) -> Path:
-    """``path``, or an error that names the stage to run first.
-
-    Raises:
-        ArtifactError: the file or folder is not there.
-    """
+    """``path``; ArtifactError with the stage to run first if it is not there."""
     if not path.exists():
         raise ArtifactError(
             f"{display_path(path)} is missing: run {stage} for preset {run_name!r} first "

@@ -54,11 +54,7 @@ for _tag, _spelling, _first in (
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
-    """The keys and values of a YAML file, not yet checked.
-
-    Raises:
-        ParamsError: the file cannot be read, or is not YAML of a preset.
-    """
+    """The unchecked keys and values of a YAML file; ParamsError if it cannot be read or is not YAML of a preset."""
     try:
         values = yaml.load(decode_text(path.read_bytes(), "it"), Loader=_PresetLoader)
     except FileNotFoundError:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,7 @@ SECONDS_BETWEEN_WRITES = 1.0
 
 @dataclass
 class Counts:
-    """What is done of one kind of rows, or of the steps of a training; ``total`` is 0 where it is not known.
-
-    ``num_good`` of ``num_scored`` rows are ``good``: right or safe.
-    """
+    """Rows or training steps done, ``total`` 0 if unknown; ``good``, right or safe, is what ``num_good`` rows are."""
 
     kind: str
     total: int = 0
@@ -92,22 +89,13 @@ def _score(counts: Counts) -> str:
     return f"{counts.num_good} of {counts.num_scored} {counts.good}" if counts.num_scored else ""
 
 
-@contextmanager
-def track(kind: str, total: int = 0, kept: Iterable[Mapping[str, Any]] = ()) -> Iterator[Tracker]:
-    """Show how many rows of ``kind`` are done; see ``Tracker``."""
-    tracker = Tracker(kind, total, kept)
-    try:
-        yield tracker
-    finally:
-        tracker.close()
+def track(kind: str, total: int = 0, kept: Iterable[Mapping[str, Any]] = ()) -> closing[Tracker]:
+    """Show how many rows of ``kind`` are done inside the block; see ``Tracker``."""
+    return closing(Tracker(kind, total, kept))
 
 
 def report(kind: str, done: int, total: int, **numbers: float | None) -> None:
-    """Show that ``done`` of ``total`` steps are made; for a loop that calls back, where ``track`` cannot stand.
-
-    Args:
-        numbers: fields of ``Counts``; None leaves the last value.
-    """
+    """Show that ``done`` of ``total`` steps are made, and other fields of ``Counts``; None leaves the last value."""
     global _reported
     if _reported is None or (_reported.counts.kind, _reported.counts.total) != (kind, total):
         _reported = Tracker(kind, total)
@@ -129,8 +117,6 @@ def someone_looks() -> bool:
 
     return hasattr(get_ipython(), "kernel")
 
-
-# --- the driver's file ------------------------------------------------------------------------------------------------
 
 # Of this process: one stage runs in a kernel.
 _work: list[Counts] = []

@@ -11,20 +11,13 @@ Row = Mapping[str, Any]
 UNTUNED = "none (untuned)"
 
 
-# --- what made a row ------------------------------------------------------------------------------------------------
-
-
 def adapter_hashes(folder: Path) -> list[str]:
     """SHA-256 of each file of an adapter, in the order of their names."""
     return [sha256_file(path) for path in sorted(folder.glob("adapter_*"))]
 
 
 def model_protocol(identity: str, quantization: str, dtype: object, chat_template: object) -> dict[str, Any]:
-    """What a model computes with.
-
-    Args:
-        identity: of its files, see ``lib.engine.sources.ModelSource``.
-    """
+    """What a model computes with; ``identity`` of its files as in ``lib.engine.sources.ModelSource``."""
     named = {"base model": identity, "quantization": quantization, "dtype": str(dtype)}
     return {**named, "chat template": sha256_json(chat_template)}
 
@@ -32,12 +25,7 @@ def model_protocol(identity: str, quantization: str, dtype: object, chat_templat
 def answer_protocol(
     model: Row, adapter: Sequence[str], questions: Sequence[Row], fewshot: Sequence[Row], system: str, decoding: str
 ) -> dict[str, Any]:
-    """What made an answer to a GSM8K question; its hash stands in each row.
-
-    Args:
-        model: see ``model_protocol``.
-        adapter: see ``adapter_hashes``.
-    """
+    """What made an answer to GSM8K, see ``model_protocol`` and ``adapter_hashes``; its hash stands in each row."""
     prompt = {"questions": sha256_json(questions), "few-shot examples": sha256_json(fewshot)}
     prompt |= {"system message": sha256_json(system), "decoding": decoding}
     return {**model, "adapter": sha256_json(adapter), **prompt}
@@ -62,17 +50,11 @@ def at_scale(protocol: Row, scale: float) -> dict[str, Any]:
 
 
 def without_adapter(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """The same protocol without the adapter.
-
-    Raises:
-        KeyError: the protocol does not say which adapter it is of.
-    """
+    """The same protocol without the adapter; KeyError if it has no key 'adapter'."""
     if "adapter" not in protocol:
         raise KeyError("the protocol has no key 'adapter'")
     return {**protocol, "adapter": UNTUNED}
 
-
-# --- like with like -------------------------------------------------------------------------------------------------
 
 # The adapter is what is compared. Versions, device and dtype move single answers (batch shape alone does), so they are
 # reported; refusing them would leave nothing to compare after an upgrade. Rows may differ: those that both have count.
@@ -85,25 +67,14 @@ class ProtocolMismatch(Exception):
 
 
 def check_alike(a: Row, b: Row, *, allow_unlike: bool = False) -> list[str]:
-    """Raise if two runs used incompatible settings; otherwise return the differences to report.
-
-    Every field outside ``REPORTED_ONLY`` refuses, also an unknown one; but not one that a side does not record, as in
-    runs of an earlier pipeline.
-
-    Args:
-        a: protocol of one run: JSON values by field; mappings inside are compared key by key.
-        b: protocol of the other.
-        allow_unlike: return differences that would refuse, too.
-
-    Raises:
-        ProtocolMismatch: a field that matters differs, and ``allow_unlike`` is false.
-    """
+    """How the settings of two runs differ; ProtocolMismatch if a recorded one matters, unless ``allow_unlike``."""
     differences, refusing = [], []
     for field, value_a, value_b in _differing_fields(a, b):
         kind = field.partition(".")[0]
         if kind in MAY_DIFFER:
             continue
         differences.append(f"{field} is {_shown(value_a)} in one and {_shown(value_b)} in the other")
+        # An unknown field refuses too, but not one that a side does not record, as in runs of an earlier pipeline.
         if kind not in REPORTED_ONLY and value_a is not None and value_b is not None:
             refusing.append(differences[-1])
     if refusing and not allow_unlike:

@@ -45,22 +45,11 @@ STRING_LITERAL = re.compile(r""""(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""")
 FORMAT_METADATA = frozenset(["kernelspec", "language_info"])
 
 Rule = Callable[[str], str]
-Machine = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def clean(text: str) -> str:
     """``text`` without tokens and user name, with ``~`` for the home folder; pictures stay."""
     return _cleaner()(text)
-
-
-def clean_value(value: Any, keep: Collection[str] = ()) -> Any:
-    """A JSON value with every text in it cleaned, except the values of the keys ``keep``."""
-    return _clean_value(value, _cleaner(), keep)
-
-
-def clean_markup(text: str) -> str:
-    """HTML, or Markdown with HTML in it, cleaned in its text, attributes and string literals of scripts."""
-    return _clean_markup(text, _cleaner())
 
 
 def clean_notebook(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -69,12 +58,12 @@ def clean_notebook(notebook: dict[str, Any]) -> dict[str, Any]:
     metadata = notebook["metadata"]
     kept = {name: metadata[name] for name in FORMAT_METADATA & metadata.keys()}
     cells = [_clean_cell(cell, change) for cell in notebook["cells"]]
-    return {**notebook, "cells": cells, "metadata": {**_clean_value(metadata, change), **kept}}
+    return {**notebook, "cells": cells, "metadata": {**clean_value(metadata, change=change), **kept}}
 
 
 def _clean_cell(cell: dict[str, Any], change: Rule) -> dict[str, Any]:
     in_markup = cell["cell_type"] == "markdown"
-    source = _clean_lines(cell["source"], lambda text: _clean_markup(text, change) if in_markup else change(text))
+    source = _clean_lines(cell["source"], lambda text: clean_markup(text, change) if in_markup else change(text))
     if "outputs" not in cell:
         return {**cell, "source": source}
     return {**cell, "source": source, "outputs": [_clean_output(output, change) for output in cell["outputs"]]}
@@ -86,7 +75,7 @@ def _clean_output(output: dict[str, Any], change: Rule) -> dict[str, Any]:
     found |= {"traceback": [change(line) for line in output["traceback"]]} if "traceback" in output else {}
     if "data" in output:
         found["data"] = {kind: _clean_data(kind, data, change) for kind, data in output["data"].items()}
-        found["metadata"] = _clean_value(output["metadata"], change)
+        found["metadata"] = clean_value(output["metadata"], change=change)
     return {**output, **found}
 
 
@@ -97,8 +86,8 @@ def _clean_data(kind: str, data: Any, change: Rule) -> Any:
     if kind == "application/javascript":
         return _clean_lines(data, lambda text: _clean_script(text, change))
     if kind in ("text/html", "text/markdown", "image/svg+xml"):
-        return _clean_lines(data, lambda text: _clean_markup(text, change))
-    return _clean_value(data, change) if kind.endswith("json") else _clean_lines(data, change)
+        return _clean_lines(data, lambda text: clean_markup(text, change))
+    return clean_value(data, change=change) if kind.endswith("json") else _clean_lines(data, change)
 
 
 def _clean_lines(text: str | list[str], change: Rule) -> str | list[str]:
@@ -106,17 +95,19 @@ def _clean_lines(text: str | list[str], change: Rule) -> str | list[str]:
     return change(text) if isinstance(text, str) else change("".join(text)).splitlines(keepends=True)
 
 
-def _clean_value(value: Any, change: Rule, keep: Collection[str] = ()) -> Any:
+def clean_value(value: Any, keep: Collection[str] = (), change: Rule | None = None) -> Any:
+    """A JSON value with every text in it cleaned (by ``change``), except the values of the keys ``keep``."""
+    change = change or _cleaner()
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: item if key in keep else _clean_value(item, change, keep) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean_value(item, change, keep) for item in value]
-    return value
+        return {key: item if key in keep else clean_value(item, keep, change) for key, item in value.items()}
+    return [clean_value(item, keep, change) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _clean_markup(text: str, change: Rule) -> str:
+def clean_markup(text: str, change: Rule | None = None) -> str:
+    """HTML, or Markdown with HTML in it, cleaned in its text, attributes and string literals of scripts."""
+    change = change or _cleaner()
     if _clean_escaped(text, change) == text:
         return text  # nearly always
     pieces = MARKUP.split(text)
@@ -157,19 +148,12 @@ def _clean_escaped(text: str, change: Rule) -> str:
 
 
 def visible(text: str) -> str:
-    r"""``text`` for a terminal: cleaned, with control characters except line breaks and tabs spelled out (``\x1b``).
-
-    A model's output or a file name could otherwise move the cursor, set the title or hide what was printed.
-    """
+    """``text`` for a terminal, cleaned; control characters, which could hide what was printed, are spelled out."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), clean(text))
 
 
 def _cleaner(lines: bool = False) -> Rule:
-    """A function that cleans texts; made once for many, as it reads the environment.
-
-    Args:
-        lines: also clean a line that is the user's name, as ``whoami`` prints it.
-    """
+    """Made once for many texts, as it reads the environment; ``lines``: also a line that is only the user's name."""
     rules = _rules(*_machine(), lines)
 
     def clean_text(text: str) -> str:
@@ -181,7 +165,7 @@ def _cleaner(lines: bool = False) -> Rule:
     return clean_text
 
 
-def _machine() -> Machine:
+def _machine() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """(secrets, home folders, user names) of this process; read each time, because tests and kernels change them."""
     secrets = {
         value for name, value in os.environ.items() if len(value) >= MIN_SECRET_LENGTH and SECRET_NAME.search(name)

@@ -28,11 +28,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file.
-
-    Raises:
-        ArtifactError: the file is missing or empty, or a line is not a JSON object (its number is named).
-    """
+    """Rows of a JSON lines file; ArtifactError if it is missing, empty or names the line that is no JSON object."""
     if not path.exists():
         raise ArtifactError(f"{display_path(path)} is missing")
     rows = [_parse_row(path, number, line) for number, line in _numbered_lines(path) if line.strip()]
@@ -59,20 +55,10 @@ def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 class RowLog:
-    """An append-only row file that survives ``kill -9``.
+    """An append-only row file that survives ``kill -9``; ``label`` (``untuned``) stands in the progress.
 
     Opening it keeps complete rows of the same protocol in ``rows`` (key -> row), drops rows of another one
-    (``num_dropped``) and cuts off an incomplete last line (``torn``). ``finish`` sorts the file, so that its bytes do
-    not depend on which row happened to finish first.
-
-    Args:
-        path: the row file; its folder is made where it is missing.
-        protocol_hash: hash of everything that makes the rows what they are (model, prompts, decoding).
-        key: the column that identifies a row.
-        label: whose rows they are, for the progress: ``untuned`` or a checkpoint's name.
-
-    Raises:
-        ArtifactError: a line before the last is not a JSON object or lacks ``key``; its number is named.
+    (``num_dropped``) and cuts off an incomplete last line (``torn``); ArtifactError for any other faulty line.
     """
 
     def __init__(self, path: Path, protocol_hash: str, key: str = "id", label: str = "") -> None:
@@ -100,12 +86,7 @@ class RowLog:
         return self.torn or len(lines) != len(self.rows)
 
     def append(self, row: Row) -> None:
-        """Add one finished row and hand it to the operating system before returning.
-
-        Raises:
-            DiskFull: there is no room for it; the rows before it are complete.
-            KeyboardInterrupt: an interrupt came inside ``complete_rows``; the row is in the file.
-        """
+        """Add a finished row; an interrupt inside ``complete_rows`` is raised once the row is in the file."""
         stamped = {**row, "protocol_hash": self.protocol_hash}
         with named_when_full(self.path), self.path.open("a", encoding="utf-8", newline="\n") as stream:
             stream.write(json_line(stamped))
@@ -116,12 +97,7 @@ class RowLog:
 
     @contextmanager
     def complete_rows(self, kind: str = "rows", total: int = 0) -> Iterator[None]:
-        """Inside, progress is shown and an interrupt waits until the current row is in the file; a second one does not.
-
-        Args:
-            kind: what the rows are, in words.
-            total: rows of the finished file; 0 where that is not known.
-        """
+        """Inside, progress is shown and the first interrupt waits until a row is in the file; ``total`` 0: unknown."""
         with progress.track(f"{self.label} {kind}".strip(), total, self.rows.values()) as tracker, _late_interrupt():
             self._tracker = tracker
             try:
@@ -130,16 +106,14 @@ class RowLog:
                 self._tracker = None
 
     def finish(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
-        """Rows of ``keys`` in their order, as written back to the file; other rows leave it.
-
-        Raises:
-            ArtifactError: a row is missing.
-        """
+        """Rows of ``keys``, sorted so in the file too, without other rows; ArtifactError if one is missing."""
         missing = [key for key in keys if key not in self.rows]
         if missing:
             raise ArtifactError(f"{display_path(self.path)}: {len(missing)} rows are missing, the first {missing[0]!r}")
         rows = [self.rows[key] for key in keys]
         write_jsonl(self.path, rows)
+        # Held by `open_shared_log`.
+        release_file(self.path)
         return rows
 
 
@@ -154,12 +128,8 @@ def fill_rows(
 ) -> list[Row]:
     """The finished row of each of ``rows``, in their order; only those that ``log`` lacks are generated.
 
-    Args:
-        generate: gets the missing rows, and calls back with the position of a row among them and its result, in any
-            order; each result is in the file before the call returns.
-        to_row: finished row from the given row and its result.
-        kind: what the rows are, for the progress.
-        key: column of ``rows`` that identifies a row in ``log``.
+    ``generate`` gets the missing rows, and calls back with the position and result of each, in any order; its finished
+    row, made by ``to_row``, is in the file before the call returns.
     """
     missing = [row for row in rows if row[key] not in log.rows]
     if missing:
@@ -200,27 +170,16 @@ def _stop_between_rows() -> None:
         raise KeyboardInterrupt("stopped after a complete row")
 
 
-class SharedRowLog(RowLog):
-    """A row file that several runs may want at once: one of them fills it, the others wait and find its rows.
-
-    It is held from here to ``finish``, or to the end of the process.
-    """
-
-    def __init__(self, path: Path, protocol_hash: str, key: str = "id", label: str = "") -> None:
-        hold_file(path)
-        super().__init__(path, protocol_hash, key, label)
-
-    def finish(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
-        """As ``RowLog.finish``; other runs may have the file then."""
-        rows = super().finish(keys)
-        release_file(self.path)
-        return rows
+def open_shared_log(path: Path, protocol_hash: str, label: str = "") -> RowLog:
+    """A row file held until ``finish``, or process end: one of several runs fills it, the others find its rows."""
+    hold_file(path)
+    return RowLog(path, protocol_hash, label=label)
 
 
-def open_untuned_log(paths: RunPaths, kind: str, protocol: Mapping[str, Any]) -> SharedRowLog:
-    """The row file of the untuned model under ``protocol``; ``kind`` begins its name, as ``gsm8k_preds``."""
+def open_untuned_log(paths: RunPaths, kind: str, protocol: Mapping[str, Any]) -> RowLog:
+    """The shared row file of the untuned model under ``protocol``; ``kind`` begins its name, as ``gsm8k_preds``."""
     protocol_hash = sha256_json(protocol)
-    return SharedRowLog(paths.untuned_rows(kind, protocol_hash), protocol_hash, label="untuned")
+    return open_shared_log(paths.untuned_rows(kind, protocol_hash), protocol_hash, label="untuned")
 
 
 def row_id(row: Row) -> int:

@@ -11,10 +11,7 @@ from lib.record.paths import PROJECT_ROOT
 
 
 def code_hash(stage: str) -> str:
-    """SHA-256 over the code cells of the stage's notebook, except its parameters, and the modules behind them.
-
-    Modules imported only for types do not count: they cannot change a number.
-    """
+    """SHA-256 over a stage's code cells, but its parameters, and the modules behind them, but those for types."""
     cells = json.loads((PROJECT_ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = "\n".join(
         "".join(cell["source"])

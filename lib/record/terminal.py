@@ -18,17 +18,14 @@ def as_typed(path: Path) -> str:
     return str(path.relative_to(TYPED_IN) if path.is_relative_to(TYPED_IN) else path)
 
 
-def tell(message: str) -> None:
-    """Print ``message`` with control characters spelled out."""
-    _print(message, sys.stdout)
-
-
 def fail(message: str) -> None:
     """Print ``message`` on standard error."""
-    _print(message, sys.stderr)
+    tell(message, sys.stderr)
 
 
-def _print(message: str, stream: TextIO) -> None:
+def tell(message: str, stream: TextIO | None = None) -> None:
+    """Print ``message``, on the standard output by default, with control characters spelled out."""
+    stream = stream or sys.stdout
     try:
         print(visible(message), file=stream, flush=True)
     except OSError as error:

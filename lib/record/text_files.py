@@ -15,11 +15,7 @@ class TextFileError(ValueError):
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, as ``decode_text``.
-
-    Raises:
-        TextFileError: it cannot be read, or is not UTF-8 text.
-    """
+    """The text of a file, as ``decode_text``; TextFileError if it cannot be read, or is not UTF-8 text."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -28,14 +24,7 @@ def read_text(path: Path) -> str:
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """UTF-8 without its byte order mark, every line end as ``\\n``: the same text from any editor has one hash.
-
-    Args:
-        where: what the message calls the file.
-
-    Raises:
-        TextFileError: it is not UTF-8, or holds NUL bytes as UTF-16 does.
-    """
+    """UTF-8 without byte order mark, line ends as ``\\n``; TextFileError with ``where`` if it is not, or holds NUL."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -55,10 +44,7 @@ def _line_of(data: bytes, place: int) -> int:
 
 
 def csv_reader(text: str) -> csv.DictReader:
-    """Rows of a CSV with a header; commas, or the semicolons or tabs that spreadsheets of some countries write.
-
-    The reader is strict: an open quotation mark is a ``csv.Error``, and not one field with all lines that follow.
-    """
+    """Rows of a CSV with a header, separated by commas, semicolons or tabs; an open quote is a ``csv.Error``."""
     header = text.lstrip("\n").partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
