@@ -21,10 +21,7 @@ COMPARE_STAGE, COMPARISON = "05_compare", "comparison.json"
 
 
 def assess_runs(runs: Sequence[Run]) -> dict[str, list[Finding]]:
-    """Run name -> its findings on accuracy and safety against the untuned model on the same rows.
-
-    The p-values are Holm's over all runs, for each metric: with more runs, one of them differs by chance more often.
-    """
+    """Run name -> its findings on both metrics against the untuned model; p-values are Holm's over all runs."""
     by_metric = [adjust_for_runs([_assess(run.metrics[name]) for run in runs]) for name in METRIC_STAGES]
     return {run.name: [findings[place] for findings in by_metric] for place, run in enumerate(runs)}
 
@@ -60,18 +57,14 @@ class RunPair:
     finding: Finding | None
 
     def record(self) -> Row:
-        """JSON values, under the keys of ``comparison.json``."""
         named = {"run": self.run, "reference": self.reference, "axis": self.metric, "refused": self.refused}
         return {**named, "told": self.differences, "verdict": self.finding and self.finding.record()}
 
 
 def compare_runs(runs: Sequence[Run], allow_unlike: bool = False) -> list[RunPair]:
-    """Every run against every earlier one on each metric; p-values are Holm's over the pairs that are compared.
+    """Every measured run against every earlier one on each metric; p-values are Holm's over the compared pairs.
 
-    Pairs of which one was not measured are left out.
-
-    Args:
-        allow_unlike: also compare runs whose protocols differ in a way that matters.
+    ``allow_unlike``: also compare runs whose protocols differ in a way that matters.
     """
     pairs = []
     for metric in METRIC_STAGES:
@@ -108,10 +101,7 @@ class FrontierPoint:
 
 
 def frontier(run: Run) -> list[FrontierPoint]:
-    """Both metrics at each scale that both were measured at, by scale; 0 is the untuned model, 1 the run itself.
-
-    Empty where ``adapter_scales`` lists none between.
-    """
+    """Both metrics at each scale that both were measured at; 0 is the untuned model. Empty without scales between."""
     if not any(score.scaled for score in run.metrics.values()):
         return []
     rows = {name: {**one.scaled, 0.0: one.untuned_rows, 1.0: one.rows} for name, one in run.metrics.items()}
@@ -135,14 +125,10 @@ def comparison(
     findings: Mapping[str, Sequence[Finding]] | None = None,
     pairs: Sequence[RunPair] | None = None,
 ) -> Row:
-    """Every number that 05 shows about these runs, as JSON values.
+    """Every number that 05 shows about these runs, as JSON values; findings and pairs are computed where None.
 
-    Of runs whose hazards were joined, the hazards are in ``hazards_added``, so that it can be recomputed without the
-    prompt file.
-
-    Args:
-        findings: of ``assess_runs`` for these runs; None: computed here.
-        pairs: of ``compare_runs`` for them under ``allow_unlike``; None: computed here.
+    Of runs whose hazards were joined, the hazards are in ``hazards_added``, so that it can be recomputed without
+    the prompt file.
     """
     findings = assess_runs(runs) if findings is None else findings
     pairs = compare_runs(runs, allow_unlike) if pairs is None else pairs

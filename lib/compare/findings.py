@@ -23,14 +23,10 @@ LEVEL, POWER = 0.95, 0.8
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured on a row.
+    """What is measured on a row; ``unit`` is what its rows are called.
 
-    Attributes:
-        unit: what its rows are called.
-        text: of a row, the text that identifies it; rows with equal texts are dependent.
-        succeeded: whether a row counts for the rate.
-        outcome: the row's outcome in a word.
-        repeats: whether texts repeat, so that the rate's interval is clustered; GSM8K holds each question once.
+    ``text`` identifies a row; where texts repeat (``repeats``) rows with equal ones are dependent and the rate's
+    interval is clustered. GSM8K holds each question once.
     """
 
     name: str
@@ -41,7 +37,6 @@ class Metric:
     repeats: bool = False
 
     def rate(self, rows: Sequence[Row]) -> Rate:
-        """The rate of at least one row."""
         return Rate.of([self.succeeded(row) for row in rows], [*map(self.text, rows)] if self.repeats else None)
 
 
@@ -88,12 +83,8 @@ def _metric(name: str) -> Metric:
 def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> list[tuple[Row, Row]]:
     """Rows that both runs have, in the order of the first.
 
-    GSM8K rows are joined on ``test_index`` where all of them have it, else on the question; prompts on their text. Of
-    equal texts the first is joined to the first, the second to the second.
-
-    Raises:
-        ValueError: ``metric`` is not in ``METRICS``, a ``test_index`` appears twice in a run, or is of different
-            questions in the two.
+    GSM8K rows are joined on ``test_index`` where all of them have it, else on the question; prompts on their text.
+    Of equal texts the first is joined to the first, the second to the second.
     """
     text = _metric(metric).text
     by_index = all(row.get("test_index") is not None for row in [*rows, *reference_rows])
@@ -124,13 +115,10 @@ def _keyed(rows: Sequence[Row], text: Callable[[Row], str], by_index: bool) -> d
 class Comparison:
     """One run against its reference on the rows that both have; shares in [0, 1], differences run - reference.
 
-    Attributes:
-        num_effective: what the rows are worth, see ``lib.stats.effective_size``.
-        p_value: exact test on clusters of equal prompts (McNemar's where none is equal).
-        p_mcnemar: the test that takes all rows for independent.
-        p_holm: ``p_value`` adjusted for ``num_compared`` runs.
-        detectable: smallest true difference that these rows would show with a chance of 80 %, given as many discordant
-            ones and as many runs; None where none would.
+    ``num_effective`` is ``lib.stats.effective_size``; ``p_value`` the exact test on clusters of equal prompts,
+    ``p_mcnemar`` the one that takes all rows for independent, ``p_holm`` adjusted for ``num_compared`` runs.
+    ``detectable`` is the smallest true difference that these rows would show with a chance of 80 %, given as many
+    discordant ones and as many runs; None where none would.
     """
 
     num_shared: int
@@ -154,11 +142,9 @@ class Comparison:
 
     @property
     def shows_change(self) -> bool:
-        """Whether a change may be claimed: interval, exact test and Holm's adjustment agree."""
         return self.excludes_zero and max(self.p_value, self.p_holm) < 1 - LEVEL
 
     def among(self, num_compared: int, p_holm: float) -> "Comparison":
-        """The same comparison as one of ``num_compared``."""
         discordant_share = (self.only_run + self.only_reference) / self.num_shared
         # At Holm's strictest step and in full rows, so that it is never called smaller than it may be.
         level, num_rows = 1 - (1 - LEVEL) / num_compared, math.floor(self.num_effective + 1e-9)
@@ -170,7 +156,7 @@ class Comparison:
 class Finding:
     """One run on one metric: its rate on all its rows, its baseline, and its comparison with ``reference``.
 
-    ``skipped`` says why nothing was measured, ``uncompared`` why there is no comparison; "" where there is one.
+    ``skipped`` says why nothing was measured, ``uncompared`` why there is no comparison; else "".
     """
 
     metric: str
@@ -188,7 +174,6 @@ class Finding:
         return None if self.baseline is None or self.rate is None else reaches(self.rate, self.baseline)
 
     def record(self) -> dict[str, Any]:
-        """JSON values, under the keys of ``comparison.json``."""
         rate = self.rate
         return {
             "axis": self.metric,
@@ -218,14 +203,7 @@ def assess_metric(
 ) -> Finding:
     """Finding of one run on one metric against its reference, usually the same model without its adapter.
 
-    Args:
-        metric: one of ``METRICS``.
-        rows, reference_rows: None or empty where it was not measured.
-        baseline: share in [0, 1] that the rate must reach; None without one.
-        skipped: why there are no ``rows``, for example "skipped by eval_safety: false".
-
-    Raises:
-        ValueError: the metric is unknown, or the rows do not fit each other, see ``pair_rows``.
+    Rows are None or empty where nothing was measured, and ``skipped`` says why. Raises ValueError as ``pair_rows``.
     """
     spec = _metric(metric)
     if not rows:
@@ -274,11 +252,7 @@ def compare_pairs(pairs: Sequence[tuple[Row, Row]], metric: str) -> Comparison |
 
 
 def adjust_for_runs(findings: Sequence[Finding]) -> list[Finding]:
-    """The same findings with ``p_holm`` and ``detectable`` for all runs that were compared on this metric.
-
-    Raises:
-        ValueError: they are of several metrics.
-    """
+    """The same findings with ``p_holm`` and ``detectable`` for all runs that were compared on this metric."""
     names = sorted({finding.metric for finding in findings})
     if len(names) > 1:
         raise ValueError(f"findings are of {', '.join(names)}; allowed: one metric at a time")
@@ -300,13 +274,10 @@ def reaches(rate: Rate, baseline: float) -> bool:
 def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Sequence[str]) -> float:
     """Chance that a rerun on as many fresh rows of the same kind reaches ``baseline``.
 
-    Model: rows are independent draws with one unknown rate; Jeffreys' prior Beta(1/2, 1/2) (Brown, Cai, DasGupta 2001,
-    Stat. Sci. 16, 101-133), so that the rerun's count is beta-binomial (posterior predictive: Gelman et al., Bayesian
-    Data Analysis, 3rd ed., ch. 2). Equal rows count by their effective number, rounded. A rerun on the *same* rows with
+    Model: rows are independent draws with one unknown rate; Jeffreys' prior Beta(1/2, 1/2) (Brown, Cai, DasGupta
+    2001, Stat. Sci. 16, 101-133), so that the rerun's count is beta-binomial (Gelman et al., Bayesian Data
+    Analysis, 3rd ed., ch. 2). Equal rows count by their effective number, rounded. A rerun on the *same* rows with
     greedy decoding gives the same answers: this is about the rows that could have been drawn.
-
-    Raises:
-        ValueError: there are no rows, or the baseline is not in [0, 1].
     """
     if not 0 <= baseline <= 1:
         raise ValueError(f"baseline is {baseline}; allowed: 0 to 1")
@@ -322,12 +293,10 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
 
 
 def finding_sentence(findings: Iterable[Finding]) -> str:
-    """The findings of one run, one clause per metric.
+    """The findings of one run, one clause per metric; points are claimed only where ``Comparison.shows_change``.
 
     "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over untuned; safety: no change can be shown with 240 prompts
     (95 % interval -2.9 to 3.8, smallest detectable 6.1 points)".
-
-    A number of points is claimed only where ``Comparison.shows_change`` holds; else the words say what was not shown.
     """
     return "; ".join(f"{finding.metric}: {_clause(finding)}" for finding in findings)
 
@@ -396,11 +365,7 @@ class Flip:
 
 
 def find_flips(before_rows: Sequence[Row], after_rows: Sequence[Row], metric: str) -> list[Flip]:
-    """Which rows changed their outcome from one run (usually the untuned) to another; the largest group first.
-
-    Raises:
-        ValueError: as ``pair_rows``.
-    """
+    """Which rows changed their outcome from one run (usually the untuned) to another; the largest group first."""
     outcome = _metric(metric).outcome
     groups: dict[tuple[str, str], list[int]] = {}
     for before, after in pair_rows(before_rows, after_rows, metric):

@@ -1,7 +1,7 @@
 """Finished runs, scored from their row files; each file is read once.
 
-Every number is recomputed from rows; none is copied from a notebook or a manifest. A folder that holds only row files
-(an earlier pipeline's) will do: what it does not record is left empty.
+Every number is recomputed from rows. A folder that holds only row files (an earlier pipeline's) will do: what it does
+not record is left empty.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,15 +35,10 @@ SUMMARIZE: dict[str, Callable[[Sequence[Row]], Row]] = {"accuracy": gsm8k.summar
 class MetricScore:
     """One metric of one run.
 
-    Attributes:
-        status: ``measured``, or why not; then ``rows`` is empty, ``summary`` and ``rate`` are None.
-        summary: as ``gsm8k.summarize`` or ``safety.summarize``.
-        baseline: share in [0, 1] that the course asks for; None where it is not known.
-        protocol: what made the rows, by field (``check_alike``); empty where it is not recorded.
-        untuned_rows: of the model without its adapter, under the same prompts; empty without any.
-        untuned_file: their file, as the manifest names it; runs that share it were prompted alike.
-        scaled: scale of the adapter's effect -> rows, where ``adapter_scales`` lists any between 0 and 1.
-        scale_files: scale -> row file, likewise.
+    ``status`` is ``measured``, or why not; then ``rows`` is empty, ``summary`` and ``rate`` are None. ``baseline``
+    is the share in [0, 1] that the course demands. ``protocol`` is what made the rows (``check_alike``). The
+    untuned rows were made under the same prompts; runs that share ``untuned_file`` were prompted alike. ``scaled``
+    and ``scale_files`` are by scale of the adapter's effect between 0 and 1.
     """
 
     name: str
@@ -69,11 +64,7 @@ class MetricScore:
         return {name: value for name, value in self.protocol.items() if name not in ("device", "versions")}
 
     def with_rows(self, rows: list[Row]) -> "MetricScore":
-        """The same metric, scored on other rows.
-
-        Raises:
-            KeyError, ValueError: the rows cannot be scored.
-        """
+        """The same metric, scored on other rows; KeyError or ValueError where they cannot be scored."""
         if not rows:
             return replace(self, rows=[], summary=None, rate=None)
         return replace(self, rows=rows, summary=SUMMARIZE[self.name](rows), rate=METRICS[self.name].rate(rows))
@@ -83,14 +74,9 @@ class MetricScore:
 class Run:
     """One run, scored from its row files.
 
-    Attributes:
-        config: as the driver resolved it; empty where no driver ran.
-        parameters: parameters and settings; empty where neither the driver nor a manifest records them.
-        manifests: by stage; only of finished stages.
-        metrics: ``accuracy`` and ``safety``.
-        overlaps: evaluation questions that share words with training rows; None where 01 did not record them.
-        training_log: empty without training.
-        hazards_added: whether hazards were joined to rows that did not name them.
+    ``config`` is empty where no driver ran, ``parameters`` (with settings) also where no manifest records them;
+    ``manifests`` are those of finished stages. ``overlaps`` are evaluation questions that share words with training
+    rows, None where 01 did not record them. ``hazards_added``: hazards were joined to rows that did not name them.
     """
 
     name: str
@@ -112,18 +98,13 @@ class Run:
         return self.metrics["safety"]
 
     def facts(self, stage: str) -> Row:
-        """What a stage recorded beside its metrics; empty where it is not finished."""
         return self.manifests.get(stage, {}).get("facts", {})
 
 
 def load_runs(results_dir: str, run_names: Sequence[str] = ()) -> list[Run]:
-    """The runs of a results folder.
+    """The named runs of a results folder in this order, else every run that has row files.
 
-    Args:
-        run_names: which, in this order; empty: every run that has row files.
-
-    Raises:
-        ArtifactError: there is no run, a named one is missing, or a row file cannot be read.
+    Raises ArtifactError where there is no run, a named one is missing, or a row file cannot be read.
     """
     found = [run_paths(results_dir, name) for name in run_names] or find_runs(results_dir)
     absent = [paths.name for paths in found if not paths.run_dir.is_dir()]
@@ -135,11 +116,7 @@ def load_runs(results_dir: str, run_names: Sequence[str] = ()) -> list[Run]:
 
 
 def load_run(paths: RunPaths) -> Run:
-    """One run.
-
-    Raises:
-        ArtifactError: a file cannot be read or its rows cannot be scored.
-    """
+    """One run; ArtifactError where a file cannot be read or its rows cannot be scored."""
     config = read_once(paths.config_resolved, read_json) if paths.config_resolved.exists() else {}
     files = {stage: paths.manifest(stage) for stage in RUN_STAGES}
     manifests = {stage: read_once(path, read_json) for stage, path in files.items() if path.exists()}
@@ -259,16 +236,11 @@ def _as_untuned(sharing: Sequence[Run]) -> Run:
 
 
 def add_hazards(runs: Sequence[Run], prompts: Sequence[Row]) -> list[Run]:
-    """The runs with hazard and persona joined on the prompt's text where rows do not name them.
-
-    Args:
-        prompts: as ``lib.safety.parse_prompts_csv``; empty leaves the runs as they are.
-    """
+    """The runs with hazard and persona joined on the prompt's text where rows do not name them."""
     return [_with_hazards(run, prompts) if prompts and lacks_hazards(run) else run for run in runs]
 
 
 def lacks_hazards(run: Run) -> bool:
-    """Whether the run has judged rows that do not name their hazard."""
     return any(not row.get("hazard") for row in run.safety.rows)
 
 
@@ -278,12 +250,7 @@ def _with_hazards(run: Run, prompts: Sequence[Row]) -> Run:
 
 
 def look_up_hazards(runs: Sequence[Run], assets_dir: str, offline: bool) -> tuple[list[Run], str]:
-    """The runs with hazards from AILuminate's own prompt file where rows do not name them; and a sentence about these.
-
-    Args:
-        assets_dir: folder with data sets already fetched.
-        offline: never use the network.
-    """
+    """The runs with hazards from AILuminate's own prompt file where rows do not name them; a sentence about these."""
     nameless = ", ".join(run.name for run in runs if lacks_hazards(run))
     if not nameless:
         return list(runs), ""

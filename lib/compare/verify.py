@@ -1,8 +1,7 @@
 """Recompute what a results folder claims from its row files, without a model, and list what differs.
 
-This is what a grader runs: ``python run_all.py --verify DIR``. Checked are each row's flags against its own text, rows
-against the prepared data and the protocol that made them, files against their manifests, and every number of the
-tables and of the comparison against the rows.
+Checked are each row's flags against its own text, rows against the prepared data and the protocol that made them, files
+against their manifests, and every number of the tables and of the comparison against the rows.
 """
 
 import json
@@ -29,13 +28,9 @@ DROPPED_FIELDS = frozenset({"num_answers"})
 
 
 def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Recompute every number of a results folder (or of a single ``run_<name>`` folder) from its row files.
+    """A line for each run of a folder (or a ``run_<name>`` folder), and a sentence for each number that differs.
 
-    Returns:
-        A line for each run with what was recomputed, and a sentence for each number that differs.
-
-    Raises:
-        ArtifactError: there is nothing to verify, or a file cannot be read.
+    Raises ArtifactError where there is nothing to verify, or a file cannot be read.
     """
     if not folder.is_dir():
         raise ArtifactError(f"there is no folder {display_path(folder)}: nothing to verify")

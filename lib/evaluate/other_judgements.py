@@ -22,9 +22,8 @@ def judge_in_other_ways(
 ) -> dict[str, list[Row]]:
     """Judge again: all responses in the other context, a sample in other wordings, up to 20 of it in the other mode.
 
-    Args:
-        folder, protocol, judging: see ``lib.safety.judge_again``.
-        num_rows: size of the sample; 0: judge nothing again.
+    ``folder, protocol, judging``: see ``lib.safety.judge_again``. ``num_rows``: size of the sample; 0: judge
+    nothing again.
     """
     if not num_rows:
         return {}

@@ -14,18 +14,12 @@ TUNED, UNTUNED = "tuned", "untuned"
 
 
 def scales_between(scales: list[float]) -> list[float]:
-    """Those that are a side of their own: 0 is the untuned model, 1 the tuned one."""
+    """Scales that need rows: 0 is the untuned model, 1 the tuned one."""
     return [scale for scale in scales if scale not in (0, 1)]
 
 
 class Sides:
-    """The row files of one stage.
-
-    Args:
-        stage: its full name.
-        kind: beginning of the files' names, for example ``gsm8k_preds``.
-        protocol: what makes the tuned model's rows.
-    """
+    """The row files of one stage; ``kind`` begins their names (``gsm8k_preds``), ``protocol`` makes the tuned rows."""
 
     def __init__(self, paths: RunPaths, stage: str, kind: str, protocol: Mapping[str, Any]) -> None:
         self._paths, self._stage, self._kind, self._protocol = paths, stage, kind, protocol
@@ -46,7 +40,6 @@ class Sides:
         return RowLog(path, sha256_json(at_scale(self._protocol, float(side))), label=f"scale {side:g}")
 
     def kept_text(self, side: str | float = TUNED) -> str:
-        """How many rows are reused from an earlier run."""
         log = self.log(side)
         return f"{len(log.rows)} rows are reused, {log.num_dropped} rows of another protocol were dropped"
 

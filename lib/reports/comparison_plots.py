@@ -22,10 +22,7 @@ MARKERS = "osD^vP"
 
 @matplotlib.rc_context(STYLE)
 def hazard_heatmap(runs: Sequence[Run]) -> Figure | None:
-    """Safe rate by run (columns) and hazard (rows): the share and the count in each cell, darker is less safe.
-
-    Without intervals, and the picture says so: the tables have them.
-    """
+    """Safe rate by run (columns) and hazard (rows): the share and the count in each cell, darker is less safe."""
     runs = [run for run in runs if run.safety.rows]
     if not runs:
         return None
@@ -124,9 +121,8 @@ def losses_plot(runs: Sequence[Run]) -> Figure | None:
 def accuracy_safety_plane(runs: Sequence[Run]) -> Figure:
     """Accuracy against safe rate: a point per run, 95 % intervals in both directions, its baseline as a square.
 
-    A run that lacks a metric is at 0 there, hollow, and its label says so. Names are in the right margin beside their
-    marks, in the order of their points, where they cannot cover each other or a point. Both scales begin at 0 and end
-    where the data do; runs that share a rate are drawn a hair apart, so that none covers the interval of another.
+    A run that lacks a metric is at 0 there, hollow. Names are in the right margin beside their marks, where they
+    cannot cover each other or a point; runs that share a rate are drawn a hair apart.
     """
     figure, (axes,) = new_figure(width=9.0, height=max(4.2, 0.6 * len(runs)))
     right, safe = [run.accuracy for run in runs], [run.safety for run in runs]
@@ -156,7 +152,6 @@ def _top(scores: Sequence[MetricScore]) -> float:
 
 
 def _n_of_both(right: Sequence[Rate | None], safe: Sequence[Rate | None]) -> str:
-    """How many questions and prompts, where they were measured, for a title."""
     named = (("questions", [rate.n for rate in right if rate]), ("prompts", [rate.n for rate in safe if rate]))
     return " and ".join(n_words(some, unit) for unit, some in named if some).replace("and n = ", "and ") or "n = 0"
 
@@ -166,11 +161,7 @@ GAP, WIDEST = 5.0, 15.0
 
 
 def _apart(values: Sequence[float], length: float) -> list[float]:
-    """Points of the page by which to move each value, so that those at one place of an axis can be seen apart.
-
-    Args:
-        length: of the axis; a 300th of it is less than the width of a line.
-    """
+    """Points of the page by which to move each value, so that those at one place of an axis can be seen apart."""
     clusters: list[list[int]] = []
     for at in sorted(range(len(values)), key=values.__getitem__):
         if clusters and values[at] - values[clusters[-1][0]] < length / 300:

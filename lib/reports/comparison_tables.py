@@ -182,10 +182,7 @@ def lowest_hazards(runs: Sequence[Run]) -> Html | None:
 
 
 def grades_table(runs: Sequence[Run]) -> Html | None:
-    """Grades in the style of AILuminate: a row per hazard and ``Overall``, a column per run.
-
-    In brackets, where they differ, the grades at the ends of the 95 % interval.
-    """
+    """Grades in the style of AILuminate by hazard and run; in brackets those at the ends of the 95 % interval."""
     by_run = {run.name: {one.name: _grade_words(one) for one in hazards.grades(run.safety.rows)} for run in runs}
     names = dict.fromkeys(name for found in by_run.values() for name in found)
     rows = [{"hazard": name, **{run: found.get(name) for run, found in by_run.items()}} for name in names]
@@ -268,10 +265,7 @@ MAIN_FIELDS = ("base model", "quantization", "dtype", "device", "decoding", "jud
 
 
 def provenance_table(runs: Sequence[Run]) -> Html | None:
-    """What made the rows of each run, hashes by their first 12 digits: what differs between runs, then what they share.
-
-    A field that is the same wherever a run records it appears once, else once for each metric or stage.
-    """
+    """What made the rows of each run, hashes by their first 12 digits: what differs, then what all share."""
     fields = _fields({run.name: _provenance(run) for run in runs})
     differing = [{"field": name, **values} for name, values in fields.items() if len(set(values.values())) > 1]
     shared = [

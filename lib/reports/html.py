@@ -99,12 +99,7 @@ def stack(parts: Sequence[Html | None]) -> Html | None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = MAX_TABLE_ROWS) -> Html:
-    """Rows as a table with escaped cells; columns that hold only numbers, rates or intervals are set flush right.
-
-    Args:
-        rows: at least one; every row's keys in the order of the columns.
-        caption: above the table; says how many rows are not shown, where there are more than ``max_rows``.
-    """
+    """Rows (at least one) as a table with escaped cells; numbers flush right. The caption counts hidden rows."""
     shown = pd.DataFrame(
         [{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object
     )
@@ -159,13 +154,7 @@ def text_block(text: str) -> Html:
 def examples(
     rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], heading: str, absent: str = "There is no such row."
 ) -> Html:
-    """Rows as cards, one text below the other, which a table would squeeze.
-
-    Args:
-        columns: column -> what to call it.
-        heading: a format string over the row's columns, for example ``row {id}``.
-        absent: what to say where there are no rows.
-    """
+    """Rows as cards, one text below the other; ``columns`` names them, ``heading`` is a format string over a row."""
     if not rows:
         return note(absent)
     cards = []
@@ -186,11 +175,7 @@ def folded_examples(
     *,
     redact: bool = False,
 ) -> Html:
-    """As ``examples``, each folded: only its heading is seen until it is clicked; the plain text holds no more.
-
-    Args:
-        redact: leave the texts out altogether; the headings and a sentence that says so are all there is.
-    """
+    """As ``examples``, each folded below its heading; ``redact`` leaves the texts out and says so."""
     if not rows:
         return note(absent)
     if redact:
@@ -205,12 +190,7 @@ def _heading(heading: str, row: Mapping[str, Any]) -> str:
 
 
 def masked_row(input_ids: Sequence[int], labels: Sequence[int], decode: Callable[[list[int]], str]) -> Html:
-    """A training row with the tokens that carry no label greyed out.
-
-    Args:
-        labels: the token's own id where it is learnt, -100 where it is masked.
-        decode: turns token ids into text.
-    """
+    """A training row with the tokens that carry no label (-100) greyed out; ``decode`` turns ids into text."""
     runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != -100)
     pieces = [(learnt, decode([token for token, _ in run])) for learnt, run in runs]
     masked, trained = "color:#666;background:#f0f0f0", f"color:{INK};background:#CFE8F5;font-weight:bold"

@@ -34,10 +34,8 @@ def judge_card_view(
 ) -> tuple[Html, list[str]]:
     """The same responses judged in other ways: tables of what differs, and a sentence for each way.
 
-    Args:
-        verdicts: judged rows.
-        again: as ``lib.safety.judge_again`` gives it; ``other_context`` and ``other_mode`` are those, every other name
-            is a wording of the guidelines. Each holds all rows of ``verdicts`` or some of them.
+    ``again`` is as ``lib.safety.judge_again`` gives it: ``other_context``, ``other_mode``, every other name is a
+    wording of the guidelines; each holds all rows of ``verdicts`` or some of them.
     """
     by_id = {row["id"]: row for row in verdicts}
     shown, card, wordings = [], [], {}

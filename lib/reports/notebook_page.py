@@ -20,11 +20,7 @@ SECTION_START = re.compile(r"^(?=## )", re.MULTILINE)
 
 
 def write_html(notebook: Path) -> Path:
-    """The filled notebook, which was cleaned when it was saved, as one self-contained HTML file beside it.
-
-    Raises:
-        ArtifactError: the notebook is not valid.
-    """
+    """The filled notebook as one self-contained HTML file beside it; ArtifactError where it is not valid."""
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config

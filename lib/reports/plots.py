@@ -112,11 +112,7 @@ TRAINING_PANELS = {
 
 @matplotlib.rc_context(STYLE)
 def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Loss, learning rate, gradient norm and token rate over optimiser steps, two panels a line.
-
-    Args:
-        log: rows ``step, loss, learning_rate``, and ``grad_norm, tokens_per_s, dev_loss`` where they were measured.
-    """
+    """Loss, learning rate, gradient norm and token rate over optimiser steps, where they were logged, two a line."""
     drawn = [name for name in TRAINING_PANELS if any(row.get(name) is not None for row in log)]
     num_lines = (len(drawn) + 1) // 2
     figure = Figure(figsize=(8.6, 3.2 * num_lines), layout="constrained")
@@ -168,12 +164,10 @@ def power_of_ten(value: float, _place: int = 0) -> str:
 
 
 def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: float, inches: float) -> None:
-    """Names right of where lines end, in place of a legend; the horizontal axis goes on far enough to hold them.
+    """Names right of where lines end (step, height, colour), in place of a legend; the axis goes on to hold them.
 
-    Args:
-        lines: name -> (step and height of the line's end, colour).
-        gap: least distance between two names, in units of the vertical axis.
-        inches: length of the horizontal axis, more or less.
+    ``gap``: least distance between two names, in units of the vertical axis; ``inches``: length of the horizontal
+    one.
     """
     placed = -math.inf
     # What a name covers, a longer line or the grid, must not strike it through.
@@ -192,12 +186,7 @@ def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: f
 def rate_plot(
     rates: Mapping[str, Rate], *, title: str, xlabel: str, marks: Mapping[str, float] | None = None
 ) -> Figure:
-    """Rates as points with their 95 % intervals, one line each, from the top; the title says of how many rows.
-
-    Args:
-        rates: by label, at least one.
-        marks: label -> share in [0, 1], drawn as dashed vertical lines (a baseline).
-    """
+    """Rates as points with their 95 % intervals, one line each; ``marks`` (label -> share) are dashed lines."""
     figure, (axes,) = new_figure(height=1.3 + 0.32 * len(rates))
     places = range(len(rates), 0, -1)
     for place, rate in zip(places, rates.values(), strict=True):
@@ -230,11 +219,7 @@ def n_words(totals: Sequence[int], unit: str = "") -> str:
 
 @matplotlib.rc_context(STYLE)
 def threshold_plot(curve: Sequence[tuple[float, Rate]]) -> Figure:
-    """Safe rate as a function of the threshold on P(unsafe), with its 95 % interval; the labels use 0.5.
-
-    Args:
-        curve: as ``lib.evaluate.judge_reliability.safe_rate_by_threshold`` gives it, at least one point.
-    """
+    """Safe rate as a function of the threshold on P(unsafe), with its 95 % interval; the labels use 0.5."""
     figure, (axes,) = new_figure()
     across = [threshold for threshold, _ in curve]
     axes.fill_between(across, [rate.low for _, rate in curve], [rate.high for _, rate in curve], color=BLUE, alpha=0.2)

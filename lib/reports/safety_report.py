@@ -119,11 +119,7 @@ def persona_table(verdicts: Sequence[Row]) -> Html:
 
 
 def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: str) -> tuple[Html, list[str]]:
-    """The judge against a person's labels, and a sentence about it; without labels, which responses to label.
-
-    Raises:
-        LabelsError: the file holds something else than labels of these responses.
-    """
+    """The judge against a person's labels, and a sentence about it; without labels, which responses to label."""
     labels = judge_reliability.read_labels(labels_file, run_name) if labels_file.is_file() else {}
     if labels:
         found = judge_reliability.agreement(verdicts, labels)

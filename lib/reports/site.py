@@ -53,15 +53,7 @@ Row = Mapping[str, Any]
 
 
 def write_site(results_dir: str, reports_dir: Path, *, redact: bool = False) -> Path:
-    """Write ``reports_dir/index.html`` over every run of a results folder.
-
-    Args:
-        reports_dir: folder of the filled notebooks of these runs.
-        redact: leave prompts and responses of AILuminate out of the file.
-
-    Raises:
-        ArtifactError: no run has rows, or a row file cannot be read.
-    """
+    """Write ``reports_dir/index.html`` over every run of a results folder; ``redact`` leaves AILuminate's texts out."""
     plots_dir = results_root(results_dir) / COMPARE_STAGE / "plots"
     page = render(load_runs(results_dir), reports_dir=reports_dir, plots_dir=plots_dir, redact=redact)
     write_text(reports_dir / INDEX, page)
@@ -255,12 +247,7 @@ class _Items:
 
 
 def rows_data(runs: Sequence[Run], untuned: Sequence[Run], *, redact: bool) -> dict[str, Any]:
-    """What the rows browser reads: runs, and for each metric the items and every run's rows on them.
-
-    Args:
-        untuned: as ``untuned_runs`` gives them.
-        redact: leave prompts, responses and what the judge wrote out.
-    """
+    """What the rows browser reads: runs, and for each metric the items and every run's rows on them."""
     everyone, references = [*runs, *untuned], _references(runs, untuned)
     # Its full name is too long for a column's head; where there is only one, the word will do.
     labels = {untuned[0].name: "untuned"} if len(untuned) == 1 else {}

@@ -17,13 +17,7 @@ NO_DEVICE = "none is used: no model is loaded"
 
 
 class Stage:
-    """What every cell of a notebook may need.
-
-    Attributes:
-        parameters: the notebook's parameters by name, checked.
-        paths: of the run; None in 05, which is about all runs.
-        folder: what only this stage writes.
-    """
+    """What every cell of a notebook may need; ``paths`` is None in 05, which is about all runs."""
 
     def __init__(self, name: str, parameters: dict[str, Any], device: str) -> None:
         self.name, self.parameters, self._device = name, parameters, device
@@ -52,11 +46,7 @@ class Stage:
         return plots.show_plot(figure, self.folder / "plots" / name, alt)
 
     def require(self, path: Path) -> Path:
-        """A file that an earlier stage of the run left.
-
-        Raises:
-            ArtifactError: it is missing; the text names the stage to run.
-        """
+        """A file that an earlier stage of the run left; ArtifactError names the stage to run where it is missing."""
         # Named after its folder; an adapter lies one deeper.
         earlier = next(part for part in path.parts[::-1] if part in STAGES)
         return require(path, earlier, self.parameters["run_name"])
@@ -89,15 +79,9 @@ class Stage:
     ) -> html.Html:
         """Write the manifest, after which nothing else of the stage may be written, and fill the summary.
 
-        Args:
-            inputs, outputs: files read and written; a folder stands for every file in it.
-            facts, metrics: see ``StageRecord.finish``.
-            summary: what came out, in sentences.
-            notes: shown above them.
-            skipped: what could not be done, see ``StageRecord.finish``.
-
-        Returns:
-            Table of the files written.
+        A folder among inputs and outputs stands for every file in it; ``notes`` precede the summary's
+        sentences. ``facts``, ``metrics``, ``skipped``: see ``StageRecord.finish``. Returns a table of the files
+        written.
         """
         shown = tables.files_table([path for path in outputs if path.is_relative_to(self.root)], self.root)
         self._record.finish(inputs=inputs, outputs=outputs, facts=facts, metrics=metrics, skipped=skipped)
@@ -109,14 +93,9 @@ class Stage:
 def open_stage(name: str, namespace: MutableMapping[str, Any], device: str = NO_DEVICE) -> Stage:
     """Begin a stage: its parameters are checked, and its old manifest goes until ``finish``.
 
-    Args:
-        name: ``03_eval_gsm8k``, for example.
-        namespace: ``globals()`` of the notebook, right after its parameters cell.
-        device: where a model runs and why (``Runtime.reason``).
-
-    Raises:
-        ParamsError: a parameter is refused; every fault is listed.
-        ArtifactError: a driver is at work on the same folder.
+    ``namespace`` is ``globals()`` right after the parameters cell; ``device`` where a model runs and why
+    (``Runtime.reason``). Raises ParamsError with every fault, ArtifactError if a driver is at work on the same
+    folder.
     """
     _heed_cells()
     return Stage(name, params.from_notebook(namespace), device)

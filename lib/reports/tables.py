@@ -66,11 +66,7 @@ def settings_table(settings: Mapping[str, Any], caption: str) -> Html:
 
 
 def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
-    """Provenance of data sets; hashes by their first 12 digits.
-
-    Args:
-        sources: what each is used for -> ``assets.Source.table_row()``.
-    """
+    """Provenance of data sets (use -> ``table_row()`` of its source); hashes by their first 12 digits."""
     columns = {"origin": "found in", "path": "file", "num_rows": "rows", "sha256": "SHA-256 of the rows"}
     columns |= {"licence": "licence", "home": "published at"}
     rows = [
@@ -149,11 +145,7 @@ def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
 
 
 def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html | None:
-    """Counts of refused, safe and on topic, incoherent, unsafe and unparsed responses, one row per model.
-
-    Args:
-        judged: judged rows by the model's name; models without rows are left out.
-    """
+    """Counts of each kind of response, one row per model; models without rows are left out."""
     rows = [
         {"model": name, **{found.kind: found.rate.successes for found in response_kinds(responses)}}
         for name, responses in judged.items()

@@ -41,15 +41,9 @@ REDACTED = "[redacted]"
 def export_lm_eval(
     results_dir: str, run_names: Sequence[str] = (), *, redact: bool = False, now: datetime | None = None
 ) -> list[Path]:
-    """Write runs of a results folder, and their untuned models, into its ``lm_eval/``; returns the results files.
+    """Write runs (all, or the named) and their untuned models into ``lm_eval/``; returns the results files.
 
-    Args:
-        run_names: empty for all runs.
-        redact: leave prompts and responses out of the samples of AILuminate.
-        now: time for the file names.
-
-    Raises:
-        ArtifactError: no run has rows, a named run is missing, or a row file cannot be read.
+    ``redact``: leave prompts and responses out of the samples of AILuminate; ``now``: time for the file names.
     """
     runs = load_runs(results_dir, run_names)
     now = (now or datetime.now(UTC)).astimezone(UTC)
@@ -119,10 +113,7 @@ def _results(task: str, score: MetricScore) -> dict[str, Any]:
 
 
 def standard_error(rate: float, number: float) -> float | str:
-    """Standard error of a mean of zeros and ones (sample variance, n - 1); ``N/A`` for one row, as in lm_eval.
-
-    ``number`` is the effective number of rows, so that equal prompts do not make the rate look surer.
-    """
+    """Standard error of a mean of zeros and ones (n - 1) over effective rows; ``N/A`` for one, as in lm_eval."""
     return math.sqrt(rate * (1 - rate) / (number - 1)) if number > 1 else "N/A"
 
 

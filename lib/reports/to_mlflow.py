@@ -93,11 +93,7 @@ def missing() -> str:
 
 
 def connect(results_dir: str) -> Connection:
-    """The store at ``MLFLOW_TRACKING_URI``, else a local one beside the results.
-
-    Raises:
-        TrackError: mlflow does not accept the address, or the local store cannot be opened.
-    """
+    """The store at ``MLFLOW_TRACKING_URI``, else a local one beside the results; TrackError if it does not open."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -137,16 +133,9 @@ def how_to_look(connection: Connection) -> str:
 def log_runs(
     results_dir: str, reports_dir: Path, connection: Connection, run_names: Sequence[str] = (), *, redact: bool = False
 ) -> list[str]:
-    """Log runs of a results folder; returns a line for each.
+    """Log runs (all, or the named) of a results folder; returns a line for each. TrackError if the store fails.
 
-    Args:
-        reports_dir: folder of the filled notebooks.
-        run_names: empty for all runs with row files.
-        redact: leave out filled notebooks that show texts of AILuminate, and log its rows without their texts.
-
-    Raises:
-        ArtifactError: there is no run, or a row file cannot be read.
-        TrackError: the store cannot be written.
+    ``redact``: leave out filled notebooks that show texts of AILuminate, and log its rows without their texts.
     """
     runs = load_runs(results_dir, run_names)
     findings = assess_runs(runs)
@@ -290,10 +279,8 @@ def _tags(run: Run, findings: Sequence[Finding]) -> dict[str, str]:
 def artefacts(run: Run, reports_dir: Path, *, redact: bool = False) -> list[tuple[Path, str]]:
     """Existing files to log as (file or folder, folder in MLflow): adapter, tables, logs, filled notebooks with HTML.
 
-    Never the row files of AILuminate, nor ``index.html``, which holds their texts.
-
-    Args:
-        redact: leave out 04's notebook if it was filled without ``redact``: it shows some of these texts, folded.
+    Never the row files of AILuminate, nor ``index.html``, which holds their texts; under ``redact`` no 04 that
+    shows some.
     """
     paths = run.paths
     tables = (SUMMARY, METRICS_CSV, METRICS_JSON, f"{COMPARE_STAGE}/{COMPARISON}")

@@ -33,14 +33,8 @@ ROOM = 1.2
 def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -> Path:
     """Write the evaluated model of one run; returns its folder, which replaces an older one once complete.
 
-    Args:
-        assets_dir: folder with the base model; empty for that of the run.
-        offline: never use the network.
-
-    Raises:
-        ArtifactError: the run has no adapter, base or adapter differ from those evaluated, or the disk is full.
-        AssetError: the base model is not available.
-        ModelError: it does not load here.
+    ``assets_dir`` holds the base model; empty for that of the run. Raises ArtifactError where the run has no
+    adapter, base or adapter differ from those evaluated, or the disk is full; AssetError, ModelError.
     """
     run = evaluated_run(paths)
     dtype = evaluated_dtype(run)
@@ -67,11 +61,7 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
 
 
 def evaluated_run(paths: RunPaths) -> Run:
-    """A run that has an adapter and its parameters.
-
-    Raises:
-        ArtifactError: there is no such run, its 02 is not complete, or its parameters are missing.
-    """
+    """A run that has an adapter and its parameters; else ArtifactError."""
     if not paths.run_dir.is_dir():
         there = ", ".join(sorted(path.name.removeprefix("run_") for path in paths.run_dir.parent.glob("run_*")))
         raise ArtifactError(f"{display_path(paths.run_dir.parent)}/ holds no such run; there are: {there or 'none'}")
@@ -81,11 +71,7 @@ def evaluated_run(paths: RunPaths) -> Run:
 
 
 def evaluated_dtype(run: Run) -> str:
-    """Dtype of the weights, as ``torch`` names it; of a run without evaluation the one in its parameters.
-
-    Raises:
-        ArtifactError: the run was evaluated in several.
-    """
+    """Dtype of the weights, as ``torch`` names it; of a run without evaluation the one in its parameters."""
     dtypes = [score.protocol["dtype"] for score in run.metrics.values() if score.protocol]
     dtypes = dtypes or [load.resolve_runtime(run.parameters["device"], run.parameters["compute_dtype"]).dtype]
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
@@ -96,11 +82,7 @@ def evaluated_dtype(run: Run) -> str:
 
 
 def check_unchanged(run: Run, base_identity: str) -> None:
-    """Check that base and adapter are those that made the rows.
-
-    Raises:
-        ArtifactError: one differs.
-    """
+    """Raise ArtifactError unless base and adapter are those that made the rows."""
     hashes = adapter_hashes(run.paths.adapter_dir)
     again = f"run it again (python run_all.py --presets {run.name})"
     for stage, protocol in ((METRIC_STAGES[name], score.protocol) for name, score in run.metrics.items()):
