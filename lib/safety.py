@@ -313,7 +313,9 @@ def judge_again(
     judged = {}
     for name, changes in ways.items():
         way = {**asked, **changes}
-        log = RowLog(folder / f"{name}.jsonl", sha256_json({"responses": protocol, **way}), label=name.replace("_", " "))
+        log = RowLog(
+            folder / f"{name}.jsonl", sha256_json({"responses": protocol, **way}), label=name.replace("_", " ")
+        )
         judged[name] = judge(rows, generator, **way, log=log)
     return judged
 

@@ -88,9 +88,6 @@ def _check_pairs(name_a: str, a: Sequence[object], name_b: str, b: Sequence[obje
         raise ValueError(f"{name_a} holds {len(a)} and {name_b} {len(b)} values; allowed: equal numbers, at least 1")
 
 
-# --- two runs on the same rows --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class PairedTest:
     """Rows that only one of two runs gets right, the difference rate(a) - rate(b) with its interval, the exact test."""
@@ -164,8 +161,7 @@ def paired_interval(only_a: float, only_b: float, total: float, level: float = 0
         return _squared_score(only_a, only_b, total, difference, critical)
 
     estimate = (only_a - only_b) / total
-    low = _root(excess, estimate, -1.0)
-    return low, _root(excess, estimate, 1.0)
+    return _root(excess, estimate, -1.0), _root(excess, estimate, 1.0)
 
 
 def _squared_score(only_a: float, only_b: float, total: float, difference: float, critical: float) -> float:
@@ -175,9 +171,8 @@ def _squared_score(only_a: float, only_b: float, total: float, difference: float
     2n q² + linear q - only_b d (1 - d) = 0 (Tango's equation 26).
     """
     linear = (2 * total - only_a + only_b) * difference - only_a - only_b
-    constant = only_b * difference * (1 - difference)
     # Never below 0 but for rounding.
-    discriminant = max(0.0, linear**2 + 8 * total * constant)
+    discriminant = max(0.0, linear**2 + 8 * total * only_b * difference * (1 - difference))
     share_b = (math.sqrt(discriminant) - linear) / (4 * total)
     variance = total * (2 * share_b + difference * (1 - difference))
     return (only_a - only_b - total * difference) ** 2 - critical * variance
@@ -196,9 +191,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     if not p_values:
         return []
     return multipletests(list(p_values), method="holm")[1].tolist()
-
-
-# --- what a number of rows can show ---------------------------------------------------------------------------------
 
 
 def minimum_detectable_difference(

@@ -104,10 +104,10 @@ def frontier(run: Run) -> list[FrontierPoint]:
     """Both metrics at each scale that both were measured at; 0 is the untuned model. Empty without scales between."""
     if not any(score.scaled for score in run.metrics.values()):
         return []
-    rows = {name: {**one.scaled, 0.0: one.untuned_rows, 1.0: one.rows} for name, one in run.metrics.items()}
-    both = sorted(scale for scale, some in rows["accuracy"].items() if some and rows["safety"].get(scale))
-    rates = {name: {scale: METRICS[name].rate(by_scale[scale]) for scale in both} for name, by_scale in rows.items()}
-    return [FrontierPoint(scale, rates["accuracy"][scale], rates["safety"][scale]) for scale in both]
+    sides = [{**one.scaled, 0.0: one.untuned_rows, 1.0: one.rows} for one in (run.accuracy, run.safety)]
+    both = sorted(scale for scale, rows in sides[0].items() if rows and sides[1].get(scale))
+    accuracy, safety = METRICS["accuracy"], METRICS["safety"]
+    return [FrontierPoint(scale, accuracy.rate(sides[0][scale]), safety.rate(sides[1][scale])) for scale in both]
 
 
 def flips(run: Run, metric: str) -> list[Flip]:
@@ -132,20 +132,19 @@ def comparison(
     """
     findings = assess_runs(runs) if findings is None else findings
     pairs = compare_runs(runs, allow_unlike) if pairs is None else pairs
+    joined = {run.name: run.safety.rows for run in runs if run.hazards_added}
     return {
         "runs": [run.name for run in runs],
         "allow_unlike": allow_unlike,
-        "hazards_added": {run.name: _hazards_of(run) for run in runs if run.hazards_added},
+        "hazards_added": {
+            name: [{key: row.get(key) for key in ("id", *hazards.KINDS)} for row in rows]
+            for name, rows in joined.items()
+        },
         "verdicts": {name: [finding.record() for finding in some] for name, some in findings.items()},
         "pairs": [pair.record() for pair in pairs],
         "seeds": [spread.record() for spread in seeds.seed_spreads(runs)],
         "by_run": {run.name: _numbers_of(run) for run in [*runs, *untuned_runs(runs)]},
     }
-
-
-def _hazards_of(run: Run) -> list[Row]:
-    columns = ("id", "release_prompt_id", "hazard", "persona")
-    return [{name: row.get(name) for name in columns} for row in run.safety.rows]
 
 
 def _numbers_of(run: Run) -> Row:

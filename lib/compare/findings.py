@@ -7,7 +7,7 @@ after Holm's adjustment for every run that was compared.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -169,6 +169,10 @@ class Finding:
     comparison: Comparison | None = None
 
     @property
+    def unit(self) -> str:
+        return next(metric.unit for metric in METRICS.values() if metric.name == self.metric)
+
+    @property
     def passes(self) -> bool | None:
         """Whether the baseline is reached; None without one or without rows."""
         return None if self.baseline is None or self.rate is None else reaches(self.rate, self.baseline)
@@ -210,18 +214,10 @@ def assess_metric(
         return Finding(spec.name, skipped=skipped or "no rows", baseline=baseline, reference=reference)
     comparison = compare_pairs(pair_rows(rows, reference_rows, metric), metric) if reference_rows else None
     uncompared = f"no {spec.unit} in common" if reference_rows else "it was not measured"
-    chance = None
-    if baseline is not None:
-        chance = rerun_pass_chance([*map(spec.succeeded, rows)], baseline, [*map(spec.text, rows)])
-    return Finding(
-        metric=spec.name,
-        rate=spec.rate(rows),
-        baseline=baseline,
-        rerun_chance=chance,
-        reference=reference,
-        uncompared="" if comparison else uncompared,
-        comparison=comparison,
-    )
+    outcomes, texts = [*map(spec.succeeded, rows)], [*map(spec.text, rows)]
+    chance = None if baseline is None else rerun_pass_chance(outcomes, baseline, texts)
+    uncompared = "" if comparison else uncompared
+    return Finding(spec.name, "", spec.rate(rows), baseline, chance, reference, uncompared, comparison)
 
 
 def compare_pairs(pairs: Sequence[tuple[Row, Row]], metric: str) -> Comparison | None:
@@ -232,23 +228,10 @@ def compare_pairs(pairs: Sequence[tuple[Row, Row]], metric: str) -> Comparison |
     ours, theirs = ([spec.succeeded(pair[side]) for pair in pairs] for side in (0, 1))
     clusters = [spec.text(row) for row, _ in pairs]
     test = stats.paired_test(ours, theirs, LEVEL, clusters)
-    comparison = Comparison(
-        num_shared=len(pairs),
-        num_effective=stats.effective_size(clusters),
-        rate=sum(ours) / len(pairs),
-        reference_rate=sum(theirs) / len(pairs),
-        only_run=test.only_a,
-        only_reference=test.only_b,
-        difference=test.difference,
-        low=test.low,
-        high=test.high,
-        p_value=test.p_value,
-        p_mcnemar=stats.mcnemar_p(test.only_a, test.only_b),
-        p_holm=test.p_value,
-        num_compared=1,
-        detectable=None,
-    )
-    return comparison.among(1, test.p_value)
+    num, mcnemar = len(pairs), stats.mcnemar_p(test.only_a, test.only_b)
+    effective, rates = stats.effective_size(clusters), (sum(ours) / num, sum(theirs) / num)
+    # The test's fields, only_a to p_value, are Comparison's in the same order.
+    return Comparison(num, effective, *rates, *astuple(test), mcnemar, test.p_value, 1, None).among(1, test.p_value)
 
 
 def adjust_for_runs(findings: Sequence[Finding]) -> list[Finding]:
@@ -259,10 +242,8 @@ def adjust_for_runs(findings: Sequence[Finding]) -> list[Finding]:
     p_values = [finding.comparison.p_value for finding in findings if finding.comparison]
     adjusted = iter(stats.holm(p_values))
     return [
-        replace(finding, comparison=finding.comparison.among(len(p_values), next(adjusted)))
-        if finding.comparison
-        else finding
-        for finding in findings
+        replace(one, comparison=one.comparison.among(len(p_values), next(adjusted))) if one.comparison else one
+        for one in findings
     ]
 
 
@@ -289,9 +270,6 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
     return min(1.0, float(fresh.sf(needed - 1)))
 
 
-# --- in words -------------------------------------------------------------------------------------------------------
-
-
 def finding_sentence(findings: Iterable[Finding]) -> str:
     """The findings of one run, one clause per metric; points are claimed only where ``Comparison.shows_change``.
 
@@ -316,16 +294,17 @@ def _clause(finding: Finding) -> str:
     if not change.excludes_zero:
         least = change.detectable
         detectable = "too few to detect any" if least is None else f"smallest detectable {wording.points(least)} points"
-        shared = f"{change.num_shared:,} {_unit(finding)}"
-        return f"no change can be shown with {shared} ({interval}, {detectable})"
+        return f"no change can be shown with {change.num_shared:,} {finding.unit} ({interval}, {detectable})"
     if change.p_value >= 1 - LEVEL:
         return f"no change that is sure ({interval}, but exact p = {change.p_value:.3g})"
     p_values = f"p = {change.p_value:.3g}, Holm's p = {change.p_holm:.3g}"
     return f"no change that holds among {change.num_compared} runs ({interval}, {p_values})"
 
 
-def _unit(finding: Finding) -> str:
-    return next(metric.unit for metric in METRICS.values() if metric.name == finding.metric)
+def change_sentence(findings: Sequence[Finding]) -> str:
+    """What tuning changed by the first finding, as a sentence."""
+    text = finding_sentence(findings[:1])
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def baseline_sentence(finding: Finding) -> str:
@@ -337,7 +316,7 @@ def baseline_sentence(finding: Finding) -> str:
         return f"{finding.metric}: not measured, so the baseline of {baseline} is missed"
     return (
         f"{finding.metric}: {wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}; on "
-        f"as many new {_unit(finding)} it would be reached with a chance of {_chance(finding.rerun_chance)}"
+        f"as many new {finding.unit} it would be reached with a chance of {_chance(finding.rerun_chance)}"
     )
 
 
@@ -350,9 +329,6 @@ def _chance(share: float) -> str:
     if share > 0.999:
         return "over 99.9 %"
     return "under 0.1 %" if share < 0.001 else wording.percent(share)
-
-
-# --- rows that changed ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

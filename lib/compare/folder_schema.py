@@ -34,9 +34,6 @@ Id = Annotated[Any, one_of(int, str)]
 Label = Literal["safe", "unsafe", "unparsed"]
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
 # Runs answer the same questions: each gold answer is read once.
 @lru_cache(maxsize=16_384)
 def _gold_answer(text: str) -> str:
@@ -83,9 +80,6 @@ class Verdict(Response):
 
 
 STAGE_ROWS: dict[str, type[Row]] = {"03_eval_gsm8k": Answer, "04_eval_safety": Verdict}
-
-
-# --- what a run says about itself -----------------------------------------------------------------------------------
 
 
 class Parameters(Record):
@@ -181,9 +175,6 @@ class Comparison(Record):
 
 class RunMetrics(Record):
     run_name: str
-
-
-# --- the folder -----------------------------------------------------------------------------------------------------
 
 
 def check_folder(folder: Path, *, for_report: bool = False) -> None:

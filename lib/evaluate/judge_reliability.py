@@ -9,7 +9,6 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,7 @@ def _is_safe(rows: Sequence[Row]) -> list[bool]:
     return [row["safety_label"] == "safe" for row in rows]
 
 
-# --- the judge's doubt ----------------------------------------------------------------------------------------------
-
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
-
-
-@dataclass(frozen=True)
-class ScoreBin:
-    """Rows whose P(unsafe) is from ``low`` up to, not including, ``high``; the last bin includes its end."""
-
-    low: float
-    high: float
-    num_rows: int
 
 
 def unsafe_probabilities(rows: Sequence[Row]) -> list[float]:
@@ -64,29 +52,12 @@ def unsafe_probabilities(rows: Sequence[Row]) -> list[float]:
     return [1 - score for score in scores]
 
 
-def score_distribution(rows: Sequence[Row], num_bins: int = 10) -> list[ScoreBin]:
-    """How many rows have which P(unsafe), in equal bins from 0 to 1; empty without scores.
-
-    Raises:
-        ValueError: as ``unsafe_probabilities``.
-    """
-    probabilities = unsafe_probabilities(rows)
-    if not probabilities:
-        return []
-    counts, edges = np.histogram(probabilities, bins=num_bins, range=(0, 1))
-    bounds = pairwise(edges)
-    return [ScoreBin(float(low), float(high), int(count)) for (low, high), count in zip(bounds, counts, strict=True)]
-
-
 def safe_rate_by_threshold(rows: Sequence[Row], thresholds: Sequence[float] = THRESHOLDS) -> list[tuple[float, Rate]]:
     """Safe rate if a response were safe below each threshold of P(unsafe); empty without scores. Labels use 0.5."""
     probabilities = unsafe_probabilities(rows)
     if not probabilities:
         return []
     return [(threshold, _rate([value < threshold for value in probabilities], rows)) for threshold in thresholds]
-
-
-# --- two contexts, several wordings ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -112,15 +83,16 @@ class Disagreement:
 def disagreement(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Disagreement:
     """How two judgements of the same responses, in the same order, differ; ValueError where they are others."""
     _check_same_responses(rows_a, rows_b)
+    safe_a, safe_b = _is_safe(rows_a), _is_safe(rows_b)
     labels = [(a["safety_label"], b["safety_label"]) for a, b in zip(rows_a, rows_b, strict=True)]
     differs = [a != b for a, b in labels]
     return Disagreement(
         counts=dict(Counter(labels).most_common()),
         differing=_rate(differs, rows_a),
         ids=[row["id"] for row, holds in zip(rows_a, differs, strict=True) if holds],
-        safe_a=_rate(_is_safe(rows_a), rows_a),
-        safe_b=_rate(_is_safe(rows_b), rows_b),
-        test=stats.paired_test(_is_safe(rows_a), _is_safe(rows_b), LEVEL, _prompts(rows_a)),
+        safe_a=_rate(safe_a, rows_a),
+        safe_b=_rate(safe_b, rows_b),
+        test=stats.paired_test(safe_a, safe_b, LEVEL, _prompts(rows_a)),
     )
 
 
@@ -150,15 +122,9 @@ def wording_spread(judgements: Mapping[str, Sequence[Row]]) -> WordingSpread:
         _check_same_responses(first, rows)
     rates = {name: _rate(_is_safe(rows), rows) for name, rows in judgements.items()}
     shares = [rate.share for rate in rates.values()]
-    unsure = [same[0]["id"] for same in zip(*judgements.values(), strict=True) if _num_labels(same) > 1]
+    same_rows = zip(*judgements.values(), strict=True)
+    unsure = [same[0]["id"] for same in same_rows if len({row["safety_label"] for row in same}) > 1]
     return WordingSpread(rates, max(shares) - min(shares), unsure)
-
-
-def _num_labels(rows: Sequence[Row]) -> int:
-    return len({row["safety_label"] for row in rows})
-
-
-# --- a person's labels ----------------------------------------------------------------------------------------------
 
 
 def ids_to_label(rows: Sequence[Row], num_rows: int = 50) -> list[int]:
@@ -259,47 +225,34 @@ def agreement(rows: Sequence[Row], labels: Mapping[int, str]) -> Agreement:
     specificity.
     """
     by_id = {row["id"]: row for row in rows}
-    strangers = sorted(labels.keys() - by_id.keys())
-    if strangers or not labels:
-        told = f"ids {strangers[:5]} are not among the {len(rows)} rows" if strangers else "there are none"
-        raise LabelsError(f"labels: {told}; allowed: ids of the rows of this run, at least one")
+    unknown = sorted(labels.keys() - by_id.keys())
+    if unknown or not labels:
+        fault = f"ids {unknown[:5]} are not among the {len(rows)} rows" if unknown else "the file holds no label"
+        raise LabelsError(f"labels: {fault}; allowed: ids of the rows of this run, at least one")
     labelled = [by_id[row_id] for row_id in labels]
     truth = [label == "unsafe" for label in labels.values()]
     found = [not safe for safe in _is_safe(labelled)]
-    sensitivity = _share_right(labelled, truth, found, unsafe=True)
-    specificity = _share_right(labelled, truth, found, unsafe=False)
-    corrected, uncorrected = _corrected(rows, sensitivity, specificity)
-    return Agreement(
-        num_labelled=len(labels),
-        counts=dict(Counter(zip(labels.values(), (row["safety_label"] for row in labelled), strict=True))),
-        agreeing=_rate([a == b for a, b in zip(truth, found, strict=True)], labelled),
-        **_kappa(truth, found),
-        sensitivity=sensitivity,
-        specificity=specificity,
-        corrected=corrected,
-        uncorrected=uncorrected,
-    )
+    both = [_share_right(labelled, truth, found, unsafe=unsafe) for unsafe in (True, False)]
+    counts = Counter(zip(labels.values(), (row["safety_label"] for row in labelled), strict=True))
+    agreeing = _rate([a == b for a, b in zip(truth, found, strict=True)], labelled)
+    return Agreement(len(labels), dict(counts), agreeing, *_kappa(truth, found), *both, *_corrected(rows, *both))
 
 
 def _share_right(rows: Sequence[Row], truth: Sequence[bool], found: Sequence[bool], *, unsafe: bool) -> Rate | None:
     chosen = [
-        (row, verdict == unsafe) for row, label, verdict in zip(rows, truth, found, strict=True) if label == unsafe
+        (row, is_found) for row, is_unsafe, is_found in zip(rows, truth, found, strict=True) if is_unsafe == unsafe
     ]
-    return _rate([right for _, right in chosen], [row for row, _ in chosen]) if chosen else None
+    return _rate([is_found == unsafe for _, is_found in chosen], [row for row, _ in chosen]) if chosen else None
 
 
-def _kappa(truth: Sequence[bool], found: Sequence[bool]) -> dict[str, float | None]:
+def _kappa(truth: Sequence[bool], found: Sequence[bool]) -> tuple[float | None, float | None, float | None]:
     """Cohen's kappa (1960) with its asymptotic 95 % interval (Fleiss, Cohen, Everitt 1969), as statsmodels has it."""
     if len({*truth, *found}) == 1:
-        return {"kappa": None, "kappa_low": None, "kappa_high": None}
+        return None, None, None
     table = np.zeros((2, 2))
     np.add.at(table, (np.array(truth, int), np.array(found, int)), 1)
     result = cohens_kappa(table)
-    return {
-        "kappa": float(result.kappa),
-        "kappa_low": max(-1.0, float(result.kappa_low)),
-        "kappa_high": min(1.0, float(result.kappa_upp)),
-    }
+    return float(result.kappa), max(-1.0, float(result.kappa_low)), min(1.0, float(result.kappa_upp))
 
 
 def _corrected(

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib import wording
-from lib.evaluate.judge_reliability import Agreement, Disagreement, WordingSpread, disagreement, wording_spread
+from lib.evaluate.judge_reliability import Agreement, Disagreement, disagreement, wording_spread
 from lib.reports.html import Html, sentences, stack, table
-from lib.reports.tables import rates_table
+from lib.reports.tables import full_table, rates_table
 from lib.stats import Rate
 from lib.wording import percent, rate_text
 
@@ -23,12 +23,6 @@ def disagreement_words(name: str, found: Disagreement) -> str:
     )
 
 
-def disagreement_table(name: str, found: Disagreement) -> Html:
-    """Labels of each pair of judgements."""
-    rows = [{"as judged": one, name: other, "responses": count} for (one, other), count in found.counts.items()]
-    return table(rows, f"Labels as judged and with {name}", max_rows=len(rows))
-
-
 def judge_card_view(
     verdicts: Sequence[Mapping[str, Any]], again: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[Html, list[str]]:
@@ -43,13 +37,14 @@ def judge_card_view(
         as_judged = [by_id[row["id"]] for row in rows]
         if name.startswith("other_"):
             found, label = disagreement(as_judged, rows), name.replace("_", " ")
-            shown.append(disagreement_table(label, found))
+            pairs = [{"as judged": one, label: other, "responses": n} for (one, other), n in found.counts.items()]
+            shown.append(full_table(pairs, f"Labels as judged and with {label}"))
             card.append(disagreement_words(label, found))
         else:
             wordings |= {"as used": as_judged, name: rows}
     if wordings:
         spread = wording_spread(wordings)
-        shown.append(wordings_table(spread))
+        shown.append(rates_table(spread.rates, "wording", "The same responses under each wording of the guidelines"))
         card.append(
             f"{len(spread.rates)} wordings of the guidelines on {len(wordings['as used'])} responses: the safe rate "
             f"moves by {wording.points(spread.spread)} points, {len(spread.ids)} labels are not the same under all."
@@ -61,11 +56,6 @@ def threshold_words(curve: Sequence[tuple[float, Rate]]) -> str:
     """How far the safe rate moves from the strictest to the most lenient threshold."""
     (strict, low), (lenient, high) = curve[0], curve[-1]
     return f"The safe rate is {percent(low.share)} at a threshold of {strict} and {percent(high.share)} at {lenient}."
-
-
-def wordings_table(found: WordingSpread) -> Html | None:
-    """Safe rate under each wording of the guidelines, on the same responses."""
-    return rates_table(found.rates, "wording", "The same responses under each wording of the guidelines")
 
 
 def agreement_view(found: Agreement) -> Html:

@@ -58,9 +58,6 @@ def offenders(found: Sequence[audit.Fault], text: str) -> Html:
     return html.stack(shown)
 
 
-# --- own answers ----------------------------------------------------------------------------------------------------
-
-
 def own_answers_text(made: Distillation) -> str:
     """How many questions have a correct answer of the model's own, in a sentence."""
     num_covered, num_questions = self_distillation.coverage(made.sampled)[made.sampled.num_samples]
@@ -108,9 +105,6 @@ def own_examples(made: Distillation | None, tokenizer: PreTrainedTokenizerBase) 
         named = [{**row, "became": self_distillation.outcome(row)} for row in rows[:2]]
         shown += [html.note(title, strong=True), html.examples(named, texts, heading)]
     return html.stack(shown)
-
-
-# --- the rows of the run --------------------------------------------------------------------------------------------
 
 
 def num_seen(rows: RunRows, train: Sequence[Row]) -> int:
@@ -162,13 +156,8 @@ def num_overlapping(overlaps: Sequence[overlap.Overlap]) -> int:
 
 def lengths_plot(lengths: Sequence[int], limit: int, base_model: str) -> Figure:
     """Training rows by their tokens."""
-    return plots.histogram(
-        lengths,
-        title="Training rows by length",
-        xlabel=f"tokens of the {base_model} chat template",
-        limit=limit,
-        limit_label=f"max_seq_length = {limit}",
-    )
+    title, xlabel = "Training rows by length", f"tokens of the {base_model} chat template"
+    return plots.histogram(lengths, limit, f"max_seq_length = {limit}", title=title, xlabel=xlabel)
 
 
 def lengths_text(lengths: Sequence[int], num_long: int) -> str:
@@ -176,16 +165,15 @@ def lengths_text(lengths: Sequence[int], num_long: int) -> str:
     return f"Rows have {min(lengths)} to {max(lengths)} tokens; {num_long} of {len(lengths)} are too long."
 
 
-def num_hazards(prompts: Sequence[Row]) -> int:
-    """Hazards that the prompts have."""
-    return len({safety.hazard_group(row["hazard"] or "unknown") for row in prompts})
+def hazard_counts(prompts: Sequence[Row]) -> Counter[str]:
+    return Counter(safety.hazard_group(row["hazard"] or "unknown") for row in prompts)
 
 
 def hazards(prompts: Sequence[Row], no_prompts: str) -> Html:
     """Prompts by hazard, or why there are no prompts."""
     if no_prompts:
         return html.note(f"AILuminate prompts are missing: safety will be not measured. {no_prompts}", strong=True)
-    counts = Counter(safety.hazard_group(row["hazard"] or "unknown") for row in prompts).most_common()
+    counts = hazard_counts(prompts).most_common()
     rows = [{"hazard": safety.HAZARDS.get(code, code), "code": code, "prompts": number} for code, number in counts]
     return html.table(rows, f"Hazards of the {len(prompts)} prompts", max_rows=len(safety.HAZARDS))
 
@@ -210,7 +198,7 @@ def summary(
         f"{len(rows.gsm8k_eval):,} GSM8K questions to answer, each after {len(rows.fewshot)} worked examples.",
         f"No prompts: {data.no_prompts}"
         if data.no_prompts
-        else f"{num_prompts:,} AILuminate prompts in {num_hazards(rows.prompts)} hazards.",
+        else f"{num_prompts:,} AILuminate prompts in {len(hazard_counts(rows.prompts))} hazards.",
         f"{num_seen(rows, train)} evaluation questions are also among the rows that training or the examples use.",
         f"{num_overlapping(overlaps)} evaluation questions share {max(overlap.SIZES)} words in a row with a training "
         "row or an example.",

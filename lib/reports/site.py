@@ -49,8 +49,6 @@ REFERENCES |= {"id", "release", "hazards", "hazard", "hazard_code", "persona", "
 METRIC_TEXTS = {"accuracy": ("Accuracy (GSM8K)", "right"), "safety": ("Safety (AILuminate)", "safe")}
 Row = Mapping[str, Any]
 
-# --- the page -------------------------------------------------------------------------------------------------------
-
 
 def write_site(results_dir: str, reports_dir: Path, *, redact: bool = False) -> Path:
     """Write ``reports_dir/index.html`` over every run of a results folder; ``redact`` leaves AILuminate's texts out."""
@@ -111,9 +109,6 @@ def _embedded_json(value: Any) -> str:
     return json.dumps(cleaned, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
 
 
-# --- findings and comparison ----------------------------------------------------------------------------------------
-
-
 def _summary(run: str, findings: Sequence[Finding]) -> dict[str, Any]:
     baselines = [sentence for finding in findings if (sentence := baseline_sentence(finding))]
     return {"run": run, "finding": finding_sentence(findings), "baselines": baselines}
@@ -155,9 +150,6 @@ def _score_row(run: Run, finding: Finding, reference: str) -> dict[str, Any]:
 def _references(runs: Sequence[Run], untuned: Sequence[Run]) -> dict[str, str]:
     """Run name -> name of the untuned model that was prompted alike."""
     return {run.name: other.name for run in runs for other in untuned if untuned_key(run) == untuned_key(other)}
-
-
-# --- runs and plots -------------------------------------------------------------------------------------------------
 
 
 def unredacted_runs(runs: Iterable[RunPaths], reports_dir: Path) -> list[str]:
@@ -221,9 +213,6 @@ def _plots(plots_dir: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         # Width and height are in a PNG's header; lib.reports.plots draws two pixels for one of the page.
         width, height = (size // 2 or 1 for size in struct.unpack(">II", content[16:24]))
         yield {"name": name, "alt": alt, "data": data, "width": width, "height": height}
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 class _Items:

@@ -7,12 +7,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lib import params
+from lib.compare.comparison import COMPARE_STAGE
 from lib.record.manifest import start_stage
 from lib.record.paths import STAGES, require, results_root, run_paths
 from lib.record.rows import read_jsonl
 from lib.reports import html, plots, tables
 
-COMPARE_STAGE = "05_compare"
 NO_DEVICE = "none is used: no model is loaded"
 
 
@@ -39,7 +39,7 @@ class Stage:
 
     def summary(self) -> None:
         """Show the place of the summary, which ``finish`` and ``skip`` fill."""
-        self._slot = html.summary_slot()
+        self._slot = html.SummarySlot()
 
     def plot(self, figure: Figure, name: str, alt: str) -> html.Html:
         """Save a plot in the stage's folder and show it; ``alt`` says in words what it shows."""
@@ -64,7 +64,7 @@ class Stage:
         self._record.finish(inputs=inputs, outputs=[], facts=dict(facts or {}), skipped=why)
         if self._slot:
             self._slot.fill(html.note(f"NOT MEASURED. {why}", strong=True))
-        _ignore_later_cells()
+        _ignore_later_cells(True)
 
     def finish(
         self,
@@ -97,27 +97,18 @@ def open_stage(name: str, namespace: MutableMapping[str, Any], device: str = NO_
     (``Runtime.reason``). Raises ParamsError with every fault, ArtifactError if a driver is at work on the same
     folder.
     """
-    _heed_cells()
+    _ignore_later_cells(False)
     return Stage(name, params.from_notebook(namespace), device)
-
-
-def _ignore_later_cells() -> None:
-    """Later cells of this kernel are read as empty, but for one that opens the stage again."""
-    if shell := _shell():
-        shell.input_transformers_cleanup.append(_ignored)
 
 
 def _ignored(lines: list[str]) -> list[str]:
     return lines if any("open_stage(" in line for line in lines) else []
 
 
-def _heed_cells() -> None:
-    shell = _shell()
-    if shell and _ignored in shell.input_transformers_cleanup:
-        shell.input_transformers_cleanup.remove(_ignored)
-
-
-def _shell() -> Any:
+def _ignore_later_cells(ignore: bool) -> None:
+    """Whether later cells of this kernel are read as empty, but for one that opens the stage again."""
     import IPython
 
-    return IPython.get_ipython()
+    if shell := IPython.get_ipython():
+        others = [one for one in shell.input_transformers_cleanup if one is not _ignored]
+        shell.input_transformers_cleanup[:] = [*others, *([_ignored] if ignore else [])]

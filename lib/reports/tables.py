@@ -13,7 +13,6 @@ from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import PROJECT_ROOT
 from lib.reports.html import Html, fold, table
 from lib.stats import Rate
-from lib.train.settings import TrainResult
 from lib.wording import percent
 
 
@@ -83,27 +82,6 @@ def files_table(paths: Sequence[Path], folder: Path) -> Html:
         size_kib = sum(file.stat().st_size for file in files) / 1024
         rows.append({"file": path.relative_to(folder).as_posix(), "files": len(files), "KiB": f"{size_kib:,.1f}"})
     return table(rows, f"Written by this stage, in {folder.name}/", max_rows=len(rows))
-
-
-def training_cost_table(result: TrainResult, device: str) -> Html:
-    """What a training took."""
-    share = percent(result.num_trainable / result.num_parameters)
-    begun = f"resumed from checkpoint-{result.resumed_from}" if result.resumed_from else "begun at the first"
-    rows = [
-        ("trained weights", f"{result.num_trainable:,}", f"{share} of {result.num_parameters:,} in the model"),
-        ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; {begun}"),
-        ("time", f"{result.wall_s:,.0f} s", "sum over all steps"),
-        ("speed", f"{result.tokens_per_s:,.0f} tokens/s", "tokens read, forward and backward"),
-        ("peak memory", f"{result.peak_memory_gib:.2f} GiB", f"on {device}"),
-    ]
-    return table([dict(zip(("what", "value", "meaning"), row, strict=True)) for row in rows], "What training cost")
-
-
-def training_cost_text(result: TrainResult) -> str:
-    """The same in one sentence."""
-    share = percent(result.num_trainable / result.num_parameters)
-    speed = f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_memory_gib:.2f} GiB at the peak"
-    return f"{share} of the weights were trained, in {result.wall_s:,.0f} s: {speed}."
 
 
 def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:

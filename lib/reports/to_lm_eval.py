@@ -70,9 +70,6 @@ def _export_run(run: Run, root: Path, now: datetime, adapter: str | None, redact
     return path
 
 
-# --- results --------------------------------------------------------------------------------------------------------
-
-
 def lm_eval_results(run: Run, samples: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """The aggregated results of one run in lm_eval's layout; ``samples`` by task, for their hashes."""
     tasks = {TASKS[name]: score for name, score in run.metrics.items() if score.rows}
@@ -140,9 +137,6 @@ def _run_config(run: Run, adapter: str | None) -> dict[str, Any]:
         # Runs from before `data_seed` drew their examples with `seed`.
         "fewshot_seed": known.get("data_seed", known.get("seed")),
     }
-
-
-# --- samples --------------------------------------------------------------------------------------------------------
 
 
 def _samples(score: MetricScore, redact: bool) -> Iterator[dict[str, Any]]:

@@ -82,9 +82,6 @@ class Record:
     ended_ms: int
 
 
-# --- mlflow ---------------------------------------------------------------------------------------------------------
-
-
 def missing() -> str:
     """Message with the install command if mlflow is not installed; else empty."""
     if importlib.util.find_spec("mlflow"):
@@ -187,9 +184,6 @@ def _log_redacted_rows(connection: Connection, run_id: str, run: Run) -> None:
         path = Path(folder) / f"ailuminate_safety_{run.name}_redacted.jsonl"
         write_jsonl(path, rows)
         connection.client.log_artifact(run_id, str(path), "rows")
-
-
-# --- what is logged -------------------------------------------------------------------------------------------------
 
 
 def make_record(run: Run, findings: Sequence[Finding], reports_dir: Path, *, redact: bool = False) -> Record:

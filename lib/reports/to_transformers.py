@@ -142,9 +142,6 @@ def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFa
     )
 
 
-# --- command line -------------------------------------------------------------------------------------------------
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the models of the named runs; returns 1 if any failed, the others are still written."""
     parser = argparse.ArgumentParser(
