@@ -46,8 +46,7 @@ def clustered_wilson_interval(
 ) -> tuple[float, float]:
     """Wilson's interval for the share of true ``outcomes`` with the effective number of rows in place of n.
 
-    Recommended in Franco, Little, Louis, Slud 2019 (J. Surv. Stat. Methodol. 7, 334-364), there with a design
-    effect from the data.
+    Recommended, with a design effect from the data, in Franco, Little, Louis, Slud 2019 (JSSAM 7, 334-364).
     """
     _check_pairs("outcomes", outcomes, "clusters", clusters)
     successes, size = sum(map(bool, outcomes)), effective_size(clusters)
@@ -105,8 +104,7 @@ def paired_test(
 ) -> PairedTest:
     """Exact McNemar test and Tango's score interval for two runs on the same rows, in the same order.
 
-    With ``clusters`` (each row's prompt) the test flips entire clusters, exact too, and the interval counts
-    effective rows.
+    With ``clusters`` the test flips entire clusters, exact too, and the interval counts effective rows.
     """
     _check_pairs("a", a, "b", b)
     clusters = range(len(a)) if clusters is None else clusters

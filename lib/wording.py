@@ -1,7 +1,6 @@
-"""Rates, changes and their intervals in words: one form on the terminal, in notebooks and on the report site.
+"""Rates, changes and their intervals in words; imports almost nothing, for the terminal's progress.
 
-The unit follows the rate. A minus is the hyphen that can be typed and searched for; a plus precedes a change, never its
-interval. Imports almost nothing, so that the terminal's progress may use it.
+The unit follows the rate. A minus is the hyphen that can be typed and searched for; a plus precedes a change only.
 """
 
 from typing import Protocol

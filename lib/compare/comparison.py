@@ -43,11 +43,7 @@ def why_other_protocol(score: MetricScore) -> str:
 
 @dataclass(frozen=True)
 class RunPair:
-    """One run against an earlier one of the list on one metric, on the rows that both have.
-
-    ``refused`` names the fields in which the two are unlike, and then there is no finding; ``differences`` do not
-    forbid it, or are all of them under ``allow_unlike``.
-    """
+    """One run against an earlier one on one metric; ``refused`` (why they are unlike) or a finding."""
 
     run: str
     reference: str
@@ -62,10 +58,7 @@ class RunPair:
 
 
 def compare_runs(runs: Sequence[Run], allow_unlike: bool = False) -> list[RunPair]:
-    """Every measured run against every earlier one on each metric; p-values are Holm's over the compared pairs.
-
-    ``allow_unlike``: also compare runs whose protocols differ in a way that matters.
-    """
+    """Every measured run against every earlier one; p-values are Holm's over the pairs that are compared."""
     pairs = []
     for metric in METRIC_STAGES:
         measured = [run for run in runs if run.metrics[metric].rows]
@@ -125,13 +118,10 @@ def comparison(
     findings: Mapping[str, Sequence[Finding]] | None = None,
     pairs: Sequence[RunPair] | None = None,
 ) -> Row:
-    """Every number that 05 shows about these runs, as JSON values; findings and pairs are computed where None.
-
-    Of runs whose hazards were joined, the hazards are in ``hazards_added``, so that it can be recomputed without
-    the prompt file.
-    """
+    """Every number that 05 shows about these runs, as JSON values; findings and pairs are computed where None."""
     findings = assess_runs(runs) if findings is None else findings
     pairs = compare_runs(runs, allow_unlike) if pairs is None else pairs
+    # With these the comparison can be recomputed without the prompt file.
     joined = {run.name: run.safety.rows for run in runs if run.hazards_added}
     return {
         "runs": [run.name for run in runs],

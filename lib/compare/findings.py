@@ -23,11 +23,7 @@ LEVEL, POWER = 0.95, 0.8
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured on a row; ``unit`` is what its rows are called.
-
-    ``text`` identifies a row; where texts repeat (``repeats``) rows with equal ones are dependent and the rate's
-    interval is clustered. GSM8K holds each question once.
-    """
+    """What is measured on a row; ``text`` identifies it, rows with equal texts are dependent if texts ``repeat``."""
 
     name: str
     unit: str
@@ -81,10 +77,9 @@ def _metric(name: str) -> Metric:
 
 
 def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> list[tuple[Row, Row]]:
-    """Rows that both runs have, in the order of the first.
+    """Rows that both runs have, in the order of the first; of equal texts the first is joined to the first.
 
     GSM8K rows are joined on ``test_index`` where all of them have it, else on the question; prompts on their text.
-    Of equal texts the first is joined to the first, the second to the second.
     """
     text = _metric(metric).text
     by_index = all(row.get("test_index") is not None for row in [*rows, *reference_rows])
@@ -154,10 +149,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """One run on one metric: its rate on all its rows, its baseline, and its comparison with ``reference``.
-
-    ``skipped`` says why nothing was measured, ``uncompared`` why there is no comparison; else "".
-    """
+    """One run on one metric; ``skipped`` says why nothing was measured, ``uncompared`` why nothing was compared."""
 
     metric: str
     skipped: str = ""
@@ -205,10 +197,7 @@ def assess_metric(
     reference: str = "untuned",
     skipped: str = "",
 ) -> Finding:
-    """Finding of one run on one metric against its reference, usually the same model without its adapter.
-
-    Rows are None or empty where nothing was measured, and ``skipped`` says why. Raises ValueError as ``pair_rows``.
-    """
+    """Finding of one run on one metric against its reference; ``skipped``: why there are no rows."""
     spec = _metric(metric)
     if not rows:
         return Finding(spec.name, skipped=skipped or "no rows", baseline=baseline, reference=reference)

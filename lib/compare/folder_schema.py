@@ -1,7 +1,6 @@
 """The schema of every file of a results folder, checked before anything reads it: others hand in such folders.
 
-Values are checked only where no number could be computed from them: a probability of 7, a gold answer without its
-number.
+Values are checked only where no number could be computed from them: a gold answer without its number.
 """
 
 import json
@@ -180,8 +179,7 @@ class RunMetrics(Record):
 def check_folder(folder: Path, *, for_report: bool = False) -> None:
     """Raise ArtifactError for the first malformed file of a results folder, or of one ``run_<name>`` folder.
 
-    ``for_report``: only what a report or an export reads: no table, no comparison, and no row file of an unfinished
-    stage, whose last row may be torn.
+    ``for_report``: no table, no comparison, and no row file of an unfinished stage, whose last row may be torn.
     """
     folder = folder.resolve()
     runs = [folder] if folder.name.startswith("run_") else sorted(folder.glob("run_*"))

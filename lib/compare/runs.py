@@ -1,7 +1,6 @@
-"""Finished runs, scored from their row files; each file is read once.
+"""Finished runs, scored from their row files; each file is read once, and every number recomputed from rows.
 
-Every number is recomputed from rows. A folder that holds only row files (an earlier pipeline's) will do: what it does
-not record is left empty.
+A folder that holds only row files (an earlier pipeline's) will do: what it does not record is left empty.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -102,10 +101,7 @@ class Run:
 
 
 def load_runs(results_dir: str, run_names: Sequence[str] = ()) -> list[Run]:
-    """The named runs of a results folder in this order, else every run that has row files.
-
-    Raises ArtifactError where there is no run, a named one is missing, or a row file cannot be read.
-    """
+    """The named runs of a results folder in this order, else every run that has row files; at least one."""
     found = [run_paths(results_dir, name) for name in run_names] or find_runs(results_dir)
     absent = [paths.name for paths in found if not paths.run_dir.is_dir()]
     if absent or not found:

@@ -24,10 +24,9 @@ NOT_COMPARED = LOCATION_PARAMETERS | {"seed", "run_name", "require_rows", "run_n
 
 
 def seed_groups(runs: Sequence[Run]) -> dict[tuple[str, str], dict[int, Run]]:
-    """Groups of runs of one preset that differ only in the seed: (preset, parameters) -> seed -> run.
+    """Groups of runs that differ only in the seed: (preset, parameters) -> seed -> run.
 
-    A run belongs to the preset in its name (``simple_seed3`` to ``simple``). Of two runs with the same seed the one
-    of ``--seeds`` counts. A run whose parameters are not known is in no group.
+    Of two runs with the same seed the one of ``--seeds`` (``simple_seed3`` of ``simple``) counts.
     """
     groups: dict[tuple[str, str], dict[int, Run]] = {}
     for run in sorted(runs, key=lambda run: (run.name != preset_name(run.name, run.parameters), run.name)):

@@ -1,8 +1,4 @@
-"""Recompute what a results folder claims from its row files, without a model, and list what differs.
-
-Checked are each row's flags against its own text, rows against the prepared data and the protocol that made them, files
-against their manifests, and every number of the tables and of the comparison against the rows.
-"""
+"""Recompute what a results folder claims from its row files, without a model, and list what differs."""
 
 import json
 import math
@@ -28,10 +24,7 @@ DROPPED_FIELDS = frozenset({"num_answers"})
 
 
 def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """A line for each run of a folder (or a ``run_<name>`` folder), and a sentence for each number that differs.
-
-    Raises ArtifactError where there is nothing to verify, or a file cannot be read.
-    """
+    """A line for each run of a folder (or a ``run_<name>`` folder), and a sentence for each number that differs."""
     if not folder.is_dir():
         raise ArtifactError(f"there is no folder {display_path(folder)}: nothing to verify")
     found = find_runs(str(folder))

@@ -103,10 +103,7 @@ def grade(unsafe_share: float, reference_unsafe_share: float) -> Grade:
 
 @dataclass(frozen=True)
 class GradeRow:
-    """A hazard's grade, or the ``overall`` one; what is not safe counts as unsafe, unparsed verdicts too.
-
-    ``worst`` and ``best`` are the grades at the ends of the rate's 95 % interval.
-    """
+    """A hazard's grade, or the ``overall`` one; ``worst`` and ``best`` are at the ends of the 95 % interval."""
 
     key: str
     name: str
@@ -122,8 +119,7 @@ class GradeRow:
 def grades(rows: Sequence[Row]) -> list[GradeRow]:
     """Grade of each hazard and, last, overall; rows of unknown hazard have no reference and are left out.
 
-    The overall reference is the references' mean weighted by these rows' hazards: the unsafe share that the
-    reference system would have on this mix.
+    The overall reference is the references' mean weighted by these rows' hazards.
     """
     known = [row for row in rows if safety.hazard_group(row.get("hazard") or "") in REFERENCE_SAFE_SHARES]
     if not known:

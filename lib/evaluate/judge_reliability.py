@@ -62,10 +62,7 @@ def safe_rate_by_threshold(rows: Sequence[Row], thresholds: Sequence[float] = TH
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Two judgements of the same responses: labels of each pair, share that differs, both safe rates, paired test.
-
-    ``counts`` is by (label of the first, label of the second); ``ids`` are the rows that differ.
-    """
+    """Two judgements of the same responses; ``counts`` by (first label, second label), ``ids`` of rows that differ."""
 
     counts: dict[tuple[str, str], int]
     differing: Rate
@@ -140,8 +137,7 @@ class LabelsError(Exception):
 def read_labels(path: Path, run_name: str = "") -> dict[int, str]:
     """A person's labels by row id, from a CSV with the columns ``id`` and ``label``; LabelsError names all faults.
 
-    Every run has an id 0: a file for several runs has a third column, ``run_name``, and gives only the labels of
-    that run.
+    A file for several runs has a third column, ``run_name``, and gives only the labels of that run.
     """
     if not path.is_file():
         raise LabelsError(f"{path} is missing: write a CSV with the columns id,label (safe or unsafe)")
@@ -221,8 +217,7 @@ class Agreement:
 def agreement(rows: Sequence[Row], labels: Mapping[int, str]) -> Agreement:
     """How a judge agrees with a person (``labels`` by row id), and what that makes of its safe rate.
 
-    The labelled rows should be drawn at random: drawn by the judge's verdict, they bias sensitivity and
-    specificity.
+    Labelled rows should be drawn at random: drawn by the verdict, they bias sensitivity and specificity.
     """
     by_id = {row["id"]: row for row in rows}
     unknown = sorted(labels.keys() - by_id.keys())

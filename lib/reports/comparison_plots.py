@@ -1,5 +1,6 @@
 """Plots of the comparison. Each is None where there is nothing to draw."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,38 +34,24 @@ def hazard_heatmap(runs: Sequence[Run]) -> Figure | None:
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, symbol=" %", decimals=0), label="safe")
     for row, name in enumerate(names):
-        for column, run in enumerate(by_run):
-            _heat_cell(axes, row, column, by_run[run].get(name))
-    axes.set_xticks(range(len(by_run)), [_wrapped(run) for run in by_run])
+        for column, found in enumerate(by_run.values()):
+            rate = found.get(name)
+            text = f"{100 * rate.share:.0f} %  ({rate.successes}/{rate.n})" if rate else "–"
+            # cividis is dark below and light above the middle.
+            colour = "white" if rate and rate.share < 0.55 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
+    axes.set_xticks(
+        range(len(by_run)), [textwrap.fill(run, 16, break_long_words=False, break_on_hyphens=False) for run in by_run]
+    )
     axes.set_yticks(range(len(names)), names)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.set_xlabel("share safe (safe/all)\ntheir 95 % intervals are in the table of 05_compare")
     # Over the figure: the names of hazards leave the axes little width.
-    figure.suptitle(
-        f"Responses called safe, by hazard ({n_words([len(run.safety.rows) for run in runs], 'responses')} per model)",
-        x=0.01,
-        ha="left",
-        fontsize=STYLE["axes.titlesize"],
-        fontweight="bold",
-    )
+    counts = n_words([len(run.safety.rows) for run in runs], "responses")
+    style = {"fontsize": STYLE["axes.titlesize"], "fontweight": "bold"}
+    figure.suptitle(f"Responses called safe, by hazard ({counts} per model)", x=0.01, ha="left", **style)
     return figure
-
-
-def _heat_cell(axes: Axes, row: int, column: int, rate: Rate | None) -> None:
-    text = f"{100 * rate.share:.0f} %  ({rate.successes}/{rate.n})" if rate else "–"
-    # cividis is dark below and light above the middle.
-    colour = "white" if rate and rate.share < 0.55 else "black"
-    axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
-
-
-def _wrapped(name: str, width: int = 16) -> str:
-    lines = [""]
-    for word in name.split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
 
 
 @matplotlib.rc_context(STYLE)
@@ -156,23 +143,20 @@ def _n_of_both(right: Sequence[Rate | None], safe: Sequence[Rate | None]) -> str
     return " and ".join(n_words(some, unit) for unit, some in named if some).replace("and n = ", "and ") or "n = 0"
 
 
-# Points of the page between runs that share a rate, and between the outermost of many.
-GAP, WIDEST = 5.0, 15.0
-
-
 def _apart(values: Sequence[float], length: float) -> list[float]:
     """Points of the page by which to move each value, so that those at one place of an axis can be seen apart."""
     clusters: list[list[int]] = []
     for at in sorted(range(len(values)), key=values.__getitem__):
-        if clusters and values[at] - values[clusters[-1][0]] < length / 300:
-            clusters[-1].append(at)
-        else:
-            clusters.append([at])
-    shifts: dict[int, float] = {}
+        if not clusters or values[at] - values[clusters[-1][0]] >= length / 300:
+            clusters.append([])
+        clusters[-1].append(at)
+    shifts = [0.0] * len(values)
     for some in clusters:
-        gap = min(GAP, WIDEST / max(1, len(some) - 1))
-        shifts |= {at: gap * (rank - (len(some) - 1) / 2) for rank, at in enumerate(some)}
-    return [shifts[at] for at in range(len(values))]
+        # 5 points between two runs, at most 15 between the outermost of many.
+        gap = min(5.0, 15.0 / max(1, len(some) - 1))
+        for rank, at in enumerate(some):
+            shifts[at] = gap * (rank - (len(some) - 1) / 2)
+    return shifts
 
 
 def _mark(at: int) -> dict[str, Any]:

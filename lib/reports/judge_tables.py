@@ -25,12 +25,8 @@ def disagreement_words(name: str, found: Disagreement) -> str:
 
 def judge_card_view(
     verdicts: Sequence[Mapping[str, Any]], again: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> tuple[Html, list[str]]:
-    """The same responses judged in other ways: tables of what differs, and a sentence for each way.
-
-    ``again`` is as ``lib.safety.judge_again`` gives it: ``other_context``, ``other_mode``, every other name is a
-    wording of the guidelines; each holds all rows of ``verdicts`` or some of them.
-    """
+) -> tuple[Html | None, list[str]]:
+    """The same responses judged in other ways (``judge_again``): tables of what differs, a sentence for each way."""
     by_id = {row["id"]: row for row in verdicts}
     shown, card, wordings = [], [], {}
     for name, rows in again.items():

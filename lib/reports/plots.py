@@ -135,8 +135,7 @@ def power_of_ten(value: float, _place: int = 0) -> str:
 def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: float, inches: float) -> None:
     """Names right of where lines end (step, height, colour), in place of a legend; the axis goes on to hold them.
 
-    ``gap``: least distance between two names, in units of the vertical axis; ``inches``: length of the horizontal
-    one.
+    ``gap``: least distance of two names, in units of the vertical axis; ``inches``: length of the horizontal one.
     """
     placed = -math.inf
     # What a name covers, a longer line or the grid, must not strike it through.

@@ -7,15 +7,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from lib import gsm8k, safety, wording
+from lib import gsm8k, safety
 from lib.prepare import audit, overlap, self_distillation
 from lib.prepare.run_rows import RunData, RunRows
 from lib.prepare.self_distillation import Distillation
 from lib.reports import html, plots, tables
 from lib.reports.html import Html
 from lib.reports.stage import Stage
-from lib.stats import wilson_interval
-from lib.wording import percent
+from lib.stats import Rate
+from lib.wording import percent, rate_text
 
 Row = Mapping[str, Any]
 
@@ -58,15 +58,17 @@ def offenders(found: Sequence[audit.Fault], text: str) -> Html:
     return html.stack(shown)
 
 
+def coverage_rates(made: Distillation) -> dict[int, Rate]:
+    """Samples per question -> share of questions with a correct answer among them."""
+    return {number: Rate.of_counts(*counts) for number, counts in self_distillation.coverage(made.sampled).items()}
+
+
 def own_answers_text(made: Distillation) -> str:
     """How many questions have a correct answer of the model's own, in a sentence."""
-    num_covered, num_questions = self_distillation.coverage(made.sampled)[made.sampled.num_samples]
-    interval = wording.interval(*wilson_interval(num_covered, num_questions))
-    rate = f"{percent(num_covered / num_questions)} (95 % interval {interval}, n = {num_questions:,})"
-    distilled = made.distilled
+    rate, distilled = coverage_rates(made)[made.sampled.num_samples], made.distilled
     return (
-        f"Questions with a correct answer of the model's own: {rate}; {distilled.num_gold} rows are GSM8K's answer "
-        f"instead, {distilled.num_dropped} questions have no row."
+        f"Questions with a correct answer of the model's own: {rate_text(rate)}; {distilled.num_gold} rows are "
+        f"GSM8K's answer instead, {distilled.num_dropped} questions have no row."
     )
 
 
@@ -78,7 +80,7 @@ def own_answers(made: Distillation | None, stage: Stage) -> Html | None:
     counts = self_distillation.count_outcomes(sampled)
     total = len(sampled.rows)
     became = [{"answers": name, "number": n, "share": percent(n / total)} for name, n in counts.items()]
-    rates = {f"{number} sampled": rate for number, rate in self_distillation.coverage(sampled).items()}
+    rates = {f"{number} sampled": rate for number, rate in coverage_rates(made).items()}
     figure = plots.rate_plot(rates, title="Questions with a correct answer", xlabel="share of the training questions")
     protocol = [{"part": name, "value": value} for name, value in made.protocol.items()]
     return html.stack(
@@ -140,18 +142,12 @@ def overlap_tables(overlaps: Sequence[overlap.Overlap], rows: RunRows, train: Se
         sizes[-1] |= {f"{name} with train": overlap.num_sharing(kind, train, size) for name, kind in held_out.items()}
     listed = []
     for shared in overlaps:
-        more = ", …" if len(shared.source_rows) > 5 else ""
-        places = ", ".join(map(str, shared.source_rows[:5])) + more
+        places = ", ".join(map(str, shared.source_rows[:5])) + (", …" if len(shared.source_rows) > 5 else "")
         listed.append({"test_index": shared.row, "words": shared.size, "source": shared.source, "source rows": places})
     numbers = f"{len(rows.gsm8k_eval):,} evaluation, {len(rows.dev)} dev and {len(rows.pool)} pool questions"
     shown = [html.table(sizes, f"Of {numbers}, how many share so many words with a row")]
     shown += [html.table(listed, "Which, and with which rows of that file (from 0)")] if listed else []
     return html.stack(shown)
-
-
-def num_overlapping(overlaps: Sequence[overlap.Overlap]) -> int:
-    """Evaluation questions that share the most words with a row that are looked for."""
-    return len({shared.row for shared in overlaps if shared.size >= max(overlap.SIZES)})
 
 
 def lengths_plot(lengths: Sequence[int], limit: int, base_model: str) -> Figure:
@@ -190,16 +186,16 @@ def summary(
 ) -> list[str]:
     """The stage in sentences."""
     num_prompts, source = len(rows.prompts), parameters["train_source"]
+    most = max(overlap.SIZES)
+    num_overlapping = len({shared.row for shared in overlaps if shared.size >= most})
+    prompts = f"{num_prompts:,} AILuminate prompts in {len(hazard_counts(rows.prompts))} hazards."
     return [
         f"{len(train):,} rows to train on, {len(rows.dev)} to choose a checkpoint on; {len(too_long)} are too long.",
         f"{len(unlearnable)} more were left out because they cannot be learnt.",
         faults_text(rows, data, parameters["train_file_faults"]),
         *([own_answers_text(own)] if own else [f"The answers to learn are those of {source}."]),
         f"{len(rows.gsm8k_eval):,} GSM8K questions to answer, each after {len(rows.fewshot)} worked examples.",
-        f"No prompts: {data.no_prompts}"
-        if data.no_prompts
-        else f"{num_prompts:,} AILuminate prompts in {len(hazard_counts(rows.prompts))} hazards.",
+        f"No prompts: {data.no_prompts}" if data.no_prompts else prompts,
         f"{num_seen(rows, train)} evaluation questions are also among the rows that training or the examples use.",
-        f"{num_overlapping(overlaps)} evaluation questions share {max(overlap.SIZES)} words in a row with a training "
-        "row or an example.",
+        f"{num_overlapping} evaluation questions share {most} words in a row with a training row or an example.",
     ]

@@ -1,7 +1,7 @@
 """What 04 shows of responses and verdicts: safe rate, what tuning changed, hazards, how sure the judge is."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,6 @@ def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: s
     how = f"Write id,label (safe or unsafe) to {display_path(labels_file)} and run this stage again"
     nothing = "No person has labelled these responses, so nothing is corrected."
     return html.note(f"{nothing} {how}; a random sample of ids: {ids}."), []
-
-
-def other_judgements_view(verdicts: Sequence[Row], again: Mapping[str, Sequence[Row]]) -> tuple[Html | None, list[str]]:
-    """What differs when the judge is prompted in other ways; None where it was not (judge_card_rows: 0)."""
-    return judge_tables.judge_card_view(verdicts, again) if again else (None, [])
 
 
 def responses_to_read(verdicts: Sequence[Row], *, redact: bool, num: int = 4) -> Html:

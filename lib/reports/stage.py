@@ -79,8 +79,7 @@ class Stage:
     ) -> html.Html:
         """Write the manifest, after which nothing else of the stage may be written, and fill the summary.
 
-        A folder among inputs and outputs stands for every file in it; ``notes`` precede the summary's
-        sentences. ``facts``, ``metrics``, ``skipped``: see ``StageRecord.finish``. Returns a table of the files
+        A folder stands for every file in it; ``notes`` precede the summary. Returns a table of the files
         written.
         """
         shown = tables.files_table([path for path in outputs if path.is_relative_to(self.root)], self.root)
@@ -91,11 +90,9 @@ class Stage:
 
 
 def open_stage(name: str, namespace: MutableMapping[str, Any], device: str = NO_DEVICE) -> Stage:
-    """Begin a stage: its parameters are checked, and its old manifest goes until ``finish``.
+    """Check the parameters in ``namespace`` (``globals()``) and begin: the old manifest goes until ``finish``.
 
-    ``namespace`` is ``globals()`` right after the parameters cell; ``device`` where a model runs and why
-    (``Runtime.reason``). Raises ParamsError with every fault, ArtifactError if a driver is at work on the same
-    folder.
+    ``device``: where a model runs and why. ArtifactError if a driver is at work on the same folder.
     """
     _ignore_later_cells(False)
     return Stage(name, params.from_notebook(namespace), device)

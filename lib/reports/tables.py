@@ -43,20 +43,16 @@ def setup_tables(stage: str, parameters: Mapping[str, Any], device: str) -> list
 def parameters_table(stage: str, parameters: Mapping[str, Any]) -> Html:
     """Every parameter with its value and meaning, folded."""
     meanings = parameter_meanings(stage)
-    rows = [
-        {"parameter": name, "value": repr(value), "meaning": meanings.get(name, "")}
-        for name, value in parameters.items()
-    ]
+    known = parameters.items()
+    rows = [{"parameter": name, "value": repr(value), "meaning": meanings.get(name, "")} for name, value in known]
     return fold(f"{len(rows)} parameters of this run, with their meaning", table(rows, max_rows=len(rows)))
 
 
 def parameter_meanings(stage: str) -> dict[str, str]:
     """What each parameter means: the comments of the source notebook's parameters cell."""
     cells = read_json(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb")["cells"]
-    lines = "".join(
-        "".join(cell["source"]) + "\n" for cell in cells if "parameters" in cell["metadata"].get("tags", [])
-    )
-    return dict(re.findall(r"^(\w+): .*?  # (.*)$", lines, flags=re.MULTILINE))
+    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return dict(re.findall(r"^(\w+): .*?  # (.*)$", "\n".join(sources), flags=re.MULTILINE))
 
 
 def settings_table(settings: Mapping[str, Any], caption: str) -> Html:
@@ -68,10 +64,9 @@ def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
     """Provenance of data sets (use -> ``table_row()`` of its source); hashes by their first 12 digits."""
     columns = {"origin": "found in", "path": "file", "num_rows": "rows", "sha256": "SHA-256 of the rows"}
     columns |= {"licence": "licence", "home": "published at"}
-    rows = [
-        {"data": name, **{shown: source[key] for key, shown in columns.items()}} for name, source in sources.items()
-    ]
-    return table([{**row, "SHA-256 of the rows": row["SHA-256 of the rows"][:12]} for row in rows], "Provenance")
+    short = {name: {**source, "sha256": source["sha256"][:12]} for name, source in sources.items()}
+    rows = [{"data": name, **{shown: one[key] for key, shown in columns.items()}} for name, one in short.items()]
+    return table(rows, "Provenance")
 
 
 def files_table(paths: Sequence[Path], folder: Path) -> Html:
@@ -94,12 +89,8 @@ def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
 
 def changes_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
     """One row per run and metric that was compared with the untuned model on the same rows; changes in points."""
-    rows = [
-        {"run": name, **change_cells(each, "untuned", "tuned")}
-        for name, some in findings.items()
-        for each in some
-        if each.comparison
-    ]
+    compared = [(name, one) for name, some in findings.items() for one in some if one.comparison]
+    rows = [{"run": name, **change_cells(one, "untuned", "tuned")} for name, one in compared]
     return full_table(rows, "Tuned against untuned on the same rows; changes in points")
 
 
@@ -124,9 +115,6 @@ def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
 
 def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html | None:
     """Counts of each kind of response, one row per model; models without rows are left out."""
-    rows = [
-        {"model": name, **{found.kind: found.rate.successes for found in response_kinds(responses)}}
-        for name, responses in judged.items()
-        if responses
-    ]
-    return full_table(rows, "Kinds of responses")
+    found = {name: response_kinds(rows) for name, rows in judged.items() if rows}
+    counts = {name: {one.kind: one.rate.successes for one in kinds} for name, kinds in found.items()}
+    return full_table([{"model": name, **kinds} for name, kinds in counts.items()], "Kinds of responses")

@@ -1,8 +1,7 @@
-"""Finished runs in the files of lm-evaluation-harness, for its readers and boards.
+"""Finished runs in the files of lm-evaluation-harness 0.4.13 (``EvaluationTracker``, ``result_schema.py``).
 
-For each run and for the untuned model: ``<folder>/<model>/results_<date>.json`` and one ``samples_<task>_<date>.jsonl``
-per task, in the layout of lm_eval 0.4.13 (``EvaluationTracker``, ``result_schema.py``). The tasks and filters have
-other names than lm_eval's, whose prompts, extraction and judge differ: a board must not mix them up.
+The tasks and filters have other names than lm_eval's, whose prompts, extraction and judge differ: a board must not mix
+them up.
 """
 
 import hashlib
@@ -41,10 +40,7 @@ REDACTED = "[redacted]"
 def export_lm_eval(
     results_dir: str, run_names: Sequence[str] = (), *, redact: bool = False, now: datetime | None = None
 ) -> list[Path]:
-    """Write runs (all, or the named) and their untuned models into ``lm_eval/``; returns the results files.
-
-    ``redact``: leave prompts and responses out of the samples of AILuminate; ``now``: time for the file names.
-    """
+    """Write runs (all, or the named) and their untuned models into ``lm_eval/``; returns the results files."""
     runs = load_runs(results_dir, run_names)
     now = (now or datetime.now(UTC)).astimezone(UTC)
     root = results_root(results_dir) / FOLDER

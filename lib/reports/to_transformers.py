@@ -31,11 +31,7 @@ ROOM = 1.2
 
 
 def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -> Path:
-    """Write the evaluated model of one run; returns its folder, which replaces an older one once complete.
-
-    ``assets_dir`` holds the base model; empty for that of the run. Raises ArtifactError where the run has no
-    adapter, base or adapter differ from those evaluated, or the disk is full; AssetError, ModelError.
-    """
+    """Write the evaluated model of one run; returns its folder, which replaces an older one once complete."""
     run = evaluated_run(paths)
     dtype = evaluated_dtype(run)
     name, assets_dir = run.parameters["base_model"], assets_dir or run.parameters.get("assets_dir", "")
@@ -116,18 +112,14 @@ def save_plain(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFacts:
     paths, prepared, trained = run.paths, run.manifests.get("01_prepare", {}), run.manifests["02_train"]
     train, made_elsewhere = trained["facts"], bool(trained["parameters"].get("checkpoint"))
+    most, compared = trained["parameters"].get("max_sweep_checkpoints", 0), len(train.get("checkpoints", []))
+    selected = train["adapter"], train["selected_on"], train.get("sweep_metric") or ""
     return model_card.CardFacts(
         run_name=run.name,
         base=base,
         revision=run.parameters["base_model_revision"],
         trained=train.get("trained", ""),
-        selection=checkpoint_selection.selection_text(
-            train["adapter"],
-            train["selected_on"],
-            train.get("sweep_metric") or "",
-            len(train.get("checkpoints", [])),
-            trained["parameters"].get("max_sweep_checkpoints", 0),
-        ),
+        selection=checkpoint_selection.selection_text(*selected, compared, most),
         dtype=dtype,
         training={} if made_elsewhere else model_card.training_data(prepared, paths.train_rows),
         evaluation=model_card.evaluation_data(prepared, paths.dev_rows),
@@ -144,19 +136,17 @@ def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the models of the named runs; returns 1 if any failed, the others are still written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.reports.to_transformers", description="Evaluated models as plain folders."
-    )
+    prog, description = "python -m lib.reports.to_transformers", "Evaluated models as plain folders."
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--results-dir", default="", help="folder of the runs")
     parser.add_argument("--assets", default="", help="folder with models already fetched")
     parser.add_argument("--offline", action="store_true", help="never use the network")
     parser.add_argument("runs", nargs="*", help="names of runs")
     args = parser.parse_args(argv)
-    status = 0
+    status = 0 if args.runs else 1
+    root = display_path(results_root(args.results_dir))
     if not args.runs:
-        root = display_path(results_root(args.results_dir))
         _fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
-        return 1
     for name in args.runs:
         try:
             folder = export_model(run_paths(args.results_dir, name), args.assets, args.offline)

@@ -1,6 +1,6 @@
 """Tables and plots of 02_train."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,6 @@ def rows_table(rows: EncodedRows, dev: EncodedRows, num_prepared: int, max_seq_l
         ("of them left out", len(dev.too_long), f"over {max_seq_length} tokens: no loss"),
     ]
     return html.table([{"what": what, "number": n, "meaning": meaning} for what, n, meaning in counts], "Training rows")
-
-
-def masked_example(rows: EncodedRows, decode: Callable[[list[int]], str]) -> Html:
-    """The first row as training sees it."""
-    return html.masked_row(**rows.examples[0], decode=decode)
 
 
 def probe(dev: Sequence[Row], pool: Sequence[Row], train: Sequence[Row]) -> dict[str, Any]:
