@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
+from operator import itemgetter
 from typing import Any
 
 from scipy import stats as distributions
@@ -53,20 +54,17 @@ def _scored(key: str) -> Callable[[Row], Any]:
     return lambda row: gsm8k.score_row(row)[key]
 
 
+# An unparsed verdict is not safe, as in lib.safety.summarize.
+def _is_safe(row: Row) -> bool:
+    return row["safety_label"] == "safe"
+
+
 METRICS = {
     "accuracy": Metric("accuracy", "questions", _question, _scored("correct"), _scored("outcome")),
     "accuracy_flexible": Metric(
         "accuracy, read flexibly", "questions", _question, _scored("correct_flexible"), flexible_outcome
     ),
-    # An unparsed verdict is not safe, as in lib.safety.summarize.
-    "safety": Metric(
-        name="safety",
-        unit="prompts",
-        text=safety.prompt_text,
-        succeeded=lambda row: row["safety_label"] == "safe",
-        outcome=lambda row: row["safety_label"],
-        repeats=True,
-    ),
+    "safety": Metric("safety", "prompts", safety.prompt_text, _is_safe, itemgetter("safety_label"), repeats=True),
 }
 
 
@@ -303,21 +301,17 @@ def baseline_sentence(finding: Finding) -> str:
     baseline = wording.percent(finding.baseline)
     if finding.rate is None or finding.rerun_chance is None:
         return f"{finding.metric}: not measured, so the baseline of {baseline} is missed"
-    return (
-        f"{finding.metric}: {wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}; on "
-        f"as many new {finding.unit} it would be reached with a chance of {_chance(finding.rerun_chance)}"
-    )
+    chance = wording.percent(finding.rerun_chance)
+    if not 0.001 <= finding.rerun_chance <= 0.999:
+        chance = "over 99.9 %" if finding.rerun_chance > 0.5 else "under 0.1 %"
+    result = f"{wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}"
+    new = f"on as many new {finding.unit} it would be reached with a chance of {chance}"
+    return f"{finding.metric}: {result}; {new}"
 
 
 def baseline_text(rate: Rate, baseline: float) -> str:
     """``reaches the baseline of 31.0 %``, or ``misses`` it."""
     return f"{'reaches' if reaches(rate, baseline) else 'misses'} the baseline of {wording.percent(baseline)}"
-
-
-def _chance(share: float) -> str:
-    if share > 0.999:
-        return "over 99.9 %"
-    return "under 0.1 %" if share < 0.001 else wording.percent(share)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,10 @@ class MetricScore:
             return replace(self, rows=[], summary=None, rate=None)
         return replace(self, rows=rows, summary=SUMMARIZE[self.name](rows), rate=METRICS[self.name].rate(rows))
 
+    def of_untuned(self) -> "MetricScore":
+        status = MEASURED if self.untuned_rows else "not measured"
+        return replace(self.with_rows(self.untuned_rows), status=status, baseline=None, untuned_rows=[])
+
 
 @dataclass(frozen=True)
 class Run:
@@ -121,16 +125,10 @@ def load_run(paths: RunPaths) -> Run:
     else:
         parameters = {key: value for one in manifests.values() for key, value in one["parameters"].items()}
     overlaps = read_once(paths.overlap, read_json) if paths.overlap.exists() else None
-    return Run(
-        name=paths.name,
-        paths=paths,
-        config=config,
-        parameters=parameters,
-        manifests=manifests,
-        metrics={name: _metric_score(name, paths, manifests, parameters) for name in METRIC_STAGES},
-        overlaps=None if overlaps is None else [Overlap(**entry) for entry in overlaps],
-        training_log=read_once(paths.training_log, read_jsonl) if paths.training_log.exists() else [],
-    )
+    metrics = {name: _metric_score(name, paths, manifests, parameters) for name in METRIC_STAGES}
+    overlaps = None if overlaps is None else [Overlap(**entry) for entry in overlaps]
+    training_log = read_once(paths.training_log, read_jsonl) if paths.training_log.exists() else []
+    return Run(paths.name, paths, config, parameters, manifests, metrics, overlaps, training_log)
 
 
 def row_file(paths: RunPaths, metric: str) -> Path:
@@ -210,7 +208,12 @@ def untuned_runs(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if key := untuned_key(run):
             sharing.setdefault(key, []).append(run)
-    return [_as_untuned(same) for same in sharing.values()]
+    untuned = []
+    for same in sharing.values():
+        metrics = {name: score.of_untuned() for name, score in same[0].metrics.items()}
+        name = f"untuned, asked as {', '.join(run.name for run in same)}"
+        untuned.append(replace(same[0], name=name, metrics=metrics))
+    return untuned
 
 
 def untuned_key(run: Run) -> tuple[Path, ...]:
@@ -218,31 +221,18 @@ def untuned_key(run: Run) -> tuple[Path, ...]:
     return tuple(one.untuned_file for one in run.metrics.values() if one.untuned_file and one.untuned_file.exists())
 
 
-def _as_untuned(sharing: Sequence[Run]) -> Run:
-    metrics = {
-        name: replace(
-            score.with_rows(score.untuned_rows),
-            status=MEASURED if score.untuned_rows else "not measured",
-            baseline=None,
-            untuned_rows=[],
-        )
-        for name, score in sharing[0].metrics.items()
-    }
-    return replace(sharing[0], name=f"untuned, asked as {', '.join(run.name for run in sharing)}", metrics=metrics)
-
-
 def add_hazards(runs: Sequence[Run], prompts: Sequence[Row]) -> list[Run]:
     """The runs with hazard and persona joined on the prompt's text where rows do not name them."""
-    return [_with_hazards(run, prompts) if prompts and lacks_hazards(run) else run for run in runs]
+    added = list(runs)
+    for place, run in enumerate(runs):
+        if prompts and lacks_hazards(run):
+            joined = run.safety.with_rows(hazards.add_hazards(run.safety.rows, prompts))
+            added[place] = replace(run, metrics={**run.metrics, "safety": joined}, hazards_added=True)
+    return added
 
 
 def lacks_hazards(run: Run) -> bool:
     return any(not row.get("hazard") for row in run.safety.rows)
-
-
-def _with_hazards(run: Run, prompts: Sequence[Row]) -> Run:
-    joined = run.safety.with_rows(hazards.add_hazards(run.safety.rows, prompts))
-    return replace(run, metrics={**run.metrics, "safety": joined}, hazards_added=True)
 
 
 def look_up_hazards(runs: Sequence[Run], assets_dir: str, offline: bool) -> tuple[list[Run], str]:

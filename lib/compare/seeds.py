@@ -125,9 +125,8 @@ def spread_sentence(spread: SeedSpread) -> str:
     )
     if spread.same_rows:
         return (
-            f"{measured} Every seed had the same {unit}: the spread is that of training, in addition to the sample's."
+            f"{measured} All seeds used the same {unit}: the spread is that of training, in addition to the sample's."
         )
-    return (
-        f"{measured} The seeds had different {unit}, so the spread includes their draw, which alone gives an SD of "
-        f"{wording.points(spread.sampling_sd)} points."
-    )
+    alone = f"{wording.points(spread.sampling_sd)} points"
+    draw = f"the spread includes their draw, which alone gives an SD of {alone}."
+    return f"{measured} The seeds used different {unit}: {draw}"

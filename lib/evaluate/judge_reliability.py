@@ -54,10 +54,8 @@ def unsafe_probabilities(rows: Sequence[Row]) -> list[float]:
 
 def safe_rate_by_threshold(rows: Sequence[Row], thresholds: Sequence[float] = THRESHOLDS) -> list[tuple[float, Rate]]:
     """Safe rate if a response were safe below each threshold of P(unsafe); empty without scores. Labels use 0.5."""
-    probabilities = unsafe_probabilities(rows)
-    if not probabilities:
-        return []
-    return [(threshold, _rate([value < threshold for value in probabilities], rows)) for threshold in thresholds]
+    values = unsafe_probabilities(rows)
+    return [(one, _rate([value < one for value in values], rows)) for one in thresholds] if values else []
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,9 @@ def disagreement(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Disagreement:
     safe_a, safe_b = _is_safe(rows_a), _is_safe(rows_b)
     labels = [(a["safety_label"], b["safety_label"]) for a, b in zip(rows_a, rows_b, strict=True)]
     differs = [a != b for a, b in labels]
-    return Disagreement(
-        counts=dict(Counter(labels).most_common()),
-        differing=_rate(differs, rows_a),
-        ids=[row["id"] for row, holds in zip(rows_a, differs, strict=True) if holds],
-        safe_a=_rate(safe_a, rows_a),
-        safe_b=_rate(safe_b, rows_b),
-        test=stats.paired_test(safe_a, safe_b, LEVEL, _prompts(rows_a)),
-    )
+    ids = [row["id"] for row, holds in zip(rows_a, differs, strict=True) if holds]
+    counts, test = dict(Counter(labels).most_common()), stats.paired_test(safe_a, safe_b, LEVEL, _prompts(rows_a))
+    return Disagreement(counts, _rate(differs, rows_a), ids, _rate(safe_a, rows_a), _rate(safe_b, rows_b), test)
 
 
 def _check_same_responses(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> None:
@@ -166,22 +159,17 @@ def _labels_of(lines: Sequence[tuple[int, Mapping[str, str | None]]], path: Path
     faults = []
     for number, row in lines:
         row_id, label = (row["id"] or "").strip(), (row["label"] or "").strip().casefold()
-        fault = _label_fault(row_id, label, labels)
-        if fault:
-            faults.append(f"line {number}: {fault}")
+        if not (row_id.isascii() and row_id.isdigit()):
+            faults.append(f"line {number}: id is {row_id!r}; allowed: a row's number, from 0")
+        elif label not in ("safe", "unsafe"):
+            faults.append(f"line {number}: label is {label!r}; allowed: safe, unsafe")
+        elif int(row_id) in labels:
+            faults.append(f"line {number}: id {row_id} stands twice")
         else:
             labels[int(row_id)] = label
     if faults:
         raise LabelsError(f"{path}: {'; '.join(faults)}")
     return labels
-
-
-def _label_fault(row_id: str, label: str, labels: Mapping[int, str]) -> str:
-    if not (row_id.isascii() and row_id.isdigit()):
-        return f"id is {row_id!r}; allowed: a row's number, from 0"
-    if label not in ("safe", "unsafe"):
-        return f"label is {label!r}; allowed: safe, unsafe"
-    return f"id {row_id} stands twice" if int(row_id) in labels else ""
 
 
 @dataclass(frozen=True)

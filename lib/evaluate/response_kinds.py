@@ -87,7 +87,10 @@ def incoherence(text: str, prompt: str = "") -> str:
     phrases = _phrases(words)
     if len(words) >= _MIN_WORDS_TO_REPEAT and len(set(phrases)) <= (1 - _MAX_REPEATED_SHARE) * len(phrases):
         return "repetition"
-    return "echo" if _echoes(phrases, prompt) else ""
+    prompted = set(_phrases(_words(prompt)))
+    # Two phrases or fewer: a short answer may well repeat the question's words.
+    enough = len(phrases) > 2 and sum(phrase in prompted for phrase in phrases) >= _MAX_ECHO_SHARE * len(phrases)
+    return "echo" if enough else ""
 
 
 def _words(text: str) -> list[str]:
@@ -108,12 +111,6 @@ def _ends_in_loop(words: Sequence[str]) -> bool:
 
 def _phrases(words: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(words[start : start + _PHRASE_WORDS]) for start in range(len(words) - _PHRASE_WORDS + 1)]
-
-
-def _echoes(phrases: Sequence[tuple[str, ...]], prompt: str) -> bool:
-    prompted = set(_phrases(_words(prompt)))
-    # Two phrases or fewer: a short answer may well repeat the question's words.
-    return len(phrases) > 2 and sum(phrase in prompted for phrase in phrases) >= _MAX_ECHO_SHARE * len(phrases)
 
 
 def response_kind(row: Row) -> ResponseKind:

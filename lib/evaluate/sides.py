@@ -27,17 +27,17 @@ class Sides:
 
     def log(self, side: str | float = TUNED) -> RowLog:
         """The row file of ``TUNED``, ``UNTUNED`` or a scale. The untuned model's is locked until it is finished."""
-        if side not in self.logs:
-            self.logs[side] = self._open(side)
-        return self.logs[side]
-
-    def _open(self, side: str | float) -> RowLog:
+        if side in self.logs:
+            return self.logs[side]
         if side == UNTUNED:
-            return open_untuned_log(self._paths, self._kind, without_adapter(self._protocol))
-        if side == TUNED:
-            return RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
-        path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
-        return RowLog(path, sha256_json(at_scale(self._protocol, float(side))), label=f"scale {side:g}")
+            log = open_untuned_log(self._paths, self._kind, without_adapter(self._protocol))
+        elif side == TUNED:
+            log = RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
+        else:
+            path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
+            log = RowLog(path, sha256_json(at_scale(self._protocol, float(side))), label=f"scale {side:g}")
+        self.logs[side] = log
+        return log
 
     def kept_text(self, side: str | float = TUNED) -> str:
         log = self.log(side)

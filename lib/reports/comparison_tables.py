@@ -62,12 +62,9 @@ def scores_table(runs: Sequence[Run]) -> Html | None:
 def published_note(runs: Sequence[Run]) -> Html | None:
     """The published accuracy of the base models beside ours, where it is known."""
     known = {name: found for run in runs if (found := PUBLISHED.get(name := str(run.parameters.get("base_model"))))}
-    return sentences(
-        [
-            f"Published for {name} on GSM8K: {percent(share)} ({protocol}); another prompt and reading than ours."
-            for name, (share, protocol) in known.items()
-        ]
-    )
+    figures = {name: f"{percent(share)} ({protocol})" for name, (share, protocol) in known.items()}
+    other = "another prompt and reading than ours"
+    return sentences([f"Published for {name} on GSM8K: {figure}; {other}." for name, figure in figures.items()])
 
 
 def findings_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
@@ -107,22 +104,15 @@ def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
 def spread_table(runs: Sequence[Run]) -> Html | None:
     """Presets that ran under several seeds: a row per preset and metric, and what each spread says."""
     spreads = seeds.seed_spreads(runs)
-    rows = [
-        {
-            "preset": spread.name,
-            "metric": spread.metric,
-            "seeds": ", ".join(map(str, spread.seeds)),
-            "mean": percent(spread.mean),
-            "lowest to highest": f"{wording.interval(spread.minimum, spread.maximum)} %",
-            "SD over seeds": f"{wording.points(spread.sd)} points",
-            "95 % interval of the SD": wording.interval(spread.sd_low, spread.sd_high),
-            "SD of the sample alone": f"{wording.points(spread.sampling_sd)} points",
-            "95 % interval of one run": f"{wording.interval(spread.low, spread.high)} %",
-            "rows per run": spread.num_rows,
-            "same rows": spread.same_rows,
-        }
-        for spread in spreads
-    ]
+    rows = []
+    for one in spreads:
+        row = {"preset": one.name, "metric": one.metric, "seeds": ", ".join(map(str, one.seeds))}
+        row |= {"mean": percent(one.mean), "lowest to highest": f"{wording.interval(one.minimum, one.maximum)} %"}
+        row |= {"SD over seeds": f"{wording.points(one.sd)} points"}
+        row |= {"95 % interval of the SD": wording.interval(one.sd_low, one.sd_high)}
+        row |= {"SD of the sample alone": f"{wording.points(one.sampling_sd)} points"}
+        row |= {"95 % interval of one run": f"{wording.interval(one.low, one.high)} %"}
+        rows.append(row | {"rows per run": one.num_rows, "same rows": one.same_rows})
     words = sentences([seeds.spread_sentence(spread) for spread in spreads])
     return stack([full_table(rows, "Spread over seeds"), words])
 
@@ -212,11 +202,9 @@ def frontier_table(runs: Sequence[Run]) -> Html | None:
 
 def loss_lines(runs: Sequence[Run]) -> list[str]:
     """From where to where the training loss of each run went."""
-    logs = {run.name: run.training_log for run in runs if run.training_log}
-    return [
-        f"{name}: the loss went from {log[0]['loss']:.3g} to {log[-1]['loss']:.3g} in {log[-1]['step']:,} steps."
-        for name, log in logs.items()
-    ]
+    ends = {run.name: (run.training_log[0]["loss"], run.training_log[-1]) for run in runs if run.training_log}
+    words = "{}: the loss went from {:.3g} to {:.3g} in {:,} steps."
+    return [words.format(name, first, last["loss"], last["step"]) for name, (first, last) in ends.items()]
 
 
 def costs_table(runs: Sequence[Run]) -> Html | None:

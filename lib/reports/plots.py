@@ -19,14 +19,11 @@ from lib.reports.html import BLUE, GREEN, INK, VERMILION, Html
 from lib.stats import Rate
 from lib.wording import percent
 
-STYLE = {
-    "font.size": 10,
-    **{"axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelcolor": INK},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True},
-    **{"grid.color": "#DDDDDD", "grid.linewidth": 0.6, "text.color": INK},
-    # The same plot gives the same bytes: no random ids in the SVG (its date is left out where it is saved).
-    "svg.hashsalt": "plot",
-}
+STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True}
+STYLE |= {"grid.color": "#DDDDDD", "grid.linewidth": 0.6, "text.color": INK, "axes.labelcolor": INK}
+# The same plot gives the same bytes: no random ids in the SVG (its date is left out where it is saved).
+STYLE |= {"svg.hashsalt": "plot"}
 PIXELS_PER_INCH = 96
 
 

@@ -123,25 +123,16 @@ def _task_config(task: str, run: Run) -> dict[str, Any]:
 def _run_config(run: Run, adapter: str | None) -> dict[str, Any]:
     known = run.parameters
     model = {"pretrained": known.get("base_model"), "peft": adapter, "quantization": known.get("quantization")}
-    return {
-        "model": "tune-and-tell",
-        "model_args": {name: value for name, value in model.items() if value},
-        "batch_size": str(known.get("eval_batch_size") or "auto"),
-        "device": known.get("device"),
-        "limit": None,
-        "random_seed": known.get("seed"),
-        # Runs from before `data_seed` drew their examples with `seed`.
-        "fewshot_seed": known.get("data_seed", known.get("seed")),
-    }
+    config = {"model": "tune-and-tell", "model_args": {name: value for name, value in model.items() if value}}
+    config |= {"batch_size": str(known.get("eval_batch_size") or "auto"), "device": known.get("device"), "limit": None}
+    # Runs from before `data_seed` drew their examples with `seed`.
+    return config | {"random_seed": known.get("seed"), "fewshot_seed": known.get("data_seed", known.get("seed"))}
 
 
 def _samples(score: MetricScore, redact: bool) -> Iterator[dict[str, Any]]:
     """One sample per row and filter, in the order of the rows."""
     for row in score.rows:
-        if score.name == "accuracy":
-            yield from _answer_samples(row)
-        else:
-            yield _response_sample(row, redact)
+        yield from _answer_samples(row) if score.name == "accuracy" else [_response_sample(row, redact)]
 
 
 def _answer_samples(row: Row) -> Iterator[dict[str, Any]]:
@@ -168,18 +159,10 @@ def _response_sample(row: Row, redact: bool) -> dict[str, Any]:
 def _sample(
     number: int, doc: Row, target: str, prompt: str, response: str, filtered: str, filter_name: str
 ) -> dict[str, Any]:
-    return {
-        "doc_id": number,
-        "doc": doc,
-        "target": target,
-        "arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"do_sample": False}}},
-        "resps": [[response]],
-        "filtered_resps": [filtered],
-        "filter": filter_name,
-        "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
-        "prompt_hash": _hash(prompt),
-        "target_hash": _hash(target),
-    }
+    sample: dict[str, Any] = {"doc_id": number, "doc": doc, "target": target}
+    sample |= {"arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"do_sample": False}}}, "resps": [[response]]}
+    sample |= {"filtered_resps": [filtered], "filter": filter_name, "prompt_hash": _hash(prompt)}
+    return sample | {"doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)), "target_hash": _hash(target)}
 
 
 def _hash(text: str) -> str:
