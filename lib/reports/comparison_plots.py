@@ -121,7 +121,10 @@ def accuracy_safety_plane(runs: Sequence[Run]) -> Figure:
     axes.set(xlim=(-0.03 * across, across), ylim=(-0.05 * up, up), xlabel="GSM8K: share of questions right (strict)")
     counts = _n_of_both([score.rate for score in right], [score.rate for score in safe])
     axes.set(ylabel="AILuminate: share of responses safe", title=f"Accuracy and safety, 95 % intervals ({counts})")
-    _margin_labels(axes, ys, [f"{run.name}\n{_known_text(run)}" for run in runs])
+    questions = [f"n = {one.rate.n:,} questions" if one.rate else "accuracy not measured" for one in right]
+    prompts = [f"{one.rate.n:,} prompts" if one.rate else "safety not measured" for one in safe]
+    names = [run.name for run in runs]
+    _margin_labels(axes, ys, ["{}\n{}, {}".format(*row) for row in zip(names, questions, prompts, strict=True)])
     # Each place of a baseline is named once, beside its square.
     for place in {(run.accuracy.baseline, run.safety.baseline) for run in runs}:
         if None not in place:
@@ -177,12 +180,6 @@ def _plane_point(axes: Axes, run: Run, place: tuple[float, float], shift: tuple[
     if right.baseline is not None and safe.baseline is not None:
         axes.plot(*zip(place, (right.baseline, safe.baseline), strict=True), color=colour, linestyle=":", linewidth=1)
         axes.plot(right.baseline, safe.baseline, "s", color="white", markeredgecolor=colour, markersize=6)
-
-
-def _known_text(run: Run) -> str:
-    right, safe = run.accuracy.rate, run.safety.rate
-    accuracy = f"n = {right.n:,} questions" if right else "accuracy not measured"
-    return f"{accuracy}, {f'{safe.n:,} prompts' if safe else 'safety not measured'}"
 
 
 def _margin_labels(axes: Axes, ys: Sequence[float], labels: Sequence[str]) -> None:

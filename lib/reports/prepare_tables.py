@@ -77,21 +77,15 @@ def own_answers(made: Distillation | None, stage: Stage) -> Html | None:
     if made is None:
         return None
     sampled, text = made.sampled, own_answers_text(made)
-    counts = self_distillation.count_outcomes(sampled)
-    total = len(sampled.rows)
+    counts, total = self_distillation.count_outcomes(sampled), len(sampled.rows)
     became = [{"answers": name, "number": n, "share": percent(n / total)} for name, n in counts.items()]
     rates = {f"{number} sampled": rate for number, rate in coverage_rates(made).items()}
     figure = plots.rate_plot(rates, title="Questions with a correct answer", xlabel="share of the training questions")
     protocol = [{"part": name, "value": value} for name, value in made.protocol.items()]
-    return html.stack(
-        [
-            html.fold("Protocol of the answers", html.table(protocol, max_rows=len(protocol))),
-            html.note(tables.speed_text(sampled.num_new, sampled.num_new_tokens, sampled.wall_s)),
-            stage.plot(figure, "own_answers", text),
-            html.table(became, f"What became of {total:,} answers"),
-            html.note(text),
-        ]
-    )
+    shown = [html.fold("Protocol of the answers", tables.full_table(protocol))]
+    shown.append(html.note(tables.speed_text(sampled.num_new, sampled.num_new_tokens, sampled.wall_s)))
+    shown += [stage.plot(figure, "own_answers", text), html.table(became, f"What became of {total:,} answers")]
+    return html.stack([*shown, html.note(text)])
 
 
 def own_examples(made: Distillation | None, tokenizer: PreTrainedTokenizerBase) -> Html | None:

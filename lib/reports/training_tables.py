@@ -57,11 +57,8 @@ def settings_table(parameters: Row, base: ModelSource, runtime: Runtime, num_row
     passed.append(("LoraConfig", lora_config(settings), SHOWN_LORA))
     arguments = training_arguments(runtime.device, runtime.dtype, num_steps, settings, folder / "checkpoints")
     passed.append(("TrainingArguments", arguments, SHOWN_ARGUMENTS))
-    rows = [
-        {"passed to": kind, "argument": name, "value": _value(getattr(given, name))}
-        for kind, given, names in passed
-        for name in names
-    ]
+    given = [(kind, name, _value(getattr(one, name))) for kind, one, names in passed for name in names]
+    rows = [dict(zip(("passed to", "argument", "value"), row, strict=True)) for row in given]
     caption = f"Settings as they are passed; {settings.rows_per_step} rows per step, {num_steps} steps"
     return html.table(rows, caption, max_rows=len(rows))
 
