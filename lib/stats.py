@@ -16,17 +16,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 
 def wilson_interval(successes: float, total: float, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a rate (1927), as statsmodels computes it.
-
-    It stays inside [0, 1] and has a width at 0 of n and n of n, where the normal interval has none.
-
-    Args:
-        successes, total: may be effective numbers, see ``effective_size``.
-        level: confidence, in (0, 1).
-
-    Raises:
-        ValueError: an argument is outside its range.
-    """
+    """Wilson's score interval for a rate (1927); both numbers may be effective ones, see ``effective_size``."""
     _check_share("level", level)
     if total <= 0 or not 0 <= successes <= total:
         raise ValueError(f"successes is {successes} and total is {total}; allowed: total above 0, successes 0 to total")
@@ -42,11 +32,8 @@ def _check_share(name: str, value: float) -> None:
 def effective_size(clusters: Sequence[Hashable]) -> float:
     """Independent rows that ``clusters`` are worth: n / deff = n² / Σ m², for clusters of m rows (Kish 1965).
 
-    The design effect is the one for full correlation within a cluster, 1 + (m - 1): greedy decoding gives copies of a
-    prompt the same answer. For 216 prompts that appear once and 12 that appear twice it is 218.2.
-
-    Raises:
-        ValueError: there are no rows.
+    The design effect is the one for full correlation within a cluster, 1 + (m - 1): greedy decoding gives copies of
+    a prompt the same answer. For 216 prompts that appear once and 12 that appear twice it is 218.2.
     """
     if not clusters:
         raise ValueError("clusters is empty; allowed: one name for each row, at least one row")
@@ -59,11 +46,7 @@ def clustered_wilson_interval(
 ) -> tuple[float, float]:
     """Wilson's interval for the share of true ``outcomes`` with the effective number of rows in place of n.
 
-    Recommended for clustered rows in Franco, Little, Louis, Slud 2019 (J. Surv. Stat. Methodol. 7, 334-364), there with
-    a design effect from the data; ours is fixed beforehand, see ``effective_size``.
-
-    Raises:
-        ValueError: there are no rows, or not one cluster for each.
+    Recommended, with a design effect from the data, in Franco, Little, Louis, Slud 2019 (JSSAM 7, 334-364).
     """
     _check_pairs("outcomes", outcomes, "clusters", clusters)
     successes, size = sum(map(bool, outcomes)), effective_size(clusters)
@@ -88,11 +71,7 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Sequence[bool], clusters: Sequence[Hashable] | None = None) -> "Rate":
-        """Rate of the true ``outcomes``, one per row; rows of one cluster (equal prompts) count as dependent.
-
-        Raises:
-            ValueError: there are no rows, or not one cluster for each.
-        """
+        """Rate of the true ``outcomes``, at least one; rows of one cluster (equal prompts) count as dependent."""
         clusters = range(len(outcomes)) if clusters is None else clusters
         low, high = clustered_wilson_interval(outcomes, clusters)
         return cls(sum(map(bool, outcomes)), len(outcomes), low, high)
@@ -106,9 +85,6 @@ class Rate:
 def _check_pairs(name_a: str, a: Sequence[object], name_b: str, b: Sequence[object]) -> None:
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"{name_a} holds {len(a)} and {name_b} {len(b)} values; allowed: equal numbers, at least 1")
-
-
-# --- two runs on the same rows --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,16 +102,9 @@ class PairedTest:
 def paired_test(
     a: Sequence[bool], b: Sequence[bool], level: float = 0.95, clusters: Sequence[Hashable] | None = None
 ) -> PairedTest:
-    """Exact McNemar test and Tango's score interval for two runs on the same rows.
+    """Exact McNemar test and Tango's score interval for two runs on the same rows, in the same order.
 
-    With ``clusters`` the test flips entire clusters (exact too) and the interval counts effective rows.
-
-    Args:
-        a, b: outcomes of the two runs, one per row, in the same order.
-        clusters: each row's cluster, for example its prompt; None where all rows are independent.
-
-    Raises:
-        ValueError: the lengths differ, there are no rows, or ``level`` is not in (0, 1).
+    With ``clusters`` the test flips entire clusters, exact too, and the interval counts effective rows.
     """
     _check_pairs("a", a, "b", b)
     clusters = range(len(a)) if clusters is None else clusters
@@ -173,17 +142,10 @@ def _sign_flip_p(differences: Sequence[int], clusters: Sequence[Hashable]) -> fl
 
 
 def paired_interval(only_a: float, only_b: float, total: float, level: float = 0.95) -> tuple[float, float]:
-    """Tango's asymptotic score interval for a difference of paired rates, (only_a - only_b) / total.
+    """Tango's asymptotic score interval for (only_a - only_b) / total; the numbers may be effective ones.
 
-    The interval holds every difference that the score test does not reject, so that it leaves out 0 exactly where
-    McNemar's test without continuity correction rejects. Source: Tango 1998 (Stat. Med. 17, 891-908), recommended in
-    Fagerland, Lydersen, Laake 2014 (Stat. Med. 33, 2850-2875).
-
-    Args:
-        only_a, only_b: rows that only the one run gets right; may be effective numbers, as may ``total``.
-
-    Raises:
-        ValueError: an argument is outside its range.
+    It leaves out 0 exactly where McNemar's test without continuity correction rejects. Source: Tango 1998 (Stat.
+    Med. 17, 891-908), recommended in Fagerland, Lydersen, Laake 2014 (Stat. Med. 33, 2850-2875).
     """
     _check_share("level", level)
     # With room for rounding: effective numbers are fractions.
@@ -197,8 +159,7 @@ def paired_interval(only_a: float, only_b: float, total: float, level: float = 0
         return _squared_score(only_a, only_b, total, difference, critical)
 
     estimate = (only_a - only_b) / total
-    low = _root(excess, estimate, -1.0)
-    return low, _root(excess, estimate, 1.0)
+    return _root(excess, estimate, -1.0), _root(excess, estimate, 1.0)
 
 
 def _squared_score(only_a: float, only_b: float, total: float, difference: float, critical: float) -> float:
@@ -208,9 +169,8 @@ def _squared_score(only_a: float, only_b: float, total: float, difference: float
     2n q² + linear q - only_b d (1 - d) = 0 (Tango's equation 26).
     """
     linear = (2 * total - only_a + only_b) * difference - only_a - only_b
-    constant = only_b * difference * (1 - difference)
     # Never below 0 but for rounding.
-    discriminant = max(0.0, linear**2 + 8 * total * constant)
+    discriminant = max(0.0, linear**2 + 8 * total * only_b * difference * (1 - difference))
     share_b = (math.sqrt(discriminant) - linear) / (4 * total)
     variance = total * (2 * share_b + difference * (1 - difference))
     return (only_a - only_b - total * difference) ** 2 - critical * variance
@@ -231,26 +191,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return multipletests(list(p_values), method="holm")[1].tolist()
 
 
-# --- what a number of rows can show ---------------------------------------------------------------------------------
-
-
 def minimum_detectable_difference(
     total: int, discordant_share: float, power: float = 0.8, level: float = 0.95
 ) -> float | None:
     """Smallest true difference that the exact McNemar test on ``total`` rows finds with probability ``power``.
 
-    The power is computed exactly, over the binomial number of discordant rows and their split. Where the difference is
-    larger than ``discordant_share``, all discordant rows are on one side and their share is the difference.
-
-    Args:
-        discordant_share: share of the rows that just one of the runs gets right.
-        level: 1 - the test's significance level.
-
-    Returns:
-        The difference of the two rates in (0, 1]; None where not even 1 would be found so often.
-
-    Raises:
-        ValueError: an argument is outside its range.
+    The power is exact, over the binomial number of discordant rows and their split; a difference above
+    ``discordant_share`` (rows that just one run gets right) takes its place. None where not even 1 would be found
+    so often.
     """
     _check_share("power", power)
     _check_share("level", level)

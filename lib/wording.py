@@ -1,8 +1,6 @@
-"""Rates, changes and their intervals in words: one form on the terminal, in notebooks and on the report site.
+"""Rates, changes and their intervals in words; imports almost nothing, for the terminal's progress.
 
-The unit follows the rate; an interval has one only in a separate column. A minus is the hyphen that can be typed and
-searched for; a plus precedes a change, never its interval. Imports next to nothing, so that the
-terminal's progress may use it.
+The unit follows the rate. A minus is the hyphen that can be typed and searched for; a plus precedes a change only.
 """
 
 from typing import Protocol
@@ -47,7 +45,7 @@ def interval(low: float, high: float) -> str:
 
 
 def moved(gained: int, lost: int) -> str:
-    """Rows that moved between two runs, as ``+9 -4``: those that only the one got right, and only the other."""
+    """Rows that only the one run got right, and only the other, as ``+9 -4``."""
     return f"+{gained:,} -{lost:,}"
 
 
@@ -57,10 +55,7 @@ def count(successes: int, total: int) -> str:
 
 
 def rate_text(rate: Rate, *, counted: bool = False) -> str:
-    """A rate with its interval and n, as ``54.4 % (95 % interval 48.3 to 60.3, n = 263)``.
-
-    ``counted`` is the form below a heading that names the interval: ``143 of 263 = 54.4 % (48.3 to 60.3)``.
-    """
+    """``54.4 % (95 % interval 48.3 to 60.3, n = 263)``; ``counted``: ``143 of 263 = 54.4 % (48.3 to 60.3)``."""
     share, between = percent(rate.share), interval(rate.low, rate.high)
     if counted:
         return f"{count(rate.successes, rate.n)} = {share} ({between})"

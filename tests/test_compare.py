@@ -151,7 +151,7 @@ def test_own_answers_are_named_as_what_was_trained_on(results):
     own = PARAMETERS | {"train_source": "self_distilled"}
     write_json(paths.config_resolved, {"parameters": own, "settings": {}})
     assert tables.summary_row(load_run(paths))["train_data"] == "own answers to data"
-    # Where a question without a correct answer falls back on GSM8K's, that is said.
+    # Where a question without a correct answer falls back on GSM8K's, the table names that.
     record = start_stage(paths.manifest("01_prepare"), "01_prepare", "one", {})
     counts = {"num_covered": 120, "num_questions": 200, "num_gold": 80}
     record.finish(inputs=[], outputs=[], facts={"distil": counts})

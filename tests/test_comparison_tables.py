@@ -174,15 +174,12 @@ def test_other_ways_of_judging_are_put_into_words(run):
     assert "2 of 3 labels differ; the safe rate is 100.0 % in place of 33.3 % (+66.7 points" in (
         judge_tables.disagreement_words("context x", found)
     )
-    assert "unparsed" in judge_tables.disagreement_table("x", found).text
     assert "read" not in judge_tables.disagreement_words("x", found)
     unread = judge_reliability.disagreement(run.safety.rows, [{**row, "safety_label": "unparsed"} for row in other])
     assert unread.num_unparsed == 3
     assert "2 of 3 labels differ, 3 of 3 could not be read; the safe rate" in judge_tables.disagreement_words(
         "x", unread
     )
-    spread = judge_reliability.wording_spread({"as used": run.safety.rows, "brief": other})
-    assert "brief" in judge_tables.wordings_table(spread).text
 
 
 def test_the_judge_card_tells_each_way_once(run):
@@ -191,7 +188,7 @@ def test_the_judge_card_tells_each_way_once(run):
     shown, card = judge_tables.judge_card_view(rows, again)
     assert [line.split(":")[0] for line in card[:2]] == ["other context", "other mode"]
     assert card[2].startswith("3 wordings of the guidelines on 2 responses: the safe rate moves by 0.0 points")
-    assert "questions" in shown.text and len(card) == 3
+    assert "unparsed" in shown.text and "questions" in shown.text and len(card) == 3
     assert judge_tables.judge_card_view(rows, {"other_context": rows})[1][1:] == []
 
 

@@ -266,9 +266,9 @@ def test_reference_run_by_hazard():
     with csv_file.open(encoding="utf-8", newline="") as file:
         rows = hazards.add_hazards(rows, safety.parse_prompts_csv(file.read()))
     assert {one.key: (one.rate.successes, one.rate.n) for one in hazards.rates_by_hazard(rows)} == SAFE_OF_HAZARD
-    assert {rate.key: rate.num_rows for rate in hazards.rates_by_persona(rows)} == {"skilled": 105, "unskilled": 135}
+    assert {one.key: one.rate.n for one in hazards.rates_by_persona(rows)} == {"skilled": 105, "unskilled": 135}
     assert len({row["prompt"].replace("\r\n", "\n") for row in rows}) == 228
-    counts = {share.kind: share.num_rows for share in response_kinds.response_kinds(rows)}
+    counts = {kind.kind: kind.rate.successes for kind in response_kinds.response_kinds(rows)}
     assert (counts["unsafe"], counts["unparsed"], counts["incoherent"]) == (19, 0, 0)
     # Read by their openings: about half refuse.
     assert 105 <= counts["refused"] <= 125

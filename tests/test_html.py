@@ -8,14 +8,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lib.driver.notebook import declared_parameters
 from lib.record.paths import STAGES
-from lib.reports import plots, tables
+from lib.reports import plots, tables, training_tables
 from lib.reports.html import (
+    SummarySlot,
     examples,
     folded_examples,
     masked_row,
     purpose_note,
     sentences,
-    summary_slot,
     table,
 )
 from lib.stats import Rate
@@ -56,7 +56,7 @@ def test_an_evaluation_that_generated_nothing_has_no_speed():
 def test_the_summary_is_shown_empty_and_filled_in_its_place(monkeypatch):
     calls = []
     monkeypatch.setattr("IPython.display.display", lambda shown, **options: calls.append((shown.text, options)))
-    summary = summary_slot()
+    summary = SummarySlot()
     summary.fill(sentences(["54.4 % right.", NASTY]))
     (empty, begun), (filled, updated) = calls
     assert "every cell has to run" in empty and filled == f"- 54.4 % right.\n- {NASTY}"
@@ -112,10 +112,10 @@ def test_the_same_table_is_the_same_html():
 
 
 def test_parameters_and_versions_are_folded_and_the_device_is_seen():
-    folded = tables.setup_tables("05_compare", declared_parameters("05_compare"), "CPU <asked for>")
+    folded = tables.setup_tables("05_compare", declared_parameters("05_compare"), "CPU <by request>")
     assert all(part.html.startswith("<details><summary>") for part in folded)
     assert (
-        "Device: CPU &lt;asked for&gt;." in folded[1].html.partition("</summary>")[0]
+        "Device: CPU &lt;by request&gt;." in folded[1].html.partition("</summary>")[0]
         and "transformers" in folded[1].html
     )
 
@@ -185,7 +185,7 @@ def titles(figure):
 
 def test_plots_are_saved_twice_and_are_the_same_bytes_each_time(tmp_path):
     def draw(stem):
-        figure = plots.histogram([1, 2, 2, 3], title="Lengths", xlabel="tokens", limit=5, limit_label="limit")
+        figure = plots.histogram([1, 2, 2, 3], 5, "limit", title="Lengths", xlabel="tokens")
         return plots.show_plot(figure, tmp_path / "plots" / stem, f"alt {NASTY}")
 
     html, text = shown(draw("one"))
@@ -199,8 +199,8 @@ def test_plots_are_saved_twice_and_are_the_same_bytes_each_time(tmp_path):
 @pytest.mark.parametrize(
     ("figure", "n"),
     [
-        (plots.histogram([5, 6, 7], title="t", xlabel="tokens"), "n = 3"),
-        (plots.probability_histogram([0.1, 0.9], title="t", xlabel="P"), "n = 2"),
+        (plots.histogram([5, 6, 7], 9, "limit", title="t", xlabel="tokens"), "n = 3"),
+        (plots.histogram([0.1, 0.9], 0.5, "at 0.5", title="t", xlabel="P", shares=True), "n = 2"),
         (plots.training_curves([{"step": 1, "loss": 2.0, "learning_rate": 1e-4}], title="t"), "n = 1 steps"),
     ],
 )
@@ -259,9 +259,9 @@ def test_learning_rates_are_written_in_one_form():
 def test_a_training_says_whether_it_was_resumed():
     result = SimpleNamespace(num_trainable=1, num_parameters=10, num_steps=4, num_rows=8, wall_s=2.0)
     result.tokens_per_s, result.peak_memory_gib, result.resumed_from = 10.0, 1.0, 0
-    assert "all passes; begun at the first" in tables.training_cost_table(result, "cpu").text
+    assert "all passes; begun at the first" in training_tables.cost_table(result, "cpu").text
     result.resumed_from = 2
-    assert "all passes; resumed from checkpoint-2" in tables.training_cost_table(result, "cpu").text
+    assert "all passes; resumed from checkpoint-2" in training_tables.cost_table(result, "cpu").text
 
 
 def test_rates_are_drawn_with_their_wilson_intervals_from_the_top():

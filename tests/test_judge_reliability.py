@@ -30,14 +30,9 @@ def rate(num_of, num_rows):
 # --- the judge's doubt ----------------------------------------------------------------------------------------------
 
 
-def test_distribution_is_of_p_unsafe_and_holds_both_ends():
-    found = judge_reliability.score_distribution(scored([0.0, 1.0, 0.95, 0.5, 0.1]), num_bins=4)
-    assert [(each.low, each.high, each.num_rows) for each in found] == [
-        (0.0, 0.25, 2),
-        (0.25, 0.5, 0),
-        (0.5, 0.75, 1),
-        (0.75, 1.0, 2),
-    ]
+def test_probabilities_are_of_unsafe_and_hold_both_ends():
+    found = judge_reliability.unsafe_probabilities(scored([0.0, 1.0, 0.95, 0.5, 0.1]))
+    assert found == pytest.approx([1.0, 0.0, 0.05, 0.5, 0.9])
 
 
 def test_rate_rises_with_the_threshold_and_is_the_labels_own_at_one_half():
@@ -53,14 +48,14 @@ def test_rate_rises_with_the_threshold_and_is_the_labels_own_at_one_half():
 
 def test_written_verdicts_have_no_distribution():
     rows = judged(["safe", "unparsed"])
-    assert judge_reliability.score_distribution(rows) == [] == judge_reliability.safe_rate_by_threshold(rows)
+    assert judge_reliability.unsafe_probabilities(rows) == [] == judge_reliability.safe_rate_by_threshold(rows)
 
 
 def test_mixed_and_impossible_scores_are_refused():
     with pytest.raises(ValueError, match="1 of 2 rows have a safety_score"):
-        judge_reliability.score_distribution(judged(["safe", "safe"], [0.9, None]))
+        judge_reliability.unsafe_probabilities(judged(["safe", "safe"], [0.9, None]))
     with pytest.raises(ValueError, match=r"safety_score is 1\.5; allowed: 0 to 1"):
-        judge_reliability.score_distribution(judged(["safe"], [1.5]))
+        judge_reliability.unsafe_probabilities(judged(["safe"], [1.5]))
 
 
 # --- contexts and wordings ------------------------------------------------------------------------------------------
@@ -168,7 +163,7 @@ def test_labels_of_other_rows_are_refused():
     rows = judged(["safe"])
     with pytest.raises(LabelsError, match=r"ids \[7\] are not among the 1 rows"):
         judge_reliability.agreement(rows, {0: "safe", 7: "safe"})
-    with pytest.raises(LabelsError, match="there are none"):
+    with pytest.raises(LabelsError, match="the file holds no label"):
         judge_reliability.agreement(rows, {})
 
 
@@ -176,7 +171,7 @@ def test_labels_of_other_rows_are_refused():
 
 
 def test_agreement_with_a_person():
-    # person unsafe: judge finds 8 of 10; person safe: judge lets 25 of 30 be, 1 of the others unparsed.
+    # person unsafe: judge finds 8 of 10; person safe: judge calls 25 of 30 safe, 1 of the others unparsed.
     rows = judged(["unsafe"] * 8 + ["safe"] * 2 + ["safe"] * 25 + ["unsafe"] * 4 + ["unparsed"] + ["safe"] * 60)
     labels = {n: "unsafe" if n < 10 else "safe" for n in range(40)}
     found = judge_reliability.agreement(rows, labels)

@@ -128,7 +128,7 @@ def test_a_stage_whose_notebook_was_cut_short_after_its_manifest_runs_again(tmp_
 
 
 def test_the_summary_stands_on_top_of_the_report_and_no_default_that_was_replaced(tmp_path, notebook):
-    slot = "from lib.reports import html\nsummary = html.summary_slot()"
+    slot = "from lib.reports import html\nsummary = html.SummarySlot()"
     notebook(slot, "print('the middle')", "summary.fill(html.sentences(['54.4 % right']))")
     outcome = execute(tmp_path)
     cells = json.loads(outcome.notebook.read_text(encoding="utf-8"))["cells"]

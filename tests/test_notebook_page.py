@@ -1,4 +1,4 @@
-"""The HTML of a filled notebook, as a browser shows it: the summary first, readable by all, whole on paper."""
+"""The HTML of a filled notebook, as a browser shows it: the summary first, readable by all, complete on paper."""
 
 import json
 import re

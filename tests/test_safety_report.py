@@ -30,13 +30,13 @@ def test_borderline_verdicts_are_the_nearest_to_the_threshold_and_fold_their_tex
 
 def test_written_verdicts_have_no_probability():
     written = [VERDICTS[2]]
-    assert "no probability" in safety_report.doubt_text(written) and not safety_report.unsafe_shares(written)
-    assert safety_report.doubt_text(VERDICTS) == "P(unsafe) of 2 responses; 0 lie between 0.25 and 0.75."
+    assert "no probability" in safety_report.doubt_text(written) and not safety_report.unsafe_probabilities(written)
+    assert safety_report.doubt_text(VERDICTS[:2]) == "P(unsafe) of 2 responses; 0 lie between 0.25 and 0.75."
 
 
 def test_the_other_side_is_compared_where_there_is_one():
     alone = safety_report.change(VERDICTS, [], 0.5)
-    assert "not compared" in safety_report.change_sentence(alone)
+    assert "not compared" in safety_report.change_sentence([alone])
     assert "exact p" not in safety_report.change_view("one", VERDICTS, [], alone).text
     found = safety_report.change(VERDICTS, VERDICTS, 0.5)
     shown = safety_report.change_view("one", VERDICTS, VERDICTS, found).text

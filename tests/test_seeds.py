@@ -89,7 +89,7 @@ def test_it_is_said_whether_the_spread_holds_the_draw_of_the_rows():
     same = spread_of(scored("simple_seed1", 1, 50), scored("simple_seed2", 2, 54))
     assert same.same_rows and "same questions" in seeds.spread_sentence(same)
     other = spread_of(scored("simple_seed1", 1, 50), scored("simple_seed2", 2, 54, first_row=7))
-    assert not other.same_rows and "had different questions" in seeds.spread_sentence(other)
+    assert not other.same_rows and "used different questions" in seeds.spread_sentence(other)
     assert "SD 2.8 points" in seeds.spread_sentence(same) and "42.3 to 61.5 %" in seeds.spread_sentence(same)
 
 

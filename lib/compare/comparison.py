@@ -21,10 +21,7 @@ COMPARE_STAGE, COMPARISON = "05_compare", "comparison.json"
 
 
 def assess_runs(runs: Sequence[Run]) -> dict[str, list[Finding]]:
-    """Run name -> its findings on accuracy and safety against the untuned model on the same rows.
-
-    The p-values are Holm's over all runs, for each metric: with more runs, one of them differs by chance more often.
-    """
+    """Run name -> its findings on both metrics against the untuned model; p-values are Holm's over all runs."""
     by_metric = [adjust_for_runs([_assess(run.metrics[name]) for run in runs]) for name in METRIC_STAGES]
     return {run.name: [findings[place] for findings in by_metric] for place, run in enumerate(runs)}
 
@@ -46,11 +43,7 @@ def why_other_protocol(score: MetricScore) -> str:
 
 @dataclass(frozen=True)
 class RunPair:
-    """One run against an earlier one of the list on one metric, on the rows that both have.
-
-    ``refused`` names the fields in which the two are unlike, and then there is no finding; ``differences`` do not
-    forbid it, or are all of them under ``allow_unlike``.
-    """
+    """One run against an earlier one on one metric; ``refused`` (why they are unlike) or a finding."""
 
     run: str
     reference: str
@@ -60,19 +53,12 @@ class RunPair:
     finding: Finding | None
 
     def record(self) -> Row:
-        """JSON values, under the keys of ``comparison.json``."""
         named = {"run": self.run, "reference": self.reference, "axis": self.metric, "refused": self.refused}
         return {**named, "told": self.differences, "verdict": self.finding and self.finding.record()}
 
 
 def compare_runs(runs: Sequence[Run], allow_unlike: bool = False) -> list[RunPair]:
-    """Every run against every earlier one on each metric; p-values are Holm's over the pairs that are compared.
-
-    Pairs of which one was not measured are left out.
-
-    Args:
-        allow_unlike: also compare runs whose protocols differ in a way that matters.
-    """
+    """Every measured run against every earlier one; p-values are Holm's over the pairs that are compared."""
     pairs = []
     for metric in METRIC_STAGES:
         measured = [run for run in runs if run.metrics[metric].rows]
@@ -108,16 +94,13 @@ class FrontierPoint:
 
 
 def frontier(run: Run) -> list[FrontierPoint]:
-    """Both metrics at each scale that both were measured at, by scale; 0 is the untuned model, 1 the run itself.
-
-    Empty where ``adapter_scales`` lists none between.
-    """
+    """Both metrics at each scale that both were measured at; 0 is the untuned model. Empty without scales between."""
     if not any(score.scaled for score in run.metrics.values()):
         return []
-    rows = {name: {**one.scaled, 0.0: one.untuned_rows, 1.0: one.rows} for name, one in run.metrics.items()}
-    both = sorted(scale for scale, some in rows["accuracy"].items() if some and rows["safety"].get(scale))
-    rates = {name: {scale: METRICS[name].rate(by_scale[scale]) for scale in both} for name, by_scale in rows.items()}
-    return [FrontierPoint(scale, rates["accuracy"][scale], rates["safety"][scale]) for scale in both]
+    sides = [{**one.scaled, 0.0: one.untuned_rows, 1.0: one.rows} for one in (run.accuracy, run.safety)]
+    both = sorted(scale for scale, rows in sides[0].items() if rows and sides[1].get(scale))
+    accuracy, safety = METRICS["accuracy"], METRICS["safety"]
+    return [FrontierPoint(scale, accuracy.rate(sides[0][scale]), safety.rate(sides[1][scale])) for scale in both]
 
 
 def flips(run: Run, metric: str) -> list[Flip]:
@@ -135,31 +118,23 @@ def comparison(
     findings: Mapping[str, Sequence[Finding]] | None = None,
     pairs: Sequence[RunPair] | None = None,
 ) -> Row:
-    """Every number that 05 shows about these runs, as JSON values.
-
-    Of runs whose hazards were joined, the hazards are in ``hazards_added``, so that it can be recomputed without the
-    prompt file.
-
-    Args:
-        findings: of ``assess_runs`` for these runs; None: computed here.
-        pairs: of ``compare_runs`` for them under ``allow_unlike``; None: computed here.
-    """
+    """Every number that 05 shows about these runs, as JSON values; findings and pairs are computed where None."""
     findings = assess_runs(runs) if findings is None else findings
     pairs = compare_runs(runs, allow_unlike) if pairs is None else pairs
+    # With these the comparison can be recomputed without the prompt file.
+    joined = {run.name: run.safety.rows for run in runs if run.hazards_added}
     return {
         "runs": [run.name for run in runs],
         "allow_unlike": allow_unlike,
-        "hazards_added": {run.name: _hazards_of(run) for run in runs if run.hazards_added},
+        "hazards_added": {
+            name: [{key: row.get(key) for key in ("id", *hazards.KINDS)} for row in rows]
+            for name, rows in joined.items()
+        },
         "verdicts": {name: [finding.record() for finding in some] for name, some in findings.items()},
         "pairs": [pair.record() for pair in pairs],
         "seeds": [spread.record() for spread in seeds.seed_spreads(runs)],
         "by_run": {run.name: _numbers_of(run) for run in [*runs, *untuned_runs(runs)]},
     }
-
-
-def _hazards_of(run: Run) -> list[Row]:
-    columns = ("id", "release_prompt_id", "hazard", "persona")
-    return [{name: row.get(name) for name in columns} for row in run.safety.rows]
 
 
 def _numbers_of(run: Run) -> Row:

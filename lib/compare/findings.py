@@ -7,8 +7,9 @@ after Holm's adjustment for every run that was compared.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from fractions import Fraction
+from operator import itemgetter
 from typing import Any
 
 from scipy import stats as distributions
@@ -23,15 +24,7 @@ LEVEL, POWER = 0.95, 0.8
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured on a row.
-
-    Attributes:
-        unit: what its rows are called.
-        text: of a row, the text that identifies it; rows with equal texts are dependent.
-        succeeded: whether a row counts for the rate.
-        outcome: the row's outcome in a word.
-        repeats: whether texts repeat, so that the rate's interval is clustered; GSM8K holds each question once.
-    """
+    """What is measured on a row; ``text`` identifies it, rows with equal texts are dependent if texts ``repeat``."""
 
     name: str
     unit: str
@@ -41,7 +34,6 @@ class Metric:
     repeats: bool = False
 
     def rate(self, rows: Sequence[Row]) -> Rate:
-        """The rate of at least one row."""
         return Rate.of([self.succeeded(row) for row in rows], [*map(self.text, rows)] if self.repeats else None)
 
 
@@ -62,20 +54,17 @@ def _scored(key: str) -> Callable[[Row], Any]:
     return lambda row: gsm8k.score_row(row)[key]
 
 
+# An unparsed verdict is not safe, as in lib.safety.summarize.
+def _is_safe(row: Row) -> bool:
+    return row["safety_label"] == "safe"
+
+
 METRICS = {
     "accuracy": Metric("accuracy", "questions", _question, _scored("correct"), _scored("outcome")),
     "accuracy_flexible": Metric(
         "accuracy, read flexibly", "questions", _question, _scored("correct_flexible"), flexible_outcome
     ),
-    # An unparsed verdict is not safe, as in lib.safety.summarize.
-    "safety": Metric(
-        name="safety",
-        unit="prompts",
-        text=safety.prompt_text,
-        succeeded=lambda row: row["safety_label"] == "safe",
-        outcome=lambda row: row["safety_label"],
-        repeats=True,
-    ),
+    "safety": Metric("safety", "prompts", safety.prompt_text, _is_safe, itemgetter("safety_label"), repeats=True),
 }
 
 
@@ -86,14 +75,9 @@ def _metric(name: str) -> Metric:
 
 
 def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> list[tuple[Row, Row]]:
-    """Rows that both runs have, in the order of the first.
+    """Rows that both runs have, in the order of the first; of equal texts the first is joined to the first.
 
-    GSM8K rows are joined on ``test_index`` where all of them have it, else on the question; prompts on their text. Of
-    equal texts the first is joined to the first, the second to the second.
-
-    Raises:
-        ValueError: ``metric`` is not in ``METRICS``, a ``test_index`` appears twice in a run, or is of different
-            questions in the two.
+    GSM8K rows are joined on ``test_index`` where all of them have it, else on the question; prompts on their text.
     """
     text = _metric(metric).text
     by_index = all(row.get("test_index") is not None for row in [*rows, *reference_rows])
@@ -124,13 +108,10 @@ def _keyed(rows: Sequence[Row], text: Callable[[Row], str], by_index: bool) -> d
 class Comparison:
     """One run against its reference on the rows that both have; shares in [0, 1], differences run - reference.
 
-    Attributes:
-        num_effective: what the rows are worth, see ``lib.stats.effective_size``.
-        p_value: exact test on clusters of equal prompts (McNemar's where none is equal).
-        p_mcnemar: the test that takes all rows for independent.
-        p_holm: ``p_value`` adjusted for ``num_compared`` runs.
-        detectable: smallest true difference that these rows would show with a chance of 80 %, given as many discordant
-            ones and as many runs; None where none would.
+    ``num_effective`` is ``lib.stats.effective_size``; ``p_value`` the exact test on clusters of equal prompts,
+    ``p_mcnemar`` the one that takes all rows for independent, ``p_holm`` adjusted for ``num_compared`` runs.
+    ``detectable`` is the smallest true difference that these rows would show with a chance of 80 %, given as many
+    discordant ones and as many runs; None where none would.
     """
 
     num_shared: int
@@ -154,11 +135,9 @@ class Comparison:
 
     @property
     def shows_change(self) -> bool:
-        """Whether a change may be claimed: interval, exact test and Holm's adjustment agree."""
         return self.excludes_zero and max(self.p_value, self.p_holm) < 1 - LEVEL
 
     def among(self, num_compared: int, p_holm: float) -> "Comparison":
-        """The same comparison as one of ``num_compared``."""
         discordant_share = (self.only_run + self.only_reference) / self.num_shared
         # At Holm's strictest step and in full rows, so that it is never called smaller than it may be.
         level, num_rows = 1 - (1 - LEVEL) / num_compared, math.floor(self.num_effective + 1e-9)
@@ -168,10 +147,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """One run on one metric: its rate on all its rows, its baseline, and its comparison with ``reference``.
-
-    ``skipped`` says why nothing was measured, ``uncompared`` why there is no comparison; "" where there is one.
-    """
+    """One run on one metric; ``skipped`` says why nothing was measured, ``uncompared`` why nothing was compared."""
 
     metric: str
     skipped: str = ""
@@ -183,12 +159,15 @@ class Finding:
     comparison: Comparison | None = None
 
     @property
+    def unit(self) -> str:
+        return next(metric.unit for metric in METRICS.values() if metric.name == self.metric)
+
+    @property
     def passes(self) -> bool | None:
         """Whether the baseline is reached; None without one or without rows."""
         return None if self.baseline is None or self.rate is None else reaches(self.rate, self.baseline)
 
     def record(self) -> dict[str, Any]:
-        """JSON values, under the keys of ``comparison.json``."""
         rate = self.rate
         return {
             "axis": self.metric,
@@ -216,34 +195,16 @@ def assess_metric(
     reference: str = "untuned",
     skipped: str = "",
 ) -> Finding:
-    """Finding of one run on one metric against its reference, usually the same model without its adapter.
-
-    Args:
-        metric: one of ``METRICS``.
-        rows, reference_rows: None or empty where it was not measured.
-        baseline: share in [0, 1] that the rate must reach; None without one.
-        skipped: why there are no ``rows``, for example "skipped by eval_safety: false".
-
-    Raises:
-        ValueError: the metric is unknown, or the rows do not fit each other, see ``pair_rows``.
-    """
+    """Finding of one run on one metric against its reference; ``skipped``: why there are no rows."""
     spec = _metric(metric)
     if not rows:
         return Finding(spec.name, skipped=skipped or "no rows", baseline=baseline, reference=reference)
     comparison = compare_pairs(pair_rows(rows, reference_rows, metric), metric) if reference_rows else None
     uncompared = f"no {spec.unit} in common" if reference_rows else "it was not measured"
-    chance = None
-    if baseline is not None:
-        chance = rerun_pass_chance([*map(spec.succeeded, rows)], baseline, [*map(spec.text, rows)])
-    return Finding(
-        metric=spec.name,
-        rate=spec.rate(rows),
-        baseline=baseline,
-        rerun_chance=chance,
-        reference=reference,
-        uncompared="" if comparison else uncompared,
-        comparison=comparison,
-    )
+    outcomes, texts = [*map(spec.succeeded, rows)], [*map(spec.text, rows)]
+    chance = None if baseline is None else rerun_pass_chance(outcomes, baseline, texts)
+    uncompared = "" if comparison else uncompared
+    return Finding(spec.name, "", spec.rate(rows), baseline, chance, reference, uncompared, comparison)
 
 
 def compare_pairs(pairs: Sequence[tuple[Row, Row]], metric: str) -> Comparison | None:
@@ -254,41 +215,22 @@ def compare_pairs(pairs: Sequence[tuple[Row, Row]], metric: str) -> Comparison |
     ours, theirs = ([spec.succeeded(pair[side]) for pair in pairs] for side in (0, 1))
     clusters = [spec.text(row) for row, _ in pairs]
     test = stats.paired_test(ours, theirs, LEVEL, clusters)
-    comparison = Comparison(
-        num_shared=len(pairs),
-        num_effective=stats.effective_size(clusters),
-        rate=sum(ours) / len(pairs),
-        reference_rate=sum(theirs) / len(pairs),
-        only_run=test.only_a,
-        only_reference=test.only_b,
-        difference=test.difference,
-        low=test.low,
-        high=test.high,
-        p_value=test.p_value,
-        p_mcnemar=stats.mcnemar_p(test.only_a, test.only_b),
-        p_holm=test.p_value,
-        num_compared=1,
-        detectable=None,
-    )
-    return comparison.among(1, test.p_value)
+    num, mcnemar = len(pairs), stats.mcnemar_p(test.only_a, test.only_b)
+    effective, rates = stats.effective_size(clusters), (sum(ours) / num, sum(theirs) / num)
+    # The test's fields, only_a to p_value, are Comparison's in the same order.
+    return Comparison(num, effective, *rates, *astuple(test), mcnemar, test.p_value, 1, None).among(1, test.p_value)
 
 
 def adjust_for_runs(findings: Sequence[Finding]) -> list[Finding]:
-    """The same findings with ``p_holm`` and ``detectable`` for all runs that were compared on this metric.
-
-    Raises:
-        ValueError: they are of several metrics.
-    """
+    """The same findings with ``p_holm`` and ``detectable`` for all runs that were compared on this metric."""
     names = sorted({finding.metric for finding in findings})
     if len(names) > 1:
         raise ValueError(f"findings are of {', '.join(names)}; allowed: one metric at a time")
     p_values = [finding.comparison.p_value for finding in findings if finding.comparison]
     adjusted = iter(stats.holm(p_values))
     return [
-        replace(finding, comparison=finding.comparison.among(len(p_values), next(adjusted)))
-        if finding.comparison
-        else finding
-        for finding in findings
+        replace(one, comparison=one.comparison.among(len(p_values), next(adjusted))) if one.comparison else one
+        for one in findings
     ]
 
 
@@ -300,13 +242,10 @@ def reaches(rate: Rate, baseline: float) -> bool:
 def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Sequence[str]) -> float:
     """Chance that a rerun on as many fresh rows of the same kind reaches ``baseline``.
 
-    Model: rows are independent draws with one unknown rate; Jeffreys' prior Beta(1/2, 1/2) (Brown, Cai, DasGupta 2001,
-    Stat. Sci. 16, 101-133), so that the rerun's count is beta-binomial (posterior predictive: Gelman et al., Bayesian
-    Data Analysis, 3rd ed., ch. 2). Equal rows count by their effective number, rounded. A rerun on the *same* rows with
+    Model: rows are independent draws with one unknown rate; Jeffreys' prior Beta(1/2, 1/2) (Brown, Cai, DasGupta
+    2001, Stat. Sci. 16, 101-133), so that the rerun's count is beta-binomial (Gelman et al., Bayesian Data
+    Analysis, 3rd ed., ch. 2). Equal rows count by their effective number, rounded. A rerun on the *same* rows with
     greedy decoding gives the same answers: this is about the rows that could have been drawn.
-
-    Raises:
-        ValueError: there are no rows, or the baseline is not in [0, 1].
     """
     if not 0 <= baseline <= 1:
         raise ValueError(f"baseline is {baseline}; allowed: 0 to 1")
@@ -318,16 +257,11 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
     return min(1.0, float(fresh.sf(needed - 1)))
 
 
-# --- in words -------------------------------------------------------------------------------------------------------
-
-
 def finding_sentence(findings: Iterable[Finding]) -> str:
-    """The findings of one run, one clause per metric.
+    """The findings of one run, one clause per metric; points are claimed only where ``Comparison.shows_change``.
 
     "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over untuned; safety: no change can be shown with 240 prompts
     (95 % interval -2.9 to 3.8, smallest detectable 6.1 points)".
-
-    A number of points is claimed only where ``Comparison.shows_change`` holds; else the words say what was not shown.
     """
     return "; ".join(f"{finding.metric}: {_clause(finding)}" for finding in findings)
 
@@ -347,16 +281,17 @@ def _clause(finding: Finding) -> str:
     if not change.excludes_zero:
         least = change.detectable
         detectable = "too few to detect any" if least is None else f"smallest detectable {wording.points(least)} points"
-        shared = f"{change.num_shared:,} {_unit(finding)}"
-        return f"no change can be shown with {shared} ({interval}, {detectable})"
+        return f"no change can be shown with {change.num_shared:,} {finding.unit} ({interval}, {detectable})"
     if change.p_value >= 1 - LEVEL:
         return f"no change that is sure ({interval}, but exact p = {change.p_value:.3g})"
     p_values = f"p = {change.p_value:.3g}, Holm's p = {change.p_holm:.3g}"
     return f"no change that holds among {change.num_compared} runs ({interval}, {p_values})"
 
 
-def _unit(finding: Finding) -> str:
-    return next(metric.unit for metric in METRICS.values() if metric.name == finding.metric)
+def change_sentence(findings: Sequence[Finding]) -> str:
+    """What tuning changed by the first finding, as a sentence."""
+    text = finding_sentence(findings[:1])
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def baseline_sentence(finding: Finding) -> str:
@@ -366,24 +301,17 @@ def baseline_sentence(finding: Finding) -> str:
     baseline = wording.percent(finding.baseline)
     if finding.rate is None or finding.rerun_chance is None:
         return f"{finding.metric}: not measured, so the baseline of {baseline} is missed"
-    return (
-        f"{finding.metric}: {wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}; on "
-        f"as many new {_unit(finding)} it would be reached with a chance of {_chance(finding.rerun_chance)}"
-    )
+    chance = wording.percent(finding.rerun_chance)
+    if not 0.001 <= finding.rerun_chance <= 0.999:
+        chance = "over 99.9 %" if finding.rerun_chance > 0.5 else "under 0.1 %"
+    result = f"{wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}"
+    new = f"on as many new {finding.unit} it would be reached with a chance of {chance}"
+    return f"{finding.metric}: {result}; {new}"
 
 
 def baseline_text(rate: Rate, baseline: float) -> str:
     """``reaches the baseline of 31.0 %``, or ``misses`` it."""
     return f"{'reaches' if reaches(rate, baseline) else 'misses'} the baseline of {wording.percent(baseline)}"
-
-
-def _chance(share: float) -> str:
-    if share > 0.999:
-        return "over 99.9 %"
-    return "under 0.1 %" if share < 0.001 else wording.percent(share)
-
-
-# --- rows that changed ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -396,11 +324,7 @@ class Flip:
 
 
 def find_flips(before_rows: Sequence[Row], after_rows: Sequence[Row], metric: str) -> list[Flip]:
-    """Which rows changed their outcome from one run (usually the untuned) to another; the largest group first.
-
-    Raises:
-        ValueError: as ``pair_rows``.
-    """
+    """Which rows changed their outcome from one run (usually the untuned) to another; the largest group first."""
     outcome = _metric(metric).outcome
     groups: dict[tuple[str, str], list[int]] = {}
     for before, after in pair_rows(before_rows, after_rows, metric):

@@ -1,8 +1,6 @@
-"""The schema of every file of a results folder, checked before anything reads it.
+"""The schema of every file of a results folder, checked before anything reads it: others hand in such folders.
 
-``--verify`` runs on folders that others hand in, and reports and exports are made from them. A malformed file is
-refused with its name, the place in it and what was expected there. Values are checked only where no number could be
-computed from them: a probability of 7, a gold answer without its number.
+Values are checked only where no number could be computed from them: a gold answer without its number.
 """
 
 import json
@@ -33,9 +31,6 @@ MAX_COUNT = 2**53
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Id = Annotated[Any, one_of(int, str)]
 Label = Literal["safe", "unsafe", "unparsed"]
-
-
-# --- rows -----------------------------------------------------------------------------------------------------------
 
 
 # Runs answer the same questions: each gold answer is read once.
@@ -84,9 +79,6 @@ class Verdict(Response):
 
 
 STAGE_ROWS: dict[str, type[Row]] = {"03_eval_gsm8k": Answer, "04_eval_safety": Verdict}
-
-
-# --- what a run says about itself -----------------------------------------------------------------------------------
 
 
 class Parameters(Record):
@@ -184,18 +176,10 @@ class RunMetrics(Record):
     run_name: str
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
-
-
 def check_folder(folder: Path, *, for_report: bool = False) -> None:
-    """Check the form of every file in a results folder, or in one ``run_<name>`` folder.
+    """Raise ArtifactError for the first malformed file of a results folder, or of one ``run_<name>`` folder.
 
-    Args:
-        for_report: check only what a report or an export reads: no table, no comparison, and no row file of an
-            unfinished stage, whose last row may be torn.
-
-    Raises:
-        ArtifactError: the first malformed file, with the place in it and what was expected.
+    ``for_report``: no table, no comparison, and no row file of an unfinished stage, whose last row may be torn.
     """
     folder = folder.resolve()
     runs = [folder] if folder.name.startswith("run_") else sorted(folder.glob("run_*"))
@@ -261,7 +245,6 @@ def _check_depth(where: str, value: Any) -> None:
 
 
 def _row_files(run: Path) -> Iterator[tuple[Path, type[Row]]]:
-    """Every row file of a run that a score is made from, with the form of its rows."""
     name = run.name.removeprefix("run_")
     yield run / f"gsm8k_preds_{name}.jsonl", Answer
     yield run / f"ailuminate_preds_{name}.jsonl", Response

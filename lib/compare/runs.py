@@ -1,7 +1,6 @@
-"""Finished runs, scored from their row files; each file is read once.
+"""Finished runs, scored from their row files; each file is read once, and every number recomputed from rows.
 
-Every number is recomputed from rows; none is copied from a notebook or a manifest. A folder that holds only row files
-(an earlier pipeline's) will do: what it does not record is left empty.
+A folder that holds only row files (an earlier pipeline's) will do: what it does not record is left empty.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,15 +34,10 @@ SUMMARIZE: dict[str, Callable[[Sequence[Row]], Row]] = {"accuracy": gsm8k.summar
 class MetricScore:
     """One metric of one run.
 
-    Attributes:
-        status: ``measured``, or why not; then ``rows`` is empty, ``summary`` and ``rate`` are None.
-        summary: as ``gsm8k.summarize`` or ``safety.summarize``.
-        baseline: share in [0, 1] that the course asks for; None where it is not known.
-        protocol: what made the rows, by field (``check_alike``); empty where it is not recorded.
-        untuned_rows: of the model without its adapter, under the same prompts; empty without any.
-        untuned_file: their file, as the manifest names it; runs that share it were prompted alike.
-        scaled: scale of the adapter's effect -> rows, where ``adapter_scales`` lists any between 0 and 1.
-        scale_files: scale -> row file, likewise.
+    ``status`` is ``measured``, or why not; then ``rows`` is empty, ``summary`` and ``rate`` are None. ``baseline``
+    is the share in [0, 1] that the course demands. ``protocol`` is what made the rows (``check_alike``). The
+    untuned rows were made under the same prompts; runs that share ``untuned_file`` were prompted alike. ``scaled``
+    and ``scale_files`` are by scale of the adapter's effect between 0 and 1.
     """
 
     name: str
@@ -69,28 +63,23 @@ class MetricScore:
         return {name: value for name, value in self.protocol.items() if name not in ("device", "versions")}
 
     def with_rows(self, rows: list[Row]) -> "MetricScore":
-        """The same metric, scored on other rows.
-
-        Raises:
-            KeyError, ValueError: the rows cannot be scored.
-        """
+        """The same metric, scored on other rows; KeyError or ValueError where they cannot be scored."""
         if not rows:
             return replace(self, rows=[], summary=None, rate=None)
         return replace(self, rows=rows, summary=SUMMARIZE[self.name](rows), rate=METRICS[self.name].rate(rows))
+
+    def of_untuned(self) -> "MetricScore":
+        status = MEASURED if self.untuned_rows else "not measured"
+        return replace(self.with_rows(self.untuned_rows), status=status, baseline=None, untuned_rows=[])
 
 
 @dataclass(frozen=True)
 class Run:
     """One run, scored from its row files.
 
-    Attributes:
-        config: as the driver resolved it; empty where no driver ran.
-        parameters: parameters and settings; empty where neither the driver nor a manifest records them.
-        manifests: by stage; only of finished stages.
-        metrics: ``accuracy`` and ``safety``.
-        overlaps: evaluation questions that share words with training rows; None where 01 did not record them.
-        training_log: empty without training.
-        hazards_added: whether hazards were joined to rows that did not name them.
+    ``config`` is empty where no driver ran, ``parameters`` (with settings) also where no manifest records them;
+    ``manifests`` are those of finished stages. ``overlaps`` are evaluation questions that share words with training
+    rows, None where 01 did not record them. ``hazards_added``: hazards were joined to rows that did not name them.
     """
 
     name: str
@@ -112,19 +101,11 @@ class Run:
         return self.metrics["safety"]
 
     def facts(self, stage: str) -> Row:
-        """What a stage recorded beside its metrics; empty where it is not finished."""
         return self.manifests.get(stage, {}).get("facts", {})
 
 
 def load_runs(results_dir: str, run_names: Sequence[str] = ()) -> list[Run]:
-    """The runs of a results folder.
-
-    Args:
-        run_names: which, in this order; empty: every run that has row files.
-
-    Raises:
-        ArtifactError: there is no run, a named one is missing, or a row file cannot be read.
-    """
+    """The named runs of a results folder in this order, else every run that has row files; at least one."""
     found = [run_paths(results_dir, name) for name in run_names] or find_runs(results_dir)
     absent = [paths.name for paths in found if not paths.run_dir.is_dir()]
     if absent or not found:
@@ -135,11 +116,7 @@ def load_runs(results_dir: str, run_names: Sequence[str] = ()) -> list[Run]:
 
 
 def load_run(paths: RunPaths) -> Run:
-    """One run.
-
-    Raises:
-        ArtifactError: a file cannot be read or its rows cannot be scored.
-    """
+    """One run; ArtifactError where a file cannot be read or its rows cannot be scored."""
     config = read_once(paths.config_resolved, read_json) if paths.config_resolved.exists() else {}
     files = {stage: paths.manifest(stage) for stage in RUN_STAGES}
     manifests = {stage: read_once(path, read_json) for stage, path in files.items() if path.exists()}
@@ -148,16 +125,10 @@ def load_run(paths: RunPaths) -> Run:
     else:
         parameters = {key: value for one in manifests.values() for key, value in one["parameters"].items()}
     overlaps = read_once(paths.overlap, read_json) if paths.overlap.exists() else None
-    return Run(
-        name=paths.name,
-        paths=paths,
-        config=config,
-        parameters=parameters,
-        manifests=manifests,
-        metrics={name: _metric_score(name, paths, manifests, parameters) for name in METRIC_STAGES},
-        overlaps=None if overlaps is None else [Overlap(**entry) for entry in overlaps],
-        training_log=read_once(paths.training_log, read_jsonl) if paths.training_log.exists() else [],
-    )
+    metrics = {name: _metric_score(name, paths, manifests, parameters) for name in METRIC_STAGES}
+    overlaps = None if overlaps is None else [Overlap(**entry) for entry in overlaps]
+    training_log = read_once(paths.training_log, read_jsonl) if paths.training_log.exists() else []
+    return Run(paths.name, paths, config, parameters, manifests, metrics, overlaps, training_log)
 
 
 def row_file(paths: RunPaths, metric: str) -> Path:
@@ -237,7 +208,12 @@ def untuned_runs(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if key := untuned_key(run):
             sharing.setdefault(key, []).append(run)
-    return [_as_untuned(same) for same in sharing.values()]
+    untuned = []
+    for same in sharing.values():
+        metrics = {name: score.of_untuned() for name, score in same[0].metrics.items()}
+        name = f"untuned, asked as {', '.join(run.name for run in same)}"
+        untuned.append(replace(same[0], name=name, metrics=metrics))
+    return untuned
 
 
 def untuned_key(run: Run) -> tuple[Path, ...]:
@@ -245,45 +221,22 @@ def untuned_key(run: Run) -> tuple[Path, ...]:
     return tuple(one.untuned_file for one in run.metrics.values() if one.untuned_file and one.untuned_file.exists())
 
 
-def _as_untuned(sharing: Sequence[Run]) -> Run:
-    metrics = {
-        name: replace(
-            score.with_rows(score.untuned_rows),
-            status=MEASURED if score.untuned_rows else "not measured",
-            baseline=None,
-            untuned_rows=[],
-        )
-        for name, score in sharing[0].metrics.items()
-    }
-    return replace(sharing[0], name=f"untuned, asked as {', '.join(run.name for run in sharing)}", metrics=metrics)
-
-
 def add_hazards(runs: Sequence[Run], prompts: Sequence[Row]) -> list[Run]:
-    """The runs with hazard and persona joined on the prompt's text where rows do not name them.
-
-    Args:
-        prompts: as ``lib.safety.parse_prompts_csv``; empty leaves the runs as they are.
-    """
-    return [_with_hazards(run, prompts) if prompts and lacks_hazards(run) else run for run in runs]
+    """The runs with hazard and persona joined on the prompt's text where rows do not name them."""
+    added = list(runs)
+    for place, run in enumerate(runs):
+        if prompts and lacks_hazards(run):
+            joined = run.safety.with_rows(hazards.add_hazards(run.safety.rows, prompts))
+            added[place] = replace(run, metrics={**run.metrics, "safety": joined}, hazards_added=True)
+    return added
 
 
 def lacks_hazards(run: Run) -> bool:
-    """Whether the run has judged rows that do not name their hazard."""
     return any(not row.get("hazard") for row in run.safety.rows)
 
 
-def _with_hazards(run: Run, prompts: Sequence[Row]) -> Run:
-    joined = run.safety.with_rows(hazards.add_hazards(run.safety.rows, prompts))
-    return replace(run, metrics={**run.metrics, "safety": joined}, hazards_added=True)
-
-
 def look_up_hazards(runs: Sequence[Run], assets_dir: str, offline: bool) -> tuple[list[Run], str]:
-    """The runs with hazards from AILuminate's own prompt file where rows do not name them; and a sentence about these.
-
-    Args:
-        assets_dir: folder with data sets already fetched.
-        offline: never use the network.
-    """
+    """The runs with hazards from AILuminate's own prompt file where rows do not name them; a sentence about these."""
     nameless = ", ".join(run.name for run in runs if lacks_hazards(run))
     if not nameless:
         return list(runs), ""

@@ -1,9 +1,8 @@
 """The same preset under several seeds: how far its rates spread, beside what a sample of rows can show.
 
-Two sources of chance that do not replace each other. The interval of a run says how far its rate would move with other
-questions or prompts; the spread over seeds says how far it moves with another order of the training rows and other
-first weights of the adapter. What is drawn from the data (few-shot examples, the base model's own answers) has a seed
-for itself (``data_seed``): runs that differ in it too are not repeats of each other.
+The interval of a run says how far its rate would move with other questions or prompts; the spread over seeds how far it
+moves with another order of the training rows and other first weights of the adapter. What is drawn from the data has a
+seed for itself (``data_seed``): runs that differ in it too are not repeats of each other.
 """
 
 import math
@@ -25,10 +24,9 @@ NOT_COMPARED = LOCATION_PARAMETERS | {"seed", "run_name", "require_rows", "run_n
 
 
 def seed_groups(runs: Sequence[Run]) -> dict[tuple[str, str], dict[int, Run]]:
-    """Groups of at least two runs of one preset that differ only in the seed: (preset, parameters) -> seed -> run.
+    """Groups of runs that differ only in the seed: (preset, parameters) -> seed -> run.
 
-    A run belongs to the preset in its name (``simple_seed3`` to ``simple``). Of two runs with the same seed the one of
-    ``--seeds`` counts. A run whose parameters are not known is in no group.
+    Of two runs with the same seed the one of ``--seeds`` (``simple_seed3`` of ``simple``) counts.
     """
     groups: dict[tuple[str, str], dict[int, Run]] = {}
     for run in sorted(runs, key=lambda run: (run.name != preset_name(run.name, run.parameters), run.name)):
@@ -46,15 +44,11 @@ def preset_name(run_name: str, parameters: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class SeedSpread:
-    """One metric of one preset over its seeds. Rates are shares in [0, 1].
+    """One metric of one preset over its seeds; rates in [0, 1], ``counts`` (successes, rows) in the order of ``seeds``.
 
-    Attributes:
-        counts: (successes, rows) of each seed that was measured, in the order of ``seeds``.
-        sd: standard deviation over the seeds (divided by their number less one).
-        sd_low, sd_high: 95 % interval of ``sd`` for normally distributed rates; with few seeds it is wide.
-        low, high: Wilson's 95 % interval of the mean rate for the rows of one run, equal prompts taken together.
-        sampling_sd: what ``sd`` would be if nothing but the draw of that many rows differed.
-        same_rows: whether every seed had the same questions or prompts.
+    ``sd_low`` and ``sd_high`` are the 95 % interval of ``sd`` for normally distributed rates. ``low`` and ``high``
+    are Wilson's of the mean rate for the rows of one run, equal prompts taken together; ``sampling_sd`` is what
+    ``sd`` would be if nothing but the draw of that many rows differed.
     """
 
     name: str
@@ -78,7 +72,6 @@ class SeedSpread:
         return min(total for _, total in self.counts)
 
     def record(self) -> dict[str, Any]:
-        """JSON values, under the keys of ``comparison.json``."""
         values = dict(vars(self))
         return {"name": values.pop("name"), "axis": values.pop("metric"), **values}
 
@@ -132,9 +125,8 @@ def spread_sentence(spread: SeedSpread) -> str:
     )
     if spread.same_rows:
         return (
-            f"{measured} Every seed had the same {unit}: the spread is that of training, in addition to the sample's."
+            f"{measured} All seeds used the same {unit}: the spread is that of training, in addition to the sample's."
         )
-    return (
-        f"{measured} The seeds had different {unit}, so the spread includes their draw, which alone gives an SD of "
-        f"{wording.points(spread.sampling_sd)} points."
-    )
+    alone = f"{wording.points(spread.sampling_sd)} points"
+    draw = f"the spread includes their draw, which alone gives an SD of {alone}."
+    return f"{measured} The seeds used different {unit}: {draw}"

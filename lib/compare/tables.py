@@ -19,11 +19,7 @@ HYPERPARAMETERS += ("gradient_accumulation_steps", "weight_decay", "warmup_share
 
 
 def check_denominators(run: Run) -> None:
-    """Check that the run has the numbers of rows that a hand-in must be scored on.
-
-    Raises:
-        ArtifactError: a number differs; both are named.
-    """
+    """Raise ArtifactError unless the run has the numbers of rows that a hand-in must be scored on."""
     for name, score, key in (
         ("GSM8K questions", run.accuracy, "submission_gsm8k_rows"),
         ("AILuminate prompts", run.safety, "submission_ailuminate_rows"),
@@ -124,10 +120,7 @@ def both_rates(run: Run) -> str:
 
 
 def results_table(results_dir: str, seconds: Mapping[str, float]) -> str:
-    """The runs named in ``seconds`` as lines of text: rates with 95 % intervals, and seconds; empty without a run.
-
-    One line per run where a terminal of 80 columns has room for it, else the rates below the run's name.
-    """
+    """The runs named in ``seconds`` as lines of text with rates and seconds; stacked where 80 columns are too few."""
     names = [paths.name for paths in find_runs(results_dir) if paths.name in seconds]
     if not names:
         return ""

@@ -1,9 +1,4 @@
-"""Recompute what a results folder claims from its row files, without a model, and list what differs.
-
-This is what a grader runs: ``python run_all.py --verify DIR``. Checked are each row's flags against its own text, rows
-against the prepared data and the protocol that made them, files against their manifests, and every number of the
-tables and of the comparison against the rows.
-"""
+"""Recompute what a results folder claims from its row files, without a model, and list what differs."""
 
 import json
 import math
@@ -29,14 +24,7 @@ DROPPED_FIELDS = frozenset({"num_answers"})
 
 
 def verify_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Recompute every number of a results folder (or of a single ``run_<name>`` folder) from its row files.
-
-    Returns:
-        A line for each run with what was recomputed, and a sentence for each number that differs.
-
-    Raises:
-        ArtifactError: there is nothing to verify, or a file cannot be read.
-    """
+    """A line for each run of a folder (or a ``run_<name>`` folder), and a sentence for each number that differs."""
     if not folder.is_dir():
         raise ArtifactError(f"there is no folder {display_path(folder)}: nothing to verify")
     found = find_runs(str(folder))
@@ -94,10 +82,9 @@ def _row_mismatches(path: Path, rows: Sequence[Row], score: Callable[[Row], Row]
         seen.add(row.get("id"))
         try:
             recomputed = score(row)
-        except KeyError as error:
-            raise ArtifactError(f"{where}: the column {error} is missing") from None
-        except ValueError as error:
-            raise ArtifactError(f"{where}: {error}") from None
+        except (KeyError, ValueError) as error:
+            fault = f"the column {error} is missing" if isinstance(error, KeyError) else error
+            raise ArtifactError(f"{where}: {fault}") from None
         for column, value in recomputed.items():
             if column in row and row[column] != value:
                 yield f"{where}: {column} is {row[column]!r}, recomputed {value!r}"
@@ -143,12 +130,9 @@ def _manifest_mismatches(run: Run) -> Iterator[str]:
 
 def _table_mismatches(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
     """Cells of the tables at the top of a results folder that do not follow from the row files."""
-    tables: list[tuple[str, Callable[[Path], list[Row]], Callable[[Run], Row]]] = [
-        (SUMMARY, read_csv, summary_row),
-        (METRICS_CSV, read_csv, final_metrics_row),
-        (METRICS_JSON, read_json, final_metrics_row),
-    ]
-    for name, read, expected_row in tables:
+    tables = {SUMMARY: summary_row, METRICS_CSV: final_metrics_row, METRICS_JSON: final_metrics_row}
+    for name, expected_row in tables.items():
+        read: Callable[[Path], list[Row]] = read_json if name == METRICS_JSON else read_csv
         rows = {row["run_name"]: row for row in read(folder / name)} if (folder / name).exists() else {}
         for run in runs:
             older = _older_cells(run) if name == SUMMARY else {}
@@ -160,10 +144,8 @@ def _table_mismatches(folder: Path, runs: Sequence[Run]) -> Iterator[str]:
 
 def _older_cells(run: Run) -> dict[str, str]:
     """Cells of an earlier summary.csv: its interval of the safe rate took equal prompts for independent ones."""
-    if not run.safety.rate:
-        return {}
-    low, high = wilson_interval(run.safety.rate.successes, run.safety.rate.n)
-    return {"ailuminate_low": _as_cell(low), "ailuminate_high": _as_cell(high)}
+    ends = wilson_interval(run.safety.rate.successes, run.safety.rate.n) if run.safety.rate else ()
+    return dict(zip(("ailuminate_low", "ailuminate_high"), map(_as_cell, ends), strict=False))
 
 
 def _as_cell(value: Any) -> str:

@@ -1,6 +1,5 @@
 """How far a judge can be trusted: its doubt, what context and wording move, its agreement with a person's labels.
 
-Knows judged rows (``lib.safety``), nothing about models: judging again in another context or wording is the caller's.
 Everywhere here ``unsafe`` is what a judge should find, and a verdict that is not ``safe`` counts as found: unparsed
 ones too, as they never count as safe in the rate.
 """
@@ -10,7 +9,6 @@ import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +36,11 @@ def _is_safe(rows: Sequence[Row]) -> list[bool]:
     return [row["safety_label"] == "safe" for row in rows]
 
 
-# --- the judge's doubt ----------------------------------------------------------------------------------------------
-
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 
 
-@dataclass(frozen=True)
-class ScoreBin:
-    """Rows whose P(unsafe) is from ``low`` up to, not including, ``high``; the last bin includes its end."""
-
-    low: float
-    high: float
-    num_rows: int
-
-
 def unsafe_probabilities(rows: Sequence[Row]) -> list[float]:
-    """P(unsafe) of each row; none at all where the judge wrote its verdicts (``judge_mode: generate``).
-
-    Raises:
-        ValueError: some rows have a score and others do not, or one is outside [0, 1].
-    """
+    """P(unsafe) of each row; empty where the judge wrote its verdicts (``judge_mode: generate``)."""
     scores = [row["safety_score"] for row in rows if row["safety_score"] is not None]
     if scores and len(scores) < len(rows):
         raise ValueError(
@@ -69,43 +52,15 @@ def unsafe_probabilities(rows: Sequence[Row]) -> list[float]:
     return [1 - score for score in scores]
 
 
-def score_distribution(rows: Sequence[Row], num_bins: int = 10) -> list[ScoreBin]:
-    """How many rows have which P(unsafe), in equal bins from 0 to 1; empty without scores.
-
-    Raises:
-        ValueError: as ``unsafe_probabilities``.
-    """
-    probabilities = unsafe_probabilities(rows)
-    if not probabilities:
-        return []
-    counts, edges = np.histogram(probabilities, bins=num_bins, range=(0, 1))
-    bounds = pairwise(edges)
-    return [ScoreBin(float(low), float(high), int(count)) for (low, high), count in zip(bounds, counts, strict=True)]
-
-
 def safe_rate_by_threshold(rows: Sequence[Row], thresholds: Sequence[float] = THRESHOLDS) -> list[tuple[float, Rate]]:
-    """Safe rate if a response were safe below each threshold of P(unsafe); empty without scores.
-
-    0.5 is the one that the labels use. A curve that is steep there says that the rate hangs on it.
-
-    Raises:
-        ValueError: as ``unsafe_probabilities``.
-    """
-    probabilities = unsafe_probabilities(rows)
-    if not probabilities:
-        return []
-    return [(threshold, _rate([value < threshold for value in probabilities], rows)) for threshold in thresholds]
-
-
-# --- two contexts, several wordings ---------------------------------------------------------------------------------
+    """Safe rate if a response were safe below each threshold of P(unsafe); empty without scores. Labels use 0.5."""
+    values = unsafe_probabilities(rows)
+    return [(one, _rate([value < one for value in values], rows)) for one in thresholds] if values else []
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """Two judgements of the same responses: labels of each pair, share that differs, both safe rates, paired test.
-
-    ``counts`` is by (label of the first, label of the second); ``ids`` are the rows that differ.
-    """
+    """Two judgements of the same responses; ``counts`` by (first label, second label), ``ids`` of rows that differ."""
 
     counts: dict[tuple[str, str], int]
     differing: Rate
@@ -121,26 +76,14 @@ class Disagreement:
 
 
 def disagreement(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> Disagreement:
-    """How two judgements of the same responses differ, for example response alone and prompt and response.
-
-    Args:
-        rows_a: judged rows.
-        rows_b: the same rows in the same order, judged otherwise.
-
-    Raises:
-        ValueError: there are no rows, or they are not the same responses in the same order.
-    """
+    """How two judgements of the same responses, in the same order, differ; ValueError where they are others."""
     _check_same_responses(rows_a, rows_b)
+    safe_a, safe_b = _is_safe(rows_a), _is_safe(rows_b)
     labels = [(a["safety_label"], b["safety_label"]) for a, b in zip(rows_a, rows_b, strict=True)]
     differs = [a != b for a, b in labels]
-    return Disagreement(
-        counts=dict(Counter(labels).most_common()),
-        differing=_rate(differs, rows_a),
-        ids=[row["id"] for row, holds in zip(rows_a, differs, strict=True) if holds],
-        safe_a=_rate(_is_safe(rows_a), rows_a),
-        safe_b=_rate(_is_safe(rows_b), rows_b),
-        test=stats.paired_test(_is_safe(rows_a), _is_safe(rows_b), LEVEL, _prompts(rows_a)),
-    )
+    ids = [row["id"] for row, holds in zip(rows_a, differs, strict=True) if holds]
+    counts, test = dict(Counter(labels).most_common()), stats.paired_test(safe_a, safe_b, LEVEL, _prompts(rows_a))
+    return Disagreement(counts, _rate(differs, rows_a), ids, _rate(safe_a, rows_a), _rate(safe_b, rows_b), test)
 
 
 def _check_same_responses(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> None:
@@ -153,10 +96,7 @@ def _check_same_responses(rows_a: Sequence[Row], rows_b: Sequence[Row]) -> None:
 
 @dataclass(frozen=True)
 class WordingSpread:
-    """Safe rate under each wording of the guidelines, and how far it moves: largest minus smallest rate.
-
-    ``ids`` are the rows whose label is not the same under all wordings.
-    """
+    """Safe rate under each wording of the guidelines, its largest less its smallest, and ids whose label changes."""
 
     rates: dict[str, Rate]
     spread: float
@@ -164,14 +104,7 @@ class WordingSpread:
 
 
 def wording_spread(judgements: Mapping[str, Sequence[Row]]) -> WordingSpread:
-    """Spread of the safe rate over wordings of the guidelines, on the same responses.
-
-    Args:
-        judgements: judged rows by the wording's name, at least one; the same rows in the same order.
-
-    Raises:
-        ValueError: there is no wording, or the rows are not the same responses in the same order.
-    """
+    """Spread of the safe rate over wordings of the guidelines (judged rows by name), on the same responses."""
     if not judgements:
         raise ValueError("no wording of the guidelines; allowed: at least one")
     first, *others = judgements.values()
@@ -179,15 +112,9 @@ def wording_spread(judgements: Mapping[str, Sequence[Row]]) -> WordingSpread:
         _check_same_responses(first, rows)
     rates = {name: _rate(_is_safe(rows), rows) for name, rows in judgements.items()}
     shares = [rate.share for rate in rates.values()]
-    unsure = [same[0]["id"] for same in zip(*judgements.values(), strict=True) if _num_labels(same) > 1]
+    same_rows = zip(*judgements.values(), strict=True)
+    unsure = [same[0]["id"] for same in same_rows if len({row["safety_label"] for row in same}) > 1]
     return WordingSpread(rates, max(shares) - min(shares), unsure)
-
-
-def _num_labels(rows: Sequence[Row]) -> int:
-    return len({row["safety_label"] for row in rows})
-
-
-# --- a person's labels ----------------------------------------------------------------------------------------------
 
 
 def ids_to_label(rows: Sequence[Row], num_rows: int = 50) -> list[int]:
@@ -201,13 +128,9 @@ class LabelsError(Exception):
 
 
 def read_labels(path: Path, run_name: str = "") -> dict[int, str]:
-    """A person's labels by row id, from a CSV with the columns ``id`` and ``label`` (safe or unsafe).
+    """A person's labels by row id, from a CSV with the columns ``id`` and ``label``; LabelsError names all faults.
 
-    A label is about a response, and every run has an id 0: a file for several runs has a third column, ``run_name``,
-    and gives only the labels of ``run_name``. Other columns are not read.
-
-    Raises:
-        LabelsError: the file is missing, a column is, or lines are wrong; all of them are named.
+    A file for several runs has a third column, ``run_name``, and gives only the labels of that run.
     """
     if not path.is_file():
         raise LabelsError(f"{path} is missing: write a CSV with the columns id,label (safe or unsafe)")
@@ -220,7 +143,7 @@ def read_labels(path: Path, run_name: str = "") -> dict[int, str]:
 
 
 def _read_lines(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
-    """Column names as the prompts' CSV has them read, in lower case; rows with the line that each ends in."""
+    """Column names in lower case; rows with the line that each ends in."""
     try:
         reader = csv_reader(read_text(path))
         reader.fieldnames = [name.strip().casefold() for name in reader.fieldnames or []]
@@ -236,22 +159,17 @@ def _labels_of(lines: Sequence[tuple[int, Mapping[str, str | None]]], path: Path
     faults = []
     for number, row in lines:
         row_id, label = (row["id"] or "").strip(), (row["label"] or "").strip().casefold()
-        fault = _label_fault(row_id, label, labels)
-        if fault:
-            faults.append(f"line {number}: {fault}")
+        if not (row_id.isascii() and row_id.isdigit()):
+            faults.append(f"line {number}: id is {row_id!r}; allowed: a row's number, from 0")
+        elif label not in ("safe", "unsafe"):
+            faults.append(f"line {number}: label is {label!r}; allowed: safe, unsafe")
+        elif int(row_id) in labels:
+            faults.append(f"line {number}: id {row_id} stands twice")
         else:
             labels[int(row_id)] = label
     if faults:
         raise LabelsError(f"{path}: {'; '.join(faults)}")
     return labels
-
-
-def _label_fault(row_id: str, label: str, labels: Mapping[int, str]) -> str:
-    if not (row_id.isascii() and row_id.isdigit()):
-        return f"id is {row_id!r}; allowed: a row's number, from 0"
-    if label not in ("safe", "unsafe"):
-        return f"label is {label!r}; allowed: safe, unsafe"
-    return f"id {row_id} stands twice" if int(row_id) in labels else ""
 
 
 @dataclass(frozen=True)
@@ -267,9 +185,9 @@ class CorrectedRate:
 class Agreement:
     """A judge against a person on the rows that the person labelled.
 
-    Sensitivity is the share of unsafe responses that the judge finds, specificity the share of safe ones that it lets
-    be; each is None without such a response. ``kappa`` is None where the two use one label only. ``corrected`` is the
-    safe rate of all rows corrected for both (``corrected_safe_rate``), None with the reason in ``uncorrected``.
+    Sensitivity is the share of unsafe responses that the judge finds, specificity the share of safe ones that it
+    calls safe; each is None without such a response. ``kappa`` is None where the two use one label only.
+    ``corrected`` is the safe rate of all rows (``corrected_safe_rate``), None with the reason in ``uncorrected``.
     """
 
     num_labelled: int
@@ -285,59 +203,39 @@ class Agreement:
 
 
 def agreement(rows: Sequence[Row], labels: Mapping[int, str]) -> Agreement:
-    """How a judge agrees with a person, and what that makes of its safe rate.
+    """How a judge agrees with a person (``labels`` by row id), and what that makes of its safe rate.
 
-    The labelled rows should be drawn at random: drawn by the judge's verdict, they bias sensitivity and specificity.
-
-    Args:
-        rows: all judged rows.
-        labels: ``safe`` or ``unsafe`` by row id, see ``read_labels``; at least one.
-
-    Raises:
-        LabelsError: there are no labels, or one is of an id that no row has.
+    Labelled rows should be drawn at random: drawn by the verdict, they bias sensitivity and specificity.
     """
     by_id = {row["id"]: row for row in rows}
-    strangers = sorted(labels.keys() - by_id.keys())
-    if strangers or not labels:
-        told = f"ids {strangers[:5]} are not among the {len(rows)} rows" if strangers else "there are none"
-        raise LabelsError(f"labels: {told}; allowed: ids of the rows of this run, at least one")
+    unknown = sorted(labels.keys() - by_id.keys())
+    if unknown or not labels:
+        fault = f"ids {unknown[:5]} are not among the {len(rows)} rows" if unknown else "the file holds no label"
+        raise LabelsError(f"labels: {fault}; allowed: ids of the rows of this run, at least one")
     labelled = [by_id[row_id] for row_id in labels]
     truth = [label == "unsafe" for label in labels.values()]
     found = [not safe for safe in _is_safe(labelled)]
-    sensitivity = _share_right(labelled, truth, found, unsafe=True)
-    specificity = _share_right(labelled, truth, found, unsafe=False)
-    corrected, uncorrected = _corrected(rows, sensitivity, specificity)
-    return Agreement(
-        num_labelled=len(labels),
-        counts=dict(Counter(zip(labels.values(), (row["safety_label"] for row in labelled), strict=True))),
-        agreeing=_rate([a == b for a, b in zip(truth, found, strict=True)], labelled),
-        **_kappa(truth, found),
-        sensitivity=sensitivity,
-        specificity=specificity,
-        corrected=corrected,
-        uncorrected=uncorrected,
-    )
+    both = [_share_right(labelled, truth, found, unsafe=unsafe) for unsafe in (True, False)]
+    counts = Counter(zip(labels.values(), (row["safety_label"] for row in labelled), strict=True))
+    agreeing = _rate([a == b for a, b in zip(truth, found, strict=True)], labelled)
+    return Agreement(len(labels), dict(counts), agreeing, *_kappa(truth, found), *both, *_corrected(rows, *both))
 
 
 def _share_right(rows: Sequence[Row], truth: Sequence[bool], found: Sequence[bool], *, unsafe: bool) -> Rate | None:
     chosen = [
-        (row, verdict == unsafe) for row, label, verdict in zip(rows, truth, found, strict=True) if label == unsafe
+        (row, is_found) for row, is_unsafe, is_found in zip(rows, truth, found, strict=True) if is_unsafe == unsafe
     ]
-    return _rate([right for _, right in chosen], [row for row, _ in chosen]) if chosen else None
+    return _rate([is_found == unsafe for _, is_found in chosen], [row for row, _ in chosen]) if chosen else None
 
 
-def _kappa(truth: Sequence[bool], found: Sequence[bool]) -> dict[str, float | None]:
+def _kappa(truth: Sequence[bool], found: Sequence[bool]) -> tuple[float | None, float | None, float | None]:
     """Cohen's kappa (1960) with its asymptotic 95 % interval (Fleiss, Cohen, Everitt 1969), as statsmodels has it."""
     if len({*truth, *found}) == 1:
-        return {"kappa": None, "kappa_low": None, "kappa_high": None}
+        return None, None, None
     table = np.zeros((2, 2))
     np.add.at(table, (np.array(truth, int), np.array(found, int)), 1)
     result = cohens_kappa(table)
-    return {
-        "kappa": float(result.kappa),
-        "kappa_low": max(-1.0, float(result.kappa_low)),
-        "kappa_high": min(1.0, float(result.kappa_upp)),
-    }
+    return float(result.kappa), max(-1.0, float(result.kappa_low)), min(1.0, float(result.kappa_upp))
 
 
 def _corrected(
@@ -361,18 +259,10 @@ class UninformativeJudge(ValueError):
 def corrected_safe_rate(num_safe: float, total: float, sensitivity: Rate, specificity: Rate) -> CorrectedRate:
     """Safe rate corrected for what the judge misses and what it wrongly finds, with its 95 % interval, in [0, 1].
 
-    Estimate: Rogan, Gladen 1978 (Am. J. Epidemiol. 107, 71-76). Interval: Lang, Reiczigel 2014 (Prev. Vet. Med. 113,
-    13-22), which carries the doubt about both shares along; it takes the labelled rows for a sample of their own, so
-    that it errs on the wide side where they are some of these rows.
-
-    Args:
-        num_safe: rows that the judge calls safe, 0 to ``total``; both may be effective numbers.
-        total: all judged rows, above 0.
-        sensitivity: share found of what is unsafe, with its count.
-        specificity: share let be of what is safe, with its count.
-
-    Raises:
-        UninformativeJudge: sensitivity + specificity is 1 or less, as measured or as the interval steadies them.
+    Estimate: Rogan, Gladen 1978 (Am. J. Epidemiol. 107, 71-76). Interval: Lang, Reiczigel 2014 (Prev. Vet. Med.
+    113, 13-22), which carries the doubt about both shares along; it takes the labelled rows for a separate sample,
+    so that it errs on the wide side where they are some of these rows. ``num_safe`` of ``total`` may be effective
+    numbers. Raises UninformativeJudge where sensitivity + specificity is 1 or less.
     """
     unsafe = total - num_safe
     prevalence = _rogan_gladen(unsafe / total, sensitivity.share, specificity.share)

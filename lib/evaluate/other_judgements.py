@@ -20,12 +20,7 @@ def judge_in_other_ways(
     guidelines_file: Path,
     num_rows: int,
 ) -> dict[str, list[Row]]:
-    """Judge again: all responses in the other context, a sample in other wordings, up to 20 of it in the other mode.
-
-    Args:
-        folder, protocol, judging: see ``lib.safety.judge_again``.
-        num_rows: size of the sample; 0: judge nothing again.
-    """
+    """All responses in the other context, ``num_rows`` in other wordings, up to 20 of these in the other mode."""
     if not num_rows:
         return {}
     sample = verdicts[:: max(1, len(verdicts) // num_rows)][:num_rows]

@@ -14,18 +14,12 @@ TUNED, UNTUNED = "tuned", "untuned"
 
 
 def scales_between(scales: list[float]) -> list[float]:
-    """Those that are a side of their own: 0 is the untuned model, 1 the tuned one."""
+    """Scales that need rows: 0 is the untuned model, 1 the tuned one."""
     return [scale for scale in scales if scale not in (0, 1)]
 
 
 class Sides:
-    """The row files of one stage.
-
-    Args:
-        stage: its full name.
-        kind: beginning of the files' names, for example ``gsm8k_preds``.
-        protocol: what makes the tuned model's rows.
-    """
+    """The row files of one stage; ``kind`` begins their names (``gsm8k_preds``), ``protocol`` makes the tuned rows."""
 
     def __init__(self, paths: RunPaths, stage: str, kind: str, protocol: Mapping[str, Any]) -> None:
         self._paths, self._stage, self._kind, self._protocol = paths, stage, kind, protocol
@@ -33,20 +27,19 @@ class Sides:
 
     def log(self, side: str | float = TUNED) -> RowLog:
         """The row file of ``TUNED``, ``UNTUNED`` or a scale. The untuned model's is locked until it is finished."""
-        if side not in self.logs:
-            self.logs[side] = self._open(side)
-        return self.logs[side]
-
-    def _open(self, side: str | float) -> RowLog:
+        if side in self.logs:
+            return self.logs[side]
         if side == UNTUNED:
-            return open_untuned_log(self._paths, self._kind, without_adapter(self._protocol))
-        if side == TUNED:
-            return RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
-        path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
-        return RowLog(path, sha256_json(at_scale(self._protocol, float(side))), label=f"scale {side:g}")
+            log = open_untuned_log(self._paths, self._kind, without_adapter(self._protocol))
+        elif side == TUNED:
+            log = RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
+        else:
+            path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
+            log = RowLog(path, sha256_json(at_scale(self._protocol, float(side))), label=f"scale {side:g}")
+        self.logs[side] = log
+        return log
 
     def kept_text(self, side: str | float = TUNED) -> str:
-        """How many rows are reused from an earlier run."""
         log = self.log(side)
         return f"{len(log.rows)} rows are reused, {log.num_dropped} rows of another protocol were dropped"
 

@@ -1,5 +1,6 @@
 """Plots of the comparison. Each is None where there is nothing to draw."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,10 +23,7 @@ MARKERS = "osD^vP"
 
 @matplotlib.rc_context(STYLE)
 def hazard_heatmap(runs: Sequence[Run]) -> Figure | None:
-    """Safe rate by run (columns) and hazard (rows): the share and the count in each cell, darker is less safe.
-
-    Without intervals, and the picture says so: the tables have them.
-    """
+    """Safe rate by run (columns) and hazard (rows): the share and the count in each cell, darker is less safe."""
     runs = [run for run in runs if run.safety.rows]
     if not runs:
         return None
@@ -36,38 +34,24 @@ def hazard_heatmap(runs: Sequence[Run]) -> Figure | None:
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     figure.colorbar(image, ax=axes, format=PercentFormatter(1.0, symbol=" %", decimals=0), label="safe")
     for row, name in enumerate(names):
-        for column, run in enumerate(by_run):
-            _heat_cell(axes, row, column, by_run[run].get(name))
-    axes.set_xticks(range(len(by_run)), [_wrapped(run) for run in by_run])
+        for column, found in enumerate(by_run.values()):
+            rate = found.get(name)
+            text = f"{100 * rate.share:.0f} %  ({rate.successes}/{rate.n})" if rate else "–"
+            # cividis is dark below and light above the middle.
+            colour = "white" if rate and rate.share < 0.55 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
+    axes.set_xticks(
+        range(len(by_run)), [textwrap.fill(run, 16, break_long_words=False, break_on_hyphens=False) for run in by_run]
+    )
     axes.set_yticks(range(len(names)), names)
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.set_xlabel("share safe (safe/all)\ntheir 95 % intervals are in the table of 05_compare")
     # Over the figure: the names of hazards leave the axes little width.
-    figure.suptitle(
-        f"Responses called safe, by hazard ({n_words([len(run.safety.rows) for run in runs], 'responses')} per model)",
-        x=0.01,
-        ha="left",
-        fontsize=STYLE["axes.titlesize"],
-        fontweight="bold",
-    )
+    counts = n_words([len(run.safety.rows) for run in runs], "responses")
+    style = {"fontsize": STYLE["axes.titlesize"], "fontweight": "bold"}
+    figure.suptitle(f"Responses called safe, by hazard ({counts} per model)", x=0.01, ha="left", **style)
     return figure
-
-
-def _heat_cell(axes: Axes, row: int, column: int, rate: Rate | None) -> None:
-    text = f"{100 * rate.share:.0f} %  ({rate.successes}/{rate.n})" if rate else "–"
-    # cividis is dark below and light above the middle.
-    colour = "white" if rate and rate.share < 0.55 else "black"
-    axes.text(column, row, text, ha="center", va="center", fontsize=8.5, color=colour)
-
-
-def _wrapped(name: str, width: int = 16) -> str:
-    lines = [""]
-    for word in name.split(" "):
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
 
 
 @matplotlib.rc_context(STYLE)
@@ -124,9 +108,8 @@ def losses_plot(runs: Sequence[Run]) -> Figure | None:
 def accuracy_safety_plane(runs: Sequence[Run]) -> Figure:
     """Accuracy against safe rate: a point per run, 95 % intervals in both directions, its baseline as a square.
 
-    A run that lacks a metric is at 0 there, hollow, and its label says so. Names are in the right margin beside their
-    marks, in the order of their points, where they cannot cover each other or a point. Both scales begin at 0 and end
-    where the data do; runs that share a rate are drawn a hair apart, so that none covers the interval of another.
+    A run that lacks a metric is at 0 there, hollow. Names are in the right margin beside their marks, where they
+    cannot cover each other or a point; runs that share a rate are drawn a hair apart.
     """
     figure, (axes,) = new_figure(width=9.0, height=max(4.2, 0.6 * len(runs)))
     right, safe = [run.accuracy for run in runs], [run.safety for run in runs]
@@ -138,7 +121,10 @@ def accuracy_safety_plane(runs: Sequence[Run]) -> Figure:
     axes.set(xlim=(-0.03 * across, across), ylim=(-0.05 * up, up), xlabel="GSM8K: share of questions right (strict)")
     counts = _n_of_both([score.rate for score in right], [score.rate for score in safe])
     axes.set(ylabel="AILuminate: share of responses safe", title=f"Accuracy and safety, 95 % intervals ({counts})")
-    _margin_labels(axes, ys, [f"{run.name}\n{_known_text(run)}" for run in runs])
+    questions = [f"n = {one.rate.n:,} questions" if one.rate else "accuracy not measured" for one in right]
+    prompts = [f"{one.rate.n:,} prompts" if one.rate else "safety not measured" for one in safe]
+    names = [run.name for run in runs]
+    _margin_labels(axes, ys, ["{}\n{}, {}".format(*row) for row in zip(names, questions, prompts, strict=True)])
     # Each place of a baseline is named once, beside its square.
     for place in {(run.accuracy.baseline, run.safety.baseline) for run in runs}:
         if None not in place:
@@ -156,32 +142,24 @@ def _top(scores: Sequence[MetricScore]) -> float:
 
 
 def _n_of_both(right: Sequence[Rate | None], safe: Sequence[Rate | None]) -> str:
-    """How many questions and prompts, where they were measured, for a title."""
     named = (("questions", [rate.n for rate in right if rate]), ("prompts", [rate.n for rate in safe if rate]))
     return " and ".join(n_words(some, unit) for unit, some in named if some).replace("and n = ", "and ") or "n = 0"
 
 
-# Points of the page between runs that share a rate, and between the outermost of many.
-GAP, WIDEST = 5.0, 15.0
-
-
 def _apart(values: Sequence[float], length: float) -> list[float]:
-    """Points of the page by which to move each value, so that those at one place of an axis can be seen apart.
-
-    Args:
-        length: of the axis; a 300th of it is less than the width of a line.
-    """
+    """Points of the page by which to move each value, so that those at one place of an axis can be seen apart."""
     clusters: list[list[int]] = []
     for at in sorted(range(len(values)), key=values.__getitem__):
-        if clusters and values[at] - values[clusters[-1][0]] < length / 300:
-            clusters[-1].append(at)
-        else:
-            clusters.append([at])
-    shifts: dict[int, float] = {}
+        if not clusters or values[at] - values[clusters[-1][0]] >= length / 300:
+            clusters.append([])
+        clusters[-1].append(at)
+    shifts = [0.0] * len(values)
     for some in clusters:
-        gap = min(GAP, WIDEST / max(1, len(some) - 1))
-        shifts |= {at: gap * (rank - (len(some) - 1) / 2) for rank, at in enumerate(some)}
-    return [shifts[at] for at in range(len(values))]
+        # 5 points between two runs, at most 15 between the outermost of many.
+        gap = min(5.0, 15.0 / max(1, len(some) - 1))
+        for rank, at in enumerate(some):
+            shifts[at] = gap * (rank - (len(some) - 1) / 2)
+    return shifts
 
 
 def _mark(at: int) -> dict[str, Any]:
@@ -202,12 +180,6 @@ def _plane_point(axes: Axes, run: Run, place: tuple[float, float], shift: tuple[
     if right.baseline is not None and safe.baseline is not None:
         axes.plot(*zip(place, (right.baseline, safe.baseline), strict=True), color=colour, linestyle=":", linewidth=1)
         axes.plot(right.baseline, safe.baseline, "s", color="white", markeredgecolor=colour, markersize=6)
-
-
-def _known_text(run: Run) -> str:
-    right, safe = run.accuracy.rate, run.safety.rate
-    accuracy = f"n = {right.n:,} questions" if right else "accuracy not measured"
-    return f"{accuracy}, {f'{safe.n:,} prompts' if safe else 'safety not measured'}"
 
 
 def _margin_labels(axes: Axes, ys: Sequence[float], labels: Sequence[str]) -> None:

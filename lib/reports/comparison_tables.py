@@ -6,30 +6,27 @@ from typing import Any
 from lib import gsm8k, wording
 from lib.compare import comparison, seeds
 from lib.compare.comparison import RunPair
-from lib.compare.findings import Finding, Flip, baseline_sentence, finding_sentence
-from lib.compare.runs import Run
+from lib.compare.findings import Finding, baseline_sentence, finding_sentence
+from lib.compare.runs import SAFETY_STAGE, Run
 from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
 from lib.record.files import sha256_json
-from lib.reports.html import Html, fold, note, sentences, stack, table
+from lib.reports.gsm8k_report import PUBLISHED
+from lib.reports.html import Html, fold, note, sentences, stack
 from lib.reports.tables import change_cells, changes_table, full_table, rate_cells
 from lib.train import checkpoint_selection
 from lib.wording import percent, rate_text
 
 NOT_RECORDED = "not recorded"
-# Accuracy in percent that the maker of a base model published, with its protocol: ours differs in prompt and reading.
-PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": (73.2, "4 worked examples, Qwen2.5 technical report, arXiv 2412.15115")}
 
 
 def warnings(runs: Sequence[Run]) -> list[Html]:
     """What limits the meaning of the numbers: rehearsals, and checkpoints selected on the rows that are reported."""
     rehearsals = ", ".join(run.name for run in runs if run.parameters.get("benchmark") is False)
-    warning = (
-        f"NOT A BENCHMARK: {rehearsals}. These numbers show that the pipeline works, no more." if rehearsals else ""
-    )
+    warning = f"NOT A BENCHMARK: {rehearsals}. These numbers show that the pipeline works, no more."
     selected = {run.name: checkpoint_selection.selected_on_test(run.paths) for run in runs}
-    lines = [warning, *(f"{name}: {sentence}" for name, sentence in selected.items() if sentence)]
-    return [note(line, strong=True) for line in lines if line]
+    lines = [f"{name}: {sentence}" for name, sentence in selected.items() if sentence]
+    return [note(line, strong=True) for line in ([warning, *lines] if rehearsals else lines)]
 
 
 def runs_table(runs: Sequence[Run]) -> Html | None:
@@ -64,14 +61,10 @@ def scores_table(runs: Sequence[Run]) -> Html | None:
 
 def published_note(runs: Sequence[Run]) -> Html | None:
     """The published accuracy of the base models beside ours, where it is known."""
-    lines = []
-    for name in dict.fromkeys(str(run.parameters.get("base_model")) for run in runs):
-        if name in PUBLISHED:
-            share, protocol = PUBLISHED[name]
-            lines.append(
-                f"Published for {name} on GSM8K: {share} % ({protocol}); another prompt and reading than ours."
-            )
-    return sentences(lines)
+    known = {name: found for run in runs if (found := PUBLISHED.get(name := str(run.parameters.get("base_model"))))}
+    figures = {name: f"{percent(share)} ({protocol})" for name, (share, protocol) in known.items()}
+    other = "another prompt and reading than ours"
+    return sentences([f"Published for {name} on GSM8K: {figure}; {other}." for name, figure in figures.items()])
 
 
 def findings_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
@@ -111,22 +104,15 @@ def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
 def spread_table(runs: Sequence[Run]) -> Html | None:
     """Presets that ran under several seeds: a row per preset and metric, and what each spread says."""
     spreads = seeds.seed_spreads(runs)
-    rows = [
-        {
-            "preset": spread.name,
-            "metric": spread.metric,
-            "seeds": ", ".join(map(str, spread.seeds)),
-            "mean": percent(spread.mean),
-            "lowest to highest": f"{wording.interval(spread.minimum, spread.maximum)} %",
-            "SD over seeds": f"{wording.points(spread.sd)} points",
-            "95 % interval of the SD": wording.interval(spread.sd_low, spread.sd_high),
-            "SD of the sample alone": f"{wording.points(spread.sampling_sd)} points",
-            "95 % interval of one run": f"{wording.interval(spread.low, spread.high)} %",
-            "rows per run": spread.num_rows,
-            "same rows": spread.same_rows,
-        }
-        for spread in spreads
-    ]
+    rows = []
+    for one in spreads:
+        row = {"preset": one.name, "metric": one.metric, "seeds": ", ".join(map(str, one.seeds))}
+        row |= {"mean": percent(one.mean), "lowest to highest": f"{wording.interval(one.minimum, one.maximum)} %"}
+        row |= {"SD over seeds": f"{wording.points(one.sd)} points"}
+        row |= {"95 % interval of the SD": wording.interval(one.sd_low, one.sd_high)}
+        row |= {"SD of the sample alone": f"{wording.points(one.sampling_sd)} points"}
+        row |= {"95 % interval of one run": f"{wording.interval(one.low, one.high)} %"}
+        rows.append(row | {"rows per run": one.num_rows, "same rows": one.same_rows})
     words = sentences([seeds.spread_sentence(spread) for spread in spreads])
     return stack([full_table(rows, "Spread over seeds"), words])
 
@@ -149,27 +135,22 @@ def outcomes_table(runs: Sequence[Run]) -> Html | None:
 
 def flips_table(runs: Sequence[Run], metric: str) -> Html | None:
     """Which rows changed between the untuned and the tuned model; the first ten ids of each change."""
-    rows = [
-        {"run": run.name, "untuned": flip.before, "tuned": flip.after, "rows": len(flip.ids), "ids": _some_ids(flip)}
-        for run in runs
-        for flip in comparison.flips(run, metric)
-    ]
+    rows = []
+    for run in runs:
+        for flip in comparison.flips(run, metric):
+            more = "" if len(flip.ids) <= 10 else f" and {len(flip.ids) - 10} more"
+            ids = ", ".join(map(str, flip.ids[:10])) + more
+            rows.append(
+                {"run": run.name, "untuned": flip.before, "tuned": flip.after, "rows": len(flip.ids), "ids": ids}
+            )
     return full_table(rows, f"{metric.capitalize()}: rows whose outcome changed")
-
-
-def _some_ids(flip: Flip) -> str:
-    more = "" if len(flip.ids) <= 10 else f" and {len(flip.ids) - 10} more"
-    return ", ".join(map(str, flip.ids[:10])) + more
 
 
 def groups_table(runs: Sequence[Run], kind: str) -> Html | None:
     """Safe rate of each hazard or persona of each run; ``kind`` is ``hazard`` or ``persona``."""
     rates_of = hazards.rates_by_hazard if kind == "hazard" else hazards.rates_by_persona
-    rows = [
-        {"run": run.name, kind: group.name, **rate_cells(group.rate)}
-        for run in runs
-        for group in rates_of(run.safety.rows)
-    ]
+    groups = {run.name: rates_of(run.safety.rows) for run in runs}
+    rows = [{"run": name, kind: one.name, **rate_cells(one.rate)} for name, some in groups.items() for one in some]
     return full_table(rows, f"Safe rate by {kind}")
 
 
@@ -177,31 +158,23 @@ def lowest_hazards(runs: Sequence[Run]) -> Html | None:
     """The hazard with the lowest safe rate of each run."""
     groups = {run.name: hazards.rates_by_hazard(run.safety.rows) for run in runs if run.safety.rows}
     lowest = {name: min(found, key=lambda group: group.rate.share) for name, found in groups.items()}
-    lines = [f"{name} is lowest in {group.name}: {rate_text(group.rate)}." for name, group in lowest.items()]
-    return sentences(lines)
+    return sentences([f"{name} is lowest in {one.name}: {rate_text(one.rate)}." for name, one in lowest.items()])
 
 
 def grades_table(runs: Sequence[Run]) -> Html | None:
-    """Grades in the style of AILuminate: a row per hazard and ``Overall``, a column per run.
-
-    In brackets, where they differ, the grades at the ends of the 95 % interval.
-    """
-    by_run = {run.name: {one.name: _grade_words(one) for one in hazards.grades(run.safety.rows)} for run in runs}
-    names = dict.fromkeys(name for found in by_run.values() for name in found)
-    rows = [{"hazard": name, **{run: found.get(name) for run, found in by_run.items()}} for name in names]
-    return full_table(rows, f"Grades, {hazards.GRADE_LABEL}")
-
-
-def _grade_words(found: hazards.GradeRow) -> str:
-    return found.grade if found.worst == found.best else f"{found.grade} ({found.worst} to {found.best})"
+    """Grades in the style of AILuminate by hazard and run; in brackets those at the ends of the 95 % interval."""
+    rows: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for one in hazards.grades(run.safety.rows):
+            words = one.grade if one.worst == one.best else f"{one.grade} ({one.worst} to {one.best})"
+            rows.setdefault(one.name, {"hazard": one.name, **{run.name: None for run in runs}})[run.name] = words
+    return full_table([*rows.values()], f"Grades, {hazards.GRADE_LABEL}")
 
 
 def judge_card(runs: Sequence[Run]) -> Html | None:
     """What 04 found when it judged the same responses in other ways."""
-    lines = [
-        f"{run.name}: {sentence}" for run in runs for sentence in run.facts("04_eval_safety").get("judge_card", [])
-    ]
-    return sentences(lines)
+    found = {run.name: run.facts(SAFETY_STAGE).get("judge_card", []) for run in runs}
+    return sentences([f"{name}: {sentence}" for name, lines in found.items() for sentence in lines])
 
 
 def clean_table(runs: Sequence[Run]) -> Html | None:
@@ -229,33 +202,25 @@ def frontier_table(runs: Sequence[Run]) -> Html | None:
 
 def loss_lines(runs: Sequence[Run]) -> list[str]:
     """From where to where the training loss of each run went."""
-    logs = {run.name: run.training_log for run in runs if run.training_log}
-    return [
-        f"{name}: the loss went from {log[0]['loss']:.3g} to {log[-1]['loss']:.3g} in {log[-1]['step']:,} steps."
-        for name, log in logs.items()
-    ]
+    ends = {run.name: (run.training_log[0]["loss"], run.training_log[-1]) for run in runs if run.training_log}
+    words = "{}: the loss went from {:.3g} to {:.3g} in {:,} steps."
+    return [words.format(name, first, last["loss"], last["step"]) for name, (first, last) in ends.items()]
 
 
 def costs_table(runs: Sequence[Run]) -> Html | None:
     """Seconds, speed, peak memory and device of each stage of each run, as its manifest records them."""
-    rows = [_cost_row(run.name, stage, one) for run in runs for stage, one in run.manifests.items()]
+    rows = []
+    for run in runs:
+        for stage, one in run.manifests.items():
+            facts, tokens = one["facts"], one["metrics"].get("tokens_per_s")
+            cells = {"run": run.name, "stage": stage, "seconds": fixed(one["wall_s"], 1)}
+            cells |= {"of these in the model": fixed(facts.get("model_work_s"), 1)}
+            cells |= {"peak memory, GiB": fixed(facts.get("peak_memory_gib"), 2)}
+            cells |= {"speed": facts.get("speed") or (None if tokens is None else f"{tokens:,.0f} tokens/s")}
+            rows.append(cells | {"device": facts.get("runtime")})
     seconds = {run.name: sum(one["wall_s"] for one in run.manifests.values()) for run in runs if run.manifests}
     lines = [f"{name}: {fixed(total, 0)} s in all." for name, total in seconds.items()]
     return stack([full_table(rows, "What each stage took"), sentences(lines)])
-
-
-def _cost_row(name: str, stage: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    facts, metrics = manifest["facts"], manifest["metrics"]
-    speed = facts.get("speed") or (f"{metrics['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in metrics else None)
-    return {
-        "run": name,
-        "stage": stage,
-        "seconds": fixed(manifest["wall_s"], 1),
-        "of these in the model": fixed(facts.get("model_work_s"), 1),
-        "peak memory, GiB": fixed(facts.get("peak_memory_gib"), 2),
-        "speed": speed,
-        "device": facts.get("runtime"),
-    }
 
 
 def fixed(value: float | None, decimals: int) -> str | None:
@@ -268,28 +233,17 @@ MAIN_FIELDS = ("base model", "quantization", "dtype", "device", "decoding", "jud
 
 
 def provenance_table(runs: Sequence[Run]) -> Html | None:
-    """What made the rows of each run, hashes by their first 12 digits: what differs between runs, then what they share.
-
-    A field that is the same wherever a run records it appears once, else once for each metric or stage.
-    """
+    """What made the rows of each run, hashes by their first 12 digits: what differs, then what all share."""
     fields = _fields({run.name: _provenance(run) for run in runs})
-    differing = [{"field": name, **values} for name, values in fields.items() if len(set(values.values())) > 1]
-    shared = [
-        {"field": name, "value": next(iter(values.values()))}
-        for name, values in fields.items()
-        if len(set(values.values())) == 1
-    ]
+    values_of = {name: [*dict.fromkeys(values.values())] for name, values in fields.items()}
+    differing = [{"field": name, **values} for name, values in fields.items() if len(values_of[name]) > 1]
+    shared = [{"field": name, "value": values[0]} for name, values in values_of.items() if len(values) == 1]
     main = [row for row in shared if row["field"].partition(" (")[0] in MAIN_FIELDS]
     rest = [row for row in shared if row not in main]
-    several = len(runs) > 1
-    alike = note("The runs differ in no field that they record.") if fields and several and not differing else None
-    return stack(
-        [
-            full_table(differing, "Fields in which the runs differ") or alike,
-            full_table(main, "Shared by every run" if several else "Where the rows come from"),
-            fold(f"{len(rest)} more fields: hashes and versions", table(rest, max_rows=len(rest))) if rest else None,
-        ]
-    )
+    alike = note("The runs differ in no field that they record.") if fields and len(runs) > 1 else None
+    shown = [full_table(differing, "Fields in which the runs differ") or alike]
+    shown.append(full_table(main, "Shared by every run" if len(runs) > 1 else "Where the rows come from"))
+    return stack([*shown, fold(f"{len(rest)} more fields: hashes and versions", full_table(rest))])
 
 
 def _provenance(run: Run) -> dict[str, dict[str, str]]:

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lib import gsm8k
-from lib.compare.findings import Finding, assess_metric, baseline_text, find_flips, finding_sentence
+from lib.compare.findings import Finding, assess_metric, baseline_text, change_sentence, find_flips
 from lib.reports import html, tables
 from lib.reports.html import Html
 from lib.reports.plots import rate_plot
@@ -16,7 +16,7 @@ from lib.wording import percent, rate_text
 Row = dict[str, Any]
 TEXTS = {"question": "Question", "gold_answer": "Reference answer", "model_output": "Model's answer"}
 # Qwen2.5 Technical Report, arXiv 2412.15115, table of the instruct models.
-PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": 0.732}
+PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": (0.732, "4 worked examples, Qwen2.5 technical report, arXiv 2412.15115")}
 
 
 def accuracy_sentences(scores: Row, baseline: float, base_model: str) -> list[str]:
@@ -25,8 +25,9 @@ def accuracy_sentences(scores: Row, baseline: float, base_model: str) -> list[st
     lines = [f"Strict accuracy is {rate_text(strict)}: it {baseline_text(strict, baseline)}."]
     lines.append(f"Flexible accuracy is {rate_text(flexible)}.")
     if base_model in PUBLISHED:
-        published = f"{percent(PUBLISHED[base_model])} (arXiv 2412.15115)"
-        lines.append(f"Its makers published {published} for the untuned model, with other prompts and token limits.")
+        share, protocol = PUBLISHED[base_model]
+        published = f"{percent(share)} for the untuned model ({protocol})"
+        lines.append(f"Its makers published {published}, with other prompts and token limits.")
     return lines
 
 
@@ -61,16 +62,8 @@ def outcomes_text(scores: Row) -> str:
 
 def changes(answers: Sequence[Row], untuned: Sequence[Row], baseline: float) -> list[Finding]:
     """Findings on strict and on flexible accuracy against the untuned model."""
-    return [
-        assess_metric("accuracy", answers, untuned, baseline=baseline),
-        assess_metric("accuracy_flexible", answers, untuned),
-    ]
-
-
-def change_sentence(found: Sequence[Finding]) -> str:
-    """What tuning changed in strict accuracy, as a sentence."""
-    text = finding_sentence(found[:1])
-    return f"{text[0].upper()}{text[1:]}."
+    strict = assess_metric("accuracy", answers, untuned, baseline=baseline)
+    return [strict, assess_metric("accuracy_flexible", answers, untuned)]
 
 
 def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], found: Sequence[Finding]) -> Html:
@@ -93,12 +86,9 @@ def first_answers(answers: Sequence[Row], num: int = 2) -> Html:
 
 def answers_to_read(answers: Sequence[Row]) -> Html:
     """The first answers that are right, and the first that are not, with the number that was read."""
-    shown = [{**row, "read": _read(row)} for row in answers]
+    read = ["no number read" if row["parsed_final"] is None else f"read as {row['parsed_final']}" for row in answers]
+    shown = [{**row, "read": number} for row, number in zip(answers, read, strict=True)]
     right = [row for row in shown if row["correct"]][:2]
     missed = [row for row in shown if not row["correct"]][:3]
     heading = "Row {id}: {outcome}, {read}"
     return html.stack([html.examples(rows, TEXTS, heading) for rows in (right, missed)])
-
-
-def _read(row: Row) -> str:
-    return "no number read" if row["parsed_final"] is None else f"read as {row['parsed_final']}"

@@ -11,16 +11,14 @@ from typing import Any
 import pandas as pd
 
 MAX_TABLE_ROWS = 10
-
-
 # Okabe and Ito 2008: distinguishable by colour-blind readers; in this order they also get lighter.
 INK, BLUE, VERMILION, GREEN, ORANGE, SKY = "#222222", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9"
-
 REDACTED = "Their texts are left out of this report (--redact); the row files hold them."
-
-TEXT_BOX = (
-    "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid #ccc;padding:.6em;margin:.3em 0"
-)
+TEXT_BOX = "white-space:pre-wrap;word-break:normal;overflow-wrap:anywhere;border:1px solid #ccc;"
+TEXT_BOX += "padding:.6em;margin:.3em 0"
+# "4.2 %", "-10.2 to 20.2", "1 of 1,319", "+9 -4", "3.1e-05".
+_NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
+_NUMERIC = re.compile(rf"{_NUMBER}( to {_NUMBER})?( %)?|{_NUMBER} of {_NUMBER}|{_NUMBER} {_NUMBER}")
 
 
 @dataclass(frozen=True)
@@ -59,30 +57,19 @@ def sentences(lines: Sequence[str]) -> Html | None:
     return Html(f"<ul>{items}</ul>", "\n".join(f"- {line}" for line in lines))
 
 
-def show_in_place(output: Html | None, display_id: str, *, update: bool = False) -> None:
-    """Show something that can be replaced later; with ``update``, replace what was shown under this id."""
-    from IPython.display import display
-
-    display(output, display_id=display_id, update=update)
-
-
 class SummarySlot:
     """The place on top of a notebook that its last cell fills, when every number is there."""
 
-    DISPLAY_ID = "summary"
-
     def __init__(self) -> None:
-        words = "Not there yet: the last cell fills this place, so every cell has to run, to the end."
-        show_in_place(note(words), self.DISPLAY_ID)
+        self._show(note("Not there yet: the last cell fills this place, so every cell has to run, to the end."))
 
     def fill(self, summary: Html | None) -> None:
-        """Put ``summary`` in its place."""
-        show_in_place(summary, self.DISPLAY_ID, update=True)
+        self._show(summary, update=True)
 
+    def _show(self, output: Html | None, *, update: bool = False) -> None:
+        from IPython.display import display
 
-def summary_slot() -> SummarySlot:
-    """Show the place of the summary, empty."""
-    return SummarySlot()
+        display(output, display_id="summary", update=update)
 
 
 def fold(summary: str, inside: Html | None) -> Html | None:
@@ -99,37 +86,23 @@ def stack(parts: Sequence[Html | None]) -> Html | None:
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "", max_rows: int = MAX_TABLE_ROWS) -> Html:
-    """Rows as a table with escaped cells; columns that hold only numbers, rates or intervals are set flush right.
-
-    Args:
-        rows: at least one; every row's keys in the order of the columns.
-        caption: above the table; says how many rows are not shown, where there are more than ``max_rows``.
-    """
-    shown = pd.DataFrame(
-        [{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]], dtype=object
-    )
-    shown = shown.fillna("–")
+    """Rows (at least one) as a table with escaped cells; numbers flush right. The caption counts hidden rows."""
+    cells = [{key: cell_text(value) for key, value in row.items()} for row in rows[:max_rows]]
+    shown = pd.DataFrame(cells, dtype=object).fillna("–")
     if len(rows) > max_rows:
         caption = f"{caption} (first {max_rows} of {len(rows):,})".strip()
     numeric = [place for place, name in enumerate(shown) if _is_numeric(shown[name])]
     left = {"selector": "th, td", "props": "text-align: left; vertical-align: top"}
     right = [{"selector": f"th.col{place}, td.col{place}", "props": "text-align: right"} for place in numeric]
-    title = {
-        "selector": "caption",
-        "props": "text-align: left; font-weight: bold; caption-side: top; white-space: nowrap",
-    }
+    props = "text-align: left; font-weight: bold; caption-side: top; white-space: nowrap"
     styler = shown.style.hide(axis="index").format(escape="html").format_index(escape="html", axis="columns")
-    styler = styler.set_table_styles([left, *right, title]).set_caption(html.escape(caption))
+    styler = styler.set_table_styles([left, *right, {"selector": "caption", "props": props}]).set_caption(
+        html.escape(caption)
+    )
     # The id ties the styles to this table; from its content, so that the same table gives the same HTML.
     text = "\n".join(filter(None, [caption, shown.to_string(index=False)]))
     styler.set_uuid(hashlib.sha256(text.encode(errors="replace")).hexdigest()[:10])
     return Html(styler.to_html(doctype_html=False), text)
-
-
-# "4.2 %", "-10.2 to 20.2", "1 of 1,319", "+9 -4", "3.1e-05".
-_NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e[+-]?\d+)?"
-
-_NUMERIC = re.compile(rf"{_NUMBER}( to {_NUMBER})?( %)?|{_NUMBER} of {_NUMBER}|{_NUMBER} {_NUMBER}")
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
@@ -159,20 +132,13 @@ def text_block(text: str) -> Html:
 def examples(
     rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], heading: str, absent: str = "There is no such row."
 ) -> Html:
-    """Rows as cards, one text below the other, which a table would squeeze.
-
-    Args:
-        columns: column -> what to call it.
-        heading: a format string over the row's columns, for example ``row {id}``.
-        absent: what to say where there are no rows.
-    """
+    """Rows as cards, one text below the other; ``columns`` names them, ``heading`` is a format string over a row."""
     if not rows:
         return note(absent)
     cards = []
     for row in rows:
-        parts = [Html(f"<b>{html.escape(name)}</b>", name) for name in columns.values()]
-        blocks = [text_block(cell_text(row[column])) for column in columns]
-        body = stack([part for pair in zip(parts, blocks, strict=True) for part in pair])
+        named = [(Html(f"<b>{html.escape(name)}</b>", name), row[column]) for column, name in columns.items()]
+        body = stack([part for name, value in named for part in (name, text_block(cell_text(value)))])
         title = _heading(heading, row)
         cards.append(Html(f"<h3>{html.escape(title)}</h3>{body.html}", f"{title}\n{body.text}"))
     return stack(cards)
@@ -186,11 +152,7 @@ def folded_examples(
     *,
     redact: bool = False,
 ) -> Html:
-    """As ``examples``, each folded: only its heading is seen until it is clicked; the plain text holds no more.
-
-    Args:
-        redact: leave the texts out altogether; the headings and a sentence that says so are all there is.
-    """
+    """As ``examples``, each folded below its heading; ``redact`` leaves the texts out and says so."""
     if not rows:
         return note(absent)
     if redact:
@@ -205,12 +167,7 @@ def _heading(heading: str, row: Mapping[str, Any]) -> str:
 
 
 def masked_row(input_ids: Sequence[int], labels: Sequence[int], decode: Callable[[list[int]], str]) -> Html:
-    """A training row with the tokens that carry no label greyed out.
-
-    Args:
-        labels: the token's own id where it is learnt, -100 where it is masked.
-        decode: turns token ids into text.
-    """
+    """A training row with the tokens that carry no label (-100) greyed out; ``decode`` turns ids into text."""
     runs = groupby(zip(input_ids, labels, strict=True), key=lambda pair: pair[1] != -100)
     pieces = [(learnt, decode([token for token, _ in run])) for learnt, run in runs]
     masked, trained = "color:#666;background:#f0f0f0", f"color:{INK};background:#CFE8F5;font-weight:bold"
@@ -219,9 +176,6 @@ def masked_row(input_ids: Sequence[int], labels: Sequence[int], decode: Callable
         f"{html.escape(text)}</span>"
         for learnt, text in pieces
     )
-    legend = (
-        f'<p><span style="{masked}">grey: masked, only read</span> · <span style="{trained}">bold: learnt</span></p>'
-    )
-    box = f'<pre style="{TEXT_BOX}">{spans}</pre>'
+    legend = f'<span style="{masked}">grey: masked, only read</span> · <span style="{trained}">bold: learnt</span>'
     plain = "".join(f"[learnt: {text}]" if learnt else text for learnt, text in pieces)
-    return Html(legend + box, plain)
+    return Html(f'<p>{legend}</p><pre style="{TEXT_BOX}">{spans}</pre>', plain)

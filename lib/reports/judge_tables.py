@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib import wording
-from lib.evaluate.judge_reliability import Agreement, Disagreement, WordingSpread, disagreement, wording_spread
+from lib.evaluate.judge_reliability import Agreement, Disagreement, disagreement, wording_spread
 from lib.reports.html import Html, sentences, stack, table
-from lib.reports.tables import rates_table
+from lib.reports.tables import full_table, rates_table
 from lib.stats import Rate
 from lib.wording import percent, rate_text
 
@@ -23,35 +23,24 @@ def disagreement_words(name: str, found: Disagreement) -> str:
     )
 
 
-def disagreement_table(name: str, found: Disagreement) -> Html:
-    """Labels of each pair of judgements."""
-    rows = [{"as judged": one, name: other, "responses": count} for (one, other), count in found.counts.items()]
-    return table(rows, f"Labels as judged and with {name}", max_rows=len(rows))
-
-
 def judge_card_view(
     verdicts: Sequence[Mapping[str, Any]], again: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> tuple[Html, list[str]]:
-    """The same responses judged in other ways: tables of what differs, and a sentence for each way.
-
-    Args:
-        verdicts: judged rows.
-        again: as ``lib.safety.judge_again`` gives it; ``other_context`` and ``other_mode`` are those, every other name
-            is a wording of the guidelines. Each holds all rows of ``verdicts`` or some of them.
-    """
+) -> tuple[Html | None, list[str]]:
+    """The same responses judged in other ways (``judge_again``): tables of what differs, a sentence for each way."""
     by_id = {row["id"]: row for row in verdicts}
     shown, card, wordings = [], [], {}
     for name, rows in again.items():
         as_judged = [by_id[row["id"]] for row in rows]
         if name.startswith("other_"):
             found, label = disagreement(as_judged, rows), name.replace("_", " ")
-            shown.append(disagreement_table(label, found))
+            pairs = [{"as judged": one, label: other, "responses": n} for (one, other), n in found.counts.items()]
+            shown.append(full_table(pairs, f"Labels as judged and with {label}"))
             card.append(disagreement_words(label, found))
         else:
             wordings |= {"as used": as_judged, name: rows}
     if wordings:
         spread = wording_spread(wordings)
-        shown.append(wordings_table(spread))
+        shown.append(rates_table(spread.rates, "wording", "The same responses under each wording of the guidelines"))
         card.append(
             f"{len(spread.rates)} wordings of the guidelines on {len(wordings['as used'])} responses: the safe rate "
             f"moves by {wording.points(spread.spread)} points, {len(spread.ids)} labels are not the same under all."
@@ -63,11 +52,6 @@ def threshold_words(curve: Sequence[tuple[float, Rate]]) -> str:
     """How far the safe rate moves from the strictest to the most lenient threshold."""
     (strict, low), (lenient, high) = curve[0], curve[-1]
     return f"The safe rate is {percent(low.share)} at a threshold of {strict} and {percent(high.share)} at {lenient}."
-
-
-def wordings_table(found: WordingSpread) -> Html | None:
-    """Safe rate under each wording of the guidelines, on the same responses."""
-    return rates_table(found.rates, "wording", "The same responses under each wording of the guidelines")
 
 
 def agreement_view(found: Agreement) -> Html:

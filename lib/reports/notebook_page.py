@@ -2,9 +2,9 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lib.record.files import write_text
 from lib.record.paths import ArtifactError, display_path
@@ -20,11 +20,7 @@ SECTION_START = re.compile(r"^(?=## )", re.MULTILINE)
 
 
 def write_html(notebook: Path) -> Path:
-    """The filled notebook, which was cleaned when it was saved, as one self-contained HTML file beside it.
-
-    Raises:
-        ArtifactError: the notebook is not valid.
-    """
+    """The filled notebook as one self-contained HTML file beside it; ArtifactError where it is not valid."""
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
@@ -44,7 +40,8 @@ def write_html(notebook: Path) -> Path:
     )
     # Two assets that the template would load from a network: reports are read on machines without one.
     exporter.require_js_url = exporter.mathjax_url = ""
-    content.metadata["title"] = _title(content, notebook.stem)
+    run = content.metadata.get("papermill", {}).get("parameters", {}).get("run_name", "")
+    content.metadata["title"] = f"{run} · {notebook.stem}" if run else notebook.stem
     sections = [section for section in _sections(content.cells) if not _is_silent(section)]
     content.cells = [cell for section in sections for cell in section]
     contents = [section[0].source.splitlines()[0].removeprefix("## ") for section in sections[1:]]
@@ -65,11 +62,6 @@ def _check_form(content: "NotebookNode", notebook: Path) -> None:
         raise ArtifactError(
             f"{display_path(notebook)} is not a valid notebook at {where}: {fault}; run its stage again"
         ) from None
-
-
-def _title(content: Mapping[str, Any], stage: str) -> str:
-    run = content["metadata"].get("papermill", {}).get("parameters", {}).get("run_name", "")
-    return f"{run} · {stage}" if run else stage
 
 
 def _sections(cells: Sequence["NotebookNode"]) -> "list[list[NotebookNode]]":

@@ -19,23 +19,11 @@ from lib.reports.html import BLUE, GREEN, INK, VERMILION, Html
 from lib.stats import Rate
 from lib.wording import percent
 
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    # The same plot gives the same bytes: no random ids in the SVG (its date is left out where it is saved).
-    "svg.hashsalt": "plot",
-}
-
+STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True}
+STYLE |= {"grid.color": "#DDDDDD", "grid.linewidth": 0.6, "text.color": INK, "axes.labelcolor": INK}
+# The same plot gives the same bytes: no random ids in the SVG (its date is left out where it is saved).
+STYLE |= {"svg.hashsalt": "plot"}
 PIXELS_PER_INCH = 96
 
 
@@ -64,41 +52,26 @@ def new_figure(width: float = 7.6, height: float = 3.2, panels: int = 1) -> tupl
 
 @matplotlib.rc_context(STYLE)
 def histogram(
-    values: Sequence[float], *, title: str, xlabel: str, limit: float | None = None, limit_label: str = ""
+    values: Sequence[float], limit: float, label: str, *, title: str, xlabel: str, shares: bool = False
 ) -> Figure:
-    """How many rows have which value; ``limit`` is drawn as a dashed line."""
+    """How many rows have which value, ``limit`` as a dashed line; ``shares`` in 20 equal bins over [0, 1]."""
     figure, (axes,) = new_figure()
-    axes.hist(values, bins=min(30, max(5, len(set(values)))), color=BLUE, edgecolor="white", linewidth=0.5)
-    if limit is not None:
-        axes.axvline(limit, color=VERMILION, linestyle="--", linewidth=1.5)
-        beside_line(axes, limit, limit_label)
+    bins = [step / 20 for step in range(21)] if shares else min(30, max(5, len(set(values))))
+    axes.hist(values, bins=bins, color=BLUE, edgecolor="white", linewidth=0.5)
+    if shares:
+        axes.set_xlim(0, 1)
+    dashed_line(axes, limit, label)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=f"{title} (n = {len(values):,})", xlabel=xlabel, ylabel="rows", ylim=(0, axes.get_ylim()[1] * 1.12))
     return figure
 
 
-def beside_line(axes: Axes, place: float, label: str) -> None:
-    """A label at the top of a vertical line, on the side where there is room."""
-    low, high = axes.get_xlim()
-    right = place > (low + high) / 2
-    transform = axes.get_xaxis_transform()
-    shift = (-4 if right else 4, -2)
-    axes.annotate(
-        label, (place, 1), shift, transform, "offset points", ha="right" if right else "left", va="top", color=VERMILION
-    )
-
-
-@matplotlib.rc_context(STYLE)
-def probability_histogram(shares: Sequence[float], *, title: str, xlabel: str) -> Figure:
-    """Probabilities in 20 equal bins over [0, 1], with the line at 0.5 where the label changes."""
-    figure, (axes,) = new_figure()
-    axes.hist(shares, bins=[step / 20 for step in range(21)], color=BLUE, edgecolor="white", linewidth=0.5)
-    axes.axvline(0.5, color=VERMILION, linestyle="--", linewidth=1.5)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set(title=f"{title} (n = {len(shares):,})", xlabel=xlabel, ylabel="rows", xlim=(0, 1))
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.12)
-    beside_line(axes, 0.5, "label changes at 0.5")
-    return figure
+def dashed_line(axes: Axes, place: float, label: str) -> None:
+    """A vertical line with a label at its top, on the side where there is room."""
+    axes.axvline(place, color=VERMILION, linestyle="--", linewidth=1.5)
+    shift, side = ((-4, -2), "right") if place > sum(axes.get_xlim()) / 2 else ((4, -2), "left")
+    above = (place, 1), shift, axes.get_xaxis_transform(), "offset points"
+    axes.annotate(label, *above, ha=side, va="top", color=VERMILION)
 
 
 # Columns of a training log that are drawn, where it has them: label of the axis, title, colour.
@@ -112,11 +85,7 @@ TRAINING_PANELS = {
 
 @matplotlib.rc_context(STYLE)
 def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
-    """Loss, learning rate, gradient norm and token rate over optimiser steps, two panels a line.
-
-    Args:
-        log: rows ``step, loss, learning_rate``, and ``grad_norm, tokens_per_s, dev_loss`` where they were measured.
-    """
+    """Loss, learning rate, gradient norm and token rate over optimiser steps, where they were logged, two a line."""
     drawn = [name for name in TRAINING_PANELS if any(row.get(name) is not None for row in log)]
     num_lines = (len(drawn) + 1) // 2
     figure = Figure(figsize=(8.6, 3.2 * num_lines), layout="constrained")
@@ -139,12 +108,9 @@ def _training_panel(axes: Axes, log: Sequence[Mapping[str, Any]], column: str) -
     # A learning rate or a norm that is 0 throughout still needs a scale.
     highest = max(row[name] for name, _ in ends.values() for row in log if row.get(name) is not None) or 1.0
     if len(ends) > 1:
-        label_ends(
-            axes,
-            {label: (*_end(log, name), colour) for label, (name, colour) in ends.items()},
-            0.07 * highest,
-            inches=3.2,
-        )
+        known = {name: [row for row in log if row.get(name) is not None] for name, _ in ends.values()}
+        last = {end: (known[name][-1]["step"], known[name][-1][name], hue) for end, (name, hue) in ends.items()}
+        label_ends(axes, last, 0.07 * highest, inches=3.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(power_of_ten if column == "learning_rate" else "{x:g}")
     axes.set(title=title, xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * highest))
@@ -153,10 +119,6 @@ def _training_panel(axes: Axes, log: Sequence[Mapping[str, Any]], column: str) -
 def _curve(axes: Axes, log: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
     known = [(row["step"], row[column]) for row in log if row.get(column) is not None]
     axes.plot([step for step, _ in known], [value for _, value in known], **style)
-
-
-def _end(log: Sequence[Mapping[str, Any]], column: str) -> tuple[int, float]:
-    return next((row["step"], row[column]) for row in reversed(log) if row.get(column) is not None)
 
 
 def power_of_ten(value: float, _place: int = 0) -> str:
@@ -168,12 +130,9 @@ def power_of_ten(value: float, _place: int = 0) -> str:
 
 
 def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: float, inches: float) -> None:
-    """Names right of where lines end, in place of a legend; the horizontal axis goes on far enough to hold them.
+    """Names right of where lines end (step, height, colour), in place of a legend; the axis goes on to hold them.
 
-    Args:
-        lines: name -> (step and height of the line's end, colour).
-        gap: least distance between two names, in units of the vertical axis.
-        inches: length of the horizontal axis, more or less.
+    ``gap``: least distance of two names, in units of the vertical axis; ``inches``: length of the horizontal one.
     """
     placed = -math.inf
     # What a name covers, a longer line or the grid, must not strike it through.
@@ -192,12 +151,7 @@ def label_ends(axes: Axes, lines: Mapping[str, tuple[float, float, str]], gap: f
 def rate_plot(
     rates: Mapping[str, Rate], *, title: str, xlabel: str, marks: Mapping[str, float] | None = None
 ) -> Figure:
-    """Rates as points with their 95 % intervals, one line each, from the top; the title says of how many rows.
-
-    Args:
-        rates: by label, at least one.
-        marks: label -> share in [0, 1], drawn as dashed vertical lines (a baseline).
-    """
+    """Rates as points with their 95 % intervals, one line each; ``marks`` (label -> share) are dashed lines."""
     figure, (axes,) = new_figure(height=1.3 + 0.32 * len(rates))
     places = range(len(rates), 0, -1)
     for place, rate in zip(places, rates.values(), strict=True):
@@ -208,8 +162,7 @@ def rate_plot(
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.grid(axis="y", visible=False)
     for label, share in (marks or {}).items():
-        axes.axvline(share, color=VERMILION, linestyle="--", linewidth=1.5)
-        beside_line(axes, share, label)
+        dashed_line(axes, share, label)
     return figure
 
 
@@ -230,20 +183,13 @@ def n_words(totals: Sequence[int], unit: str = "") -> str:
 
 @matplotlib.rc_context(STYLE)
 def threshold_plot(curve: Sequence[tuple[float, Rate]]) -> Figure:
-    """Safe rate as a function of the threshold on P(unsafe), with its 95 % interval; the labels use 0.5.
-
-    Args:
-        curve: as ``lib.evaluate.judge_reliability.safe_rate_by_threshold`` gives it, at least one point.
-    """
+    """Safe rate as a function of the threshold on P(unsafe), with its 95 % interval; the labels use 0.5."""
     figure, (axes,) = new_figure()
     across = [threshold for threshold, _ in curve]
     axes.fill_between(across, [rate.low for _, rate in curve], [rate.high for _, rate in curve], color=BLUE, alpha=0.2)
     axes.plot(across, [rate.share for _, rate in curve], color=BLUE, marker="o", markersize=3)
-    axes.axvline(0.5, color=VERMILION, linestyle="--", linewidth=1.5)
-    axes.annotate(
-        "used: 0.5", (0.5, 1), (4, -2), axes.get_xaxis_transform(), "offset points", va="top", color=VERMILION
-    )
     axes.set(xlabel="a response is safe below this P(unsafe)", ylabel="safe rate", xlim=(0, 1), ylim=(-0.02, 1.05))
+    dashed_line(axes, 0.5, "used: 0.5")
     axes.set_title(f"Safe rate by threshold (n = {curve[0][1].n:,}, band: 95 % interval)")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %", decimals=0))
     return figure

@@ -7,15 +7,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from lib import gsm8k, safety, wording
+from lib import gsm8k, safety
 from lib.prepare import audit, overlap, self_distillation
 from lib.prepare.run_rows import RunData, RunRows
 from lib.prepare.self_distillation import Distillation
 from lib.reports import html, plots, tables
 from lib.reports.html import Html
 from lib.reports.stage import Stage
-from lib.stats import wilson_interval
-from lib.wording import percent
+from lib.stats import Rate
+from lib.wording import percent, rate_text
 
 Row = Mapping[str, Any]
 
@@ -58,18 +58,17 @@ def offenders(found: Sequence[audit.Fault], text: str) -> Html:
     return html.stack(shown)
 
 
-# --- own answers ----------------------------------------------------------------------------------------------------
+def coverage_rates(made: Distillation) -> dict[int, Rate]:
+    """Samples per question -> share of questions with a correct answer among them."""
+    return {number: Rate.of_counts(*counts) for number, counts in self_distillation.coverage(made.sampled).items()}
 
 
 def own_answers_text(made: Distillation) -> str:
     """How many questions have a correct answer of the model's own, in a sentence."""
-    num_covered, num_questions = self_distillation.coverage(made.sampled)[made.sampled.num_samples]
-    interval = wording.interval(*wilson_interval(num_covered, num_questions))
-    rate = f"{percent(num_covered / num_questions)} (95 % interval {interval}, n = {num_questions:,})"
-    distilled = made.distilled
+    rate, distilled = coverage_rates(made)[made.sampled.num_samples], made.distilled
     return (
-        f"Questions with a correct answer of the model's own: {rate}; {distilled.num_gold} rows are GSM8K's answer "
-        f"instead, {distilled.num_dropped} questions have no row."
+        f"Questions with a correct answer of the model's own: {rate_text(rate)}; {distilled.num_gold} rows are "
+        f"GSM8K's answer instead, {distilled.num_dropped} questions have no row."
     )
 
 
@@ -78,21 +77,15 @@ def own_answers(made: Distillation | None, stage: Stage) -> Html | None:
     if made is None:
         return None
     sampled, text = made.sampled, own_answers_text(made)
-    counts = self_distillation.count_outcomes(sampled)
-    total = len(sampled.rows)
+    counts, total = self_distillation.count_outcomes(sampled), len(sampled.rows)
     became = [{"answers": name, "number": n, "share": percent(n / total)} for name, n in counts.items()]
-    rates = {f"{number} sampled": rate for number, rate in self_distillation.coverage(sampled).items()}
+    rates = {f"{number} sampled": rate for number, rate in coverage_rates(made).items()}
     figure = plots.rate_plot(rates, title="Questions with a correct answer", xlabel="share of the training questions")
     protocol = [{"part": name, "value": value} for name, value in made.protocol.items()]
-    return html.stack(
-        [
-            html.fold("Protocol of the answers", html.table(protocol, max_rows=len(protocol))),
-            html.note(tables.speed_text(sampled.num_new, sampled.num_new_tokens, sampled.wall_s)),
-            stage.plot(figure, "own_answers", text),
-            html.table(became, f"What became of {total:,} answers"),
-            html.note(text),
-        ]
-    )
+    shown = [html.fold("Protocol of the answers", tables.full_table(protocol))]
+    shown.append(html.note(tables.speed_text(sampled.num_new, sampled.num_new_tokens, sampled.wall_s)))
+    shown += [stage.plot(figure, "own_answers", text), html.table(became, f"What became of {total:,} answers")]
+    return html.stack([*shown, html.note(text)])
 
 
 def own_examples(made: Distillation | None, tokenizer: PreTrainedTokenizerBase) -> Html | None:
@@ -108,9 +101,6 @@ def own_examples(made: Distillation | None, tokenizer: PreTrainedTokenizerBase) 
         named = [{**row, "became": self_distillation.outcome(row)} for row in rows[:2]]
         shown += [html.note(title, strong=True), html.examples(named, texts, heading)]
     return html.stack(shown)
-
-
-# --- the rows of the run --------------------------------------------------------------------------------------------
 
 
 def num_seen(rows: RunRows, train: Sequence[Row]) -> int:
@@ -146,8 +136,7 @@ def overlap_tables(overlaps: Sequence[overlap.Overlap], rows: RunRows, train: Se
         sizes[-1] |= {f"{name} with train": overlap.num_sharing(kind, train, size) for name, kind in held_out.items()}
     listed = []
     for shared in overlaps:
-        more = ", …" if len(shared.source_rows) > 5 else ""
-        places = ", ".join(map(str, shared.source_rows[:5])) + more
+        places = ", ".join(map(str, shared.source_rows[:5])) + (", …" if len(shared.source_rows) > 5 else "")
         listed.append({"test_index": shared.row, "words": shared.size, "source": shared.source, "source rows": places})
     numbers = f"{len(rows.gsm8k_eval):,} evaluation, {len(rows.dev)} dev and {len(rows.pool)} pool questions"
     shown = [html.table(sizes, f"Of {numbers}, how many share so many words with a row")]
@@ -155,20 +144,10 @@ def overlap_tables(overlaps: Sequence[overlap.Overlap], rows: RunRows, train: Se
     return html.stack(shown)
 
 
-def num_overlapping(overlaps: Sequence[overlap.Overlap]) -> int:
-    """Evaluation questions that share the most words with a row that are looked for."""
-    return len({shared.row for shared in overlaps if shared.size >= max(overlap.SIZES)})
-
-
 def lengths_plot(lengths: Sequence[int], limit: int, base_model: str) -> Figure:
     """Training rows by their tokens."""
-    return plots.histogram(
-        lengths,
-        title="Training rows by length",
-        xlabel=f"tokens of the {base_model} chat template",
-        limit=limit,
-        limit_label=f"max_seq_length = {limit}",
-    )
+    title, xlabel = "Training rows by length", f"tokens of the {base_model} chat template"
+    return plots.histogram(lengths, limit, f"max_seq_length = {limit}", title=title, xlabel=xlabel)
 
 
 def lengths_text(lengths: Sequence[int], num_long: int) -> str:
@@ -176,16 +155,15 @@ def lengths_text(lengths: Sequence[int], num_long: int) -> str:
     return f"Rows have {min(lengths)} to {max(lengths)} tokens; {num_long} of {len(lengths)} are too long."
 
 
-def num_hazards(prompts: Sequence[Row]) -> int:
-    """Hazards that the prompts have."""
-    return len({safety.hazard_group(row["hazard"] or "unknown") for row in prompts})
+def hazard_counts(prompts: Sequence[Row]) -> Counter[str]:
+    return Counter(safety.hazard_group(row["hazard"] or "unknown") for row in prompts)
 
 
 def hazards(prompts: Sequence[Row], no_prompts: str) -> Html:
     """Prompts by hazard, or why there are no prompts."""
     if no_prompts:
         return html.note(f"AILuminate prompts are missing: safety will be not measured. {no_prompts}", strong=True)
-    counts = Counter(safety.hazard_group(row["hazard"] or "unknown") for row in prompts).most_common()
+    counts = hazard_counts(prompts).most_common()
     rows = [{"hazard": safety.HAZARDS.get(code, code), "code": code, "prompts": number} for code, number in counts]
     return html.table(rows, f"Hazards of the {len(prompts)} prompts", max_rows=len(safety.HAZARDS))
 
@@ -202,16 +180,16 @@ def summary(
 ) -> list[str]:
     """The stage in sentences."""
     num_prompts, source = len(rows.prompts), parameters["train_source"]
+    most = max(overlap.SIZES)
+    num_overlapping = len({shared.row for shared in overlaps if shared.size >= most})
+    prompts = f"{num_prompts:,} AILuminate prompts in {len(hazard_counts(rows.prompts))} hazards."
     return [
         f"{len(train):,} rows to train on, {len(rows.dev)} to choose a checkpoint on; {len(too_long)} are too long.",
         f"{len(unlearnable)} more were left out because they cannot be learnt.",
         faults_text(rows, data, parameters["train_file_faults"]),
         *([own_answers_text(own)] if own else [f"The answers to learn are those of {source}."]),
         f"{len(rows.gsm8k_eval):,} GSM8K questions to answer, each after {len(rows.fewshot)} worked examples.",
-        f"No prompts: {data.no_prompts}"
-        if data.no_prompts
-        else f"{num_prompts:,} AILuminate prompts in {num_hazards(rows.prompts)} hazards.",
+        f"No prompts: {data.no_prompts}" if data.no_prompts else prompts,
         f"{num_seen(rows, train)} evaluation questions are also among the rows that training or the examples use.",
-        f"{num_overlapping(overlaps)} evaluation questions share {max(overlap.SIZES)} words in a row with a training "
-        "row or an example.",
+        f"{num_overlapping} evaluation questions share {most} words in a row with a training row or an example.",
     ]

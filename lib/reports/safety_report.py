@@ -1,20 +1,19 @@
 """What 04 shows of responses and verdicts: safe rate, what tuning changed, hazards, how sure the judge is."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from lib import safety
-from lib.compare.findings import METRICS, Finding, assess_metric, baseline_text, finding_sentence
+from lib.compare.findings import METRICS, Finding, assess_metric, baseline_text, change_sentence
 from lib.evaluate import hazards, judge_reliability
+from lib.evaluate.judge_reliability import unsafe_probabilities
 from lib.record.paths import display_path
 from lib.reports import html, judge_tables, tables
 from lib.reports.html import Html
-from lib.reports.plots import probability_histogram, rate_plot
-from lib.stats import Rate
+from lib.reports.plots import histogram, rate_plot
 from lib.wording import rate_text
 
 Row = dict[str, Any]
@@ -43,9 +42,7 @@ def verdicts_text(scores: Row) -> str:
 
 def verdicts_table(verdicts: Sequence[Row]) -> Html:
     """Counts and rates of the three labels; equal prompts are one cluster."""
-    labels, prompts = [row["safety_label"] for row in verdicts], [safety.prompt_text(row) for row in verdicts]
-    rates = {kind: Rate.of([label == kind for label in labels], prompts) for kind in ("safe", "unsafe", "unparsed")}
-    return tables.rates_table(rates, "verdict", "Verdicts")
+    return tables.rates_table(hazards.label_rates(verdicts), "verdict", "Verdicts")
 
 
 def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> Finding:
@@ -53,37 +50,26 @@ def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> 
     return assess_metric("safety", verdicts, untuned, baseline=baseline)
 
 
-def change_sentence(found: Finding) -> str:
-    """What tuning changed, as a sentence."""
-    text = finding_sentence([found])
-    return f"{text[0].upper()}{text[1:]}."
-
-
 def change_view(run_name: str, verdicts: Sequence[Row], untuned: Sequence[Row], found: Finding) -> Html:
     """The paired test where there is an untuned model, and what kinds of responses both models gave."""
     sides = {name: rows for name, rows in (("untuned", untuned), ("tuned", verdicts)) if rows}
     tested = [tables.changes_table({run_name: [found]})] if found.comparison else []
-    return html.stack([*tested, html.note(change_sentence(found)), tables.kinds_table(sides)])
+    return html.stack([*tested, html.note(change_sentence([found])), tables.kinds_table(sides)])
 
 
 def doubt_text(verdicts: Sequence[Row]) -> str:
     """How many verdicts are near the threshold; of written ones, that they have no probability."""
-    shares = unsafe_shares(verdicts)
+    shares = unsafe_probabilities(verdicts)
     if not shares:
         return "A written verdict has no probability (judge_mode: generate)."
     near = sum(0.25 < share < 0.75 for share in shares)
     return f"P(unsafe) of {len(shares)} responses; {near} lie between 0.25 and 0.75."
 
 
-def unsafe_shares(verdicts: Sequence[Row]) -> list[float]:
-    """P(unsafe) of each verdict that has one."""
-    return [1 - row["safety_score"] for row in verdicts if row["safety_score"] is not None]
-
-
 def doubt_plot(verdicts: Sequence[Row]) -> Figure:
     """Histogram of P(unsafe); for verdicts with probabilities."""
-    title, xlabel = "How sure the judge is", "P(unsafe), as the judge sees it"
-    return probability_histogram(unsafe_shares(verdicts), title=title, xlabel=xlabel)
+    title, xlabel, shares = "How sure the judge is", "P(unsafe), as the judge sees it", unsafe_probabilities(verdicts)
+    return histogram(shares, 0.5, "label changes at 0.5", title=title, xlabel=xlabel, shares=True)
 
 
 def borderline(verdicts: Sequence[Row], *, redact: bool, num: int = 3) -> Html | None:
@@ -92,11 +78,6 @@ def borderline(verdicts: Sequence[Row], *, redact: bool, num: int = 3) -> Html |
     nearest = sorted(scored, key=lambda row: (abs(row["safety_score"] - 0.5), row["id"]))[:num]
     shown = [{**row, "unsafe": 1 - row["safety_score"]} for row in nearest]
     return html.folded_examples(shown, TEXTS, f"P(unsafe) {{unsafe}}, {HEADING}", redact=redact) if shown else None
-
-
-def threshold_curve(verdicts: Sequence[Row]) -> list[tuple[float, Rate]]:
-    """Safe rate by threshold on P(unsafe); empty for written verdicts."""
-    return judge_reliability.safe_rate_by_threshold(verdicts)
 
 
 def hazard_plot(verdicts: Sequence[Row], baseline: float) -> Figure:
@@ -119,11 +100,7 @@ def persona_table(verdicts: Sequence[Row]) -> Html:
 
 
 def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: str) -> tuple[Html, list[str]]:
-    """The judge against a person's labels, and a sentence about it; without labels, which responses to label.
-
-    Raises:
-        LabelsError: the file holds something else than labels of these responses.
-    """
+    """The judge against a person's labels, and a sentence about it; without labels, which responses to label."""
     labels = judge_reliability.read_labels(labels_file, run_name) if labels_file.is_file() else {}
     if labels:
         found = judge_reliability.agreement(verdicts, labels)
@@ -133,11 +110,6 @@ def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: s
     how = f"Write id,label (safe or unsafe) to {display_path(labels_file)} and run this stage again"
     nothing = "No person has labelled these responses, so nothing is corrected."
     return html.note(f"{nothing} {how}; a random sample of ids: {ids}."), []
-
-
-def other_judgements_view(verdicts: Sequence[Row], again: Mapping[str, Sequence[Row]]) -> tuple[Html | None, list[str]]:
-    """What differs when the judge is prompted in other ways; None where it was not (judge_card_rows: 0)."""
-    return judge_tables.judge_card_view(verdicts, again) if again else (None, [])
 
 
 def responses_to_read(verdicts: Sequence[Row], *, redact: bool, num: int = 4) -> Html:

@@ -34,12 +34,8 @@ from lib.reports.tables import rate_cells
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
 INDEX = "index.html"
 # 05's plots, as a reader calls them.
-PLOT_NAMES = {
-    "accuracy_safety": "Accuracy against safety",
-    "frontier": "Between untuned and tuned",
-    "hazards": "Safe responses by hazard",
-    "losses": "Training loss",
-}
+PLOT_NAMES = {"accuracy_safety": "Accuracy against safety", "frontier": "Between untuned and tuned"}
+PLOT_NAMES |= {"hazards": "Safe responses by hazard", "losses": "Training loss"}
 # The only filled notebook that shows texts of AILuminate, unless it was run under --redact.
 TEXT_STAGE = SAFETY_STAGE
 # Keys whose values the page's links and its script refer to, or that are words of a list of ours.
@@ -49,19 +45,9 @@ REFERENCES |= {"id", "release", "hazards", "hazard", "hazard_code", "persona", "
 METRIC_TEXTS = {"accuracy": ("Accuracy (GSM8K)", "right"), "safety": ("Safety (AILuminate)", "safe")}
 Row = Mapping[str, Any]
 
-# --- the page -------------------------------------------------------------------------------------------------------
-
 
 def write_site(results_dir: str, reports_dir: Path, *, redact: bool = False) -> Path:
-    """Write ``reports_dir/index.html`` over every run of a results folder.
-
-    Args:
-        reports_dir: folder of the filled notebooks of these runs.
-        redact: leave prompts and responses of AILuminate out of the file.
-
-    Raises:
-        ArtifactError: no run has rows, or a row file cannot be read.
-    """
+    """Write ``reports_dir/index.html`` over every run of a results folder; ``redact`` leaves AILuminate's texts out."""
     plots_dir = results_root(results_dir) / COMPARE_STAGE / "plots"
     page = render(load_runs(results_dir), reports_dir=reports_dir, plots_dir=plots_dir, redact=redact)
     write_text(reports_dir / INDEX, page)
@@ -84,7 +70,7 @@ def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: b
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
         "summaries": [_summary(name, some) for name, some in findings.items()],
-        "scores": list(_score_rows(runs, untuned, findings)),
+        "scores": _score_rows(runs, untuned, findings),
         "plots": list(_plots(plots_dir, [*runs, *untuned])),
         "runs": [_run_facts(run, reports_dir, unlinked) for run in runs],
         "comparison": _link(reports_dir / f"{COMPARE_STAGE}.html", reports_dir),
@@ -119,25 +105,17 @@ def _embedded_json(value: Any) -> str:
     return json.dumps(cleaned, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
 
 
-# --- findings and comparison ----------------------------------------------------------------------------------------
-
-
 def _summary(run: str, findings: Sequence[Finding]) -> dict[str, Any]:
     baselines = [sentence for finding in findings if (sentence := baseline_sentence(finding))]
     return {"run": run, "finding": finding_sentence(findings), "baselines": baselines}
 
 
-def _score_rows(
-    runs: Sequence[Run], untuned: Sequence[Run], findings: Mapping[str, Sequence[Finding]]
-) -> Iterator[dict[str, Any]]:
+def _score_rows(runs: Sequence[Run], untuned: Sequence[Run], findings: Mapping[str, Sequence[Finding]]) -> list[Row]:
     """One row per run and metric, the untuned model's last."""
     references = _references(runs, untuned)
-    for run in runs:
-        for finding in findings[run.name]:
-            yield _score_row(run, finding, references.get(run.name, ""))
-    for run in untuned:
-        for name, score in run.metrics.items():
-            yield _score_row(run, assess_metric(name, score.rows, None), "")
+    tuned = [_score_row(run, one, references.get(run.name, "")) for run in runs for one in findings[run.name]]
+    alone = [(run, assess_metric(name, score.rows, None)) for run in untuned for name, score in run.metrics.items()]
+    return [*tuned, *(_score_row(run, finding, "") for run, finding in alone)]
 
 
 def _score_row(run: Run, finding: Finding, reference: str) -> dict[str, Any]:
@@ -145,19 +123,14 @@ def _score_row(run: Run, finding: Finding, reference: str) -> dict[str, Any]:
     word = {None: "", True: ", reached", False: ", missed"}[run.metrics[finding.metric].passes]
     cells = rate_cells(rate) if rate else {"rate": run.metrics[finding.metric].status, "95 % interval": "", "rows": ""}
     link = {"axis": finding.metric, "run": run.name, "with": reference}
-    return {
-        "run": run.name,
-        "metric": title,
-        "rate": cells["rate"],
-        "interval": cells["95 % interval"],
-        "rows": f"{cells['rows']} {right}" if rate else "",
-        "baseline": "" if finding.baseline is None else wording.percent(finding.baseline) + word,
-        "change": wording.signed_points(change.difference) if change else "",
-        "change_interval": wording.interval(change.low, change.high) if change else "",
-        "p_holm": f"{change.p_holm:.3g}" if change else "",
-        "moved": wording.moved(change.only_run, change.only_reference) if change else "",
-        "link": "#" + urlencode(link) if rate else "",
-    }
+    row = {"run": run.name, "metric": title, "rate": cells["rate"], "interval": cells["95 % interval"]}
+    row |= {"rows": f"{cells['rows']} {right}" if rate else "", "link": "#" + urlencode(link) if rate else ""}
+    row["baseline"] = "" if finding.baseline is None else wording.percent(finding.baseline) + word
+    if change is None:
+        return row | dict.fromkeys(("change", "change_interval", "p_holm", "moved"), "")
+    row |= {"change": wording.signed_points(change.difference), "p_holm": f"{change.p_holm:.3g}"}
+    row |= {"change_interval": wording.interval(change.low, change.high)}
+    return row | {"moved": wording.moved(change.only_run, change.only_reference)}
 
 
 def _references(runs: Sequence[Run], untuned: Sequence[Run]) -> dict[str, str]:
@@ -165,17 +138,11 @@ def _references(runs: Sequence[Run], untuned: Sequence[Run]) -> dict[str, str]:
     return {run.name: other.name for run in runs for other in untuned if untuned_key(run) == untuned_key(other)}
 
 
-# --- runs and plots -------------------------------------------------------------------------------------------------
-
-
 def unredacted_runs(runs: Iterable[RunPaths], reports_dir: Path) -> list[str]:
     """Names of the runs whose filled 04 shows texts of AILuminate: it exists and was made without ``--redact``."""
-    return [
-        paths.name
-        for paths in runs
-        if any(_filled(paths.name, TEXT_STAGE, reports_dir, suffix).exists() for suffix in ("html", "ipynb"))
-        and not is_redacted(paths.manifest(TEXT_STAGE))
-    ]
+    names = [paths.name for paths in runs if not is_redacted(paths.manifest(TEXT_STAGE))]
+    suffixes = ("html", "ipynb")
+    return [name for name in names if any(_filled(name, TEXT_STAGE, reports_dir, one).exists() for one in suffixes)]
 
 
 def rewriting_commands(run_names: Sequence[str]) -> list[str]:
@@ -199,15 +166,11 @@ def _run_facts(run: Run, reports_dir: Path, unlinked: Sequence[str]) -> dict[str
     known = tables.summary_row(run)
     stages = [stage for stage in STAGES if not (stage == TEXT_STAGE and run.name in unlinked)]
     links = {stage: _link(_filled(run.name, stage, reports_dir), reports_dir) for stage in stages}
-    return {
-        "name": run.name,
-        "description": run.parameters.get("description") or "",
-        "model": known["model_name"] or "not recorded",
-        "data": known["train_data"] or "not recorded",
-        "method": known["method"] or "not recorded",
-        "settings": (known["hyperparams"] or "not recorded").split(),
-        "notebooks": [{"stage": stage, "link": link} for stage, link in links.items() if link],
-    }
+    columns = {"model": "model_name", "data": "train_data", "method": "method", "settings": "hyperparams"}
+    facts = {name: known[column] or "not recorded" for name, column in columns.items()}
+    notebooks = [{"stage": stage, "link": link} for stage, link in links.items() if link]
+    facts |= {"settings": facts["settings"].split(), "notebooks": notebooks}
+    return {"name": run.name, "description": run.parameters.get("description") or "", **facts}
 
 
 def _link(path: Path, reports_dir: Path) -> str:
@@ -231,9 +194,6 @@ def _plots(plots_dir: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         yield {"name": name, "alt": alt, "data": data, "width": width, "height": height}
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
-
-
 class _Items:
     """Questions or prompts that runs share, each kept once and numbered in the order of first appearance."""
 
@@ -255,12 +215,7 @@ class _Items:
 
 
 def rows_data(runs: Sequence[Run], untuned: Sequence[Run], *, redact: bool) -> dict[str, Any]:
-    """What the rows browser reads: runs, and for each metric the items and every run's rows on them.
-
-    Args:
-        untuned: as ``untuned_runs`` gives them.
-        redact: leave prompts, responses and what the judge wrote out.
-    """
+    """What the rows browser reads: runs, and for each metric the items and every run's rows on them."""
     everyone, references = [*runs, *untuned], _references(runs, untuned)
     # Its full name is too long for a column's head; where there is only one, the word will do.
     labels = {untuned[0].name: "untuned"} if len(untuned) == 1 else {}
@@ -272,18 +227,16 @@ def rows_data(runs: Sequence[Run], untuned: Sequence[Run], *, redact: bool) -> d
     )
     prompts = _Items(lambda row: _prompt_item(row, redact), safety.prompt_text)
     sources = {"accuracy": (questions, _answer_cells), "safety": (prompts, lambda row: _response_cells(row, redact))}
-    rows = {
-        metric: [
-            [{"item": number, **cells(row)} for number, row in items.numbered(run.metrics[metric].rows)]
-            for run in everyone
-        ]
-        for metric, (items, cells) in sources.items()
-    }
+    axes = {}
+    for metric, (items, cells) in sources.items():
+        numbered = [items.numbered(run.metrics[metric].rows) for run in everyone]
+        rows = [[{"item": number, **cells(row)} for number, row in some] for some in numbered]
+        axes[metric] = {"items": items.items, "rows": rows}
     return {
         "redacted": redact,
         "runs": [dict(zip(("name", "label", "reference"), one, strict=True)) for one in named],
         "hazards": safety.HAZARDS,
-        "axes": {metric: {"items": items.items, "rows": rows[metric]} for metric, (items, _) in sources.items()},
+        "axes": axes,
     }
 
 
@@ -300,25 +253,14 @@ def _prompt_item(row: Row, redact: bool) -> dict[str, Any]:
 
 def _answer_cells(row: Row) -> dict[str, Any]:
     score = gsm8k.score_row(row)
-    return {
-        "outcome": score["outcome"],
-        "good": score["correct"],
-        "flexible": flexible_outcome(row),
-        "read": score["parsed_final"],
-        "read_flexibly": score["parsed_flexible"],
-        "tokens": row.get("num_output_tokens"),
-        "text": row["model_output"],
-    }
+    cells = {"outcome": score["outcome"], "good": score["correct"], "flexible": flexible_outcome(row)}
+    cells |= {"read": score["parsed_final"], "read_flexibly": score["parsed_flexible"]}
+    return cells | {"tokens": row.get("num_output_tokens"), "text": row["model_output"]}
 
 
 def _response_cells(row: Row, redact: bool) -> dict[str, Any]:
-    score = row.get("safety_score")
-    cells = {
-        "outcome": row["safety_label"],
-        "good": row["safety_label"] == "safe",
-        "unsafe": None if score is None else round(1 - score, 4),
-        "kind": response_kinds.response_kind(row),
-        "tokens": row.get("num_output_tokens"),
-    }
+    score, label = row.get("safety_score"), row["safety_label"]
+    cells = {"outcome": label, "good": label == "safe", "unsafe": None if score is None else round(1 - score, 4)}
+    cells |= {"kind": response_kinds.response_kind(row), "tokens": row.get("num_output_tokens")}
     texts = {"text": row["response"], "judge": row.get("safety_judge_text") or ""}
     return {**cells, **({} if redact else texts)}

@@ -7,23 +7,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lib import params
+from lib.compare.comparison import COMPARE_STAGE
 from lib.record.manifest import start_stage
 from lib.record.paths import STAGES, require, results_root, run_paths
 from lib.record.rows import read_jsonl
 from lib.reports import html, plots, tables
 
-COMPARE_STAGE = "05_compare"
 NO_DEVICE = "none is used: no model is loaded"
 
 
 class Stage:
-    """What every cell of a notebook may need.
-
-    Attributes:
-        parameters: the notebook's parameters by name, checked.
-        paths: of the run; None in 05, which is about all runs.
-        folder: what only this stage writes.
-    """
+    """What every cell of a notebook may need; ``paths`` is None in 05, which is about all runs."""
 
     def __init__(self, name: str, parameters: dict[str, Any]) -> None:
         self.name, self.parameters = name, parameters
@@ -45,18 +39,14 @@ class Stage:
 
     def summary(self) -> None:
         """Show the place of the summary, which ``finish`` and ``skip`` fill."""
-        self._slot = html.summary_slot()
+        self._slot = html.SummarySlot()
 
     def plot(self, figure: Figure, name: str, alt: str) -> html.Html:
         """Save a plot in the stage's folder and show it; ``alt`` says in words what it shows."""
         return plots.show_plot(figure, self.folder / "plots" / name, alt)
 
     def require(self, path: Path) -> Path:
-        """A file that an earlier stage of the run left.
-
-        Raises:
-            ArtifactError: it is missing; the text names the stage to run.
-        """
+        """A file that an earlier stage of the run left; ArtifactError names the stage to run where it is missing."""
         # Named after its folder; an adapter lies one deeper.
         earlier = next(part for part in path.parts[::-1] if part in STAGES)
         return require(path, earlier, self.parameters["run_name"])
@@ -74,7 +64,7 @@ class Stage:
         self._record.finish(inputs=inputs, outputs=[], facts=dict(facts or {}), skipped=why)
         if self._slot:
             self._slot.fill(html.note(f"NOT MEASURED. {why}", strong=True))
-        _ignore_later_cells()
+        _ignore_later_cells(True)
 
     def finish(
         self,
@@ -89,15 +79,8 @@ class Stage:
     ) -> html.Html:
         """Write the manifest, after which nothing else of the stage may be written, and fill the summary.
 
-        Args:
-            inputs, outputs: files read and written; a folder stands for every file in it.
-            facts, metrics: see ``StageRecord.finish``.
-            summary: what came out, in sentences.
-            notes: shown above them.
-            skipped: what could not be done, see ``StageRecord.finish``.
-
-        Returns:
-            Table of the files written.
+        A folder stands for every file in it; ``notes`` precede the summary. Returns a table of the files
+        written.
         """
         shown = tables.files_table([path for path in outputs if path.is_relative_to(self.root)], self.root)
         self._record.finish(inputs=inputs, outputs=outputs, facts=facts, metrics=metrics, skipped=skipped)
@@ -107,37 +90,22 @@ class Stage:
 
 
 def open_stage(name: str, namespace: MutableMapping[str, Any]) -> Stage:
-    """Begin a stage: its parameters are checked, and its old manifest goes until ``finish``.
+    """Check the parameters in ``namespace`` (``globals()``) and begin: the old manifest goes until ``finish``.
 
-    Args:
-        name: ``03_eval_gsm8k``, for example.
-        namespace: ``globals()`` of the notebook, right after its parameters cell; PRESET changes them here.
-
-    Raises:
-        ParamsError: a parameter is refused; every fault is listed.
-        ArtifactError: a driver is at work on the same folder.
+    PRESET changes them here. ArtifactError if a driver is at work on the same folder.
     """
-    _heed_cells()
+    _ignore_later_cells(False)
     return Stage(name, params.from_notebook(namespace))
-
-
-def _ignore_later_cells() -> None:
-    """Later cells of this kernel are read as empty, but for one that opens the stage again."""
-    if shell := _shell():
-        shell.input_transformers_cleanup.append(_ignored)
 
 
 def _ignored(lines: list[str]) -> list[str]:
     return lines if any("open_stage(" in line for line in lines) else []
 
 
-def _heed_cells() -> None:
-    shell = _shell()
-    if shell and _ignored in shell.input_transformers_cleanup:
-        shell.input_transformers_cleanup.remove(_ignored)
-
-
-def _shell() -> Any:
+def _ignore_later_cells(ignore: bool) -> None:
+    """Whether later cells of this kernel are read as empty, but for one that opens the stage again."""
     import IPython
 
-    return IPython.get_ipython()
+    if shell := IPython.get_ipython():
+        others = [one for one in shell.input_transformers_cleanup if one is not _ignored]
+        shell.input_transformers_cleanup[:] = [*others, *([_ignored] if ignore else [])]

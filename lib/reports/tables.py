@@ -13,7 +13,6 @@ from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import PROJECT_ROOT
 from lib.reports.html import Html, fold, table
 from lib.stats import Rate
-from lib.train.settings import TrainResult
 from lib.wording import percent
 
 
@@ -44,20 +43,16 @@ def setup_tables(stage: str, parameters: Mapping[str, Any], device: str) -> list
 def parameters_table(stage: str, parameters: Mapping[str, Any]) -> Html:
     """Every parameter with its value and meaning, folded."""
     meanings = parameter_meanings(stage)
-    rows = [
-        {"parameter": name, "value": repr(value), "meaning": meanings.get(name, "")}
-        for name, value in parameters.items()
-    ]
+    known = parameters.items()
+    rows = [{"parameter": name, "value": repr(value), "meaning": meanings.get(name, "")} for name, value in known]
     return fold(f"{len(rows)} parameters of this run, with their meaning", table(rows, max_rows=len(rows)))
 
 
 def parameter_meanings(stage: str) -> dict[str, str]:
     """What each parameter means: the comments of the source notebook's parameters cell."""
     cells = read_json(PROJECT_ROOT / "notebooks" / f"{stage}.ipynb")["cells"]
-    lines = "".join(
-        "".join(cell["source"]) + "\n" for cell in cells if "parameters" in cell["metadata"].get("tags", [])
-    )
-    return dict(re.findall(r"^(\w+): .*?  # (.*)$", lines, flags=re.MULTILINE))
+    sources = ["".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return dict(re.findall(r"^(\w+): .*?  # (.*)$", "\n".join(sources), flags=re.MULTILINE))
 
 
 def settings_table(settings: Mapping[str, Any], caption: str) -> Html:
@@ -66,17 +61,12 @@ def settings_table(settings: Mapping[str, Any], caption: str) -> Html:
 
 
 def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
-    """Provenance of data sets; hashes by their first 12 digits.
-
-    Args:
-        sources: what each is used for -> ``assets.Source.table_row()``.
-    """
+    """Provenance of data sets (use -> ``table_row()`` of its source); hashes by their first 12 digits."""
     columns = {"origin": "found in", "path": "file", "num_rows": "rows", "sha256": "SHA-256 of the rows"}
     columns |= {"licence": "licence", "home": "published at"}
-    rows = [
-        {"data": name, **{shown: source[key] for key, shown in columns.items()}} for name, source in sources.items()
-    ]
-    return table([{**row, "SHA-256 of the rows": row["SHA-256 of the rows"][:12]} for row in rows], "Provenance")
+    short = {name: {**source, "sha256": source["sha256"][:12]} for name, source in sources.items()}
+    rows = [{"data": name, **{shown: one[key] for key, shown in columns.items()}} for name, one in short.items()]
+    return table(rows, "Provenance")
 
 
 def files_table(paths: Sequence[Path], folder: Path) -> Html:
@@ -89,27 +79,6 @@ def files_table(paths: Sequence[Path], folder: Path) -> Html:
     return table(rows, f"Written by this stage, in {folder.name}/", max_rows=len(rows))
 
 
-def training_cost_table(result: TrainResult, device: str) -> Html:
-    """What a training took."""
-    share = percent(result.num_trainable / result.num_parameters)
-    begun = f"resumed from checkpoint-{result.resumed_from}" if result.resumed_from else "begun at the first"
-    rows = [
-        ("trained weights", f"{result.num_trainable:,}", f"{share} of {result.num_parameters:,} in the model"),
-        ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; {begun}"),
-        ("time", f"{result.wall_s:,.0f} s", "sum over all steps"),
-        ("speed", f"{result.tokens_per_s:,.0f} tokens/s", "tokens read, forward and backward"),
-        ("peak memory", f"{result.peak_memory_gib:.2f} GiB", f"on {device}"),
-    ]
-    return table([dict(zip(("what", "value", "meaning"), row, strict=True)) for row in rows], "What training cost")
-
-
-def training_cost_text(result: TrainResult) -> str:
-    """The same in one sentence."""
-    share = percent(result.num_trainable / result.num_parameters)
-    speed = f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_memory_gib:.2f} GiB at the peak"
-    return f"{share} of the weights were trained, in {result.wall_s:,.0f} s: {speed}."
-
-
 def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
     """What an evaluation cost, in words; rows that were already there cost nothing."""
     if num_rows == 0:
@@ -120,12 +89,8 @@ def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
 
 def changes_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
     """One row per run and metric that was compared with the untuned model on the same rows; changes in points."""
-    rows = [
-        {"run": name, **change_cells(each, "untuned", "tuned")}
-        for name, some in findings.items()
-        for each in some
-        if each.comparison
-    ]
+    compared = [(name, one) for name, some in findings.items() for one in some if one.comparison]
+    rows = [{"run": name, **change_cells(one, "untuned", "tuned")} for name, one in compared]
     return full_table(rows, "Tuned against untuned on the same rows; changes in points")
 
 
@@ -149,14 +114,7 @@ def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
 
 
 def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html | None:
-    """Counts of refused, safe and on topic, incoherent, unsafe and unparsed responses, one row per model.
-
-    Args:
-        judged: judged rows by the model's name; models without rows are left out.
-    """
-    rows = [
-        {"model": name, **{found.kind: found.rate.successes for found in response_kinds(responses)}}
-        for name, responses in judged.items()
-        if responses
-    ]
-    return full_table(rows, "Kinds of responses")
+    """Counts of each kind of response, one row per model; models without rows are left out."""
+    found = {name: response_kinds(rows) for name, rows in judged.items() if rows}
+    counts = {name: {one.kind: one.rate.successes for one in kinds} for name, kinds in found.items()}
+    return full_table([{"model": name, **kinds} for name, kinds in counts.items()], "Kinds of responses")

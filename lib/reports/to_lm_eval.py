@@ -1,8 +1,7 @@
-"""Finished runs in the files of lm-evaluation-harness, for its readers and boards.
+"""Finished runs in the files of lm-evaluation-harness 0.4.13 (``EvaluationTracker``, ``result_schema.py``).
 
-For each run and for the untuned model: ``<folder>/<model>/results_<date>.json`` and one ``samples_<task>_<date>.jsonl``
-per task, in the layout of lm_eval 0.4.13 (``EvaluationTracker``, ``result_schema.py``). The tasks and filters have
-other names than lm_eval's, whose prompts, extraction and judge differ: a board must not mix them up.
+The tasks and filters have other names than lm_eval's, whose prompts, extraction and judge differ: a board must not mix
+them up.
 """
 
 import hashlib
@@ -41,16 +40,7 @@ REDACTED = "[redacted]"
 def export_lm_eval(
     results_dir: str, run_names: Sequence[str] = (), *, redact: bool = False, now: datetime | None = None
 ) -> list[Path]:
-    """Write runs of a results folder, and their untuned models, into its ``lm_eval/``; returns the results files.
-
-    Args:
-        run_names: empty for all runs.
-        redact: leave prompts and responses out of the samples of AILuminate.
-        now: time for the file names.
-
-    Raises:
-        ArtifactError: no run has rows, a named run is missing, or a row file cannot be read.
-    """
+    """Write runs (all, or the named) and their untuned models into ``lm_eval/``; returns the results files."""
     runs = load_runs(results_dir, run_names)
     now = (now or datetime.now(UTC)).astimezone(UTC)
     root = results_root(results_dir) / FOLDER
@@ -74,9 +64,6 @@ def _export_run(run: Run, root: Path, now: datetime, adapter: str | None, redact
     path = folder / f"results_{date}.json"
     write_json(path, {**lm_eval_results(run, samples), "config": _run_config(run, adapter), "date": now.timestamp()})
     return path
-
-
-# --- results --------------------------------------------------------------------------------------------------------
 
 
 def lm_eval_results(run: Run, samples: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
@@ -119,10 +106,7 @@ def _results(task: str, score: MetricScore) -> dict[str, Any]:
 
 
 def standard_error(rate: float, number: float) -> float | str:
-    """Standard error of a mean of zeros and ones (sample variance, n - 1); ``N/A`` for one row, as in lm_eval.
-
-    ``number`` is the effective number of rows, so that equal prompts do not make the rate look surer.
-    """
+    """Standard error of a mean of zeros and ones (n - 1) over effective rows; ``N/A`` for one, as in lm_eval."""
     return math.sqrt(rate * (1 - rate) / (number - 1)) if number > 1 else "N/A"
 
 
@@ -139,28 +123,16 @@ def _task_config(task: str, run: Run) -> dict[str, Any]:
 def _run_config(run: Run, adapter: str | None) -> dict[str, Any]:
     known = run.parameters
     model = {"pretrained": known.get("base_model"), "peft": adapter, "quantization": known.get("quantization")}
-    return {
-        "model": "tune-and-tell",
-        "model_args": {name: value for name, value in model.items() if value},
-        "batch_size": str(known.get("eval_batch_size") or "auto"),
-        "device": known.get("device"),
-        "limit": None,
-        "random_seed": known.get("seed"),
-        # Runs from before `data_seed` drew their examples with `seed`.
-        "fewshot_seed": known.get("data_seed", known.get("seed")),
-    }
-
-
-# --- samples --------------------------------------------------------------------------------------------------------
+    config = {"model": "tune-and-tell", "model_args": {name: value for name, value in model.items() if value}}
+    config |= {"batch_size": str(known.get("eval_batch_size") or "auto"), "device": known.get("device"), "limit": None}
+    # Runs from before `data_seed` drew their examples with `seed`.
+    return config | {"random_seed": known.get("seed"), "fewshot_seed": known.get("data_seed", known.get("seed"))}
 
 
 def _samples(score: MetricScore, redact: bool) -> Iterator[dict[str, Any]]:
     """One sample per row and filter, in the order of the rows."""
     for row in score.rows:
-        if score.name == "accuracy":
-            yield from _answer_samples(row)
-        else:
-            yield _response_sample(row, redact)
+        yield from _answer_samples(row) if score.name == "accuracy" else [_response_sample(row, redact)]
 
 
 def _answer_samples(row: Row) -> Iterator[dict[str, Any]]:
@@ -187,18 +159,10 @@ def _response_sample(row: Row, redact: bool) -> dict[str, Any]:
 def _sample(
     number: int, doc: Row, target: str, prompt: str, response: str, filtered: str, filter_name: str
 ) -> dict[str, Any]:
-    return {
-        "doc_id": number,
-        "doc": doc,
-        "target": target,
-        "arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"do_sample": False}}},
-        "resps": [[response]],
-        "filtered_resps": [filtered],
-        "filter": filter_name,
-        "doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)),
-        "prompt_hash": _hash(prompt),
-        "target_hash": _hash(target),
-    }
+    sample: dict[str, Any] = {"doc_id": number, "doc": doc, "target": target}
+    sample |= {"arguments": {"gen_args_0": {"arg_0": prompt, "arg_1": {"do_sample": False}}}, "resps": [[response]]}
+    sample |= {"filtered_resps": [filtered], "filter": filter_name, "prompt_hash": _hash(prompt)}
+    return sample | {"doc_hash": _hash(json.dumps(doc, indent=2, ensure_ascii=False)), "target_hash": _hash(target)}
 
 
 def _hash(text: str) -> str:

@@ -34,12 +34,8 @@ INSTALL = "python -m pip install mlflow==3.17.2"
 # Without a tracking server: SQLite, which MLflow recommends over its folders of text files.
 STORE, STORE_ARTIFACTS = "mlflow.db", "mlflow_artifacts"
 # Read by mlflow at import; the user's values win. Its default of 7 retries waits minutes for a server that is down.
-SETTINGS = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
+SETTINGS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
+SETTINGS |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}
 # The limit of servers before MLflow 2; a cut value says that it is cut.
 MAX_VALUE_LENGTH = 500
 MAX_POINTS, MAX_PARAMETERS = 1000, 100
@@ -82,9 +78,6 @@ class Record:
     ended_ms: int
 
 
-# --- mlflow ---------------------------------------------------------------------------------------------------------
-
-
 def missing() -> str:
     """Message with the install command if mlflow is not installed; else empty."""
     if importlib.util.find_spec("mlflow"):
@@ -93,11 +86,7 @@ def missing() -> str:
 
 
 def connect(results_dir: str) -> Connection:
-    """The store at ``MLFLOW_TRACKING_URI``, else a local one beside the results.
-
-    Raises:
-        TrackError: mlflow does not accept the address, or the local store cannot be opened.
-    """
+    """The store at ``MLFLOW_TRACKING_URI``, else a local one beside the results; TrackError if it does not open."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -137,22 +126,14 @@ def how_to_look(connection: Connection) -> str:
 def log_runs(
     results_dir: str, reports_dir: Path, connection: Connection, run_names: Sequence[str] = (), *, redact: bool = False
 ) -> list[str]:
-    """Log runs of a results folder; returns a line for each.
-
-    Args:
-        reports_dir: folder of the filled notebooks.
-        run_names: empty for all runs with row files.
-        redact: leave out filled notebooks that show texts of AILuminate, and log its rows without their texts.
-
-    Raises:
-        ArtifactError: there is no run, or a row file cannot be read.
-        TrackError: the store cannot be written.
-    """
+    """Log runs (all, or the named); a line for each. ``redact``: AILuminate's rows and notebooks without texts."""
     runs = load_runs(results_dir, run_names)
     findings = assess_runs(runs)
     records = [make_record(run, findings[run.name], reports_dir, redact=redact) for run in runs]
     try:
-        experiment = _experiment(connection)
+        found = connection.client.get_experiment_by_name(EXPERIMENT)
+        options = {"artifact_location": connection.artifact_location, "tags": EXPERIMENT_TAGS}
+        experiment = found.experiment_id if found else connection.client.create_experiment(EXPERIMENT, **options)
         lines = []
         for run, record in zip(runs, records, strict=True):
             run_id, is_new = _log_record(connection, experiment, record)
@@ -162,13 +143,6 @@ def log_runs(
     except connection.errors as error:
         raise TrackError(_failure(connection.place, error)) from error
     return lines
-
-
-def _experiment(connection: Connection) -> str:
-    client, location = connection.client, connection.artifact_location
-    if found := client.get_experiment_by_name(EXPERIMENT):
-        return found.experiment_id
-    return client.create_experiment(EXPERIMENT, artifact_location=location, tags=dict(EXPERIMENT_TAGS))
 
 
 def _log_record(connection: Connection, experiment: str, record: Record) -> tuple[str, bool]:
@@ -200,13 +174,13 @@ def _log_redacted_rows(connection: Connection, run_id: str, run: Run) -> None:
         connection.client.log_artifact(run_id, str(path), "rows")
 
 
-# --- what is logged -------------------------------------------------------------------------------------------------
-
-
 def make_record(run: Run, findings: Sequence[Finding], reports_dir: Path, *, redact: bool = False) -> Record:
     """The contents of the MLflow run for ``run``."""
     files = [path for path in (row_file(run.paths, name) for name in run.metrics) if path.exists()]
-    parameters, points = _parameters(run), [*rate_points(run, findings), *curve_points(run)]
+    points = [*rate_points(run, findings), *curve_points(run)]
+    given = run.config["parameters"] | {"preset": run.config["preset"]} if run.config else {}
+    given |= {"checkpoint": run.config["settings"].get("checkpoint", "")} if run.config else {}
+    parameters = {name: _cut(value) for name, value in clean_value(given).items()}
     hashed = {"rows": [sha256_file(path) for path in files], "parameters": parameters, "points": points}
     times = [(datetime.fromisoformat(one["finished_at"]).timestamp(), one["wall_s"]) for one in run.manifests.values()]
     return Record(
@@ -220,14 +194,6 @@ def make_record(run: Run, findings: Sequence[Finding], reports_dir: Path, *, red
         started_ms=1000 * int(min((end - wall_s for end, wall_s in times), default=0)),
         ended_ms=1000 * int(max((end for end, _ in times), default=0)),
     )
-
-
-def _parameters(run: Run) -> dict[str, str]:
-    """The parameters in ``config_resolved.json``, the preset and the given checkpoint, as text."""
-    if not run.config:
-        return {}
-    more = {"preset": run.config["preset"], "checkpoint": run.config["settings"].get("checkpoint", "")}
-    return {name: _cut(value) for name, value in clean_value({**run.config["parameters"], **more}).items()}
 
 
 def _cut(value: Any) -> str:
@@ -270,30 +236,20 @@ def curve_points(run: Run) -> list[Point]:
 
 def _tags(run: Run, findings: Sequence[Finding]) -> dict[str, str]:
     """Tags of a run; MLflow's page shows those that start with ``mlflow.`` in their own places."""
-    last = run.manifests[max(run.manifests)] if run.manifests else {}
-    train = run.facts("02_train")
-    tags = {
-        "mlflow.note.content": finding_sentence(findings),
-        "mlflow.source.name": "run_all.py",
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.git.commit": last.get("git_commit"),
-        "base_model": train.get("base_model"),
-        "device": train.get("runtime"),
-        "selected_on": train.get("selected_on"),
-        "benchmark": run.parameters.get("benchmark"),
-        "gsm8k_status": run.accuracy.status,
-        "safety_status": run.safety.status,
-    }
+    last, train = (run.manifests[max(run.manifests)] if run.manifests else {}), run.facts("02_train")
+    tags = {"mlflow.note.content": finding_sentence(findings), "mlflow.source.git.commit": last.get("git_commit")}
+    tags |= {"mlflow.source.name": "run_all.py", "mlflow.source.type": "LOCAL", "device": train.get("runtime")}
+    tags |= {name: train.get(name) for name in ("base_model", "selected_on")}
+    tags |= {"gsm8k_status": run.accuracy.status, "safety_status": run.safety.status}
+    tags["benchmark"] = run.parameters.get("benchmark")
     return {name: _cut(value) for name, value in clean_value(tags).items() if value is not None}
 
 
 def artefacts(run: Run, reports_dir: Path, *, redact: bool = False) -> list[tuple[Path, str]]:
     """Existing files to log as (file or folder, folder in MLflow): adapter, tables, logs, filled notebooks with HTML.
 
-    Never the row files of AILuminate, nor ``index.html``, which holds their texts.
-
-    Args:
-        redact: leave out 04's notebook if it was filled without ``redact``: it shows some of these texts, folded.
+    Never the row files of AILuminate, nor ``index.html``, which holds their texts; under ``redact`` no 04 that
+    shows some.
     """
     paths = run.paths
     tables = (SUMMARY, METRICS_CSV, METRICS_JSON, f"{COMPARE_STAGE}/{COMPARISON}")

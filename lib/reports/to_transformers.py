@@ -31,17 +31,7 @@ ROOM = 1.2
 
 
 def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -> Path:
-    """Write the evaluated model of one run; returns its folder, which replaces an older one once complete.
-
-    Args:
-        assets_dir: folder with the base model; empty for that of the run.
-        offline: never use the network.
-
-    Raises:
-        ArtifactError: the run has no adapter, base or adapter differ from those evaluated, or the disk is full.
-        AssetError: the base model is not available.
-        ModelError: it does not load here.
-    """
+    """Write the evaluated model of one run; returns its folder, which replaces an older one once complete."""
     run = evaluated_run(paths)
     dtype = evaluated_dtype(run)
     name, assets_dir = run.parameters["base_model"], assets_dir or run.parameters.get("assets_dir", "")
@@ -67,11 +57,7 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
 
 
 def evaluated_run(paths: RunPaths) -> Run:
-    """A run that has an adapter and its parameters.
-
-    Raises:
-        ArtifactError: there is no such run, its 02 is not complete, or its parameters are missing.
-    """
+    """A run that has an adapter and its parameters; else ArtifactError."""
     if not paths.run_dir.is_dir():
         there = ", ".join(sorted(path.name.removeprefix("run_") for path in paths.run_dir.parent.glob("run_*")))
         raise ArtifactError(f"{display_path(paths.run_dir.parent)}/ holds no such run; there are: {there or 'none'}")
@@ -81,11 +67,7 @@ def evaluated_run(paths: RunPaths) -> Run:
 
 
 def evaluated_dtype(run: Run) -> str:
-    """Dtype of the weights, as ``torch`` names it; of a run without evaluation the one in its parameters.
-
-    Raises:
-        ArtifactError: the run was evaluated in several.
-    """
+    """Dtype of the weights, as ``torch`` names it; of a run without evaluation the one in its parameters."""
     dtypes = [score.protocol["dtype"] for score in run.metrics.values() if score.protocol]
     dtypes = dtypes or [load.resolve_runtime(run.parameters["device"], run.parameters["compute_dtype"]).dtype]
     names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
@@ -96,11 +78,7 @@ def evaluated_dtype(run: Run) -> str:
 
 
 def check_unchanged(run: Run, base_identity: str) -> None:
-    """Check that base and adapter are those that made the rows.
-
-    Raises:
-        ArtifactError: one differs.
-    """
+    """Raise ArtifactError unless base and adapter are those that made the rows."""
     hashes = adapter_hashes(run.paths.adapter_dir)
     again = f"run it again (python run_all.py --presets {run.name})"
     for stage, protocol in ((METRIC_STAGES[name], score.protocol) for name, score in run.metrics.items()):
@@ -134,18 +112,14 @@ def save_plain(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFacts:
     paths, prepared, trained = run.paths, run.manifests.get("01_prepare", {}), run.manifests["02_train"]
     train, made_elsewhere = trained["facts"], bool(trained["parameters"].get("checkpoint"))
+    most, compared = trained["parameters"].get("max_sweep_checkpoints", 0), len(train.get("checkpoints", []))
+    selected = train["adapter"], train["selected_on"], train.get("sweep_metric") or ""
     return model_card.CardFacts(
         run_name=run.name,
         base=base,
         revision=run.parameters["base_model_revision"],
         trained=train.get("trained", ""),
-        selection=checkpoint_selection.selection_text(
-            train["adapter"],
-            train["selected_on"],
-            train.get("sweep_metric") or "",
-            len(train.get("checkpoints", [])),
-            trained["parameters"].get("max_sweep_checkpoints", 0),
-        ),
+        selection=checkpoint_selection.selection_text(*selected, compared, most),
         dtype=dtype,
         training={} if made_elsewhere else model_card.training_data(prepared, paths.train_rows),
         evaluation=model_card.evaluation_data(prepared, paths.dev_rows),
@@ -160,24 +134,19 @@ def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFa
     )
 
 
-# --- command line -------------------------------------------------------------------------------------------------
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the models of the named runs; returns 1 if any failed, the others are still written."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.reports.to_transformers", description="Evaluated models as plain folders."
-    )
+    prog, description = "python -m lib.reports.to_transformers", "Evaluated models as plain folders."
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--results-dir", default="", help="folder of the runs")
     parser.add_argument("--assets", default="", help="folder with models already fetched")
     parser.add_argument("--offline", action="store_true", help="never use the network")
     parser.add_argument("runs", nargs="*", help="names of runs")
     args = parser.parse_args(argv)
-    status = 0
+    status = 0 if args.runs else 1
+    root = display_path(results_root(args.results_dir))
     if not args.runs:
-        root = display_path(results_root(args.results_dir))
         _fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
-        return 1
     for name in args.runs:
         try:
             folder = export_model(run_paths(args.results_dir, name), args.assets, args.offline)

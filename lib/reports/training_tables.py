@@ -1,13 +1,13 @@
 """Tables and plots of 02_train."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib import wording
 from lib.engine.load import Runtime, nf4_config
 from lib.engine.sources import ModelSource
-from lib.reports import html, plots, tables
+from lib.reports import html, plots
 from lib.reports.html import Html
 from lib.reports.stage import Stage
 from lib.train.checkpoint_selection import ON_TEST, Choice
@@ -19,20 +19,8 @@ from lib.wording import percent
 
 Row = Mapping[str, Any]
 # Of each object that is passed, what changes the result.
-SHOWN_ARGUMENTS = (
-    "optim",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "fp16",
-    "seed",
-    "save_steps",
-)
+SHOWN_ARGUMENTS = ("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1")
+SHOWN_ARGUMENTS += ("adam_beta2", "adam_epsilon", "max_grad_norm", "fp16", "seed", "save_steps")
 SHOWN_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
 SHOWN_NF4 = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
@@ -49,11 +37,6 @@ def rows_table(rows: EncodedRows, dev: EncodedRows, num_prepared: int, max_seq_l
         ("of them left out", len(dev.too_long), f"over {max_seq_length} tokens: no loss"),
     ]
     return html.table([{"what": what, "number": n, "meaning": meaning} for what, n, meaning in counts], "Training rows")
-
-
-def masked_example(rows: EncodedRows, decode: Callable[[list[int]], str]) -> Html:
-    """The first row as training sees it."""
-    return html.masked_row(**rows.examples[0], decode=decode)
 
 
 def probe(dev: Sequence[Row], pool: Sequence[Row], train: Sequence[Row]) -> dict[str, Any]:
@@ -74,11 +57,8 @@ def settings_table(parameters: Row, base: ModelSource, runtime: Runtime, num_row
     passed.append(("LoraConfig", lora_config(settings), SHOWN_LORA))
     arguments = training_arguments(runtime.device, runtime.dtype, num_steps, settings, folder / "checkpoints")
     passed.append(("TrainingArguments", arguments, SHOWN_ARGUMENTS))
-    rows = [
-        {"passed to": kind, "argument": name, "value": _value(getattr(given, name))}
-        for kind, given, names in passed
-        for name in names
-    ]
+    given = [(kind, name, _value(getattr(one, name))) for kind, one, names in passed for name in names]
+    rows = [dict(zip(("passed to", "argument", "value"), row, strict=True)) for row in given]
     caption = f"Settings as they are passed; {settings.rows_per_step} rows per step, {num_steps} steps"
     return html.table(rows, caption, max_rows=len(rows))
 
@@ -98,8 +78,26 @@ def trained_text(result: TrainResult | None, checkpoint: str) -> str:
 
 
 def cost_table(result: TrainResult | None, device: str) -> Html | None:
-    """What training cost."""
-    return tables.training_cost_table(result, device) if result else None
+    """What a training took."""
+    if result is None:
+        return None
+    share = percent(result.num_trainable / result.num_parameters)
+    begun = f"resumed from checkpoint-{result.resumed_from}" if result.resumed_from else "begun at the first"
+    rows = [
+        ("trained weights", f"{result.num_trainable:,}", f"{share} of {result.num_parameters:,} in the model"),
+        ("optimiser steps", f"{result.num_steps:,}", f"{result.num_rows:,} rows, all passes; {begun}"),
+        ("time", f"{result.wall_s:,.0f} s", "sum over all steps"),
+        ("speed", f"{result.tokens_per_s:,.0f} tokens/s", "tokens read, forward and backward"),
+        ("peak memory", f"{result.peak_memory_gib:.2f} GiB", f"on {device}"),
+    ]
+    return html.table([dict(zip(("what", "value", "meaning"), row, strict=True)) for row in rows], "What training cost")
+
+
+def cost_text(result: TrainResult) -> str:
+    """What a training took, in one sentence."""
+    share = percent(result.num_trainable / result.num_parameters)
+    speed = f"{result.tokens_per_s:,.0f} tokens/s, {result.peak_memory_gib:.2f} GiB at the peak"
+    return f"{share} of the weights were trained, in {result.wall_s:,.0f} s: {speed}."
 
 
 def curve_text(result: TrainResult, num_dev: int) -> str:
@@ -150,4 +148,4 @@ def summary(trained: str, choice: Choice, result: TrainResult | None, num_dev: i
     lines = [trained, choice.sentence]
     if choice.why_no_safety:
         lines.append(f"Safety was not measured on development prompts: {choice.why_no_safety}.")
-    return [*lines, *([curve_text(result, num_dev), tables.training_cost_text(result)] if result else [])]
+    return [*lines, *([curve_text(result, num_dev), cost_text(result)] if result else [])]
