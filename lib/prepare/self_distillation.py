@@ -297,6 +297,6 @@ def distil(
     log = open_untuned_log(paths, "distil_samples", made_by)
     generator = LazyGenerator(load_engine, base.folder, runtime, quantization, None, asking.rows_at_once)
     sampled = sample_answers(questions, fewshot, generator, asking, log)
-    how = {name: parameters[f"distil_{name}"] for name in ("keep", "choice", "fallback")}
-    distilled = choose_training_rows(sampled, **how, seed=parameters["data_seed"])
+    how = {"keep": parameters["distil_keep"], "choice": parameters["distil_choice"], "seed": parameters["data_seed"]}
+    distilled = choose_training_rows(sampled, **how, fallback=parameters["distil_fallback"])
     return Distillation(made_by, sampled, distilled, log.path)
