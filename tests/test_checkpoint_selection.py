@@ -303,23 +303,23 @@ def test_the_old_way_asks_the_evaluation_rows_and_says_so(paths):
     assert [row["test_index"] for row in rows.questions] == [7] and len(rows.prompts) == 1
     assert rows.selected_on == "the test set" and paths.gsm8k_eval_rows in rows.files
     _, best, _ = run_sweep(paths, rows, {10: 1, 100: 0, 1000: 0}, {10: 0, 100: 0, 1000: 0}, "sum")
-    text = checkpoint_selection.selection_text(best.checkpoint, rows.selected_on, "sum")
+    text = selection_rows.selection_text(best.checkpoint, rows.selected_on, "sum")
     assert text.startswith("Kept is checkpoint-10, selected on the test set by sum.") and "too high" in text
-    assert "too high" not in checkpoint_selection.selection_text("checkpoint-10", selection_rows.ON_DEV, "sum")
-    assert "selected on" not in checkpoint_selection.selection_text(
+    assert "too high" not in selection_rows.selection_text("checkpoint-10", selection_rows.ON_DEV, "sum")
+    assert "selected on" not in selection_rows.selection_text(
         "checkpoint-458", selection_rows.ON_DEV, "accuracy", num_candidates=1
     )
-    assert "not selected" in checkpoint_selection.selection_text("the adapter", checkpoint_selection.NOT_SELECTED)
+    assert "not selected" in selection_rows.selection_text("the adapter", selection_rows.NOT_SELECTED)
 
 
 def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
     chosen = ("checkpoint-458", selection_rows.ON_DEV, "accuracy")
-    text = checkpoint_selection.selection_text(*chosen, num_candidates=1, most=1)
+    text = selection_rows.selection_text(*chosen, num_candidates=1, most=1)
     assert text == "Kept is checkpoint-458, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
-    assert "the only checkpoint: a smaller save_steps" in checkpoint_selection.selection_text(
+    assert "the only checkpoint: a smaller save_steps" in selection_rows.selection_text(
         *chosen, num_candidates=1, most=3
     )
-    assert "selected on development rows" in checkpoint_selection.selection_text(*chosen, num_candidates=3, most=3)
+    assert "selected on development rows" in selection_rows.selection_text(*chosen, num_candidates=3, most=3)
 
 
 def test_the_test_rows_are_read_only_behind_sweep_on_test():

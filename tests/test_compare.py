@@ -45,7 +45,6 @@ from lib.record.rows import write_jsonl
 from lib.reports import comparison_tables, site, to_lm_eval, to_mlflow
 from lib.reports import tables as report_tables
 from lib.stats import Rate, clustered_wilson_interval
-from lib.train import checkpoint_selection
 
 
 @pytest.fixture
@@ -244,18 +243,18 @@ def test_both_rates_are_in_one_sentence(results):
 
 def test_a_choice_on_the_test_set_is_told_and_no_other(results):
     paths = run_paths(str(results), "one")
-    assert checkpoint_selection.selected_on_test(paths) == ""
+    assert selection_rows.selected_on_test(paths) == ""
     finish(paths, "02_train", [], [])
     facts = {"adapter": "checkpoint-4", "sweep_metric": "accuracy", "checkpoints": [{}, {}]}
     add_facts(paths, "02_train", **facts, selected_on="development rows")
-    assert checkpoint_selection.selected_on_test(paths) == ""
+    assert selection_rows.selected_on_test(paths) == ""
     add_facts(paths, "02_train", selected_on="the test set")
-    sentence = checkpoint_selection.selected_on_test(paths)
+    sentence = selection_rows.selected_on_test(paths)
     assert sentence.startswith("Kept is checkpoint-4, selected on the test set by accuracy.")
     assert "too high" in sentence
     # The only checkpoint is nobody's choice.
     add_facts(paths, "02_train", checkpoints=[{}])
-    assert checkpoint_selection.selected_on_test(paths) == ""
+    assert selection_rows.selected_on_test(paths) == ""
 
 
 def test_the_terminal_table_shows_the_runs_asked_for(results):

@@ -26,7 +26,7 @@ from lib.record.manifest import start_stage
 from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RESULTS_VARIABLE, STAGES, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import gsm8k_report, html, safety_report
-from lib.train import checkpoint_selection, selection_rows
+from lib.train import selection_rows
 from lib.train.settings import TrainSettings
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
@@ -327,7 +327,7 @@ def chosen_on(folder, selected_on):
 @pytest.mark.parametrize("selected_on", [selection_rows.ON_TEST, selection_rows.ON_DEV])
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
     paths = chosen_on(tmp_path / "results", selected_on)
-    given = {"stage": SimpleNamespace(paths=paths), "checkpoint_selection": checkpoint_selection, "html": html}
+    given = {"stage": SimpleNamespace(paths=paths), "selection_rows": selection_rows, "html": html}
     given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5, "base_model": "tiny"}
     given |= {"verdicts": made_runs.safety_rows(), "baseline_safety": 0.5, "gsm8k": gsm8k, "safety": safety}
     accuracy, names = run_cell("03_eval_gsm8k", "report.accuracy_sentences(", report=gsm8k_report, **given)

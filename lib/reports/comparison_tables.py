@@ -14,7 +14,7 @@ from lib.record.files import sha256_json
 from lib.reports.gsm8k_report import PUBLISHED
 from lib.reports.html import Html, fold, note, sentences, stack
 from lib.reports.tables import change_cells, changes_table, full_table, rate_cells
-from lib.train import checkpoint_selection
+from lib.train import selection_rows
 from lib.wording import percent, rate_text
 
 NOT_RECORDED = "not recorded"
@@ -24,7 +24,7 @@ def warnings(runs: Sequence[Run]) -> list[Html]:
     """What limits the meaning of the numbers: rehearsals, and checkpoints selected on the rows that are reported."""
     rehearsals = ", ".join(run.name for run in runs if run.parameters.get("benchmark") is False)
     warning = f"NOT A BENCHMARK: {rehearsals}. These numbers show that the pipeline works, no more."
-    selected = {run.name: checkpoint_selection.selected_on_test(run.paths) for run in runs}
+    selected = {run.name: selection_rows.selected_on_test(run.paths) for run in runs}
     lines = [f"{name}: {sentence}" for name, sentence in selected.items() if sentence]
     return [note(line, strong=True) for line in ([warning, *lines] if rehearsals else lines)]
 

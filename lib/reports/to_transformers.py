@@ -23,7 +23,7 @@ from lib.record.files import folder_in_making, free_bytes, sha256_file, sha256_j
 from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home, require, results_root, run_paths
 from lib.record.protocol import adapter_hashes
 from lib.record.redaction import visible
-from lib.train import checkpoint_selection, model_card
+from lib.train import model_card, selection_rows
 
 FOLDER = "models"
 # Free space, relative to the weights.
@@ -119,7 +119,7 @@ def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFa
         base=base,
         revision=run.parameters["base_model_revision"],
         trained=train.get("trained", ""),
-        selection=checkpoint_selection.selection_text(*selected, compared, most),
+        selection=selection_rows.selection_text(*selected, compared, most),
         dtype=dtype,
         training={} if made_elsewhere else model_card.training_data(prepared, paths.train_rows),
         evaluation=model_card.evaluation_data(prepared, paths.dev_rows),

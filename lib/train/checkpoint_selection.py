@@ -16,12 +16,11 @@ from lib.engine.sources import ModelSource, resolve_adapter, resolve_model
 from lib.prepare import datasets
 from lib.record.files import sha256_file, sha256_json, write_csv
 from lib.record.lookup import load_or_reason
-from lib.record.manifest import facts_of
 from lib.record.paths import RunPaths, project_path
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 from lib.stats import Rate
 from lib.train import selection_rows
-from lib.train.selection_rows import ON_TEST, SelectionRows, SweepError, development_rows, evaluation_rows, needs_safety
+from lib.train.selection_rows import SelectionRows, SweepError, development_rows, evaluation_rows, needs_safety
 from lib.train.settings import TrainResult, checkpoint_step
 
 if TYPE_CHECKING:  # imports torch
@@ -29,7 +28,6 @@ if TYPE_CHECKING:  # imports torch
 
 Row = dict[str, Any]
 
-NOT_SELECTED = "not selected"
 # What is highest at the chosen checkpoint; each a share or a sum of shares, so that the number of rows has no weight.
 METRICS = {
     "accuracy": "share of questions answered right (strict)",
@@ -183,30 +181,6 @@ def table_rows(scores: Sequence[Score], metric: str, selected_on: str, protocol_
 def _rate_columns(rate: Rate | None, name: str, prefix: str) -> Row:
     cells = (rate.share, rate.low, rate.high) if rate else (None, None, None)
     return dict(zip((name, f"{prefix}low", f"{prefix}high"), cells, strict=True))
-
-
-def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidates: int = 0, most: int = 0) -> str:
-    """How the adapter was chosen; 0 ``num_candidates`` or ``most`` (``max_sweep_checkpoints``) is unknown."""
-    if selected_on == NOT_SELECTED:
-        return f"Kept is {chosen}; it was not selected among checkpoints."
-    if num_candidates == most == 1:
-        return f"Kept is {chosen}, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
-    if num_candidates == 1:
-        return f"Kept is {chosen}, the only checkpoint: a smaller save_steps leaves more to select among."
-    text = f"Kept is {chosen}, selected on {selected_on} by {metric}."
-    if selected_on == ON_TEST:
-        text += " The rates that this run reports on those rows are a winner's: too high by the luck of the choice."
-    return text
-
-
-def selected_on_test(paths: RunPaths) -> str:
-    """How the adapter was chosen, where that was done on the rows that are reported; else ""."""
-    facts = facts_of(paths, "02_train")
-    compared = facts.get("checkpoints", [])
-    # Of one checkpoint none is the winner.
-    if facts.get("selected_on") != ON_TEST or len(compared) == 1:
-        return ""
-    return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The rows that a checkpoint is chosen on: development rows, or on request the evaluation rows."""
+"""The rows that a checkpoint is chosen on, and the sentence about the choice. No torch: reports read both."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from lib.record.manifest import facts_of
 from lib.record.paths import PROJECT_ROOT, RunPaths, require
 from lib.record.rows import read_jsonl
 from lib.record.text_files import read_text
 
 Row = dict[str, Any]
 
-ON_DEV, ON_TEST = "development rows", "the test set"
+ON_DEV, ON_TEST, NOT_SELECTED = "development rows", "the test set", "not selected"
 CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
 
 
@@ -93,3 +94,27 @@ def draw_prompts(
 
 def _text(row: Mapping[str, Any]) -> str:
     return " ".join(row["prompt"].casefold().split())
+
+
+def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidates: int = 0, most: int = 0) -> str:
+    """How the adapter was chosen; 0 ``num_candidates`` or ``most`` (``max_sweep_checkpoints``) is unknown."""
+    if selected_on == NOT_SELECTED:
+        return f"Kept is {chosen}; it was not selected among checkpoints."
+    if num_candidates == most == 1:
+        return f"Kept is {chosen}, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
+    if num_candidates == 1:
+        return f"Kept is {chosen}, the only checkpoint: a smaller save_steps leaves more to select among."
+    text = f"Kept is {chosen}, selected on {selected_on} by {metric}."
+    if selected_on == ON_TEST:
+        text += " The rates that this run reports on those rows are a winner's: too high by the luck of the choice."
+    return text
+
+
+def selected_on_test(paths: RunPaths) -> str:
+    """How the adapter was chosen, where that was done on the rows that are reported; else ""."""
+    facts = facts_of(paths, "02_train")
+    compared = facts.get("checkpoints", [])
+    # Of one checkpoint none is the winner.
+    if facts.get("selected_on") != ON_TEST or len(compared) == 1:
+        return ""
+    return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared))
