@@ -45,6 +45,7 @@ from lib.record.rows import write_jsonl
 from lib.reports import comparison_tables, site, to_lm_eval, to_mlflow
 from lib.reports import tables as report_tables
 from lib.stats import Rate, clustered_wilson_interval
+from lib.train import selection_rows
 
 
 @pytest.fixture

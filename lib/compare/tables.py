@@ -7,7 +7,6 @@ from typing import Any
 
 from lib import wording
 from lib.compare.runs import MetricScore, Run, load_run, load_runs
-from lib.prepare import self_distillation
 from lib.record.files import read_csv, write_csv, write_json
 from lib.record.paths import ArtifactError, find_runs, results_root, run_paths
 
@@ -87,8 +86,18 @@ def _train_data(run: Run) -> str | None:
     known = run.parameters
     if known.get("train_source") == "self_distilled":
         # With counts: GSM8K's own answers may be most of the rows (distil_fallback: gold).
-        return self_distillation.describe(run.facts("01_prepare").get("distil"), known["gsm8k_source"])
+        return _own_answers_text(run.facts("01_prepare").get("distil"), known["gsm8k_source"])
     return known.get("train_file") or known.get("gsm8k_source")
+
+
+def _own_answers_text(counts: Mapping[str, Any] | None, source: str) -> str:
+    """What was trained on, in words; ``counts`` are 01's, None where they are not known."""
+    counts = counts or {}
+    num_covered, num_questions, num_gold = (counts.get(f"num_{name}") for name in ("covered", "questions", "gold"))
+    if num_covered is None or num_questions is None:
+        return f"own answers to {source}"
+    own = f"own answers to {num_covered} of {num_questions} questions of {source}"
+    return f"{own}, GSM8K's to {num_gold}" if num_gold else own
 
 
 def write_summary(results_dir: str, runs: Sequence[Run]) -> Path:

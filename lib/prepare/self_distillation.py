@@ -248,16 +248,6 @@ def summarize(sampled: Sampled, distilled: Distilled) -> dict[str, Any]:
     return counts | {"num_gold": distilled.num_gold, "num_dropped": distilled.num_dropped}
 
 
-def describe(counts: Mapping[str, Any] | None, source: str) -> str:
-    """What was trained on, in words; ``counts`` are of ``summarize``, None where they are not known."""
-    counts = counts or {}
-    num_covered, num_questions, num_gold = (counts.get(f"num_{name}") for name in ("covered", "questions", "gold"))
-    if num_covered is None or num_questions is None:
-        return f"own answers to {source}"
-    own = f"own answers to {num_covered} of {num_questions} questions of {source}"
-    return f"{own}, GSM8K's to {num_gold}" if num_gold else own
-
-
 @dataclass(frozen=True)
 class Distillation:
     """The model's own answers of a run: what made them, all of them, the chosen ones, and the row file."""

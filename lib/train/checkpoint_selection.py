@@ -20,7 +20,15 @@ from lib.record.paths import RunPaths, project_path
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 from lib.stats import Rate
 from lib.train import selection_rows
-from lib.train.selection_rows import SelectionRows, SweepError, development_rows, evaluation_rows, needs_safety
+from lib.train.selection_rows import (
+    NOT_SELECTED,
+    SelectionRows,
+    SweepError,
+    development_rows,
+    evaluation_rows,
+    needs_safety,
+    selection_text,
+)
 from lib.train.settings import TrainResult, checkpoint_step
 
 if TYPE_CHECKING:  # imports torch
