@@ -10,8 +10,9 @@ from lib.engine.sources import ModelSource
 from lib.reports import html, plots
 from lib.reports.html import Html
 from lib.reports.stage import Stage
-from lib.train.checkpoint_selection import ON_TEST, Choice
+from lib.train.checkpoint_selection import Choice
 from lib.train.rows import EncodedRows
+from lib.train.selection_rows import ON_TEST
 from lib.train.settings import TrainResult, TrainSettings
 from lib.train.sft import lora_config
 from lib.train.trainer import training_arguments
