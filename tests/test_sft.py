@@ -362,19 +362,20 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from lib import sft
+from lib.train import trainer
+from lib.train.rows import encode_rows
 import test_sft as tests
 import torch
 torch.set_num_threads(int(sys.argv[4]))
 
-real = sft.Recorder.on_save
+real = trainer.Recorder.on_save
 def kill(self, args, state, control, **kwargs):
     if state.global_step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, args, state, control, **kwargs)
-sft.Recorder.on_save = kill
+trainer.Recorder.on_save = kill
 rows = [tests.conversation(number) for number in range(20)]
-tests.run(Path(sys.argv[2]), sft.encode_rows(tests.tiny_tokenizer(), rows, 100).examples, Path(sys.argv[3]))
+tests.run(Path(sys.argv[2]), encode_rows(tests.tiny_tokenizer(), rows, 100).examples, Path(sys.argv[3]))
 """
 
 
