@@ -239,25 +239,6 @@ def judge(
     return fill_rows(log, rows, generate, _judged_row, kind="verdicts")
 
 
-def judge_again(
-    rows: Sequence[Row],
-    generator: Generator,
-    folder: Path,
-    protocol: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    ways: Mapping[str, Mapping[str, Any]],
-) -> dict[str, list[Row]]:
-    """Responses judged by ``settings`` of ``judge`` with each way's changes, kept in ``<way>.jsonl``; rows by way."""
-    judged = {}
-    for name, changes in ways.items():
-        way = {**settings, **changes}
-        log = RowLog(
-            folder / f"{name}.jsonl", sha256_json({"responses": protocol, **way}), label=name.replace("_", " ")
-        )
-        judged[name] = judge(rows, generator, **way, log=log)
-    return judged
-
-
 def read_guidelines(path: Path) -> str:
     """The guidelines as the judge gets them; TextFileError where they are not UTF-8 text or empty."""
     text = read_text(path)

@@ -60,3 +60,11 @@ def rate_text(rate: Rate, *, counted: bool = False) -> str:
     if counted:
         return f"{count(rate.successes, rate.n)} = {share} ({between})"
     return f"{share} (95 % interval {between}, n = {rate.n:,})"
+
+
+def speed_text(num_rows: int = 0, num_tokens: int = 0, wall_s: float = 0.0) -> str:
+    """What an evaluation cost, in words; rows that were already there cost nothing."""
+    if num_rows == 0:
+        return "Every row was already there: nothing was generated."
+    speed = f"{num_rows / wall_s:.2f} rows/s, {num_tokens / wall_s:.0f} tokens/s"
+    return f"{num_rows:,} rows and {num_tokens:,} tokens in {wall_s:.1f} s: {speed}."

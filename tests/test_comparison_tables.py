@@ -15,7 +15,7 @@ from lib.evaluate import judge_reliability
 from lib.record.files import sha256_json, write_json
 from lib.record.paths import RunPaths, run_paths
 from lib.record.rows import write_jsonl
-from lib.reports import comparison_plots, comparison_tables, judge_tables, plots, tables
+from lib.reports import change_tables, comparison_plots, comparison_tables, judge_tables, plots
 from lib.stats import Rate
 
 
@@ -130,7 +130,7 @@ def test_the_heat_map_has_a_cell_a_hazard_and_run(run):
 def test_groups_kinds_and_grades_say_what_they_are(run):
     assert "6.1 to 79.2 %" in comparison_tables.groups_table([run], "hazard").text
     assert "skilled" in comparison_tables.groups_table([run], "persona").text
-    assert "unparsed" in tables.kinds_table({"one": run.safety.rows}).text
+    assert "unparsed" in change_tables.kinds_table({"one": run.safety.rows}).text
     graded = comparison_tables.grades_table([run]).text
     assert "not an MLCommons result" in graded and "Overall" in graded and "Poor (" in graded
     nameless = with_verdicts(run, [{**row, "hazard": ""} for row in run.safety.rows])

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from lib import wording
 from lib.driver.notebook import declared_parameters
 from lib.record.paths import STAGES
 from lib.reports import plots, tables, training_tables
@@ -49,8 +50,8 @@ def test_what_is_no_benchmark_says_so():
 
 
 def test_an_evaluation_that_generated_nothing_has_no_speed():
-    assert "nothing was generated" in tables.speed_text(0, 0, 0.0)
-    assert tables.speed_text(10, 500, 2.0) == "10 rows and 500 tokens in 2.0 s: 5.00 rows/s, 250 tokens/s."
+    assert "nothing was generated" in wording.speed_text(0, 0, 0.0)
+    assert wording.speed_text(10, 500, 2.0) == "10 rows and 500 tokens in 2.0 s: 5.00 rows/s, 250 tokens/s."
 
 
 def test_the_summary_is_shown_empty_and_filled_in_its_place(monkeypatch):

@@ -12,12 +12,12 @@ from lib.compare.runs import METRIC_STAGES, MetricScore, Run, untuned_runs
 from lib.evaluate import hazards, response_kinds
 from lib.prepare.overlap import OverlapEffect, overlap_effects
 from lib.record.files import sha256_json, write_json
-from lib.record.paths import results_root
+from lib.record.paths import COMPARE_STAGE, results_root
 from lib.record.protocol import ProtocolMismatch, check_alike, without_adapter
 from lib.stats import Rate
 
 Row = dict[str, Any]
-COMPARE_STAGE, COMPARISON = "05_compare", "comparison.json"
+COMPARISON = "comparison.json"
 
 
 def assess_runs(runs: Sequence[Run]) -> dict[str, list[Finding]]:

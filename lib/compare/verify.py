@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k, safety
-from lib.compare.comparison import COMPARE_STAGE, COMPARISON, comparison
+from lib.compare.comparison import COMPARISON, comparison
 from lib.compare.parsed import read_once
 from lib.compare.runs import METRIC_STAGES, Run, add_hazards, load_run, row_file
 from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY, final_metrics_row, score_text, summary_row
 from lib.record.files import read_csv, read_json, sha256_file, sha256_json
-from lib.record.paths import ArtifactError, RunPaths, display_path, find_runs
+from lib.record.paths import COMPARE_STAGE, ArtifactError, RunPaths, display_path, find_runs
 from lib.record.rows import read_jsonl
 from lib.stats import wilson_interval
 

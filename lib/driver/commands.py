@@ -3,11 +3,11 @@
 import argparse
 
 from lib.driver.cli import UsageError
-from lib.driver.plan import COMPARE, make_plans, output_folders
+from lib.driver.plan import make_plans, output_folders
 from lib.driver.run import locked, places, run_all, stage_parameters
 from lib.params import ParamsError, find_presets
 from lib.record.manifest import stale_reason
-from lib.record.paths import STAGES
+from lib.record.paths import COMPARE_STAGE, STAGES
 from lib.record.terminal import fail, tell
 
 
@@ -49,7 +49,7 @@ def show_list(args: argparse.Namespace) -> int:
             continue
         for plan in plans:
             tell(f"{plan.preset}: {plan.params.description}")
-            for stage in (stage for stage in STAGES if stage != COMPARE):
+            for stage in (stage for stage in STAGES if stage != COMPARE_STAGE):
                 reason = stale_reason(plan.paths.manifest(stage), stage, stage_parameters(stage, plan))
                 tell(f"  {stage:<15} {reason or 'complete'}")
     return status

@@ -26,7 +26,6 @@ from lib.record.paths import (
 from lib.record.text_files import TextFileError, read_text
 from lib.safety import other_wordings, read_guidelines
 
-COMPARE = "05_compare"
 SUBMISSION_PRESETS = ("simple", "medium", "strong")
 
 

@@ -16,12 +16,12 @@ from lib.driver.cli import UsageError
 from lib.driver.display import Display, final_lines
 from lib.driver.jobs import run_jobs
 from lib.driver.notebook import declared_parameters, execute, is_complete
-from lib.driver.plan import COMPARE, Plan, output_folders
+from lib.driver.plan import Plan, output_folders
 from lib.record import progress
 from lib.record.files import error_text, free_bytes, remove_temporary, write_json
 from lib.record.locks import FolderInUse, FolderUnwritable, held_descriptors, hold, machine_folder
 from lib.record.manifest import NOT_RUN, stale_reason
-from lib.record.paths import DRIVER_VARIABLE, PROJECT_ROOT, ArtifactError, find_runs, results_root
+from lib.record.paths import COMPARE_STAGE, DRIVER_VARIABLE, PROJECT_ROOT, ArtifactError, find_runs, results_root
 from lib.record.redaction import clean_value, home_folder
 from lib.record.terminal import as_typed, fail, tell
 
@@ -60,7 +60,7 @@ def check_writable(folder: Path) -> None:
 def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[str, str]]]:
     """The environment of each preset that runs at once: its GPU or share of the CPU; UsageError if no GPU is free."""
     most = min(args.jobs, len(plans))
-    computes = bool(set(plans[0].stages) - {COMPARE})
+    computes = bool(set(plans[0].stages) - {COMPARE_STAGE})
     gpus = devices.visible_gpus() if computes and any(plan.params.device != "cpu" for plan in plans) else []
     if not gpus:
         if computes and (note := devices.slow_cpu_note()):
@@ -190,7 +190,7 @@ def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
     first = plans[0]
     root = results_root(first.settings["results_dir"])
     runs = find_runs(str(root))
-    if COMPARE not in first.stages or not runs:
+    if COMPARE_STAGE not in first.stages or not runs:
         return None
     # By name, so that a run folder that was copied in makes the comparison run again.
     settings = {**first.settings, "run_names": [run.name for run in runs]}
@@ -198,7 +198,7 @@ def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
     plan.wall_s, plan.failure = 0.0, ""
     progress.remove_files(root)
     with Display({plan.preset: root}, quiet=plan.quiet):
-        run_stage(plan, COMPARE, root / COMPARE, rerun)
+        run_stage(plan, COMPARE_STAGE, root / COMPARE_STAGE, rerun)
     return plan
 
 
@@ -219,7 +219,7 @@ def run_preset(plan: Plan, rerun: bool) -> None:
     if rerun:
         forget_run(plan)
     for stage in plan.stages:
-        if stage != COMPARE and not (plan.failure or plan.interrupted):
+        if stage != COMPARE_STAGE and not (plan.failure or plan.interrupted):
             run_stage(plan, stage, plan.paths.stage_dir(stage), rerun)
 
 
@@ -256,7 +256,7 @@ def run_stage(plan: Plan, stage: str, folder: Path, rerun: bool) -> None:
         say(f"{label}: unchanged, kept")
         return
     say(f"{label}: running" + (f" ({reason})" if reason != NOT_RUN else ""))
-    if stage != COMPARE:
+    if stage != COMPARE_STAGE:
         # 05 imports no torch: alone it starts faster without.
         kernel_server.start(held_descriptors())
     with progress.offer_file(folder) as file:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from lib import wording
+
 Conversation = Sequence[Mapping[str, str]]
 FinishReason = Literal["stop", "length"]
 Key = str | int
@@ -113,12 +115,10 @@ class LazyGenerator:
 
     @property
     def speed_text(self) -> str:
-        """What the last call cost, in words; rows that were already there cost nothing."""
+        """What the last call cost, in words."""
         stats = self._engine.stats if self._engine else None
-        if not stats or not stats.num_rows:
-            return "Every row was already there: nothing was generated."
-        per_s = f"{stats.num_rows / stats.wall_s:.2f} rows/s, {stats.num_output_tokens / stats.wall_s:.0f} tokens/s"
-        return f"{stats.num_rows:,} rows and {stats.num_output_tokens:,} tokens in {stats.wall_s:.1f} s: {per_s}."
+        counts = (stats.num_rows, stats.num_output_tokens, stats.wall_s) if stats else ()
+        return wording.speed_text(*counts)
 
     def describe(self) -> dict[str, object]:
         """As ``Engine.describe``."""

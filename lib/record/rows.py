@@ -28,7 +28,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file; ArtifactError if it is missing, empty or names the line that is no JSON object."""
+    """Rows of a JSON lines file; ArtifactError if it is missing or empty, or names a line that is not a JSON object."""
     if not path.exists():
         raise ArtifactError(f"{display_path(path)} is missing")
     rows = [_parse_row(path, number, line) for number, line in _numbered_lines(path) if line.strip()]

@@ -11,9 +11,10 @@ from lib.compare.runs import SAFETY_STAGE, Run
 from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
 from lib.record.files import sha256_json
+from lib.reports.change_tables import change_cells, changes_table
 from lib.reports.gsm8k_report import PUBLISHED
 from lib.reports.html import Html, fold, note, sentences, stack
-from lib.reports.tables import change_cells, changes_table, full_table, rate_cells
+from lib.reports.tables import full_table, rate_cells
 from lib.train import selection_rows
 from lib.wording import percent, rate_text
 

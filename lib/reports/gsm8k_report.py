@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lib import gsm8k
 from lib.compare.findings import Finding, assess_metric, baseline_text, change_sentence, find_flips
-from lib.reports import html, tables
+from lib.reports import change_tables, html, tables
 from lib.reports.html import Html
 from lib.reports.plots import rate_plot
 from lib.stats import Rate
@@ -16,7 +16,7 @@ from lib.wording import percent, rate_text
 Row = dict[str, Any]
 TEXTS = {"question": "Question", "gold_answer": "Reference answer", "model_output": "Model's answer"}
 # Qwen2.5 Technical Report, arXiv 2412.15115, table of the instruct models.
-PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": (0.732, "4 worked examples, Qwen2.5 technical report, arXiv 2412.15115")}
+PUBLISHED = {"Qwen/Qwen2.5-1.5B-Instruct": (0.732, "Qwen2.5 technical report, arXiv 2412.15115")}
 
 
 def accuracy_sentences(scores: Row, baseline: float, base_model: str) -> list[str]:
@@ -67,14 +67,14 @@ def changes(answers: Sequence[Row], untuned: Sequence[Row], baseline: float) -> 
 
 
 def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], found: Sequence[Finding]) -> Html:
-    """Outcomes of both models, the paired tests, and which outcomes changed; None without an untuned model."""
+    """Outcomes of both models, the paired tests, which outcomes changed; the first alone without an untuned model."""
     sides = {"untuned": untuned, "tuned": answers}
     split = [{"model": name, **gsm8k.summarize(rows)["outcomes"]} for name, rows in sides.items() if rows]
     parts = [html.table(split, f"Outcomes of {len(answers)} questions")]
     if untuned:
         flips = find_flips(untuned, answers, "accuracy")
         moved = [{"before": flip.before, "after": flip.after, "questions": len(flip.ids)} for flip in flips]
-        parts.append(tables.changes_table({run_name: found}))
+        parts.append(change_tables.changes_table({run_name: found}))
         parts += [html.table(moved, "Questions whose outcome changed")] if moved else []
     return html.stack([*parts, html.note(change_sentence(found))])
 

@@ -26,7 +26,7 @@ def disagreement_words(name: str, found: Disagreement) -> str:
 def judge_card_view(
     verdicts: Sequence[Mapping[str, Any]], again: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> tuple[Html | None, list[str]]:
-    """The same responses judged in other ways (``judge_again``): tables of what differs, a sentence for each way."""
+    """Responses judged in other ways (``other_judgements``): what differs as tables, and in a sentence per way."""
     by_id = {row["id"]: row for row in verdicts}
     shown, card, wordings = [], [], {}
     for name, rows in again.items():

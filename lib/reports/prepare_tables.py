@@ -15,7 +15,7 @@ from lib.reports import html, plots, tables
 from lib.reports.html import Html
 from lib.reports.stage import Stage
 from lib.stats import Rate
-from lib.wording import percent, rate_text
+from lib.wording import percent, rate_text, speed_text
 
 Row = Mapping[str, Any]
 
@@ -83,7 +83,7 @@ def own_answers(made: Distillation | None, stage: Stage) -> Html | None:
     figure = plots.rate_plot(rates, title="Questions with a correct answer", xlabel="share of the training questions")
     protocol = [{"part": name, "value": value} for name, value in made.protocol.items()]
     shown = [html.fold("Protocol of the answers", tables.full_table(protocol))]
-    shown.append(html.note(tables.speed_text(sampled.num_new, sampled.num_new_tokens, sampled.wall_s)))
+    shown.append(html.note(speed_text(sampled.num_new, sampled.num_new_tokens, sampled.wall_s)))
     shown += [stage.plot(figure, "own_answers", text), html.table(became, f"What became of {total:,} answers")]
     return html.stack([*shown, html.note(text)])
 

@@ -11,7 +11,7 @@ from lib.compare.findings import METRICS, Finding, assess_metric, baseline_text,
 from lib.evaluate import hazards, judge_reliability
 from lib.evaluate.judge_reliability import unsafe_probabilities
 from lib.record.paths import display_path
-from lib.reports import html, judge_tables, tables
+from lib.reports import change_tables, html, judge_tables, tables
 from lib.reports.html import Html
 from lib.reports.plots import histogram, rate_plot
 from lib.wording import rate_text
@@ -53,8 +53,8 @@ def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> 
 def change_view(run_name: str, verdicts: Sequence[Row], untuned: Sequence[Row], found: Finding) -> Html:
     """The paired test where there is an untuned model, and what kinds of responses both models gave."""
     sides = {name: rows for name, rows in (("untuned", untuned), ("tuned", verdicts)) if rows}
-    tested = [tables.changes_table({run_name: [found]})] if found.comparison else []
-    return html.stack([*tested, html.note(change_sentence([found])), tables.kinds_table(sides)])
+    tested = [change_tables.changes_table({run_name: [found]})] if found.comparison else []
+    return html.stack([*tested, html.note(change_sentence([found])), change_tables.kinds_table(sides)])
 
 
 def doubt_text(verdicts: Sequence[Row]) -> str:

@@ -20,13 +20,13 @@ from urllib.parse import quote, urlencode
 
 from lib import gsm8k, safety, wording
 from lib.compare import tables
-from lib.compare.comparison import COMPARE_STAGE, assess_runs
+from lib.compare.comparison import assess_runs
 from lib.compare.findings import Finding, assess_metric, baseline_sentence, finding_sentence, flexible_outcome
 from lib.compare.runs import SAFETY_STAGE, Run, load_runs, untuned_key, untuned_runs
 from lib.evaluate import response_kinds
 from lib.record.files import write_text
 from lib.record.manifest import is_redacted
-from lib.record.paths import STAGES, RunPaths, results_root
+from lib.record.paths import COMPARE_STAGE, STAGES, RunPaths, results_root
 from lib.record.redaction import clean_value
 from lib.record.rows import row_id
 from lib.reports.tables import rate_cells

@@ -7,9 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lib import params
-from lib.compare.comparison import COMPARE_STAGE
 from lib.record.manifest import start_stage
-from lib.record.paths import STAGES, require, results_root, run_paths
+from lib.record.paths import COMPARE_STAGE, STAGES, require, results_root, run_paths
 from lib.record.rows import read_jsonl
 from lib.reports import html, plots, tables
 

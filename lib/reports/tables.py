@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lib import wording
-from lib.compare.findings import Finding
-from lib.evaluate.response_kinds import response_kinds
 from lib.record.files import read_json
 from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import PROJECT_ROOT
@@ -77,44 +75,3 @@ def files_table(paths: Sequence[Path], folder: Path) -> Html:
         size_kib = sum(file.stat().st_size for file in files) / 1024
         rows.append({"file": path.relative_to(folder).as_posix(), "files": len(files), "KiB": f"{size_kib:,.1f}"})
     return table(rows, f"Written by this stage, in {folder.name}/", max_rows=len(rows))
-
-
-def speed_text(num_rows: int, num_tokens: int, wall_s: float) -> str:
-    """What an evaluation cost, in words; rows that were already there cost nothing."""
-    if num_rows == 0:
-        return "Every row was already there: nothing was generated."
-    speed = f"{num_rows / wall_s:.2f} rows/s, {num_tokens / wall_s:.0f} tokens/s"
-    return f"{num_rows:,} rows and {num_tokens:,} tokens in {wall_s:.1f} s: {speed}."
-
-
-def changes_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
-    """One row per run and metric that was compared with the untuned model on the same rows; changes in points."""
-    compared = [(name, one) for name, some in findings.items() for one in some if one.comparison]
-    rows = [{"run": name, **change_cells(one, "untuned", "tuned")} for name, one in compared]
-    return full_table(rows, "Tuned against untuned on the same rows; changes in points")
-
-
-def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
-    """A comparison as cells of a table; ``before`` and ``after`` are the heads of the two rates."""
-    change = found.comparison
-    if change is None:
-        raise ValueError(f"{found.metric} was not compared: there is no change to show")
-    return {
-        "metric": found.metric,
-        "rows": change.num_shared,
-        before: percent(change.reference_rate),
-        after: percent(change.rate),
-        "change": wording.signed_points(change.difference),
-        "95 % interval": wording.interval(change.low, change.high),
-        "rows that moved": wording.moved(change.only_run, change.only_reference),
-        "exact p": f"{change.p_value:.3g}",
-        "Holm's p": f"{change.p_holm:.3g}",
-        "detectable": "none" if change.detectable is None else wording.points(change.detectable),
-    }
-
-
-def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html | None:
-    """Counts of each kind of response, one row per model; models without rows are left out."""
-    found = {name: response_kinds(rows) for name, rows in judged.items() if rows}
-    counts = {name: {one.kind: one.rate.successes for one in kinds} for name, kinds in found.items()}
-    return full_table([{"model": name, **kinds} for name, kinds in counts.items()], "Kinds of responses")

@@ -16,12 +16,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.compare.comparison import COMPARE_STAGE, COMPARISON, assess_runs
+from lib.compare.comparison import COMPARISON, assess_runs
 from lib.compare.findings import Finding, finding_sentence
 from lib.compare.runs import SAFETY_STAGE, Run, load_runs, row_file
 from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY
 from lib.record.files import sha256_file, sha256_json
-from lib.record.paths import STAGES, results_root
+from lib.record.paths import COMPARE_STAGE, STAGES, results_root
 from lib.record.redaction import clean_value
 from lib.record.rows import write_jsonl
 

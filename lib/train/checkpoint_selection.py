@@ -82,20 +82,20 @@ def score_candidates(
     """Score every candidate; all answer before the judge judges, so that each model is loaded once."""
     generated = []
     for path in checkpoints:
-        generator = tuned(path)
-        generated.append((path, *_generate(path, generator, rows, protocol, folder)))
+        generator, adapter = tuned(path), sha256_file(path / "adapter_model.safetensors")
+        generated.append((path, adapter, *_generate(path, adapter, generator, rows, protocol, folder)))
         generator.close()
     return [
-        score(path, answers, _judge(path, responses, judge, protocol, folder) if responses else [])
-        for path, answers, responses in generated
+        score(path, adapter, answers, _judge(path, responses, judge, protocol, folder) if responses else [])
+        for path, adapter, answers, responses in generated
     ]
 
 
 def _generate(
-    checkpoint: Path, generator: LazyGenerator, rows: SelectionRows, protocol: Protocol, folder: Path
+    checkpoint: Path, adapter: str, generator: LazyGenerator, rows: SelectionRows, protocol: Protocol, folder: Path
 ) -> tuple[list[Row], list[Row]]:
-    """Answers and responses of one candidate."""
-    by = [dict(protocol.model), sha256_file(checkpoint / "adapter_model.safetensors")]
+    """Answers and responses of one candidate, whose adapter has the hash ``adapter``."""
+    by = [dict(protocol.model), adapter]
     answer_hash = sha256_json([by, gsm8k.SYSTEM_PROMPT, protocol.fewshot, protocol.max_answer_tokens, rows.questions])
     log = RowLog(folder / f"answers_{checkpoint.name}.jsonl", answer_hash, label=checkpoint.name)
     max_new_tokens = protocol.max_answer_tokens
@@ -154,11 +154,10 @@ class Score:
         return Fraction(self.num_safe, self.num_prompts) + (accuracy if metric == "sum" else 0)
 
 
-def score(checkpoint: Path, answers: Sequence[Row], verdicts: Sequence[Row]) -> Score:
+def score(checkpoint: Path, adapter_sha256: str, answers: Sequence[Row], verdicts: Sequence[Row]) -> Score:
     """Counts of a candidate, from its rows."""
     answered = gsm8k.summarize(answers)
     judged = safety.summarize(verdicts) if verdicts else {"n": 0, "num_safe": 0, "num_unparsed": 0}
-    adapter_sha256 = sha256_file(checkpoint / "adapter_model.safetensors")
     counts = (answered["n"], answered["num_correct"], judged["n"], judged["num_safe"], judged["num_unparsed"])
     return Score(checkpoint.name, checkpoint_step(checkpoint), adapter_sha256, *counts)
 

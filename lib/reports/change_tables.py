@@ -1,0 +1,44 @@
+"""Tables of what tuning changed; apart from those of the stages, so that 01 and 02 do not stand on findings."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lib import wording
+from lib.compare.findings import Finding
+from lib.evaluate.response_kinds import response_kinds
+from lib.reports.html import Html
+from lib.reports.tables import full_table
+from lib.wording import percent
+
+
+def changes_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
+    """One row per run and metric that was compared with the untuned model on the same rows; changes in points."""
+    compared = [(name, one) for name, some in findings.items() for one in some if one.comparison]
+    rows = [{"run": name, **change_cells(one, "untuned", "tuned")} for name, one in compared]
+    return full_table(rows, "Tuned against untuned on the same rows; changes in points")
+
+
+def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
+    """A comparison as cells of a table; ``before`` and ``after`` are the heads of the two rates."""
+    change = found.comparison
+    if change is None:
+        raise ValueError(f"{found.metric} was not compared: there is no change to show")
+    return {
+        "metric": found.metric,
+        "rows": change.num_shared,
+        before: percent(change.reference_rate),
+        after: percent(change.rate),
+        "change": wording.signed_points(change.difference),
+        "95 % interval": wording.interval(change.low, change.high),
+        "rows that moved": wording.moved(change.only_run, change.only_reference),
+        "exact p": f"{change.p_value:.3g}",
+        "Holm's p": f"{change.p_holm:.3g}",
+        "detectable": "none" if change.detectable is None else wording.points(change.detectable),
+    }
+
+
+def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html | None:
+    """Counts of each kind of response, one row per model; models without rows are left out."""
+    found = {name: response_kinds(rows) for name, rows in judged.items() if rows}
+    counts = {name: {one.kind: one.rate.successes for one in kinds} for name, kinds in found.items()}
+    return full_table([{"model": name, **kinds} for name, kinds in counts.items()], "Kinds of responses")
