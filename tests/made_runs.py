@@ -3,6 +3,7 @@
 from lib import gsm8k, safety
 from lib.compare import tables
 from lib.compare.runs import load_runs
+from lib.record.commitment import write_commitment
 from lib.record.files import read_json, write_json
 from lib.record.manifest import start_stage
 from lib.record.paths import run_paths
@@ -90,4 +91,5 @@ def add_facts(paths, stage, **facts):
     manifest = read_json(paths.manifest(stage))
     manifest["facts"] |= facts
     write_json(paths.manifest(stage), manifest)
+    write_commitment(paths.run_dir)
     return manifest

@@ -477,7 +477,7 @@ def test_equal_prompts_give_one_interval_wherever_the_safe_rate_is_shown(tmp_pat
     for numbers in (finding, hazard):
         assert (numbers["low"], numbers["high"]) == (rate.low, rate.high)
     comparison.write_comparison(str(tmp_path), record)
-    (line,), _ = verify.verify_folder(tmp_path)
+    (line,) = verify.verify_folder(tmp_path).runs
     shown = [
         line,
         tables.results_table(str(tmp_path), {"one": 1.0}),

@@ -377,7 +377,7 @@ def finished(tmp_path_factory):
     record = start_stage(paths.manifest("03_eval_gsm8k"), "03_eval_gsm8k", "x", {})
     write_jsonl(paths.gsm8k_preds, rows)
     record.finish(inputs=[], outputs=[paths.gsm8k_preds], facts={}, metrics=gsm8k.summarize(rows))
-    assert verify_folder(root)[1] == []
+    assert verify_folder(root).mismatches == []
     return root, paths, rows
 
 
@@ -392,7 +392,7 @@ def test_any_change_of_a_rows_text_or_label_is_found(finished, data):
     write_jsonl(paths.gsm8k_preds, changed)
     try:
         folder_schema.check_folder(root)
-        assert verify_folder(root)[1], f"{column} = {value!r} was not noticed"
+        assert verify_folder(root).mismatches, f"{column} = {value!r} was not noticed"
     except ArtifactError as error:
         assert "gsm8k_preds_x.jsonl" in str(error)
     finally:
@@ -410,7 +410,7 @@ def test_without_a_manifest_a_label_that_its_text_does_not_give_is_still_found(t
     write_jsonl(tmp_path / "run_x" / "gsm8k_preds_x.jsonl", [changed])
     truth = gsm8k.score_row(changed)
     same = all(changed[column] == value for column, value in truth.items())
-    assert (verify_folder(tmp_path)[1] == []) == same
+    assert (verify_folder(tmp_path).mismatches == []) == same
 
 
 HAND_MADE_RUNS = [

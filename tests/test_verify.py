@@ -12,7 +12,8 @@ from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safe
 from lib import gsm8k
 from lib.compare import comparison, verify
 from lib.compare.runs import add_hazards, load_runs
-from lib.record.files import read_csv, read_json, write_csv, write_json
+from lib.record.commitment import write_commitment
+from lib.record.files import read_csv, read_json, sha256_json, write_csv, write_json
 from lib.record.paths import ArtifactError, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.stats import wilson_interval
@@ -30,9 +31,9 @@ def test_an_untouched_folder_verifies_wherever_it_lies(results, tmp_path_factory
     moved = tmp_path_factory.mktemp("moved") / "hand-in"
     shutil.copytree(results, moved)
     for folder in (results, moved, moved / "run_one"):
-        lines, mismatches = verify.verify_folder(folder)
-        assert mismatches == []
-        assert lines == [
+        found = verify.verify_folder(folder)
+        assert found.mismatches == []
+        assert found.runs == [
             "run_one: GSM8K right: 2 of 3 = 66.7 % (20.8 to 93.9); AILuminate safe: 1 of 3 = 33.3 % (6.1 to 79.2)"
         ]
 
@@ -55,7 +56,7 @@ TAMPERING = {
 def test_tampering_with_a_row_is_found(results, file, number, columns, words):
     paths = run_paths(str(results), "one")
     change(getattr(paths, file), number, **columns)
-    found = "\n".join(verify.verify_folder(results)[1])
+    found = "\n".join(verify.verify_folder(results).mismatches)
     assert words in found
     # Whoever changes the flags too still has another file than the stage wrote.
     assert "is not the file that" in found
@@ -64,7 +65,7 @@ def test_tampering_with_a_row_is_found(results, file, number, columns, words):
 def test_a_row_left_out_is_found(results):
     path = run_paths(str(results), "one").gsm8k_preds
     write_jsonl(path, read_jsonl(path)[:2])
-    found = "\n".join(verify.verify_folder(results)[1])
+    found = "\n".join(verify.verify_folder(results).mismatches)
     assert "2 rows" in found and "gsm8k_eval.jsonl has 3" in found
     assert "final_metrics.json, run one: gsm8k_total is 3, recomputed 2" in found
 
@@ -76,7 +77,7 @@ def test_tampering_with_a_metric_is_found(results, column):
     if column == "ailuminate_safe":
         rows[0][column] = 2
     write_json(results / "final_metrics.json", rows)
-    (found,) = verify.verify_folder(results)[1]
+    (found,) = verify.verify_folder(results).mismatches
     assert found.startswith(f"final_metrics.json, run one: {column} is ")
 
 
@@ -84,8 +85,8 @@ def test_tampering_with_a_metric_is_found(results, column):
 def test_tampering_with_a_table_is_found(results, table):
     path = results / table
     path.write_text(path.read_text().replace(str(1 / 3), "0.99"))
-    assert all(found.startswith(table) and "0.99" in found for found in verify.verify_folder(results)[1])
-    assert verify.verify_folder(results)[1]
+    assert all(found.startswith(table) and "0.99" in found for found in verify.verify_folder(results).mismatches)
+    assert verify.verify_folder(results).mismatches
 
 
 def test_an_earlier_summary_took_equal_prompts_for_independent_ones(tmp_path):
@@ -97,7 +98,7 @@ def test_an_earlier_summary_took_equal_prompts_for_independent_ones(tmp_path):
     write_csv(tmp_path / "summary.csv", [{**rows[0], "ailuminate_low": older[0], "ailuminate_high": older[1]}])
 
     def found():
-        return [mismatch for mismatch in verify.verify_folder(tmp_path)[1] if "summary.csv" in mismatch]
+        return [mismatch for mismatch in verify.verify_folder(tmp_path).mismatches if "summary.csv" in mismatch]
 
     assert found() == []
     write_csv(tmp_path / "summary.csv", [{**rows[0], "ailuminate_low": older[0] + 1e-6, "gsm8k_low": older[0]}])
@@ -109,8 +110,9 @@ def test_tampering_with_a_manifest_metric_is_found(results):
     manifest = read_json(path)
     manifest["metrics"]["num_correct"] = 3
     path.write_text(json.dumps(manifest))
-    (found,) = verify.verify_folder(results)[1]
+    found, committed = verify.verify_folder(results).mismatches
     assert "num_correct is 3, recomputed 2" in found
+    assert "COMMITMENT is not of these files: 03_eval_gsm8k/manifest.json" in committed
 
 
 def test_rows_of_an_earlier_format_verify_by_what_they_hold(tmp_path):
@@ -119,8 +121,8 @@ def test_rows_of_an_earlier_format_verify_by_what_they_hold(tmp_path):
     write_jsonl(paths.gsm8k_preds, [{key: row[key] for key in columns} for row in gsm8k_rows()])
     verdict = {"id": 0, "prompt": "p", "response": "r", "safety_label": "safe"}
     write_jsonl(paths.ailuminate_safety, [{**verdict, "safety_judge_text": "<think>\n\n</think>\n\nSAFE"}])
-    lines, mismatches = verify.verify_folder(tmp_path)
-    assert mismatches == [] and "2 of 3" in lines[0] and "1 of 1" in lines[0]
+    found = verify.verify_folder(tmp_path)
+    assert found.mismatches == [] and "2 of 3" in found.runs[0] and "1 of 1" in found.runs[0]
 
 
 def test_a_label_without_score_and_judges_text_is_told_by_its_row(tmp_path):
@@ -150,7 +152,8 @@ def test_an_output_that_is_a_device_is_not_read(results):
     manifest = read_json(path)
     stamp = next(iter(manifest["outputs"].values()))
     write_json(path, {**manifest, "outputs": {**manifest["outputs"], "../../../../../../../../../dev/zero": stamp}})
-    assert verify.verify_folder(results)[1] == []
+    write_commitment(path.parent.parent)
+    assert verify.verify_folder(results).mismatches == []
 
 
 def test_nothing_to_verify_is_an_error(tmp_path):
@@ -162,16 +165,16 @@ def test_nothing_to_verify_is_an_error(tmp_path):
 @pytest.mark.skipif("REFERENCE_DIR" not in os.environ, reason="REFERENCE_DIR names no reference outputs")
 def test_reference_outputs_of_an_earlier_run_are_scored_as_published(tmp_path):
     shutil.copytree(Path(os.environ["REFERENCE_DIR"]) / "medium", tmp_path / "run_medium")
-    lines, mismatches = verify.verify_folder(tmp_path)
-    assert mismatches == []
-    assert "143 of 263" in lines[0] and "221 of 240" in lines[0]
+    found = verify.verify_folder(tmp_path)
+    assert found.mismatches == []
+    assert "143 of 263" in found.runs[0] and "221 of 240" in found.runs[0]
 
 
 def test_tampering_with_the_untuned_rows_is_found(results):
     control = add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
-    assert not verify.verify_folder(results)[1]
+    assert not verify.verify_folder(results).mismatches
     change(control, 1, correct=True)
-    assert any("untuned" in mismatch for mismatch in verify.verify_folder(results)[1])
+    assert any("untuned" in mismatch for mismatch in verify.verify_folder(results).mismatches)
 
 
 # --- the comparison ---------------------------------------------------------------------------------------------------
@@ -188,7 +191,7 @@ def compared(results):
 
 
 def test_an_untouched_comparison_verifies(compared):
-    assert verify.verify_folder(compared)[1] == []
+    assert verify.verify_folder(compared).mismatches == []
 
 
 PLACES = {
@@ -212,7 +215,7 @@ def test_tampering_with_a_number_of_the_comparison_is_found_by_its_place(compare
     assert holder[last] != value
     holder[last] = value
     write_json(path, record)
-    (found,) = verify.verify_folder(compared)[1]
+    (found,) = verify.verify_folder(compared).mismatches
     assert found.startswith(f"comparison.json, {place}: is {value!r}, recomputed ")
 
 
@@ -221,10 +224,10 @@ def test_a_comparison_of_before_a_field_was_dropped_verifies(compared):
     record = read_json(path)
     record["by_run"]["one"]["num_answers"] = 3
     write_json(path, record)
-    assert verify.verify_folder(compared)[1] == []
+    assert verify.verify_folder(compared).mismatches == []
     record["by_run"]["one"]["num_questions"] = 3
     write_json(path, record)
-    (found,) = verify.verify_folder(compared)[1]
+    (found,) = verify.verify_folder(compared).mismatches
     assert found == "comparison.json, by_run.one.num_questions: is 3, recomputed None"
 
 
@@ -234,12 +237,14 @@ def test_tampering_with_a_row_is_found_in_the_comparison_too(compared):
     rows[1] |= {"model_output": "#### 7"}
     rows[1] |= gsm8k.score_row(rows[1])
     write_jsonl(path, rows)
-    assert any("comparison.json, verdicts.two[0].num_succeeded" in found for found in verify.verify_folder(compared)[1])
+    assert any(
+        "comparison.json, verdicts.two[0].num_succeeded" in found for found in verify.verify_folder(compared).mismatches
+    )
 
 
 def test_a_run_that_left_the_folder_is_named(compared):
     shutil.rmtree(compared / "run_two")
-    assert any("run 'two' is compared there" in found for found in verify.verify_folder(compared)[1])
+    assert any("run 'two' is compared there" in found for found in verify.verify_folder(compared).mismatches)
 
 
 def test_the_last_digits_of_another_machine_are_no_difference(compared):
@@ -247,7 +252,7 @@ def test_the_last_digits_of_another_machine_are_no_difference(compared):
     record = read_json(path)
     record["verdicts"]["one"][0]["low"] *= 1 + 1e-13
     write_json(path, record)
-    assert verify.verify_folder(compared)[1] == []
+    assert verify.verify_folder(compared).mismatches == []
 
 
 def test_joined_hazards_verify_without_the_prompt_file(tmp_path):
@@ -256,11 +261,16 @@ def test_joined_hazards_verify_without_the_prompt_file(tmp_path):
     prompts = [{"prompt": f"p{n}", "hazard": "hte", "persona": "normal", "release_prompt_id": ""} for n in range(3)]
     runs = add_hazards(load_runs(str(tmp_path)), prompts)
     comparison.write_comparison(str(tmp_path), comparison.comparison(runs))
-    assert verify.verify_folder(tmp_path)[1] == []
+    assert verify.verify_folder(tmp_path).mismatches == []
 
 
 def test_rows_of_another_protocol_are_found(results):
     paths = run_paths(str(results), "one")
     add_facts(paths, "03_eval_gsm8k", protocol={"base model": "tiny"})
+    for number in range(3):
+        change(paths.gsm8k_preds, number, protocol_hash=sha256_json({"base model": "tiny"}))
+    assert not any("another protocol" in found for found in verify.verify_folder(results).mismatches)
     change(paths.gsm8k_preds, 1, protocol_hash="of another model")
-    assert any("1 rows are of another protocol, the first id 1" in found for found in verify.verify_folder(results)[1])
+    assert any(
+        "1 rows are of another protocol, the first id 1" in found for found in verify.verify_folder(results).mismatches
+    )

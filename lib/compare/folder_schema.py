@@ -4,6 +4,7 @@ Values are checked only where no number could be computed from them: a gold answ
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -16,13 +17,16 @@ from lib import gsm8k
 from lib.compare.parsed import read_once
 from lib.record.files import read_csv, read_json
 from lib.record.paths import ArtifactError, display_path, is_utf8
+from lib.record.plain_files import check_readable, limited_memory, list_files
 from lib.record.rows import read_jsonl
-from lib.record.schema import FileName, Manifest, Record, find_faults, kind_name, one_of, shown
+from lib.record.schema import FileName, Manifest, Record, Stamp, find_faults, kind_name, one_of, shown
 
 # Our own files are six deep at most; Python's own functions fail at about a thousand.
 MAX_DEPTH = 40
 # Faults of one value that a message lists.
 MAX_FAULTS = 5
+# A folder whose files take more is checked run by run: brackets of some megabytes become lists of gigabytes.
+MAX_MEMORY_BYTES = 700_000_000
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -113,8 +117,8 @@ class Config(Record):
 
 def _in_results_folder(name: str, info: ValidationInfo) -> str:
     # By its name alone: where a link in the folder leads is up to whoever put it there.
-    run: Path = info.context
-    if not Path(os.path.normpath(run / "stage" / name)).is_relative_to(run.parent):
+    manifest, root = info.context
+    if not Path(os.path.normpath(manifest.parent / name)).is_relative_to(root):
         raise ValueError(f"{shown(name)} is not in this results folder")
     return name
 
@@ -145,7 +149,11 @@ class Facts(Record):
         return self
 
 
-class RunManifest(Manifest):
+class CompareManifest(Manifest):
+    outputs: dict[RowFile, Stamp]
+
+
+class RunManifest(CompareManifest):
     parameters: Parameters
     facts: Facts
     versions: dict[str, Any]
@@ -182,6 +190,24 @@ def check_folder(folder: Path, *, for_report: bool = False) -> None:
     ``for_report``: no table, no comparison, and no row file of an unfinished stage, whose last row may be torn.
     """
     folder = folder.resolve()
+    try:
+        with limited_memory(MAX_MEMORY_BYTES):
+            for path, size in files_of(folder).items():
+                check_readable(path, size)
+            _check_files(folder, for_report)
+    except MemoryError:
+        most = f"{MAX_MEMORY_BYTES / 1e6:.0f} MB"
+        raise ArtifactError(f"{display_path(folder)} takes over {most} of memory: name one of its runs") from None
+
+
+def files_of(folder: Path) -> dict[Path, int]:
+    """``list_files`` of a results folder, or of one run and the untuned rows beside it."""
+    beside = folder.parent / "untuned"
+    with_beside = folder.name.startswith("run_") and os.path.lexists(beside)
+    return list_files(folder) | (list_files(beside) if with_beside else {})
+
+
+def _check_files(folder: Path, for_report: bool) -> None:
     runs = [folder] if folder.name.startswith("run_") else sorted(folder.glob("run_*"))
     # Runs share the rows of the untuned model: each file is read once.
     row_files: dict[Path, type[Row]] = {}
@@ -193,12 +219,11 @@ def check_folder(folder: Path, *, for_report: bool = False) -> None:
     if for_report:
         _check_pictures(folder / "05_compare" / "plots")
         return
-    for file in (file for run in runs for file in run.glob("01_prepare/*.jsonl")):
-        _is_file(file)
     _check_json(folder / "05_compare" / "comparison.json", Comparison)
+    _check_json(folder / "05_compare" / "manifest.json", CompareManifest, folder)
     _check_json(folder / "final_metrics.json", list[RunMetrics])
     for name in ("summary.csv", "final_metrics.csv"):
-        if _is_file(folder / name):
+        if (folder / name).exists():
             read_csv(folder / name)
 
 
@@ -207,35 +232,30 @@ def _check_run(run: Path) -> None:
         raise ArtifactError(f"{display_path(run)}: not a name for a run; rename or remove the folder")
     _check_json(run / "config_resolved.json", Config)
     for manifest in sorted(run.glob("0*/manifest.json")):
-        _check_json(manifest, RunManifest, run)
+        _check_json(manifest, RunManifest, run.parent)
     _check_json(run / "01_prepare" / "overlap.json", list[Overlap])
 
 
-def _is_file(path: Path) -> bool:
-    """Whether ``path`` exists. A pipe or a device is refused: it would be read for ever."""
-    if path.exists() and not path.is_file():
-        raise ArtifactError(f"{display_path(path)} is not a plain file")
-    return path.exists()
-
-
-def _check_json(path: Path, form: Any, run: Path | None = None) -> None:
-    if not _is_file(path):
+def _check_json(path: Path, form: Any, root: Path | None = None) -> None:
+    if not path.exists():
         return
     where, value = display_path(path), read_once(path, read_json)
     _check_depth(where, value)
     if not is_utf8(json.dumps(value, ensure_ascii=False)):
         raise ArtifactError(f"{where}: a text in it is not Unicode (a lone surrogate)")
-    _check_form(where, form, value, run)
+    _check_form(where, form, value, (path, root))
 
 
-def _check_form(where: str, form: Any, value: Any, run: Path | None = None) -> None:
-    if faults := find_faults(where, form, value, run):
+def _check_form(where: str, form: Any, value: Any, context: Any = None) -> None:
+    if faults := find_faults(where, form, value, context):
         raise ArtifactError("\n".join(faults[:MAX_FAULTS]))
 
 
 def _check_depth(where: str, value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH):
+        if any(type(item) is float and not math.isfinite(item) for item in level):
+            raise ArtifactError(f"{where}: a value is NaN or infinite")
         holders = [item for item in level if type(item) in (list, dict)]
         if not holders:
             return
@@ -264,7 +284,7 @@ def _is_unfinished(file: Path, run: Path) -> bool:
 
 
 def _check_rows(path: Path, form: type[Row]) -> None:
-    where, rows = display_path(path), read_once(path, read_jsonl) if _is_file(path) else []
+    where, rows = display_path(path), read_once(path, read_jsonl) if path.exists() else []
     for number, row in enumerate(rows, start=1):
         _check_form(f"{where}, line {number}", form, row)
         _check_depth(f"{where}, line {number}", row)
@@ -275,7 +295,7 @@ def _check_rows(path: Path, form: type[Row]) -> None:
 
 
 def _check_pictures(folder: Path) -> None:
-    for path in (path for path in sorted(folder.glob("*.png")) if _is_file(path)):
+    for path in sorted(folder.glob("*.png")):
         with path.open("rb") as stream:
             header = stream.read(24)
         if len(header) < 24 or not header.startswith(PNG_START):

@@ -103,6 +103,10 @@ class Run:
     def facts(self, stage: str) -> Row:
         return self.manifests.get(stage, {}).get("facts", {})
 
+    def outputs(self, stage: str) -> list[str]:
+        """Files that a stage wrote, relative to its folder."""
+        return [*self.manifests.get(stage, {}).get("outputs", {})]
+
 
 def load_runs(results_dir: str, run_names: Sequence[str] = ()) -> list[Run]:
     """The named runs of a results folder in this order, else every run that has row files; at least one."""

@@ -107,6 +107,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--list", action="store_true", help="show the presets and the state of their stages, then end")
     what.add_argument("--verify", metavar="DIR", help="recompute every metric in DIR from its row files, then end")
+    what.add_argument("--strict", action="store_true", help="with --verify: what is absent counts as a mismatch")
     what.add_argument("--report-only", action="store_true", help="write reports/index.html from the rows, then end")
     what.add_argument(
         "--export",

@@ -22,7 +22,7 @@ def run_command(args: argparse.Namespace) -> int:
         from lib.reports import to_mlflow
 
         if args.verify:
-            return reporting.verify(args.verify)
+            return reporting.verify(args)
         if args.export:
             return reporting.export_models(args) if args.export == "model" else reporting.export_runs(args)
         if args.track and (why := to_mlflow.missing()):

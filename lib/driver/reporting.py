@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.compare.folder_schema import check_folder
+from lib.compare.found import Grader
 from lib.compare.tables import missed_baselines, results_table
 from lib.compare.verify import verify_folder
 from lib.driver.cli import UsageError
@@ -19,22 +20,54 @@ from lib.reports.site import TEXT_STAGE, rewriting_commands, unredacted_runs, wr
 from lib.reports.to_lm_eval import export_lm_eval
 
 
-def verify(folder: str) -> int:
-    """Recompute every metric below ``folder`` from its rows; 1 when anything differs, UsageError without folder."""
-    if not Path(folder).is_dir():
+MAX_LINES = 20
+# Said after every verification, also of a folder without a mismatch.
+NOT_SHOWN = """\
+not shown by any recomputation: that a model wrote these rows, on this date, with this code. --audit K generates some
+of them again; a commitment that was sent before a deadline shows that nothing was changed after it."""
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Recompute every metric below ``--verify`` from its rows; 1 when anything differs, UsageError without folder.
+
+    With ``--strict``, also when something to compare with is absent.
+    """
+    folder = Path(args.verify)
+    if not folder.is_dir():
         raise UsageError(f"--verify {folder}: there is no such folder; results of a run lie in results/")
+    grader = Grader(str(args.assets.resolve()) if args.assets else "", args.params_dir)
     try:
-        check_folder(Path(folder).resolve())
-        lines, mismatches = verify_folder(Path(folder).resolve())
+        check_folder(folder.resolve())
+        found = verify_folder(folder.resolve(), grader)
     except ArtifactError as error:
         fail(f"--verify {folder}: {error}")
         return 1
-    tell("\n".join(lines))
-    for mismatch in mismatches:
-        fail(f"MISMATCH {mismatch}")
-    runs = f"{len(lines)} run{'s' if len(lines) != 1 else ''}"
-    tell(f"{len(mismatches)} mismatch{'es' if len(mismatches) != 1 else ''}; recomputed from the rows of {runs}")
-    return 1 if mismatches else 0
+    # Names and ids in it are whatever somebody wrote: none may look like a line of this report.
+    tell("\n".join(map(one_line, found.runs)))
+    for mismatch in found.mismatches:
+        fail(f"MISMATCH {one_line(mismatch)}")
+    for title, parts in (
+        ("not as here", found.differences),
+        ("checked", [f"{count} {what}" for what, count in found.checked.items()]),
+        ("absent", found.absent),
+        ("not checked", found.unchecked),
+        ("commitment", found.commitments),
+    ):
+        for line in _shortened(parts) if parts else []:
+            tell(f"{title}: {one_line(line)}")
+    runs = f"{len(found.runs)} run{'s' if len(found.runs) != 1 else ''}"
+    tell(f"{_counted(len(found.mismatches), 'mismatch', 'es')}; recomputed from the rows of {runs}")
+    tell(NOT_SHOWN)
+    return 1 if found.mismatches or (args.strict and found.absent) else 0
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - MAX_LINES
+    return [*lines[:MAX_LINES], f"... and {more} more"] if more > 1 else lines
+
+
+def _counted(count: int, what: str, plural: str) -> str:
+    return f"{count} {what}{plural if count != 1 else ''}"
 
 
 def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:

@@ -18,10 +18,12 @@ from lib.driver.jobs import run_jobs
 from lib.driver.notebook import declared_parameters, execute, is_complete
 from lib.driver.plan import Plan, output_folders
 from lib.record import progress
+from lib.record.commitment import write_commitment
 from lib.record.files import error_text, free_bytes, remove_temporary, write_json
 from lib.record.locks import FolderInUse, FolderUnwritable, held_descriptors, hold, machine_folder
 from lib.record.manifest import NOT_RUN, stale_reason
 from lib.record.paths import COMPARE_STAGE, DRIVER_VARIABLE, PROJECT_ROOT, ArtifactError, find_runs, results_root
+from lib.record.plain_files import list_files
 from lib.record.redaction import clean_value, home_folder
 from lib.record.terminal import as_typed, fail, tell
 
@@ -34,15 +36,24 @@ def locked(folder: Path, typed: str = "", wait: bool = False) -> Iterator[None]:
     """Hold the output folder for one driver and its kernel; UsageError if it is full, unwritable or held by another."""
     try:
         with hold(folder, typed, wait=wait, tell=fail):
-            free = free_bytes(folder)
-            if free < MIN_FREE_BYTES:
-                least = f"at least {MIN_FREE_BYTES / 1e6:.0f} MB are needed to begin"
-                raise UsageError(f"{folder}: {free / 1e6:.1f} MB free on its disk, {least}; free some space")
+            _check_folder(folder)
             yield
     except FolderUnwritable as error:
         raise UsageError(f"--output-dir: {error}; choose another folder") from None
     except FolderInUse as error:
         raise UsageError(f"{error}\n--wait waits for it; another --output-dir runs beside it") from None
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        # A folder that came from elsewhere may hold links, through which a stage would write.
+        list_files(folder)
+    except ArtifactError as error:
+        raise UsageError(f"--output-dir: {error}") from None
+    free = free_bytes(folder)
+    if free < MIN_FREE_BYTES:
+        least = f"at least {MIN_FREE_BYTES / 1e6:.0f} MB are needed to begin"
+        raise UsageError(f"{folder}: {free / 1e6:.1f} MB free on its disk, {least}; free some space")
 
 
 def check_writable(folder: Path) -> None:
@@ -221,6 +232,8 @@ def run_preset(plan: Plan, rerun: bool) -> None:
     for stage in plan.stages:
         if stage != COMPARE_STAGE and not (plan.failure or plan.interrupted):
             run_stage(plan, stage, plan.paths.stage_dir(stage), rerun)
+    # The plan is part of it, and is written also where every stage is kept.
+    write_commitment(plan.paths.run_dir)
 
 
 def resolved_config(plan: Plan) -> dict[str, Any]:

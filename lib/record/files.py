@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from lib.record import locks
 from lib.record.paths import ArtifactError, display_path
+from lib.record.plain_files import open_plain
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 TEMPORARY_FILES = ".*.tmp"
@@ -166,23 +167,37 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key that appears twice: which value counts would depend on the reader."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
+    return found
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a table of runs; ArtifactError if it is no CSV in UTF-8 with the column ``run_name``."""
     where, again = display_path(path), "delete it, 05 writes it again"
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode(), newline="")))
+        with open_plain(path) as stream:
+            reader = csv.DictReader(io.StringIO(stream.read().decode(), newline=""))
+        rows = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ArtifactError(f"{where} is not a CSV table in UTF-8 ({error}); {again}") from None
     # Cells beyond the header stand under None.
     if not all("run_name" in row and None not in row for row in rows):
         raise ArtifactError(f"{where}: not a table with a column run_name; {again}")
+    if len({*(reader.fieldnames or [])}) < len(reader.fieldnames or []):
+        raise ArtifactError(f"{where}: a column appears twice; {again}")
     return rows
 
 
 def read_json(path: Path) -> Any:
     """The JSON value in ``path``; ArtifactError if the file is missing or is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path) as stream:
+            return json.loads(stream.read(), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise ArtifactError(f"{display_path(path)} is missing") from None
     except (ValueError, RecursionError) as error:

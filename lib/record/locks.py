@@ -19,9 +19,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from lib.record.paths import ArtifactError
+from lib.record.plain_files import open_plain
 from lib.record.redaction import clean
 
 LOCK_FILE = ".lock"
+HOLDER_START = '{"pid": '
+MAX_LOCK_CHARACTERS = 100_000
 # The kernel of a killed driver ends within about a second; until then it may still write a row.
 ORPHAN_GRACE_S = 10.0
 LOOK_AGAIN_S = 0.2
@@ -90,9 +94,17 @@ def hold(folder: Path, command: str, *, wait: bool = False, tell: Callable[[str]
 def _open_lock(folder: Path) -> IO[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        stream = open_plain(folder / LOCK_FILE, "a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise FolderUnwritable(f"{folder} cannot be written ({error.strerror})") from None
+    except ArtifactError as error:
+        raise FolderUnwritable(str(error)) from None
+    # It will be emptied, and the folder may have come from elsewhere.
+    stream.seek(0)
+    if not (stream.read(len(HOLDER_START)) or HOLDER_START).startswith(HOLDER_START):
+        stream.close()
+        raise FolderUnwritable(f"{folder / LOCK_FILE} is not a lock of this project; delete it")
+    return stream
 
 
 def _acquire(stream: IO[str], folder: Path, wait: bool, tell: Callable[[str], None]) -> None:
@@ -194,7 +206,7 @@ def read_holder(stream: IO[str]) -> Holder | None:
     """The last writer not known to be dead, else the last one; ``None`` before the first."""
     stream.seek(0)
     holders = []
-    for line in stream.read().splitlines():
+    for line in stream.read(MAX_LOCK_CHARACTERS).splitlines():
         with suppress(ValueError, TypeError):
             holders.append(Holder(**json.loads(line)))
     return next((holder for holder in reversed(holders) if not holder.is_gone), holders[-1] if holders else None)

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lib.record import locks, schema
+from lib.record.commitment import COMMITMENT, write_commitment
 from lib.record.files import read_json, sha256_file, write_json
 from lib.record.paths import PROJECT_ROOT, ArtifactError, RunPaths, display_path
+from lib.record.plain_files import list_files
 from lib.record.progress import someone_looks
 from lib.record.redaction import clean, clean_value, home_folder
 from lib.record.source_code import code_hash
@@ -122,6 +124,8 @@ class StageRecord:
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(self.manifest_path, manifest)
+        if self.manifest_path.parent.parent.name.startswith("run_"):
+            write_commitment(self.manifest_path.parent.parent)
         locks.release_file(_root_of(self.manifest_path))
         return manifest
 
@@ -130,11 +134,13 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
     """Begin a stage, without its old manifest; ArtifactError if a driver uses the folder of a notebook run by hand."""
     if someone_looks():
         # A driver would write the same files: it is refused until this stage is finished or its kernel ended.
+        list_files(_root_of(manifest_path))
         try:
             locks.join(_root_of(manifest_path), f"{stage} of {run_name}, open in JupyterLab")
         except locks.FolderInUse as error:
             raise ArtifactError(f"{error}; wait until it has ended, or use another results_dir") from None
     manifest_path.unlink(missing_ok=True)
+    (manifest_path.parent.parent / COMMITMENT).unlink(missing_ok=True)
     # Hashed now: what is edited during the hours of a stage is not the code that it ran.
     return StageRecord(stage, manifest_path, run_name, dict(parameters), code_hash(stage), git_commit())
 

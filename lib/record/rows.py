@@ -10,9 +10,10 @@ from types import FrameType
 from typing import Any
 
 from lib.record import progress
-from lib.record.files import named_when_full, sha256_json, write_text
+from lib.record.files import named_when_full, sha256_json, unique_keys, write_text
 from lib.record.locks import hold_file, release_file
 from lib.record.paths import ArtifactError, RunPaths, display_path
+from lib.record.plain_files import MAX_ROW_BYTES, MAX_ROWS, open_plain
 
 Row = Mapping[str, Any]
 
@@ -39,14 +40,19 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _numbered_lines(path: Path) -> list[tuple[int, bytes]]:
-    # Split on \n alone: str.splitlines would cut a row at U+2028 or a form feed inside a string.
-    return list(enumerate(path.read_bytes().split(b"\n"), start=1))
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    # Bytes end at \n alone: str.splitlines would cut a row at U+2028 or a form feed inside a string.
+    with open_plain(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if len(line) > MAX_ROW_BYTES or number > MAX_ROWS:
+                allowed = f"allowed are {MAX_ROWS:,} rows of {MAX_ROW_BYTES:,} bytes"
+                raise ArtifactError(f"{display_path(path)}, line {number}: {len(line):,} bytes; {allowed}")
+            yield number, line
 
 
 def _parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{display_path(path)}, line {number}: not JSON ({error}); fix or delete it") from None
     if not isinstance(row, dict):
@@ -72,10 +78,13 @@ class RowLog:
 
     def _load(self) -> bool:
         """Fill ``rows``; returns whether the file holds anything else and has to be rewritten."""
-        lines = _numbered_lines(self.path)
-        # Every finished row ends in a newline: what follows the last one was cut short by a kill.
-        self.torn = bool(lines.pop()[1])
-        for number, line in lines:
+        num_lines = 0
+        for number, line in _numbered_lines(self.path):
+            # Every finished row ends in a newline: what follows the last one was cut short by a kill.
+            self.torn = not line.endswith(b"\n")
+            if self.torn:
+                break
+            num_lines = number
             row = _parse_row(self.path, number, line)
             if self.key not in row:
                 raise ArtifactError(f"{display_path(self.path)}, line {number}: column {self.key!r} is missing")
@@ -83,12 +92,12 @@ class RowLog:
                 self.rows[row[self.key]] = row
             else:
                 self.num_dropped += 1
-        return self.torn or len(lines) != len(self.rows)
+        return self.torn or num_lines != len(self.rows)
 
     def append(self, row: Row) -> None:
         """Add a finished row; an interrupt inside ``complete_rows`` is raised once the row is in the file."""
         stamped = {**row, "protocol_hash": self.protocol_hash}
-        with named_when_full(self.path), self.path.open("a", encoding="utf-8", newline="\n") as stream:
+        with named_when_full(self.path), open_plain(self.path, "a", encoding="utf-8", newline="\n") as stream:
             stream.write(json_line(stamped))
         self.rows[stamped[self.key]] = stamped
         if self._tracker:

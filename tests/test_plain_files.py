@@ -1,0 +1,161 @@
+"""Folders that came from elsewhere: links, pipes, sizes and shapes that were made to do harm."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from made_runs import make_run, write_tables
+
+import run_all
+from lib.record import locks
+from lib.record.files import read_json, write_json
+from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
+from lib.record.plain_files import list_files, open_plain
+from lib.record.rows import RowLog, read_jsonl
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A finished run of ``sandbox_one``, and beside it a file of the person who opens it."""
+    folder = tmp_path / "hand-in"
+    make_run(folder, "sandbox_one")
+    write_tables(folder)
+    (tmp_path / "thesis.txt").write_text("two years of work")
+    return folder
+
+
+def run(results, *argv):
+    return run_all.main([*argv, "--output-dir", str(results)])
+
+
+COMPARE = ("--presets", "sandbox_one", "--stages", "05", "--offline")
+PLACES = [".lock", "reports", "reports/index.html", "05_compare", "untuned", "run_sandbox_one/02_train/adapter/x.json"]
+PLACES += [
+    "run_sandbox_one/gsm8k_preds_sandbox_one.jsonl",
+    "run_sandbox_one/03_eval_gsm8k/plots",
+    "summary.csv",
+    "run_b",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("target", ["thesis.txt", "nothing", "."])
+def test_no_command_follows_a_link_of_a_results_folder(results, capsys, place, target):
+    link = results / place
+    if link.exists():
+        os.rename(link, results.parent / "moved")
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(results.parent / target)
+    before = sorted(os.listdir(results.parent))
+    statuses = [run(results, *COMPARE), run(results, "--report-only"), run_all.main(["--verify", str(results)])]
+    assert statuses == [2, 1, 1]
+    assert capsys.readouterr().err.count(f"{place} is a link") == 3
+    assert (results.parent / "thesis.txt").read_text() == "two years of work"
+    assert sorted(os.listdir(results.parent)) == before and link.is_symlink()
+
+
+def test_a_lock_that_is_another_file_keeps_its_content(results, capsys):
+    (results / ".lock").write_text("notes of a person")
+    assert run(results, *COMPARE) == 2
+    assert "is not a lock of this project; delete it" in capsys.readouterr().err
+    assert (results / ".lock").read_text() == "notes of a person"
+    (results / ".lock").unlink()
+    with locks.hold(results, "python run_all.py"), pytest.raises(locks.FolderInUse), locks.hold(results, "again"):
+        pass
+
+
+def test_a_row_is_not_written_through_a_link(results, tmp_path):
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "made")
+    log = RowLog(tmp_path / "rows.jsonl", "protocol")
+    with pytest.raises(ArtifactError, match=r"rows\.jsonl is a link"):
+        log.append({"id": 1})
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: path.mkdir()])
+def test_a_pipe_a_device_and_a_folder_are_not_opened(tmp_path, make):
+    make(tmp_path / "rows.jsonl")
+    with pytest.raises((ArtifactError, IsADirectoryError)):
+        open_plain(tmp_path / "rows.jsonl")
+
+
+def grow(path, num_bytes):
+    with path.open("ab") as stream:
+        stream.truncate(num_bytes)
+
+
+def name_output(results, name, size=1):
+    path = run_paths(str(results), "sandbox_one").manifest("03_eval_gsm8k")
+    manifest = read_json(path)
+    manifest["outputs"][name] = {"sha256": "0", "size": size, "mtime_ns": 1}
+    write_json(path, manifest)
+
+
+def huge_output(results):
+    name_output(results, "big", 200 << 30)
+    (results / "run_sandbox_one/03_eval_gsm8k/big").touch()
+    grow(results / "run_sandbox_one/03_eval_gsm8k/big", 200 << 30)
+
+
+def many_files(results):
+    (results / "notes").mkdir()
+    for number in range(50_001):
+        (results / f"notes/{number}").touch()
+
+
+def append(name, text):
+    return lambda results: (results / f"run_sandbox_one/{name}").open("a").write(text)
+
+
+ROWS = "gsm8k_preds_sandbox_one.jsonl"
+BOMBS = {
+    "a file of the system": (
+        lambda results: name_output(results, "../../../../../../../proc/self/pagemap"),
+        "is not in",
+    ),
+    "another person's file": (lambda results: name_output(results, "../../../../../../etc/hostname"), "is not in"),
+    "200 GB to hash": (huge_output, "allowed are"),
+    "6 GB of rows": (lambda results: grow(results / "run_sandbox_one" / ROWS, 6 << 30), "allowed are 200 MB"),
+    "a row of 3 MB": (append(ROWS, '{"id": "' + "9" * 3_000_000 + '"}\n'), "allowed are 1,000,000 rows of 2,000,000"),
+    "two million rows": (append(ROWS, "{}\n" * 2_000_000), "allowed are 1,000,000 rows"),
+    "rows of brackets": (append(ROWS, ('{"id": 1, "a": [' + "[]," * 600_000 + "[]]}\n") * 90), "of memory"),
+    "a manifest of brackets": (append("config_resolved.json", "[" + "{}," * 6_000_000 + "{}]"), "is not JSON"),
+    "many files": (many_files, "over 50,000 files"),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_in_seconds_and_within_a_gigabyte(results, kind):
+    make, words = BOMBS[kind]
+    make(results)
+    code = (
+        "import resource, sys, run_all; status = run_all.main(['--verify', sys.argv[1]]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(status)"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(results)], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=100
+    )
+    seconds, peak_mib = time.monotonic() - started, int(done.stdout.split()[-1])
+    assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+    # On an idle machine 1 to 6 s.
+    assert peak_mib < 1000 and seconds < 30, (seconds, peak_mib)
+
+
+def test_a_key_that_appears_twice_is_refused(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "correct": false, "correct": true}\n')
+    (tmp_path / "manifest.json").write_text('{"metrics": {"n": 1, "n": 2}}')
+    with pytest.raises(ArtifactError, match=r"rows\.jsonl, line 1: not JSON \(the key 'correct' appears twice\)"):
+        read_jsonl(tmp_path / "rows.jsonl")
+    with pytest.raises(ArtifactError, match="the key 'n' appears twice"):
+        read_json(tmp_path / "manifest.json")
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    if os.access(tmp_path / "closed", os.R_OK):
+        pytest.skip("this user reads everything")
+    with pytest.raises(ArtifactError, match=r"closed cannot be read \(Permission denied\)"):
+        list_files(tmp_path)
