@@ -656,6 +656,22 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
             {"config.json": '{"auto_map": {"AutoModel": "x.Y"}}'},
             r"config.json needs code from its folder \(auto_map\)",
         ),
+        ({"adapter_config.json": "{}"}, r"holds an adapter beside the model \(adapter_config.json\).*--checkpoint"),
+        (
+            {"adapter_model.safetensors": _safetensors(), "adapter_config.json": "{"},
+            r"holds an adapter beside the model \(adapter_config.json, adapter_model.safetensors\)",
+        ),
+        ({"adapter_model.bin": "x"}, r"holds an adapter beside the model \(adapter_model.bin\)"),
+        (
+            {"config.json": '{"attn_implementation": "evil/kernel"}'},
+            "attn_implementation 'evil/kernel': allowed are eager",
+        ),
+        ({"config.json": '{"_attn_implementation": "paged|a/b:c"}'}, r"attn_implementation 'paged\|a/b:c': allowed"),
+        (
+            {"config.json": '{"text_config": {"attn_implementation": {"": "sdpa", "x": "a/b"}}}'},
+            "attn_implementation 'a/b'",
+        ),
+        ({"config.json": '{"attn_implementation": ["sdpa"]}'}, r"attn_implementation \['sdpa'\]: allowed"),
         ({"tokenizer_config.json": '{"auto_map": {}}'}, "tokenizer_config.json needs code from its folder"),
         ({"tokenizer.json": None}, "has no tokenizer.json"),
         ({"model.safetensors": None}, "has no weights"),
@@ -690,6 +706,19 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
 def test_folder_that_cannot_be_loaded_safely_is_refused(changes, fault, tmp_path):
     with pytest.raises(AssetError, match=fault):
         sources.resolve_model(str(_model_folder(tmp_path / "model", changes)))
+
+
+@pytest.mark.parametrize("name", [None, "eager", "sdpa", "flash_attention_2", {"": "sdpa"}])
+def test_a_model_may_name_a_plain_attention(name, tmp_path):
+    config = json.dumps({"model_type": "qwen2", "attn_implementation": name})
+    sources.resolve_model(str(_model_folder(tmp_path / "model", {"config.json": config})))
+
+
+def test_a_snapshot_of_the_hub_with_an_adapter_is_refused(tmp_path, monkeypatch):
+    snapshot = _model_folder(tmp_path / "c0ffee", {"adapter_config.json": "{}"})
+    monkeypatch.setattr(sources, "_snapshot", lambda *_: snapshot)
+    with pytest.raises(AssetError, match="holds an adapter beside the model"):
+        sources.resolve_model("somebody/model")
 
 
 def test_a_model_in_parts_is_taken_as_the_hub_names_them(tmp_path):
