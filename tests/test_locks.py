@@ -256,6 +256,13 @@ def test_a_lock_folder_that_somebody_else_laid_out_is_refused(tmp_path, monkeypa
         locks.hold_file(tmp_path / "shared.jsonl")
 
 
+def test_a_file_in_the_place_of_the_lock_folder_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / f"tune-and-tell-{os.getuid()}").touch()
+    with pytest.raises(PermissionError, match=r"tune-and-tell-\d+ cannot be made .*set TMPDIR to one of your folders"):
+        locks.hold_file(tmp_path / "shared.jsonl")
+
+
 def test_a_lock_leaves_nothing_beside_the_file(tmp_path):
     (tmp_path / "data").mkdir()
     with locks.one_at_a_time(tmp_path / "data" / "model"):

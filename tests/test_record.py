@@ -1,5 +1,6 @@
 """Files of a run: complete or not at all, incomplete lines, garbage, manifests and when stages become stale."""
 
+import csv
 import errno
 import fcntl
 import json
@@ -137,6 +138,35 @@ def test_a_table_has_every_column_that_a_row_has(tmp_path):
     files.write_csv(tmp_path / "table.csv", rows)
     assert (tmp_path / "table.csv").read_bytes() == b'run,rate,status\none,0.5,\n"two, or three",,not measured\n'
     assert files.csv_text([]) == "\n"
+
+
+FORMULAS = [
+    "=cmd|' /C calc'!A0",
+    "@SUM(1)",
+    "+HYPERLINK(1)",
+    "-2+3",
+    "\tx",
+    "\rx",
+    "\n=1",
+    "\uff1d1",
+    "'=1",
+    "''@x",
+    "-x",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_a_text_that_a_spreadsheet_would_run_is_written_inert_and_read_as_it_was(tmp_path, text):
+    rows = [{"run_name": text, "rate": -0.5}]
+    files.write_csv(tmp_path / "table.csv", rows)
+    with (tmp_path / "table.csv").open(newline="") as stream:
+        assert list(csv.reader(stream))[1] == [f"'{text}", "-0.5"]
+    read = files.read_csv(tmp_path / "table.csv")
+    assert read == [{"run_name": text, "rate": "-0.5"}]
+    # Tables that are read and extended, and those of earlier versions, do not change.
+    assert files.csv_text(read) == files.csv_text(rows)
+    (tmp_path / "older.csv").write_text("run_name,model\nx,=cmd\ny,'quoted'\nz,-1.5e-05\n")
+    assert [row["model"] for row in files.read_csv(tmp_path / "older.csv")] == ["=cmd", "'quoted'", "-1.5e-05"]
 
 
 def test_a_log_keeps_whole_rows_and_drops_a_torn_last_line(tmp_path):

@@ -84,11 +84,28 @@ def test_a_users_name_that_every_machine_has_is_left_alone(monkeypatch):
         ("back\rspace\x08", "back\\rspace\\x08"),
         ("\u202eright to left", "\\u202eright to left"),
         ("\ud800", "\\ud800"),
+        ("a\u200bb\u200fc\u061cd\ufeffe", "a\\u200bb\\u200fc\\u061cd\\ufeffe"),
+        ("so\xadft \u2060\u180e\u3164", "so\\xadft \\u2060\\u180e\\u3164"),
+        ("tag \U000e0041\U000e007f", "tag \\U000e0041\\U000e007f"),
+        ("selector \ufe0f\U000e0100", "selector \\ufe0f\\U000e0100"),
         ("two\nlines\tand é 漢", "two\nlines\tand é 漢"),
     ],
 )
 def test_a_terminal_sees_control_characters_and_does_not_obey_them(text, expected):
     assert redaction.visible(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run_x\n0 mismatches", "run_x\\n0 mismatches"),
+        ("a\tb\r\nc\x85d\u2028e\x0bf", "a\\tb\\r\\nc\\x85d\\u2028e\\x0bf"),
+        ("hf_abcdefghijklmnopqrstuvwx\u200f", "***\\u200f"),
+        ("Grüße 漢", "Grüße 漢"),
+    ],
+)
+def test_a_value_of_one_line_cannot_forge_another(text, expected):
+    assert redaction.one_line(text) == expected
 
 
 # --- the words of a format are no texts ---------------------------------------------------------------------------

@@ -62,6 +62,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project whose data folders are empty, in an environment that names no assets and no hub settings."""
     for variable in ("ASSETS_DIR", "HF_HUB_OFFLINE", "HF_TOKEN", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(datasets, "DATA_DIR", tmp_path / "data")
     monkeypatch.setattr(datasets, "RAW_DIR", tmp_path / "project" / "raw")
     monkeypatch.setattr(bundled, "MODELS_DIR", tmp_path / "project" / "models")
     return tmp_path / "project"
@@ -323,10 +324,17 @@ def test_no_network_fails_within_seconds(tmp_path):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers by path: /redirect?<address> redirects, /short ends early, others give the server's body or 404."""
+    """Answers by path: /redirect?<address> redirects, /short ends early, /slow never ends, others give body or 404."""
 
     def do_GET(self) -> None:
         self.server.requested.append(self.path)
+        if self.path.startswith("/slow"):
+            # A server that ends neither its header nor its body, but sends a byte before each timeout.
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n" + (b"\r\n" if self.path == "/slow-body" else b"X-Slow: "))
+            with contextlib.suppress(OSError):
+                while not self.server.stopped.wait(0.05):
+                    self.wfile.write(b"x")
+            return
         if self.path.startswith("/redirect?"):
             self.send_response(302)
             self.send_header("Location", self.path.partition("?")[2])
@@ -352,11 +360,13 @@ class _Handler(BaseHTTPRequestHandler):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """A web server on this machine; ``body`` is what it serves, ``requested`` the requested paths."""
     monkeypatch.setattr(datasets, "ALLOWED_SCHEMES", frozenset({"http"}))
+    monkeypatch.setattr(datasets, "_is_local", lambda host: host == "10.0.0.1")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.body, server.requested = _jsonl(ROWS).encode(), []
+    server.body, server.requested, server.stopped = _jsonl(ROWS).encode(), [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield server
+    server.stopped.set()
     server.shutdown()
     server.server_close()
 
@@ -396,6 +406,7 @@ def test_train_file_in_the_assets_folder_comes_before_its_address(tmp_path, serv
         ("/redirect?ftp://127.0.0.1/x", b"", "scheme 'ftp': allowed is http"),
         ("/redirect?https://127.0.0.1/x", b"", "scheme 'https': allowed is http"),
         ("/redirect?file:///etc/hostname", b"", "scheme 'file': allowed is http"),
+        ("/redirect?http://10.0.0.1/x", b"", "is on this machine or its network"),
     ],
 )
 def test_bad_download_is_an_error_and_is_never_kept(path, body, fault, tmp_path, server):
@@ -419,6 +430,58 @@ def test_only_https_is_fetched(url):
         datasets.download(url)
 
 
+HOSTS_OF_THIS_NETWORK = """127.0.0.1 127.1 2130706433 0x7f000001 0177.0.0.1 [::1] [::ffff:127.0.0.1] 0.0.0.0
+    10.1.2.3 192.168.0.1 172.16.0.1 169.254.169.254 100.64.0.1 [fe80::1] [fd00::1] localhost LOCALHOST. a.localhost
+    metadata.google.internal printer.local intranet"""
+
+
+@pytest.mark.parametrize("host", HOSTS_OF_THIS_NETWORK.split())
+def test_an_address_on_this_network_is_not_fetched(host):
+    for url in (f"https://{host}/x.jsonl", f"https://user@{host}:8443/x.jsonl"):
+        with pytest.raises(AssetError, match="is on this machine or its network: allowed are public hosts"):
+            datasets.download(url)
+
+
+def test_public_hosts_are_fetched():
+    hosts = ["www.csie.ntu.edu.tw", "raw.githubusercontent.com", "8.8.8.8", "2606:4700::1111", "local.example.org"]
+    assert not [host for host in hosts if datasets._is_local(host)]
+
+
+@pytest.mark.parametrize("path", ["/slow-body", "/slow-header"])
+def test_a_server_that_never_ends_is_left_at_the_deadline(path, server, monkeypatch):
+    monkeypatch.setattr(datasets, "DOWNLOAD_DEADLINE_S", 0.3)
+    with pytest.raises(AssetUnavailable, match=r"cannot be downloaded \(not complete after 0.3 s\)"):
+        datasets.download(server.url + path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../made.jsonl", "data/../made.jsonl", "data/made.sh", "data/.profile", "link/made.jsonl"]
+)
+@pytest.mark.parametrize("load", [datasets.check_train_file, datasets.load_train_file])
+def test_a_download_is_kept_nowhere_but_in_the_data_and_assets_folders(name, load, tmp_path, server):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "outside")
+    for target in (tmp_path / name, tmp_path / "data" / "link" / "made.jsonl"):
+        with pytest.raises(AssetError, match=r"only kept in data/ or the assets folder .*ends in \.jsonl"):
+            load(str(target), f"{server.url}/file")
+    assert _files(tmp_path) == [] and server.requested == []
+    # What lies there already is only read.
+    mine = _write(tmp_path / "outside" / "mine.json", _jsonl(ROWS))
+    load(str(mine), f"{server.url}/file")
+
+
+def test_a_download_may_be_kept_in_the_assets_folder_and_behind_a_link_to_all_data(tmp_path, server):
+    for folder in ("brought", "disk"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    for target in ("brought/made.jsonl", "data/new/other.jsonl"):
+        named = (str(tmp_path / target), f"{server.url}/file", str(tmp_path / "brought"))
+        datasets.check_train_file(*named)
+        assert datasets.load_train_file(*named)[0] == ROWS
+
+
 def test_offline_never_asks_the_address(tmp_path, server):
     with pytest.raises(AssetUnavailable, match=r"made.jsonl is missing.*offline"):
         datasets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/file", offline=True)
@@ -434,7 +497,7 @@ def test_train_file_without_an_address_has_to_be_there(tmp_path):
 def test_a_train_file_that_cannot_be_had_is_told_with_the_way_without_it(tmp_path, server, offline):
     # The file of the preset `strong` lies on somebody's page, which may vanish.
     with pytest.raises(AssetUnavailable) as caught:
-        datasets.load_train_file(str(tmp_path / "made.jsonl"), f"{server.url}/absent", offline=offline)
+        datasets.load_train_file(str(tmp_path / "data" / "made.jsonl"), f"{server.url}/absent", offline=offline)
     assert "--presets distilled" in str(caught.value)
     assert "--set train_source=self_distilled train_file= train_file_url=" in str(caught.value)
 
@@ -593,6 +656,22 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
             {"config.json": '{"auto_map": {"AutoModel": "x.Y"}}'},
             r"config.json needs code from its folder \(auto_map\)",
         ),
+        ({"adapter_config.json": "{}"}, r"holds an adapter beside the model \(adapter_config.json\).*--checkpoint"),
+        (
+            {"adapter_model.safetensors": _safetensors(), "adapter_config.json": "{"},
+            r"holds an adapter beside the model \(adapter_config.json, adapter_model.safetensors\)",
+        ),
+        ({"adapter_model.bin": "x"}, r"holds an adapter beside the model \(adapter_model.bin\)"),
+        (
+            {"config.json": '{"attn_implementation": "evil/kernel"}'},
+            "attn_implementation 'evil/kernel': allowed are eager",
+        ),
+        ({"config.json": '{"_attn_implementation": "paged|a/b:c"}'}, r"attn_implementation 'paged\|a/b:c': allowed"),
+        (
+            {"config.json": '{"text_config": {"attn_implementation": {"": "sdpa", "x": "a/b"}}}'},
+            "attn_implementation 'a/b'",
+        ),
+        ({"config.json": '{"attn_implementation": ["sdpa"]}'}, r"attn_implementation \['sdpa'\]: allowed"),
         ({"tokenizer_config.json": '{"auto_map": {}}'}, "tokenizer_config.json needs code from its folder"),
         ({"tokenizer.json": None}, "has no tokenizer.json"),
         ({"model.safetensors": None}, "has no weights"),
@@ -627,6 +706,19 @@ def test_local_folder_is_known_by_the_bytes_it_loads(tmp_path):
 def test_folder_that_cannot_be_loaded_safely_is_refused(changes, fault, tmp_path):
     with pytest.raises(AssetError, match=fault):
         sources.resolve_model(str(_model_folder(tmp_path / "model", changes)))
+
+
+@pytest.mark.parametrize("name", [None, "eager", "sdpa", "flash_attention_2", {"": "sdpa"}])
+def test_a_model_may_name_a_plain_attention(name, tmp_path):
+    config = json.dumps({"model_type": "qwen2", "attn_implementation": name})
+    sources.resolve_model(str(_model_folder(tmp_path / "model", {"config.json": config})))
+
+
+def test_a_snapshot_of_the_hub_with_an_adapter_is_refused(tmp_path, monkeypatch):
+    snapshot = _model_folder(tmp_path / "c0ffee", {"adapter_config.json": "{}"})
+    monkeypatch.setattr(sources, "_snapshot", lambda *_: snapshot)
+    with pytest.raises(AssetError, match="holds an adapter beside the model"):
+        sources.resolve_model("somebody/model")
 
 
 def test_a_model_in_parts_is_taken_as_the_hub_names_them(tmp_path):

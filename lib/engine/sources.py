@@ -34,6 +34,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER_FILES = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 CHAT_FILES = ("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt")
 MODEL_FILES = ("config.json", "generation_config.json", WEIGHT_FILES, INDEX_FILE, *TOKENIZER_FILES, *CHAT_FILES)
+# Other names may be of a kernel on the hub, code that transformers would fetch.
+ATTENTION_NAMES = (None, "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 ADAPTER_FILES = ("adapter_config.json", ADAPTER_WEIGHTS)
 SHARD_NAME = re.compile(r"model[\w.-]{0,100}\.safetensors", re.ASCII)
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -137,6 +139,7 @@ def _snapshot(name: str, revision: str, patterns: tuple[str, ...], offline: bool
 def _check_model_folder(folder: Path) -> None:
     hint = "a model folder holds config.json, *.safetensors and tokenizer files"
     _refuse_code(folder / "config.json", hint)
+    _refuse_kernels(folder / "config.json", hint)
     if (folder / "tokenizer_config.json").exists():
         _refuse_code(folder / "tokenizer_config.json", hint)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -145,6 +148,13 @@ def _check_model_folder(folder: Path) -> None:
     if not any((folder / name).exists() for name in ("model.safetensors", INDEX_FILE)):
         raise AssetError(f"{shown_path(folder)} has neither model.safetensors nor {INDEX_FILE}: fetch it again")
     _check_shards(folder / INDEX_FILE, hint)
+    adapters = sorted(file.name for pattern in ("adapter_config*", "adapter_model*") for file in folder.glob(pattern))
+    if adapters:
+        # transformers would apply it without a message.
+        raise AssetError(
+            f"{shown_path(folder)} holds an adapter beside the model ({', '.join(adapters)}): move it to a folder of "
+            "another name, and use it with --checkpoint"
+        )
 
 
 def _refuse_code(config_file: Path, hint: str) -> None:
@@ -153,6 +163,25 @@ def _refuse_code(config_file: Path, hint: str) -> None:
         raise AssetError(
             f"{shown_path(config_file)} needs code from its folder (auto_map): refused; take another model"
         )
+
+
+def _refuse_kernels(config_file: Path, hint: str) -> None:
+    for name in _attention_names(_read_config(config_file, hint)):
+        if name not in ATTENTION_NAMES:
+            allowed = ", ".join(filter(None, ATTENTION_NAMES))
+            raise AssetError(
+                f"{shown_path(config_file)} has attn_implementation {_shortened(repr(name))}: allowed are {allowed}; "
+                "remove that line"
+            )
+
+
+def _attention_names(config: dict[str, Any]) -> Iterator[Any]:
+    """Values of ``attn_implementation`` in a configuration and those inside it."""
+    for key, value in config.items():
+        if key in ("attn_implementation", "_attn_implementation"):
+            yield from value.values() if isinstance(value, dict) else [value]
+        elif isinstance(value, dict):
+            yield from _attention_names(value)
 
 
 def _check_shards(index: Path, hint: str) -> None:

@@ -1,7 +1,10 @@
 """GSM8K, training files and AILuminate prompts: found, checked against their hash, kept."""
 
+import ipaddress
 import json
 import re
+import socket
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -17,6 +20,7 @@ from lib.record.paths import PROJECT_ROOT, shown_path
 from lib.record.text_files import TextFileError, decode_text, read_text
 from lib.safety import parse_prompts_csv, select_prompts
 
+DATA_DIR = PROJECT_ROOT / "data"
 RAW_DIR = PROJECT_ROOT / "data" / "raw"
 SANDBOX_DIR = PROJECT_ROOT / "data" / "sandbox"
 CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
@@ -105,22 +109,42 @@ def load_train_file(
 ) -> tuple[list[Row], Source]:
     """Rows of a JSON lines file: at its path, else of that name in the assets folder, else from ``url``."""
     try:
-        return _load_published(_train_file(train_file, url), assets_dir, offline)
+        return _load_published(_train_file(train_file, url, assets_dir), assets_dir, offline)
     except AssetUnavailable as error:
         raise AssetUnavailable(f"{error}\n{WITHOUT_TRAIN_FILE}") from None
 
 
 def check_train_file(train_file: str, url: str = "", assets_dir: str = "", offline: bool = False) -> None:
-    """Raise AssetUnavailable where ``load_train_file`` can neither find the file nor may download it."""
-    item = _train_file(train_file, url)
-    if not _find_kept(item, assets_dir) and (offline or not url):
+    """Raise AssetUnavailable where ``load_train_file`` can neither find nor download it; AssetError if it must not."""
+    item = _train_file(train_file, url, assets_dir)
+    if _find_kept(item, assets_dir):
+        return
+    if offline or not url:
         load_train_file(train_file, url, assets_dir, offline)
+    _check_download(item.target, url, assets_dir)
 
 
-def _train_file(train_file: str, url: str) -> _Published:
+def _train_file(train_file: str, url: str, assets_dir: str) -> _Published:
     target = lookup.own_path(train_file)
-    fetch = partial(download, url) if url else None
+    fetch = partial(_download_train_file, target, url, assets_dir) if url else None
     return _Published(target.name, target, parse_question_rows, "url", fetch, sha256="", licence=UNSTATED, home=url)
+
+
+def _download_train_file(target: Path, url: str, assets_dir: str) -> bytes:
+    _check_download(target, url, assets_dir)
+    return download(url)
+
+
+def _check_download(target: Path, url: str, assets_dir: str) -> None:
+    """Raise AssetError unless ``target`` (links resolved) may be written: presets are shared."""
+    _check_address(url)
+    folders = [folder.resolve() for folder in (DATA_DIR, lookup.assets_folder(assets_dir)) if folder]
+    if target.suffix != ".jsonl" or not any(target.is_relative_to(folder) for folder in folders):
+        raise AssetError(
+            f"train_file {shown_path(target)} would be downloaded from {url}: a download is only kept in data/ or the "
+            f"assets folder (--assets, {ASSETS_VARIABLE}), under a name that ends in .jsonl; change train_file, or "
+            "fetch the file by hand"
+        )
 
 
 def parse_question_rows(data: bytes, where: str) -> list[Row]:
@@ -318,7 +342,10 @@ def _decode_text(data: bytes, where: str) -> str:
 
 
 ALLOWED_SCHEMES = frozenset({"https"})
+LOCAL_DOMAINS = (".localhost", ".localdomain", ".local", ".internal")
 DOWNLOAD_TIMEOUT_S = 20
+# In total: each byte of a slow server comes within the timeout.
+DOWNLOAD_DEADLINE_S = 900
 MAX_DOWNLOAD_BYTES = 200_000_000
 
 
@@ -327,25 +354,48 @@ def download(url: str) -> bytes:
     # Imported here: a run whose files are kept needs no HTTP client.
     import httpx
 
-    _check_scheme(url)
+    _check_address(url)
     body = bytearray()
     # The hook sees redirects before they are followed.
-    hooks = {"request": [lambda request: _check_scheme(str(request.url))]}
+    hooks = {"request": [lambda request: _check_address(str(request.url))]}
+    client = httpx.Client(follow_redirects=True, timeout=DOWNLOAD_TIMEOUT_S, event_hooks=hooks)
+    deadline = threading.Timer(DOWNLOAD_DEADLINE_S, client.close)
+    deadline.start()
     try:
-        client = httpx.Client(follow_redirects=True, timeout=DOWNLOAD_TIMEOUT_S, event_hooks=hooks)
         with client, client.stream("GET", url) as response:
             response.raise_for_status()
             for part in response.iter_bytes():
                 body += part
                 if len(body) > MAX_DOWNLOAD_BYTES:
                     raise AssetError(f"{url} is over {MAX_DOWNLOAD_BYTES} bytes: not the expected file")
-    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+    except (OSError, RuntimeError, httpx.HTTPError, httpx.InvalidURL) as error:
+        why = failure_reason(error) if deadline.is_alive() else f"not complete after {DOWNLOAD_DEADLINE_S} s"
         how = f"fetch it by hand into data/raw, or name a folder that has it with --assets or {ASSETS_VARIABLE}"
-        raise AssetUnavailable(f"{url} cannot be downloaded ({failure_reason(error)}): {how}") from None
+        raise AssetUnavailable(f"{url} cannot be downloaded ({why}): {how}") from None
+    finally:
+        deadline.cancel()
     return bytes(body)
 
 
-def _check_scheme(url: str) -> None:
-    scheme = urlsplit(url).scheme
+def _check_address(url: str) -> None:
+    try:
+        scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
+    except ValueError as error:
+        raise AssetError(f"address {url!r} cannot be read ({error})") from None
     if scheme not in ALLOWED_SCHEMES:
         raise AssetError(f"address {url!r} has scheme {scheme!r}: allowed is {', '.join(sorted(ALLOWED_SCHEMES))}")
+    if _is_local(host):
+        raise AssetError(
+            f"address {url!r} is on this machine or its network: allowed are public hosts; fetch it by hand"
+        )
+
+
+def _is_local(host: str) -> bool:
+    """Whether ``host`` is a number of no public network, in any spelling (127.1, 0x7f000001), or a local name."""
+    try:
+        number = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)[0][4][0]
+    except (OSError, UnicodeError):
+        name = host.rstrip(".").casefold()
+        return "." not in name or name.endswith(LOCAL_DOMAINS)
+    address = ipaddress.ip_address(str(number).partition("%")[0])
+    return not (getattr(address, "ipv4_mapped", None) or address).is_global

@@ -8,12 +8,15 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from lib.record import locks
@@ -22,6 +25,8 @@ from lib.record.plain_files import open_plain
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 TEMPORARY_FILES = ".*.tmp"
+# Text that a spreadsheet runs as a formula, after any apostrophes; signed numbers are none.
+FORMULA = re.compile(r"'*(?![-+][0-9.]+(?:e[-+][0-9]+)?\Z)[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
 
 class DiskFull(ArtifactError):
@@ -158,20 +163,32 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as CSV with a header: every key of any row is a column, in order of appearance; no value is empty."""
+    """Rows as CSV with a header: every key of any row is a column, in order of appearance; no value is empty.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe in front, which ``read_csv`` removes.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    lines: list[str] = []
+    # The writer quotes the characters of its line end alone: a bare \r would begin another row.
+    writer = csv.DictWriter(SimpleNamespace(write=lines.append), columns, lineterminator="\r\n")
     writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    writer.writerows({name: f"'{cell}" if _is_formula(cell) else cell for name, cell in row.items()} for row in rows)
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+
+
+def _is_formula(cell: Any) -> bool:
+    return isinstance(cell, str) and FORMULA.match(cell) is not None
+
+
+def _is_inert(cell: str | None) -> bool:
+    return cell is not None and cell.startswith("'") and _is_formula(cell[1:])
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; ValueError for a key that appears twice: which value counts would depend on the reader."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice[:80]!r} appears twice")
     return found
 
@@ -190,7 +207,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         raise ArtifactError(f"{where}: not a table with a column run_name; {again}")
     if len({*(reader.fieldnames or [])}) < len(reader.fieldnames or []):
         raise ArtifactError(f"{where}: a column appears twice; {again}")
-    return rows
+    return [{name: cell[1:] if _is_inert(cell) else cell for name, cell in row.items()} for row in rows]
 
 
 def read_json(path: Path) -> Any:

@@ -28,7 +28,13 @@ GENERIC_USERS = frozenset(
 MIN_USER_LENGTH = 3
 # The letters of an encoded picture can spell anything.
 PICTURES = re.compile(r"((?:data:[\w.+/-]*;)?base64,[A-Za-z0-9+/=]+)")
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, and those that a terminal does not show: marks of direction, fillers, variation selectors, tags.
+CONTROLS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    r"\u2060-\u206f\u3164\ud800-\udfff\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
+LINE_BREAKS = str.maketrans({"\n": r"\n", "\t": r"\t"})
 
 # Styles, scripts and tags of HTML; what is between them is text.
 MARKUP = re.compile(
@@ -150,6 +156,11 @@ def _clean_escaped(text: str, change: Rule) -> str:
 def visible(text: str) -> str:
     """``text`` for a terminal, cleaned; control characters, which could hide what was printed, are spelled out."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), clean(text))
+
+
+def one_line(text: str) -> str:
+    """As ``visible``, with line ends and tabs spelled out too: a name, an id or a status cannot forge a line."""
+    return visible(text).translate(LINE_BREAKS)
 
 
 def _cleaner(lines: bool = False) -> Rule:
