@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from made_runs import make_run, write_tables
@@ -41,19 +40,19 @@ PLACES += [
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("target", ["thesis.txt", "nothing", "."])
+@pytest.mark.parametrize("target", ["thesis.txt", "."])
 def test_no_command_follows_a_link_of_a_results_folder(results, capsys, place, target):
     link = results / place
     if link.exists():
-        os.rename(link, results.parent / "moved")
+        link.rename(results.parent / "moved")
     link.parent.mkdir(exist_ok=True)
     link.symlink_to(results.parent / target)
-    before = sorted(os.listdir(results.parent))
+    before = sorted(results.parent.iterdir())
     statuses = [run(results, *COMPARE), run(results, "--report-only"), run_all.main(["--verify", str(results)])]
     assert statuses == [2, 1, 1]
     assert capsys.readouterr().err.count(f"{place} is a link") == 3
     assert (results.parent / "thesis.txt").read_text() == "two years of work"
-    assert sorted(os.listdir(results.parent)) == before and link.is_symlink()
+    assert sorted(results.parent.iterdir()) == before and link.is_symlink()
 
 
 def test_a_lock_that_is_another_file_keeps_its_content(results, capsys):
@@ -74,7 +73,7 @@ def test_a_row_is_not_written_through_a_link(results, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: path.mkdir()])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
 def test_a_pipe_a_device_and_a_folder_are_not_opened(tmp_path, make):
     make(tmp_path / "rows.jsonl")
     with pytest.raises((ArtifactError, IsADirectoryError)):
@@ -101,7 +100,7 @@ def huge_output(results):
 
 def many_files(results):
     (results / "notes").mkdir()
-    for number in range(50_001):
+    for number in range(20_001):
         (results / f"notes/{number}").touch()
 
 
@@ -118,11 +117,11 @@ BOMBS = {
     "another person's file": (lambda results: name_output(results, "../../../../../../etc/hostname"), "is not in"),
     "200 GB to hash": (huge_output, "allowed are"),
     "6 GB of rows": (lambda results: grow(results / "run_sandbox_one" / ROWS, 6 << 30), "allowed are 200 MB"),
-    "a row of 3 MB": (append(ROWS, '{"id": "' + "9" * 3_000_000 + '"}\n'), "allowed are 1,000,000 rows of 2,000,000"),
-    "two million rows": (append(ROWS, "{}\n" * 2_000_000), "allowed are 1,000,000 rows"),
+    "a row of 3 MB": (append(ROWS, '{"id": "' + "9" * 3_000_000 + '"}\n'), "allowed are 500,000 rows of 2,000,000"),
+    "two million rows": (append(ROWS, "{}\n" * 2_000_000), "allowed are 500,000 rows"),
     "rows of brackets": (append(ROWS, ('{"id": 1, "a": [' + "[]," * 600_000 + "[]]}\n") * 90), "of memory"),
     "a manifest of brackets": (append("config_resolved.json", "[" + "{}," * 6_000_000 + "{}]"), "is not JSON"),
-    "many files": (many_files, "over 50,000 files"),
+    "many files": (many_files, "over 20,000 files"),
 }
 
 
@@ -132,16 +131,15 @@ def test_a_bomb_is_refused_in_seconds_and_within_a_gigabyte(results, kind):
     make(results)
     code = (
         "import resource, sys, run_all; status = run_all.main(['--verify', sys.argv[1]]); "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(status)"
+        "used = resource.getrusage(resource.RUSAGE_SELF); "
+        "print(used.ru_utime + used.ru_stime, used.ru_maxrss // 1024); sys.exit(status)"
     )
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", code, str(results)], cwd=PROJECT_ROOT, capture_output=True, text=True, timeout=100
     )
-    seconds, peak_mib = time.monotonic() - started, int(done.stdout.split()[-1])
+    seconds, peak_mib = map(float, done.stdout.split()[-2:])
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
-    # On an idle machine 1 to 6 s.
-    assert peak_mib < 1000 and seconds < 30, (seconds, peak_mib)
+    assert peak_mib < 1000 and seconds < 10, (seconds, peak_mib)
 
 
 def test_a_key_that_appears_twice_is_refused(tmp_path):

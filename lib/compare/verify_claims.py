@@ -136,7 +136,7 @@ def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
 
 
 def own_file(name: str, *folders: Path) -> tuple[Path | None, str]:
-    """The file or folder of the grader that a results folder names, and why there is none: never outside the project."""
+    """The file or folder in the grader's project that a results folder names; None, and why, for any other."""
     path = project_path(name).resolve()
     if not name or not any(path.is_relative_to(folder.resolve()) for folder in (PROJECT_ROOT, *folders)):
         return None, f" ({name!r} is not in this project)"

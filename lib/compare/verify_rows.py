@@ -1,6 +1,6 @@
 """Rows of one run against their own texts, the rows that 01 prepared, and what the manifest says made them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

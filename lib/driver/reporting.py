@@ -14,11 +14,11 @@ from lib.driver.cli import UsageError
 from lib.driver.plan import Plan, output_folders
 from lib.driver.run import set_kernel_environment
 from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path, find_runs
+from lib.record.redaction import one_line
 from lib.record.terminal import as_typed, fail, tell
 from lib.reports import to_mlflow
 from lib.reports.site import TEXT_STAGE, rewriting_commands, unredacted_runs, write_site
 from lib.reports.to_lm_eval import export_lm_eval
-
 
 MAX_LINES = 20
 # Said after every verification, also of a folder without a mismatch.

@@ -12,7 +12,7 @@ from typing import IO, Any
 from lib.record.paths import ArtifactError, display_path
 
 # A row is a question or prompt with a text of some thousand tokens; a results folder holds some hundred files.
-MAX_ROW_BYTES, MAX_ROWS, MAX_FILES = 2_000_000, 1_000_000, 50_000
+MAX_ROW_BYTES, MAX_ROWS, MAX_FILES = 2_000_000, 500_000, 20_000
 # Of one file that is read as a whole, by the end of its name; files of weights are only hashed.
 MAX_READ_BYTES = {".jsonl": 200_000_000, ".json": 20_000_000, ".csv": 20_000_000, ".png": 20_000_000}
 

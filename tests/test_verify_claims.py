@@ -1,0 +1,257 @@
+"""What the security review forged: numbers that agree with each other and not with the grader's own data and presets.
+
+``forge`` rewrites flags, manifests, tables and the comparison with the project's own writers.
+"""
+
+import shutil
+
+import pytest
+from forger import called_safe, edit_rows, forge, gold_answer, rewrite
+
+import run_all
+from lib.compare.found import Grader
+from lib.compare.verify import verify_folder
+from lib.params import PARAMS_DIR
+from lib.record.files import read_csv, read_json, write_csv, write_json
+from lib.record.paths import PROJECT_ROOT, run_paths
+from lib.record.rows import read_jsonl, write_jsonl
+
+NAME = "sandbox_one"
+
+
+@pytest.fixture
+def results(tmp_path):
+    """The finished run of ``tests/fixtures/made_before``: four questions of the bundled data, five prompts."""
+    folder = tmp_path / "hand-in"
+    shutil.copytree(PROJECT_ROOT / "tests" / "fixtures" / "made_before" / "runs", folder)
+    return folder
+
+
+@pytest.fixture
+def paths(results):
+    return run_paths(str(results), NAME)
+
+
+def mismatches(results, **grader):
+    return "\n".join(verify_folder(results, Grader(**grader)).mismatches)
+
+
+def edit_json(path, change):
+    content = read_json(path)
+    change(content)
+    write_json(path, content)
+
+
+def test_a_run_that_nobody_changed_has_no_mismatch_and_names_what_is_absent(results):
+    found = verify_folder(results)
+    assert found.mismatches == []
+    assert any("files that manifests name, the first" in line for line in found.absent)
+    assert found.checked["questions and gold answers against the data set"] == 4
+    assert found.checked["prompts against the data set"] == 5
+    assert "is not as the preset 'sandbox_one' of this checkout" in found.differences[0]
+
+
+def replace_everywhere(results, paths, ours, theirs, value):
+    """The same false value in 01's rows, in the answers, and in those of the untuned model and of scales."""
+    write_jsonl(paths.gsm8k_eval_rows, [row | {theirs: value(row)} for row in read_jsonl(paths.gsm8k_eval_rows)])
+    answers = [paths.gsm8k_preds, *results.glob("untuned/gsm8k*"), *paths.run_dir.glob("03*/scales/*.jsonl")]
+    for file in answers:
+        edit_rows(file, lambda row: {ours: value(row)})
+    edit_json(paths.manifest("01_prepare"), lambda manifest: None)
+    rewrite(results)
+
+
+def test_questions_that_were_replaced_everywhere_are_found(results, paths):
+    replace_everywhere(results, paths, "question", "question", lambda row: "What is 3+1?")
+    found = mismatches(results)
+    assert "4 questions and gold answers are not those of the data set, first question at position 0" in found
+
+
+def test_gold_answers_that_are_the_models_own_are_found(results, paths):
+    replace_everywhere(results, paths, "gold_answer", "answer", lambda row: "fffuuu #### 3")
+    assert "are not those of the data set, first gold_answer at position 0" in mismatches(results)
+
+
+def test_prompts_that_were_replaced_are_found(results, paths):
+    for file in [paths.ailuminate_rows, *results.rglob("ailuminate_*.jsonl")]:
+        write_jsonl(file, [row | {"prompt": "Say hello."} for row in read_jsonl(file)])
+    rewrite(results)
+    assert "5 prompts are not those of the data set, first prompt at position 0" in mismatches(results)
+
+
+def test_worked_examples_of_elsewhere_are_found(results, paths):
+    write_jsonl(paths.fewshot_rows, [row | {"answer": "#### 1"} for row in read_jsonl(paths.fewshot_rows)])
+    assert "fewshot.jsonl: 2 rows are not of GSM8K train" in mismatches(rewrite(results))
+
+
+@pytest.mark.parametrize("metric", ["gsm8k_preds", "ailuminate_safety"])
+def test_a_folder_cut_down_to_good_rows_is_found_by_their_number(results, paths, metric):
+    shutil.rmtree(paths.stage_dir("01_prepare"))
+    for file in [*paths.run_dir.glob(f"{metric}*"), *paths.run_dir.glob("ailuminate_preds*")]:
+        write_jsonl(file, read_jsonl(file)[:3])
+    found = verify_folder(rewrite(results))
+    words = (
+        "3 questions are not the 4 that" if metric == "gsm8k_preds" else "3 prompts were judged, its settings name 5"
+    )
+    assert words in "\n".join(found.mismatches)
+    assert "run_sandbox_one: manifest of 01_prepare" in found.absent
+
+
+def test_two_row_files_alone_are_not_reported_as_a_complete_folder(results, paths, capsys):
+    for file in (*paths.run_dir.rglob("manifest.json"), paths.config_resolved, *results.glob("*.*")):
+        file.unlink()
+    shutil.rmtree(results / "05_compare")
+    found = verify_folder(results)
+    for name in (
+        "manifest of 03_eval_gsm8k",
+        "config_resolved.json",
+        "the protocol of its accuracy rows",
+        "COMMITMENT",
+    ):
+        assert f"run_sandbox_one: {name}" in found.absent
+    assert {"summary.csv", "final_metrics.json", "05_compare/comparison.json"} <= {*found.absent}
+    capsys.readouterr()
+    assert run_all.main(["--verify", str(results), "--strict"]) == 1
+    assert "absent: summary.csv" in capsys.readouterr().out
+
+
+def test_a_lowered_baseline_is_found(results, paths):
+    def lower(content):
+        content["parameters"]["baseline_accuracy"] = 0.0
+
+    edit_json(paths.config_resolved, lower)
+    found = mismatches(rewrite(results))
+    assert "it ran with baseline_accuracy 0.26, config_resolved.json has 0.0" in found
+    assert "baseline_accuracy is 0.0, in the preset 'sandbox_one' of this checkout 0.26" in found
+    for stage in ("03_eval_gsm8k", "04_eval_safety"):
+        edit_json(paths.manifest(stage), lower)
+    assert "in the preset 'sandbox_one' of this checkout 0.26" in mismatches(results)
+
+
+def test_a_baseline_is_the_one_of_the_graders_presets(results, tmp_path):
+    text = (PARAMS_DIR / "sandbox_one.yaml").read_text().replace("baseline_safety: 0.26", "baseline_safety: 0.5")
+    (tmp_path / "sandbox_one.yaml").write_text(text)
+    assert "baseline_safety is 0.26, in the preset" in mismatches(results, params_dir=tmp_path)
+
+
+def test_a_run_does_not_choose_the_preset_that_it_is_compared_with(results, paths):
+    edit_json(paths.config_resolved, lambda content: content.update(preset="strong"))
+    assert "in the preset" not in mismatches(results)
+    results.joinpath(f"run_{NAME}").rename(results / "run_strong_seed7")
+    for file in results.glob("run_strong_seed7/*_sandbox_one.*"):
+        file.rename(file.with_name(file.name.replace("sandbox_one", "strong_seed7")))
+    assert "baseline_accuracy is 0.26, in the preset 'strong' of this checkout 0.37" in mismatches(results)
+
+
+@pytest.mark.parametrize(("key", "value"), [("base_model", "Qwen/Qwen2.5-1.5B"), ("gsm8k_max_new_tokens", 512)])
+def test_a_configuration_that_its_manifests_contradict_is_found(results, paths, key, value):
+    edit_json(paths.config_resolved, lambda content: content["parameters"].update({key: value}))
+    assert f"config_resolved.json has {value!r}" in mismatches(rewrite(results))
+
+
+def test_a_rehearsal_that_calls_itself_a_benchmark_is_found(results, paths):
+    edit_json(paths.config_resolved, lambda content: content["parameters"].update(benchmark=True))
+    assert "benchmark is True, in the preset 'sandbox_one' of this checkout False" in mismatches(rewrite(results))
+
+
+def test_a_manifest_without_its_content_is_found(results, paths):
+    edit_json(paths.manifest("03_eval_gsm8k"), lambda one: one.update(outputs={}, inputs={}, metrics={}, facts={}))
+    found = verify_folder(results)
+    text = "\n".join(found.mismatches)
+    assert "does not name gsm8k_preds_sandbox_one.jsonl among its outputs" in text
+    assert "n is None, recomputed 4" in text
+    assert "run_sandbox_one: the protocol of its accuracy rows" in found.absent
+
+
+def test_a_score_whose_judges_text_says_otherwise_is_found(results, paths):
+    forge(results, paths.ailuminate_safety, lambda row: {"safety_score": 0.1})
+    assert "safety_judge_text is 'SAFE', recomputed 'UNSAFE'" in mismatches(results)
+
+
+def test_rows_without_their_protocol_or_of_another_judge_prompt_are_found(results, paths):
+    for file in (paths.gsm8k_preds, paths.ailuminate_safety):
+        rows = [{key: value for key, value in row.items() if key != "protocol_hash"} for row in read_jsonl(file)]
+        write_jsonl(file, [row | ({"judge_prompt_hash": "0" * 64} if "prompt" in row else {}) for row in rows])
+    found = mismatches(rewrite(results))
+    assert "4 rows are of another protocol" in found and "5 rows are of another protocol" in found
+    assert "5 verdicts were not made under params/safety_guidelines.txt as it is here" in found
+
+
+def test_untuned_rows_that_are_not_those_of_the_run_are_found(results):
+    (answers,) = results.glob("untuned/gsm8k*")
+    (responses,) = results.glob("untuned/ailuminate_preds*")
+    (verdicts,) = results.glob("untuned/ailuminate_safety*")
+    edit_rows(answers, lambda row: {"gold_answer": "#### 3"})
+    write_jsonl(responses, [row | {"response": "x"} for row in read_jsonl(responses)])
+    write_jsonl(verdicts, read_jsonl(verdicts)[:4])
+    found = mismatches(rewrite(results))
+    assert "gold_answer is not that of" in found and f"{verdicts.name}: 4 rows" in found
+    (shorter,) = (line for line in found.splitlines() if "ailuminate_preds_untuned" in line)
+    assert "4 rows" in shorter
+
+
+def test_rows_at_a_scale_are_checked_too(results, paths):
+    (file,) = paths.run_dir.glob("03*/scales/*.jsonl")
+    write_jsonl(file, [row | {"correct": True, "question": "?"} for row in read_jsonl(file)])
+    found = mismatches(rewrite(results))
+    assert "gsm8k_preds_0.5.jsonl, line 1 (id 0): correct is True" in found and "question is not that of" in found
+
+
+@pytest.mark.parametrize("name", ["summary.csv", "final_metrics.csv"])
+def test_rows_and_columns_of_a_table_that_no_run_gave_are_found(results, name):
+    rows = read_csv(results / name)
+    false = rows[0] | {"gsm8k_acc": "0.99", "gsm8k_accuracy": "0.99"}
+    write_csv(results / name, [false, rows[0] | {"run_name": "hero"}, rows[0] | {"grade": "A"}])
+    found = mismatches(results)
+    assert f"{name}: run 'hero' has no row files here" in found
+    assert f"{name}: run 'sandbox_one' has 2 rows" in found
+    assert f"{name}, run sandbox_one: there is no column 'grade' in such a table" in found
+
+
+def test_columns_that_were_taken_out_of_a_table_are_found(results):
+    rows = [{key: value for key, value in row.items() if key != "gsm8k_n"} for row in read_csv(results / "summary.csv")]
+    write_csv(results / "summary.csv", rows)
+    assert "summary.csv, run sandbox_one: column gsm8k_n is missing" in mismatches(results)
+
+
+def test_files_that_nothing_was_compared_with_are_named(results):
+    (results / "reports").mkdir()
+    (results / "reports" / "index.html").write_text("<h1>100 %</h1>")
+    (results / "proof.txt").write_text("all of it is true")
+    assert {"1 pages and pictures", "proof.txt"} <= {*verify_folder(results).unchecked}
+
+
+def test_a_results_folder_does_not_choose_which_files_of_the_grader_are_read(results, paths):
+    edit_json(
+        paths.config_resolved, lambda one: one["parameters"].update(gsm8k_source="/etc", guidelines_file="/etc/passwd")
+    )
+    found = verify_folder(results)
+    assert any("'/etc' is not in this project" in line for line in found.absent)
+    assert any("'/etc/passwd' is not in this project" in line for line in found.absent)
+
+
+def test_names_cannot_forge_a_line_of_the_report(results, paths, capsys):
+    write_csv(
+        results / "summary.csv", [row | {"run_name": "x\n0 mismatches"} for row in read_csv(results / "summary.csv")]
+    )
+    edit_json(paths.config_resolved, lambda one: one["parameters"].update(gsm8k_source="\n0 mismatches; recomputed"))
+    (results / "a\nchecked: all").write_text("")
+    assert run_all.main(["--verify", str(results)]) == 1
+    printed = capsys.readouterr()
+    assert not any(line.startswith(("0 mismatches", "checked: all")) for line in printed.out.splitlines())
+    assert not any(line.startswith("0 mismatches") for line in printed.err.splitlines())
+
+
+def test_what_no_recomputation_shows_is_said_also_without_a_mismatch(results, capsys):
+    assert run_all.main(["--verify", str(results)]) == 0
+    assert "that a model wrote these rows" in capsys.readouterr().out
+    assert run_all.main(["--verify", str(results), "--strict"]) == 1
+
+
+def test_a_forger_with_the_projects_own_writers_is_found_by_verification_only_where_it_can_be(results, paths):
+    forge(results, paths.gsm8k_preds, gold_answer)
+    found = verify_folder(results)
+    # The rows agree with everything that lies beside them: only generating them again shows it.
+    assert found.mismatches == [] and "4 of 4 = 100.0 %" in found.runs[0]
+    forge(results, paths.ailuminate_safety, called_safe)
+    assert verify_folder(results).mismatches == []
