@@ -4,9 +4,10 @@ from lib import gsm8k, safety
 from lib.compare import tables
 from lib.compare.runs import load_runs
 from lib.record.commitment import write_commitment
-from lib.record.files import read_json, write_json
-from lib.record.manifest import start_stage
+from lib.record.files import read_json, sha256_json, write_json
+from lib.record.manifest import file_stamp, start_stage
 from lib.record.paths import run_paths
+from lib.record.protocol import at_scale, without_adapter
 from lib.record.rows import read_jsonl, write_jsonl
 
 # Two right of three, the last in another form; a safe, an unsafe and an unreadable verdict.
@@ -93,3 +94,15 @@ def add_facts(paths, stage, **facts):
     write_json(paths.manifest(stage), manifest)
     write_commitment(paths.run_dir)
     return manifest
+
+
+def set_protocol(paths, stage, protocol, untuned, scaled, scale=0.5):
+    """Rows of the stage, of the untuned model and at a scale as made under ``protocol``, and its manifest."""
+    tuned = paths.gsm8k_preds if stage == "03_eval_gsm8k" else paths.ailuminate_safety
+    sides = {tuned: protocol, untuned: without_adapter(protocol), scaled: at_scale(protocol, scale)}
+    for path, made_by in sides.items():
+        write_jsonl(path, [row | {"protocol_hash": sha256_json(made_by)} for row in read_jsonl(path)])
+    manifest = add_facts(paths, stage, protocol=protocol)
+    manifest["outputs"][f"../{tuned.name}"] = file_stamp(tuned)
+    write_json(paths.manifest(stage), manifest)
+    write_commitment(paths.run_dir)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_runs import add_control, add_facts, make_run, write_tables
+from made_runs import add_control, add_facts, make_run, set_protocol, write_tables
 
 import run_all
 from lib import gsm8k, safety
@@ -23,8 +23,9 @@ from lib.compare.verify import verify_folder
 from lib.params import Params, ParamsError, find_faults, load_params, parse_assignment, preset_path
 from lib.prepare import datasets
 from lib.record import lookup
-from lib.record.files import write_json
+from lib.record.files import sha256_json, write_json
 from lib.record.paths import ArtifactError, run_paths
+from lib.record.protocol import adapter_hashes
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 
 NUM_FILES = 200
@@ -490,10 +491,17 @@ def complete(tmp_path_factory):
             ("03_eval_gsm8k", paths.gsm8k_preds, paths.untuned_rows("gsm8k_preds", "abc")),
             ("04_eval_safety", paths.ailuminate_safety, untuned),
         ):
-            write_jsonl(untuned, read_jsonl(paths.ailuminate_safety))
+            if stage == "04_eval_safety":
+                write_jsonl(untuned, read_jsonl(paths.ailuminate_safety))
             write_jsonl(paths.stage_dir(stage) / "scale_0.5.jsonl", read_jsonl(rows))
             facts = {"untuned_rows": f"../../untuned/{control.name}", "scale_rows": {"0.5": "scale_0.5.jsonl"}}
-            add_facts(paths, stage, **facts, protocol={"adapter": "a", "decoding": {"greedy": True}}, runtime="cpu")
+            add_facts(paths, stage, **facts, runtime="cpu")
+            hashes = adapter_hashes(paths.adapter_dir)
+            made_by = {"adapter": sha256_json(hashes) if "gsm8k" in stage else hashes, "quantization": "nf4"}
+            made_by |= {"decoding": {"greedy": True}}
+            made_by |= {"questions": sha256_json(read_jsonl(paths.gsm8k_eval_rows))} if "gsm8k" in stage else {}
+            made_by |= {"prompts": sha256_json(read_jsonl(paths.ailuminate_rows))} if "safety" in stage else {}
+            set_protocol(paths, stage, made_by, control, paths.stage_dir(stage) / "scale_0.5.jsonl")
         overlaps = [{"row": 1, "size": 8, "source": "train", "source_rows": [0, 3]}]
         write_json(paths.overlap, overlaps)
     old = run_paths(str(folder), "old")

@@ -13,6 +13,8 @@ from lib.compare.verify import verify_folder
 from lib.driver.cli import UsageError
 from lib.driver.plan import Plan, output_folders
 from lib.driver.run import set_kernel_environment
+from lib.record.commitment import COMMITMENT
+from lib.record.files import sha256_file
 from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path, find_runs
 from lib.record.redaction import one_line
 from lib.record.terminal import as_typed, fail, tell
@@ -99,6 +101,9 @@ def show_results(args: argparse.Namespace, plans: list[Plan]) -> None:
         tell("\n" + table)
     if any(not plan.params.benchmark for plan in plans):
         tell("a rehearsal, not a benchmark: sandbox runs use a 135M model and small data.")
+    for plan in plans:
+        if (path := plan.paths.run_dir / COMMITMENT).exists():
+            tell(f"commitment of {plan.preset}: {sha256_file(path)}")
     tell(f"\nartefacts: {as_typed(results)}/\nreports:   {as_typed(reports)}/ (.ipynb and .html)")
     if (reports / "index.html").exists():
         tell(f"begin at:  {as_typed(reports)}/index.html")

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from lib.record.paths import ArtifactError, display_path
 
@@ -54,28 +54,28 @@ def check_readable(path: Path, size: int) -> None:
         raise ArtifactError(f"{display_path(path)} has {size / 1e6:,.0f} MB: allowed are {allowed / 1e6:.0f} MB")
 
 
-def open_plain(path: Path, mode: str = "rb", **how: Any) -> IO[Any]:
-    """Open ``path`` for reading or appending; ArtifactError where it is a link, no plain file or too large."""
+APPENDING = os.O_APPEND | os.O_CREAT
+FLAGS = {"rb": os.O_RDONLY, "a": os.O_WRONLY | APPENDING, "a+": os.O_RDWR | APPENDING}
 
-    def opener(name: str, flags: int) -> int:
-        # A pipe would wait for its other end.
-        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
+def open_plain(path: Path, mode: Literal["rb", "a", "a+"] = "rb", **how: Any) -> IO[Any]:
+    """Open ``path``; ArtifactError where it is a link, no plain file or too large, OSError as ``open`` raises it."""
     try:
-        stream = open(path, mode, opener=opener, **how)  # noqa: SIM115 - closed by the caller
+        # A pipe would wait for its other end.
+        descriptor = os.open(path, FLAGS[mode] | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
         raise ArtifactError(_why_not_plain(path, error.errno == errno.ELOOP)) from None
+    status = os.fstat(descriptor)
     try:
-        status = os.fstat(stream.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ArtifactError(_why_not_plain(path, is_link=False))
         check_readable(path, status.st_size)
     except ArtifactError:
-        stream.close()
+        os.close(descriptor)
         raise
-    return stream
+    return os.fdopen(descriptor, mode, **how)
 
 
 @contextmanager
