@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 import lib.driver.kernel_server  # before torch, which many tests import first: it sets how OpenMP's threads wait
 
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
+LEDGER_VARIABLE = "RUN_PAGES_LEDGER"
 FORK_VARIABLE = lib.driver.kernel_server.SERVER_VARIABLE
 # What a kernel must not inherit: the notebooks' own defaults are what is tested.
 DROPPED_IN_KERNELS = ("ASSETS_DIR", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "PRESET")
@@ -42,6 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="results-of-tests-")
     config.add_cleanup(folder.cleanup)
     os.environ[RESULTS_VARIABLE] = folder.name
+    ledger = tempfile.TemporaryDirectory(prefix="ledger-of-tests-")
+    config.add_cleanup(ledger.cleanup)
+    os.environ[LEDGER_VARIABLE] = str(Path(ledger.name, "pages.txt"))
     # Their small notebooks import nothing slow; tests of forked kernels ask for them.
     os.environ[FORK_VARIABLE] = "0"
 

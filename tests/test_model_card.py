@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import mistune
 import pytest
 import torch
 import yaml
@@ -78,7 +80,47 @@ def test_a_plain_base_is_loaded_without_quantisation():
 def test_values_are_texts_and_never_templates():
     facts = replace(FACTS, trained="{{ 7 * 7 }} {% if %}", metrics={"a <b>": "{{ facts }} & 'more'"})
     text = adapter_card(facts)
-    assert "{{ 7 * 7 }} {% if %}" in text and "| a <b> | {{ facts }} & 'more' |" in text
+    assert "{{ 7 * 7 }} {% if %}" in text and "| a &lt;b> | {{ facts }} & 'more' |" in text
+
+
+NASTY = (
+    "<script>alert(1)</script>",
+    "x\n\n# Forged",
+    "# Forged",
+    "\u2028## Forged",
+    "[click](javascript:alert(1))",
+    "\\[click](javascript:alert(1))",
+    "![x](https://example.org/pixel.png)",
+    "[x]: https://example.org",
+    "a | b\n| --- |\n| Forged |",
+    "\\| b",
+    "<https://example.org>",
+    "```\n# Forged",
+    "~~~",
+    "--- \nbase_model: forged",
+    "<!--",
+)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_no_text_of_a_results_folder_is_markup_in_a_card(text):
+    tables = {name: {text: text} for name in ("training", "evaluation", "metrics")}
+    given = {name: text for name in ("run_name", "trained", "selection", "adapter_sha256")}
+    parameters = {"quantization": text, "lora_r": text, "fewshot_k": text}
+    base = replace(HUB, name=text, identity=text)
+    plain = replace(FACTS, parameters={"quantization": "none", "lora_r": 4, "fewshot_k": 3}, adapter_sha256="00")
+    for library in ("peft", "transformers"):
+        card = model_card.card_text(replace(plain, **given, **tables, parameters=parameters, base=base), library, {})
+        forged, honest = (tags_of(one) for one in (card, model_card.card_text(plain, library, {})))
+        assert forged == honest
+        assert yaml.safe_load(card.split("---")[1]).keys() <= {"library_name", "pipeline_tag", "tags"}
+
+
+def tags_of(card):
+    """The tags of a card as a browser gets them, how often each; all rows of a table count once."""
+    rendered = mistune.html(card.partition("\n---\n")[2])
+    tags = Counter(re.findall(r"<!?[a-z][^>]*>|<!--", rendered))
+    return {tag: number for tag, number in tags.items() if tag not in ("<tr>", "<td>", "<tbody>")}
 
 
 def test_data_and_metrics_come_from_files_and_log(tmp_path):

@@ -2,16 +2,21 @@
 
 import json
 import re
+import time
 from html import unescape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import unquote
 
 import nbformat
 import pytest
+from chromium import Chromium, find_chromium
 
 from lib.driver.notebook import COMPLETE_MARK, Outcome, _keep, source_notebook
 from lib.record.paths import PROJECT_ROOT, STAGES
 from lib.reports import html, notebook_page, tables
+from lib.reports.pages import is_made_here
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 LONG_LINE = "values = [" + ", ".join(str(number) for number in range(200)) + "]"
@@ -134,6 +139,105 @@ def test_the_contents_lead_to_every_section(tmp_path):
     contents = page.partition("<nav")[2].partition("</nav>")[0]
     assert [unquote(link) for link in re.findall(r'href="#([^"]+)"', contents)] == [unescape(one) for one in anchors]
     assert [unescape(text) for text in re.findall(r">([^<]+)</a>", contents)] == titles
+
+
+# What an output or a Markdown cell could hold: each sets the mark, leaves the page, or fetches from HOST.
+MARK = "void(document.documentElement.dataset.ran='yes')"
+MARK_ABOVE = MARK.replace("document", "parent.document")
+PLANTED = f"""
+<script>{MARK}</script>
+<SCRIPT
+>{MARK}</SCRIPT>
+<script src="HOST/script.js"></script>
+<script type="module">import "HOST/module.js"</script>
+<img src="x" onerror="{MARK}">
+<svg onload="{MARK}"><script>{MARK}</script><a href="javascript:{MARK}" class="planted">x</a></svg>
+<details open ontoggle="{MARK}"><summary>x</summary></details>
+<a class="planted" href="javascript:{MARK}">x</a>
+<a class="planted" href="JavaScript:{MARK}" target="_blank">x</a>
+<iframe srcdoc="<script>{MARK_ABOVE}</script>"></iframe>
+<iframe src="HOST/frame"></iframe>
+<iframe src="javascript:{MARK_ABOVE}"></iframe>
+<object data="HOST/object"></object><embed src="HOST/embed">
+<img src="HOST/image.png"><video src="HOST/video" autoplay></video><input type="image" src="HOST/input.png">
+<link rel="stylesheet" href="HOST/link.css"><link rel="prefetch" href="HOST/prefetch">
+<style>@import url("HOST/import.css"); body {{ background: url("HOST/background.png") }}</style>
+<div style="background: url('HOST/attribute.png')">x</div>
+<base href="HOST/">
+"""
+REDIRECTION = '<META/http-equiv="refresh" content="0;url=HOST/elsewhere">'
+FORM = '<form action="HOST/elsewhere"><button class="planted">x</button></form>'
+ATTACKS = pytest.mark.parametrize("planted", [PLANTED, REDIRECTION, FORM], ids=["planted", "redirection", "form"])
+
+
+@pytest.fixture
+def host():
+    """A server on this machine: its address, and the paths that were fetched from it."""
+    fetched = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            fetched.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", fetched
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def online():
+    """A browser with the network that a person has."""
+    if not find_chromium():
+        pytest.skip("no chromium on this machine")
+    with Chromium() as browser:
+        yield browser
+
+
+def act(browser, page):
+    """Open a page and click on what is planted; did a script run, and where is the browser then?"""
+    browser.open(page)
+    # Not a promise of the page: it may be left.
+    time.sleep(0.5)
+    links = "document.querySelectorAll('.planted')"
+    for number in range(browser.run(f"{links}.length")):
+        browser.run(f"{links}[{number}]?.dispatchEvent(new MouseEvent('click', {{bubbles: true, cancelable: true}}))")
+        time.sleep(0.2)
+    return browser.run("document.documentElement.dataset.ran || 'no'"), browser.run("location.href")
+
+
+@ATTACKS
+@pytest.mark.parametrize("place", ["output", "markdown", "markdown output"])
+def test_nothing_that_is_planted_in_a_cell_runs_or_fetches(tmp_path, online, host, planted, place):
+    address, fetched = host
+    planted = planted.replace("HOST", address)
+    kind = {"output": "text/html", "markdown output": "text/markdown"}.get(place)
+    outputs = [nbformat.v4.new_output("display_data", data={kind: planted})] if kind else []
+    cells = [code_cell("pass", *outputs)] if kind else [nbformat.v4.new_markdown_cell(planted)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "page.ipynb")
+    page = notebook_page.write_html(tmp_path / "page.ipynb")
+    assert act(online, page) == ("no", page.as_uri()) and fetched == []
+
+
+@ATTACKS
+def test_without_the_policy_what_is_planted_does_both(tmp_path, online, host, planted):
+    address, fetched = host
+    (tmp_path / "page.html").write_text(planted.replace("HOST", address))
+    ran, place = act(online, tmp_path / "page.html")
+    assert (ran == "yes" and len(set(fetched)) > 10) if planted == PLANTED else "/elsewhere" in place
+
+
+def test_a_page_allows_no_script_and_holds_none(tmp_path):
+    page = page_of(tmp_path, "# Title", "## Seen\n\nWhy.", ("a", True))
+    head = page.partition("</head>")[0]
+    policy = re.search(r'<meta content="([^"]*)" http-equiv="Content-Security-Policy"', head)[1]
+    assert policy.startswith("default-src 'none'; ") and "script-src 'none'; img-src data:; base-uri 'none'" in policy
+    assert head.index(policy) < head.index("<style") and "<script" not in page and "cdnjs" not in page
+    assert is_made_here(tmp_path / "page.html")
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

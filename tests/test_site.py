@@ -27,6 +27,7 @@ from lib.record.files import read_json, write_json
 from lib.record.paths import PROJECT_ROOT, ArtifactError, find_runs, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import site
+from lib.reports.pages import note_page
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
 # What a model could write to get out of its quotation; each would set the marker if it ran.
@@ -136,11 +137,12 @@ def test_redacted_the_file_holds_no_text_of_ailuminate(results, tmp_path):
 
 
 def fill(reports, *names):
-    """Filled notebooks of 03 and 04, as they lie beside the page."""
+    """Filled notebooks of 03 and 04 as they lie beside the page, made here."""
     for name in names:
         for stage in ("03_eval_gsm8k", "04_eval_safety"):
             (reports / f"run_{name}").mkdir(parents=True, exist_ok=True)
             (reports / f"run_{name}" / f"{stage}.html").write_text("filled")
+            note_page(reports / f"run_{name}" / f"{stage}.html")
 
 
 def mark_redacted(results, name):
@@ -205,9 +207,7 @@ def test_pictures_of_05_are_embedded_and_filled_notebooks_linked(results, tmp_pa
     plots = tmp_path / "plots"
     plots.mkdir()
     (plots / "accuracy_safety.png").write_bytes(pixel)
-    filled = tmp_path / "reports" / "run_simple" / "03_eval_gsm8k.html"
-    filled.parent.mkdir(parents=True)
-    filled.write_text("filled")
+    fill(tmp_path / "reports", "simple")
     runs = load_runs(str(results))
     text = site.render(runs, reports_dir=tmp_path / "reports", plots_dir=plots)
     right = runs[0].accuracy.rate

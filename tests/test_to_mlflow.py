@@ -22,6 +22,7 @@ from lib.record.files import read_json, write_json, write_text
 from lib.record.paths import PROJECT_ROOT, run_paths
 from lib.record.rows import write_jsonl
 from lib.reports import to_mlflow
+from lib.reports.pages import note_page
 
 Metric = namedtuple("Metric", "key value timestamp step")
 Entry = namedtuple("Entry", "key value")
@@ -87,7 +88,9 @@ def results(tmp_path):
         write_json(paths.manifest("02_train"), _manifest(checkpoints=scores, base_model="made up"))
         write_text(paths.adapter_dir / "adapter_model.safetensors", "weights")
         for stage in ("02_train", "04_eval_safety"):
-            write_text(folder / "reports" / f"run_{name}" / f"{stage}.html", "<p>")
+            page = folder / "reports" / f"run_{name}" / f"{stage}.html"
+            write_text(page, "<p>")
+            note_page(page)
     tables.write_final_metrics(str(folder), load_runs(str(folder)))
     return folder
 
@@ -183,6 +186,13 @@ def test_texts_of_ailuminate_are_left_out(results, store):
     assert "rows/gsm8k_preds_simple.jsonl" in run.files and "/config_resolved.json" in run.files
     assert not [name for name in run.files if "ailuminate" in name or "index" in name]
     assert "reports/04_eval_safety.html" in run.files
+
+
+def test_a_page_that_was_handed_in_is_not_logged(results, store):
+    write_text(results / "reports" / "run_simple" / "02_train.html", "<script>alert(1)</script>")
+    log(results, store, ["simple"])
+    (run,) = store.runs.values()
+    assert [name for name in run.files if name.endswith(".html")] == ["reports/04_eval_safety.html"]
 
 
 def test_redacted_rows_keep_labels_and_lose_texts(results, store):

@@ -195,6 +195,11 @@ def is_redacted(manifest_path: Path) -> bool:
     return _read_manifest(manifest_path).get("parameters", {}).get("redact") is True
 
 
+def recorded_outputs(manifest_path: Path) -> dict[str, dict[str, Any]]:
+    """Stamps of the files that a stage wrote, by their name relative to the manifest; {} without a manifest."""
+    return _read_manifest(manifest_path).get("outputs", {})
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     """A stage's manifest; empty if the file is malformed: the stage then runs again and replaces it."""
     try:

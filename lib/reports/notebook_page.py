@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lib.record.files import write_text
 from lib.record.paths import ArtifactError, display_path
+from lib.reports.pages import content_policy, note_page
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -16,6 +17,10 @@ MAX_ERROR_LENGTH = 2000
 PAGE_TEMPLATE = Path(__file__).resolve().parent / "site_assets" / "notebook.html.j2"
 # Markdown asks every table for a head; ours can be empty. Only our own cells match: in model text "<" is escaped.
 EMPTY_TABLE_HEAD = re.compile(r"<thead>\s*<tr>\s*(?:<th></th>\s*)+</tr>\s*</thead>")
+# What no output needs, and a page's policy does not stop: a redirection, a look-up of a name, a page inside the page.
+ACTIVE_TAG = re.compile(
+    r"<(?=/?(?:script|meta|link|base|i?frame|frameset|fencedframe|object|embed)[\s/>])", re.IGNORECASE
+)
 SECTION_START = re.compile(r"^(?=## )", re.MULTILINE)
 
 
@@ -38,16 +43,17 @@ def write_html(notebook: Path) -> Path:
         # Before those of $JUPYTER_PATH and of the home folder, which belong to another nbconvert.
         extra_template_basedirs=[str(Path(sys.prefix, "share", "jupyter", "nbconvert", "templates"))],
     )
-    # Two assets that the template would load from a network: reports are read on machines without one.
-    exporter.require_js_url = exporter.mathjax_url = ""
     run = content.metadata.get("papermill", {}).get("parameters", {}).get("run_name", "")
     content.metadata["title"] = f"{run} · {notebook.stem}" if run else notebook.stem
     sections = [section for section in _sections(content.cells) if not _is_silent(section)]
     content.cells = [cell for section in sections for cell in section]
     contents = [section[0].source.splitlines()[0].removeprefix("## ") for section in sections[1:]]
-    body, _ = exporter.from_notebook_node(content, resources={"contents": contents})
+    resources = {"contents": contents, "policy": content_policy()}
+    page, _ = exporter.from_notebook_node(content, resources=resources)
+    head, end, body = page.partition("</head>")
     target = notebook.with_suffix(".html")
-    write_text(target, EMPTY_TABLE_HEAD.sub("", body))
+    write_text(target, head + end + ACTIVE_TAG.sub("&lt;", EMPTY_TABLE_HEAD.sub("", body)))
+    note_page(target)
     return target
 
 

@@ -25,10 +25,11 @@ from lib.compare.findings import Finding, assess_metric, baseline_sentence, find
 from lib.compare.runs import SAFETY_STAGE, Run, load_runs, untuned_key, untuned_runs
 from lib.evaluate import response_kinds
 from lib.record.files import write_text
-from lib.record.manifest import is_redacted
+from lib.record.manifest import is_redacted, recorded_outputs
 from lib.record.paths import COMPARE_STAGE, STAGES, RunPaths, results_root
 from lib.record.redaction import clean_value
 from lib.record.rows import row_id
+from lib.reports.pages import content_policy, is_made_here, refuse_links
 from lib.reports.tables import rate_cells
 
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
@@ -39,7 +40,7 @@ PLOT_NAMES |= {"hazards": "Safe responses by hazard", "losses": "Training loss"}
 # The only filled notebook that shows texts of AILuminate, unless it was run under --redact.
 TEXT_STAGE = SAFETY_STAGE
 # Keys whose values the page's links and its script refer to, or that are words of a list of ours.
-REFERENCES = frozenset(["name", "run", "stage", "label", "reference", "link", "comparison", "rewriting", "unlinked"])
+REFERENCES = frozenset(["name", "run", "stage", "label", "reference", "link", "file", "rewriting", "unlinked"])
 REFERENCES |= {"id", "release", "hazards", "hazard", "hazard_code", "persona", "outcome", "flexible", "kind"}
 # Metric -> its title on the page, and what its successes are called.
 METRIC_TEXTS = {"accuracy": ("Accuracy (GSM8K)", "right"), "safety": ("Safety (AILuminate)", "safe")}
@@ -48,6 +49,7 @@ Row = Mapping[str, Any]
 
 def write_site(results_dir: str, reports_dir: Path, *, redact: bool = False) -> Path:
     """Write ``reports_dir/index.html`` over every run of a results folder; ``redact`` leaves AILuminate's texts out."""
+    refuse_links(reports_dir)
     plots_dir = results_root(results_dir) / COMPARE_STAGE / "plots"
     page = render(load_runs(results_dir), reports_dir=reports_dir, plots_dir=plots_dir, redact=redact)
     write_text(reports_dir / INDEX, page)
@@ -66,20 +68,24 @@ def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: b
     )
     untuned, findings = untuned_runs(runs), assess_runs(runs)
     unlinked = unredacted_runs((run.paths for run in runs), reports_dir) if redact else []
+    run_facts = [_run_facts(run, reports_dir, unlinked) for run in runs]
+    comparison = _page(reports_dir / f"{COMPARE_STAGE}.html", reports_dir)
+    pages = [page for page in (comparison, *(page for run in run_facts for page in run["notebooks"])) if page]
     facts = {
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
         "summaries": [_summary(name, some) for name, some in findings.items()],
         "scores": _score_rows(runs, untuned, findings),
         "plots": list(_plots(plots_dir, [*runs, *untuned])),
-        "runs": [_run_facts(run, reports_dir, unlinked) for run in runs],
-        "comparison": _link(reports_dir / f"{COMPARE_STAGE}.html", reports_dir),
+        "runs": run_facts,
+        "comparison": comparison,
+        "handed_in": any(not page["link"] for page in pages),
         "redacted": redact,
         "unlinked": unlinked,
         "rewriting": rewriting_commands(unlinked),
     }
     return environment.get_template("index.html").render(
-        policy=_policy(style, script),
+        policy=content_policy(style, script),
         style=Markup(style),
         script=Markup(script),
         data=Markup(_embedded_json(rows_data(runs, untuned, redact=redact))),
@@ -91,12 +97,6 @@ def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: b
 def _unbroken(value: Any) -> Any:
     # "19.2" at the end of a line and "%" on the next reads badly. Markup (our files, the rows' JSON) stays as it is.
     return value.replace(" %", "\N{NO-BREAK SPACE}%") if type(value) is str else value
-
-
-def _policy(style: str, script: str) -> str:
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    allowed = f"style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
-    return f"default-src 'none'; {allowed}; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 def _embedded_json(value: Any) -> str:
@@ -165,23 +165,26 @@ def _filled(name: str, stage: str, reports_dir: Path, suffix: str = "html") -> P
 def _run_facts(run: Run, reports_dir: Path, unlinked: Sequence[str]) -> dict[str, Any]:
     known = tables.summary_row(run)
     stages = [stage for stage in STAGES if not (stage == TEXT_STAGE and run.name in unlinked)]
-    links = {stage: _link(_filled(run.name, stage, reports_dir), reports_dir) for stage in stages}
+    pages = [_page(_filled(run.name, stage, reports_dir), reports_dir) for stage in stages]
     columns = {"model": "model_name", "data": "train_data", "method": "method", "settings": "hyperparams"}
     facts = {name: known[column] or "not recorded" for name, column in columns.items()}
-    notebooks = [{"stage": stage, "link": link} for stage, link in links.items() if link]
-    facts |= {"settings": facts["settings"].split(), "notebooks": notebooks}
+    facts |= {"settings": facts["settings"].split(), "notebooks": [page for page in pages if page]}
     return {"name": run.name, "description": run.parameters.get("description") or "", **facts}
 
 
-def _link(path: Path, reports_dir: Path) -> str:
-    """``path`` as the page links to it; "" if it does not exist."""
-    return quote(os.fsencode(os.path.relpath(path, reports_dir))) if path.exists() else ""
+def _page(path: Path, reports_dir: Path) -> dict[str, str]:
+    """A filled notebook's page: stage, file name, and link, "" unless it was made here; {} if it does not exist."""
+    if not path.exists():
+        return {}
+    link = quote(os.fsencode(os.path.relpath(path, reports_dir))) if is_made_here(path) else ""
+    return {"stage": path.stem, "file": path.name, "link": link}
 
 
 def _plots(plots_dir: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """05's plots as data, the plane of accuracy and safety first; ``runs`` are its points, untuned ones too."""
     words = "; ".join(f"{run.name}: {tables.both_rates(run)}" for run in runs)
     first = "accuracy_safety"
+    outputs = recorded_outputs(plots_dir.parent / "manifest.json")
     for path in sorted(plots_dir.glob("*.png"), key=lambda path: (path.stem != first, path.stem)):
         name = PLOT_NAMES.get(path.stem, path.stem.replace("_", " "))
         alt = f"Plot: {name}. Its numbers are in the notebook 05_compare."
@@ -191,7 +194,9 @@ def _plots(plots_dir: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         data = f"data:image/png;base64,{base64.b64encode(content).decode()}"
         # Width and height are in a PNG's header; lib.reports.plots draws two pixels for one of the page.
         width, height = (size // 2 or 1 for size in struct.unpack(">II", content[16:24]))
-        yield {"name": name, "alt": alt, "data": data, "width": width, "height": height}
+        stamp = outputs.get(f"plots/{path.name}", {})
+        handed_in = stamp.get("sha256") != hashlib.sha256(content).hexdigest()
+        yield {"name": name, "alt": alt, "data": data, "width": width, "height": height, "handed_in": handed_in}
 
 
 class _Items:

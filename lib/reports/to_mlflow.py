@@ -24,6 +24,7 @@ from lib.record.files import sha256_file, sha256_json
 from lib.record.paths import COMPARE_STAGE, STAGES, results_root
 from lib.record.redaction import clean_value
 from lib.record.rows import write_jsonl
+from lib.reports.pages import is_made_here
 
 EXPERIMENT = "tune-and-tell"
 # MLflow's page then shows runs and curves first, not traces of applications.
@@ -261,5 +262,7 @@ def artefacts(run: Run, reports_dir: Path, *, redact: bool = False) -> list[tupl
         if stage == SAFETY_STAGE and redact and not redacted:
             continue
         folder = reports_dir if stage == COMPARE_STAGE else reports_dir / f"run_{paths.name}"
-        found += [(folder / f"{stage}{suffix}", "reports") for suffix in (".ipynb", ".html")]
+        found += [(folder / f"{stage}.ipynb", "reports")]
+        # A page that was handed in may hold scripts, and MLflow shows it to others.
+        found += [(page, "reports")] if is_made_here(page := folder / f"{stage}.html") else []
     return [(path, folder) for path, folder in found if path.exists()]

@@ -26,6 +26,8 @@ SHOWN_PARAMETERS += ("max_seq_length", "quantization", "seed")
 # 01's name for the source of the training rows, by train_source; evaluation sources with the key of their row count.
 TRAINED_ON = {"gsm8k": "GSM8K train", "file": "training file", "self_distilled": "GSM8K train"}
 EVALUATED_ON = {"GSM8K test": "gsm8k_eval", "AILuminate": "ailuminate"}
+# What begins a tag, a heading, a link, a picture, code, or the next cell of a table.
+MARKDOWN = re.compile(r"[\\`~#|<\[\]]")
 
 Library = Literal["peft", "transformers"]
 
@@ -166,7 +168,14 @@ def card_text(facts: CardFacts, library: Library, hashes: Mapping[str, str]) -> 
     data = ModelCardData(**found, pipeline_tag="text-generation", tags=["lora", "gsm8k"])
     parameters = {name: facts.parameters[name] for name in SHOWN_PARAMETERS if name in facts.parameters}
     more = {"facts": facts, "identity": identity, "parameters": parameters, "base": _base_argument(facts)}
+    more["plain"] = _plain
     return f"{ModelCard.from_template(data, template_path=str(TEMPLATE), **more)}\n"
+
+
+def _plain(value: Any) -> str:
+    """``value`` on one line of Markdown, shown as it was written: a results folder that was handed in may hold any."""
+    line = " ".join(str(value).split())
+    return MARKDOWN.sub(lambda found: "&lt;" if found[0] == "<" else f"\\{found[0]}", line)
 
 
 def _is_published(base: ModelSource) -> bool:
