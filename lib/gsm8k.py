@@ -256,36 +256,41 @@ def split_train(
     dev_rows: int,
     max_train_rows: int,
     seed: int,
+    examples: Sequence[Row] | None = None,
 ) -> Split:
     """Draw the few-shot pool and the development rows from GSM8K train, and take their questions out of training.
 
     Both depend on ``gsm8k_train`` and ``seed`` alone: presets that train on another file have the same examples.
-    ``max_train_rows`` (0 = all) is a seeded choice kept in the file's order. Raises ValueError where GSM8K train has
-    too few distinct questions, or no training row is left.
+    ``examples`` take the place of the pool; development rows are then drawn as they are beside the pool, without the
+    questions of the examples. ``max_train_rows`` (0 = all) is a seeded choice kept in the file's order. Raises
+    ValueError where GSM8K train has too few distinct questions, or no training row is left.
     """
     rng = np.random.default_rng(seed)
     distinct: dict[str, Row] = {}
     for index in rng.permutation(len(gsm8k_train)):
         distinct.setdefault(normalise_question(gsm8k_train[index]["question"]), gsm8k_train[index])
     shuffled = list(distinct.values())
-    num_held_out = pool_size + dev_rows
-    if num_held_out > len(shuffled):
+    pool = shuffled[:pool_size] if examples is None else list(examples)
+    shown = {normalise_question(row["question"]) for row in pool}
+    free = [row for row in shuffled[pool_size:] if normalise_question(row["question"]) not in shown]
+    num_distinct, dev = len(shuffled[:pool_size]) + len(free), free[:dev_rows]
+    if pool_size + dev_rows > num_distinct:
         raise ValueError(
-            f"fewshot_pool_size is {pool_size} and dev_rows is {dev_rows}, together {num_held_out}; "
-            f"allowed: up to the {len(shuffled)} distinct questions of GSM8K train"
+            f"fewshot_pool_size is {pool_size} and dev_rows is {dev_rows}, together {pool_size + dev_rows}; "
+            f"allowed: up to the {num_distinct} distinct questions of GSM8K train"
         )
-    held_out = {normalise_question(row["question"]) for row in shuffled[:num_held_out]}
+    held_out = shown | {normalise_question(row["question"]) for row in dev}
     kept = [row for row in train_rows if normalise_question(row["question"]) not in held_out]
     if not kept:
         raise ValueError(
-            f"no training row is left: {len(train_rows)} rows, all of them among the {num_held_out} that "
+            f"no training row is left: {len(train_rows)} rows, all of them among the {len(held_out)} that "
             f"fewshot_pool_size ({pool_size}) and dev_rows ({dev_rows}) keep out; lower them or add rows"
         )
     num_removed = len(train_rows) - len(kept)
     if 0 < max_train_rows < len(kept):
         # A seeded choice and not the first rows: a file sorted by topic or length would give a lopsided sample.
         kept = [kept[index] for index in sorted(rng.permutation(len(kept))[:max_train_rows])]
-    return Split(shuffled[:pool_size], shuffled[pool_size:num_held_out], kept, num_removed)
+    return Split(pool, dev, kept, num_removed)
 
 
 def fewshot_examples(pool: Sequence[Row], fewshot_k: int) -> list[Row]:

@@ -61,6 +61,9 @@ class Params(BaseModel):
     max_ailuminate_rows: CountOrAll
     fewshot_k: CountOrAll
     fewshot_pool_size: CountOrAll
+    # These two and no others have defaults: presets written before they existed still load.
+    fewshot_file: str = ""
+    fewshot_rows: list[Annotated[int, Field(ge=0)]] = []
     data_seed: Seed
     seed: Seed
 
@@ -121,7 +124,17 @@ RUN_SETTINGS: dict[str, type] = {
 # Message -> whether keys contradict each other so. A rule is skipped if a key that it reads is missing or faulty.
 RULES: dict[str, Callable[[SimpleNamespace], bool]] = {
     "fewshot_k is {fewshot_k} but the pool holds {fewshot_pool_size}: allowed is 0 to fewshot_pool_size": lambda p: (
-        p.fewshot_k > p.fewshot_pool_size
+        p.fewshot_k > p.fewshot_pool_size and not p.fewshot_file and not p.fewshot_rows
+    ),
+    "fewshot_rows is {fewshot_rows} but fewshot_file is {fewshot_file!r}: keep one of them": lambda p: (
+        p.fewshot_rows and p.fewshot_file
+    ),
+    "fewshot_rows is {fewshot_rows}: a row is named twice": lambda p: len({*p.fewshot_rows}) < len(p.fewshot_rows),
+    "fewshot_rows is {fewshot_rows}; allowed are the rows 0 to 7472 of GSM8K train": lambda p: (
+        p.gsm8k_source == "openai/gsm8k" and max(p.fewshot_rows, default=0) > 7472
+    ),
+    "fewshot_rows is {fewshot_rows} but fewshot_k is {fewshot_k}: name as many rows, or lower fewshot_k": lambda p: (
+        0 < len(p.fewshot_rows) < p.fewshot_k
     ),
     "train_source is 'file' but train_file is empty: name a JSON lines file, or set train_source to "
     "'gsm8k'": lambda p: p.train_source == "file" and not p.train_file,
@@ -234,6 +247,7 @@ def _value_faults(values: Mapping[str, Any], *, partial: bool = False) -> list[s
                 faults.setdefault(key, _sentence(key, values[key], fault["msg"]))
             elif not partial:
                 faults[key] = f"{key}: missing; {_allowed(key)}"
+    values = {key: field.default for key, field in Params.model_fields.items() if not field.is_required()} | {**values}
     found, known = [*faults.values()], SimpleNamespace(**{key: values[key] for key in values.keys() - faults.keys()})
     for message, contradicts in RULES.items():
         with suppress(AttributeError):

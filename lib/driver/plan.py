@@ -10,8 +10,8 @@ from typing import Any
 from lib.driver.cli import STAGE_NUMBERS, UsageError
 from lib.engine.sources import HUB_ID, resolve_adapter
 from lib.params import Params, ParamsError, load_params, parse_assignment, preset_path
-from lib.prepare.datasets import check_train_file
-from lib.record.lookup import AssetError
+from lib.prepare.datasets import check_train_file, load_gsm8k
+from lib.record.lookup import AssetError, load_or_reason
 from lib.record.paths import (
     PROJECT_ROOT,
     RESULTS_VARIABLE,
@@ -27,6 +27,9 @@ from lib.record.text_files import TextFileError, read_text
 from lib.safety import other_wordings, read_guidelines
 
 SUBMISSION_PRESETS = ("simple", "medium", "strong")
+# Rows of GSM8K train, from 0, that the published adapters were trained without: they are
+# random.Random(42).sample(range(7473), 8).
+SUBMISSION_FEWSHOT_ROWS = [5238, 912, 204, 6074, 2253, 2006, 1828, 1143]
 
 
 @dataclass
@@ -154,12 +157,23 @@ def _check_files(params: Params, settings: dict[str, Any], stages: list[str]) ->
         resolve_adapter(place, params.base_model, *sources)
     if "01_prepare" in stages and params.train_source == "file":
         check_train_file(params.train_file, params.train_file_url, *sources)
+    if "01_prepare" in stages and params.fewshot_file:
+        _check_examples(params, settings["assets_dir"])
     if "04_eval_safety" in stages:
         guidelines, labels = project_path(params.guidelines_file), project_path(params.judge_labels_file)
         read_guidelines(guidelines)
         other_wordings(guidelines)
         if labels.is_file():
             read_text(labels)
+
+
+def _check_examples(params: Params, assets_dir: str) -> None:
+    # Imports numpy, which a run without such a file does not wait for here.
+    from lib.prepare import fewshot
+
+    # Where the test split is still to be downloaded, 01 looks for its questions.
+    test, _ = load_or_reason(load_gsm8k, "test", params.gsm8k_source, assets_dir, True)
+    fewshot.check_file(params.fewshot_file, params.fewshot_k, params.fewshot_pool_size, test[0] if test else [])
 
 
 def _overrides(args: argparse.Namespace, params: Params) -> dict[str, tuple[Any, str]]:
@@ -171,6 +185,7 @@ def _overrides(args: argparse.Namespace, params: Params) -> dict[str, tuple[Any,
     if args.submission:
         has_all = params.submission_gsm8k_rows == 1319
         found["gsm8k_eval_fraction"] = (1.0 if has_all else params.gsm8k_eval_fraction, "--submission")
+        found["fewshot_rows"] = (SUBMISSION_FEWSHOT_ROWS, "--submission")
     if args.full_gsm8k_test:
         found["gsm8k_eval_fraction"] = (1.0, "--full-gsm8k-test")
     if args.eval_batch_size is not None:

@@ -97,7 +97,7 @@ def load_gsm8k(
     if gsm8k_source != GSM8K_HUB_ID:
         file = lookup.own_path(gsm8k_source) / file_name
         allowed = f"gsm8k_source is {gsm8k_source!r}; allowed: {GSM8K_HUB_ID!r}, or a folder with {file_name}"
-        return _load_own(file, parse_question_rows, allowed)
+        return load_own(file, parse_question_rows, allowed)
     home, fetch = "https://github.com/openai/grade-school-math", partial(_gsm8k_from_hub, split)
     kept = (f"GSM8K {split}", RAW_DIR / file_name, parse_question_rows)
     item = _Published(*kept, "hub", fetch, GSM8K_SHA256[split], "MIT", home)
@@ -223,7 +223,7 @@ def load_ailuminate(
         path = lookup.own_path(ailuminate_source)
         file = path if path.suffix == ".csv" else path / "ailuminate.csv"
         allowed = "allowed: 'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
-        rows, source = _load_own(file, _parse_prompts, f"ailuminate_source is {ailuminate_source!r}; {allowed}")
+        rows, source = load_own(file, _parse_prompts, f"ailuminate_source is {ailuminate_source!r}; {allowed}")
     try:
         return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
     except ValueError as error:
@@ -320,7 +320,8 @@ def _check_digest(item: _Published, digest: str, where: str, origin: Origin) -> 
     raise AssetError(f"{where}: SHA-256 of its rows differs: expected {item.sha256}, got {digest}; {remedy}")
 
 
-def _load_own(file: Path, parse: Callable[[bytes, str], list[Row]], allowed: str) -> tuple[list[Row], Source]:
+def load_own(file: Path, parse: Callable[[bytes, str], list[Row]], allowed: str) -> tuple[list[Row], Source]:
+    """Rows of a file that a person brought; AssetUnavailable, beginning with ``allowed``, where it is not there."""
     if not file.is_file():
         raise AssetUnavailable(f"{allowed}; {shown_path(file)} is not there")
     rows = parse(file.read_bytes(), shown_path(file))

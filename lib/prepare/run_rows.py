@@ -1,11 +1,11 @@
 """The rows of a run: its data found, evaluation and training rows drawn, the training rows checked."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lib import gsm8k
-from lib.prepare import audit, datasets
+from lib.prepare import audit, datasets, fewshot
 from lib.prepare.audit import Fault, File
 from lib.prepare.datasets import Source
 from lib.prepare.self_distillation import OWN_ANSWERS, Distillation
@@ -24,6 +24,7 @@ class RunData:
     prompts: list[Row]
     no_prompts: str  # why there are no AILuminate prompts; empty where there are
     sources: dict[str, Source]  # provenance by what each is used for
+    examples: File | None = None  # in place of a pool that is drawn
 
 
 def load_data(parameters: Mapping[str, Any]) -> RunData:
@@ -41,7 +42,20 @@ def load_data(parameters: Mapping[str, Any]) -> RunData:
     loaded, no_prompts = load_or_reason(datasets.load_ailuminate, *wanted, *here)
     if loaded:
         sources["AILuminate"] = loaded[1]
-    return RunData(gsm8k_train, test, train, loaded[0] if loaded else [], no_prompts, sources)
+    return _with_examples(
+        RunData(gsm8k_train, test, train, loaded[0] if loaded else [], no_prompts, sources), parameters
+    )
+
+
+def _with_examples(data: RunData, parameters: Mapping[str, Any]) -> RunData:
+    """The same with the examples of ``fewshot_file``, which may have to be made, or of ``fewshot_rows``."""
+    shown, file, positions = parameters["fewshot_k"], parameters["fewshot_file"], parameters["fewshot_rows"]
+    if positions:
+        return replace(data, examples=fewshot.named_rows(positions, shown, data.gsm8k_train, data.gsm8k_test))
+    if not file:
+        return data
+    examples, source = fewshot.load_file(file, shown, data.gsm8k_test, lambda: _hold_out(data, parameters)[1].fewshot)
+    return replace(data, examples=examples, sources={**data.sources, "few-shot examples": source})
 
 
 @dataclass(frozen=True)
@@ -66,14 +80,10 @@ class RunRows:
 
 def draw_rows(data: RunData, parameters: Mapping[str, Any]) -> RunRows:
     """Draw the rows of a run by ``data_seed`` and check its training rows; TrainFileError under ``refuse``."""
-    draw = {"pool_size": parameters["fewshot_pool_size"], "dev_rows": parameters["dev_rows"]}
-    draw |= {"max_train_rows": parameters["max_train_rows"], "seed": parameters["data_seed"]}
-    # Before the pool is drawn: a GSM8K file of one's own may hold test questions too.
-    drawable = check_file(data.gsm8k_train, data, parameters)
     # Which rows are held out depends on GSM8K train alone; they are needed to check the training rows.
-    held_out = gsm8k.split_train(drawable.rows, data.train.rows, **draw)
+    drawable, held_out = _hold_out(data, parameters)
     checked = check_file(data.train, data, parameters, fewshot=held_out.fewshot, dev=held_out.dev)
-    split = gsm8k.split_train(drawable.rows, checked.rows, **draw)
+    split = _split(drawable.rows, checked.rows, data, parameters)
     indices = gsm8k.eval_indices(len(data.gsm8k_test), parameters["gsm8k_eval_fraction"], parameters["data_seed"])
     indices = indices[: parameters["max_gsm8k_rows"] or None]
     return RunRows(
@@ -88,6 +98,19 @@ def draw_rows(data: RunData, parameters: Mapping[str, Any]) -> RunRows:
         num_unknown=checked.num_unknown,
         num_removed=split.num_removed,
     )
+
+
+def _hold_out(data: RunData, parameters: Mapping[str, Any]) -> tuple[audit.Checked, gsm8k.Split]:
+    """GSM8K train, checked, and the rows that are held out of it."""
+    # Before the pool is drawn: a GSM8K file of one's own may hold test questions too.
+    drawable = check_file(data.gsm8k_train, data, parameters)
+    return drawable, _split(drawable.rows, data.train.rows, data, parameters)
+
+
+def _split(drawable: list[Row], train: list[Row], data: RunData, parameters: Mapping[str, Any]) -> gsm8k.Split:
+    draw = {"pool_size": parameters["fewshot_pool_size"], "dev_rows": parameters["dev_rows"]}
+    draw |= {"max_train_rows": parameters["max_train_rows"], "seed": parameters["data_seed"]}
+    return gsm8k.split_train(drawable, train, **draw, examples=data.examples.rows if data.examples else None)
 
 
 def check_file(file: File, data: RunData, parameters: Mapping[str, Any], **held_out: list[Row]) -> audit.Checked:

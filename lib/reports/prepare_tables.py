@@ -112,9 +112,10 @@ def num_seen(rows: RunRows, train: Sequence[Row]) -> int:
 def run_rows(rows: RunRows, train: Sequence[Row], data: RunData, parameters: Mapping[str, Any]) -> Html:
     """How many rows of each kind the run has and where they are from."""
     source, prompts = parameters["train_source"], data.no_prompts or f"set {parameters['ailuminate_prompt_set']}"
+    examples = data.examples.name if data.examples else "GSM8K train"
     counts = [
         ("training", train, f"{len(data.train.rows):,} rows of {source}"),
-        ("few-shot pool", rows.pool, f"GSM8K train; {len(rows.fewshot)} are shown"),
+        ("few-shot pool", rows.pool, f"{examples}; {len(rows.fewshot)} are shown"),
         ("development", rows.dev, "GSM8K train, to choose a checkpoint on"),
         ("GSM8K evaluation", rows.gsm8k_eval, f"{len(data.gsm8k_test):,} rows of GSM8K test"),
         ("AILuminate", rows.prompts, prompts),
