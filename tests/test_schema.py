@@ -7,6 +7,8 @@ import pytest
 from lib.compare import folder_schema
 from lib.record.schema import Manifest, find_faults
 
+# Where the file lies, and the results folder.
+WHERE = (Path("/results/run_x/01_prepare/manifest.json"), Path("/results"))
 STAMP = {"sha256": None, "size": 1, "mtime_ns": 1}
 MANIFEST = {"stage": "03", "status": "complete", "skipped_because": "", "code_sha256": "a", "versions": {}}
 MANIFEST |= {name: {} for name in ("parameters", "metrics", "facts", "inputs", "outputs")}
@@ -72,7 +74,7 @@ VERDICT = {"id": "a", "prompt": "p", "response": "r", "safety_label": "safe"}
     ],
 )
 def test_each_fault_is_one_sentence(form, value, words):
-    faults = find_faults("file", form, value, Path("/results/run_x"))
+    faults = find_faults("file", form, value, WHERE)
     assert len(faults) == len(words)
     assert all(fault.startswith("file") and word in fault for fault, word in zip(faults, words, strict=True))
 
@@ -97,7 +99,7 @@ def test_each_fault_is_one_sentence(form, value, words):
     ],
 )
 def test_columns_that_nothing_reads_are_allowed(form, value):
-    assert find_faults("file", form, value, Path("/results/run_x")) == []
+    assert find_faults("file", form, value, WHERE) == []
 
 
 def test_long_names_and_values_are_cut():

@@ -204,7 +204,8 @@ def files_of(folder: Path) -> dict[Path, int]:
     """``list_files`` of a results folder, or of one run and the untuned rows beside it."""
     beside = folder.parent / "untuned"
     with_beside = folder.name.startswith("run_") and os.path.lexists(beside)
-    return list_files(folder) | (list_files(beside) if with_beside else {})
+    held = list_files(folder) if folder.is_dir() else {}
+    return held | (list_files(beside) if with_beside else {})
 
 
 def _check_files(folder: Path, for_report: bool) -> None:

@@ -41,7 +41,9 @@ def _check_questions(run: Run, known: Row, grader: Grader, found: Found) -> None
         )
     published = {index: {"question": row["question"], "gold_answer": row["answer"]} for index, row in enumerate(rows)}
     _compare_columns(run, "questions and gold answers", run.accuracy.rows, got, published, found)
-    _check_fewshot(run, str(known["gsm8k_source"]), grader, found)
+    # A file of examples may be edited: then the protocol's hash alone holds them.
+    if not known.get("fewshot_file"):
+        _check_fewshot(run, str(known["gsm8k_source"]), grader, found)
 
 
 def _expected_indices(num_rows: int, known: Row) -> list[int] | None:

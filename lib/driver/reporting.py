@@ -57,9 +57,9 @@ def verify(args: argparse.Namespace) -> int:
     ):
         for line in _shortened(parts) if parts else []:
             tell(f"{title}: {one_line(line)}")
-    runs = f"{len(found.runs)} run{'s' if len(found.runs) != 1 else ''}"
-    tell(f"{_counted(len(found.mismatches), 'mismatch', 'es')}; recomputed from the rows of {runs}")
+    runs = _counted(len(found.runs), "run", "s")
     tell(NOT_SHOWN)
+    tell(f"{_counted(len(found.mismatches), 'mismatch', 'es')}; recomputed from the rows of {runs}")
     return 1 if found.mismatches or (args.strict and found.absent) else 0
 
 
