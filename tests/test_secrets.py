@@ -123,6 +123,7 @@ def test_credentials_are_known_by_their_form(text, expected):
         "pypi-mirrors-of-the-university npm_config_registry_of_the_user AKIA eyJ.a.b xoxo-hugs",
         "The key = 5 and token = 7; what is key=5? Pay 3&4, a&b=c. https://example.org/a?page=2&monkey=1&sort=key",
         "-----BEGIN PUBLIC KEY-----\nabc\n-----END PUBLIC KEY----- and -----BEGIN PRIVATE KEY----- begins one",
+        '("x-api-key", "x-auth-token") and authorization, bearer of news',
         "http://example.org/@user and mail me@example.org, s3://bucket/key, file:///x@y",
     ],
 )

@@ -44,8 +44,9 @@ _SECRET_KEY = (
     r"(?:token|secret|passw(?:or)?d|passphrase|pwd|signature|credential|apikey|accesskeyid|(?<![a-z])(?:sig|key|auth))"
 )
 QUERY_CREDENTIALS = re.compile(rf"(?i)((?:[?&;]|\\u0026)[\w.-]{{0,40}}{_SECRET_KEY}=)[^&\s\"'<>\\#()\[\]{{}}`,;]+")
+_COLON = r"[\"'\\]{0,2} {0,3}[:=] {0,3}[\"'\\]{0,2}"
 HEADER_CREDENTIALS = re.compile(
-    r"(?i)(authorization\W{1,6}(?:bearer|basic|token) +|x-(?:api-key|auth-token|access-token)\W{1,6})[^\s\"'\\,;]+"
+    rf"(?i)(authorization{_COLON}(?:bearer|basic|token) +|x-(?:api-key|auth-token|access-token){_COLON})[^\s\"'\\,;]+"
 )
 BEARER = re.compile(r"(Bearer +)(?=[A-Za-z._~+/-]*[0-9])[\w.~+/=-]{20,}")
 # Names of many machines, which identify nobody and occur in unrelated paths.
