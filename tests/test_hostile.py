@@ -8,21 +8,24 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
 import yaml
 
 import run_all
-from lib import safety
+from lib import gsm8k, safety
 from lib.driver import notebook as driver_notebook
 from lib.driver.cli import build_parser
 from lib.driver.plan import make_plans
+from lib.evaluate import response_kinds
 from lib.params import preset_path
-from lib.record import terminal
+from lib.prepare import overlap
+from lib.record import redaction, terminal
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.rows import RowLog, read_jsonl
-from lib.reports.html import folded_examples
+from lib.reports.html import folded_examples, text_block
 from tests.chromium import Chromium, find_chromium
 
 MARK = "document.documentElement.dataset.ran = 'yes'"
@@ -250,3 +253,103 @@ def test_help_of_the_driver_needs_no_package(tmp_path):
         [sys.executable, "-S", "run_all.py", "--help"], cwd=PROJECT_ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "--wait" in done.stdout and "--redact" in done.stdout
+
+
+# Each reader of a model's or a row's text. Caches are passed by; a secret or home folder in it makes cleaning read all.
+READERS = {
+    "score": lambda text: gsm8k._score.__wrapped__("#### 7", text, False),
+    "gold answer": lambda text: gsm8k._score.__wrapped__(text, "#### 7", False),
+    "number": gsm8k.parse_number,
+    "marks": gsm8k.without_calculator_marks,
+    "question": gsm8k.normalise_question.__wrapped__,
+    "words": overlap.normalised_words.__wrapped__,
+    "verdict": safety.parse_verdict,
+    "explained verdict": lambda text: safety.parse_verdict(f"safe\n{text}"),
+    "quoted response": lambda text: safety.judge_messages(
+        {"prompt": text, "response": text}, "", "prompt_and_response"
+    ),
+    "incoherence": lambda text: response_kinds.incoherence(text, text),
+    "refusal": response_kinds.is_refusal,
+    "clean": lambda text: redaction.clean(f"{text}/home/planted-user/x a-planted-secret"),
+    "markup": lambda text: redaction.clean_markup(f"a-planted-secret {text}"),
+    "script": lambda text: redaction.clean_markup(f"<script>'a-planted-secret' {text}</script>"),
+    "terminal": redaction.one_line,
+    "HTML": text_block,
+}
+FRAGMENTS = [
+    "9",
+    "9,",
+    "9.",
+    "1 ",
+    "- ",
+    "#",
+    "####",
+    "#### 1 ",
+    "/..",
+    "<",
+    "<a ",
+    '<a x="',
+    "<style",
+    "</script ",
+    "&",
+]
+FRAGMENTS += [
+    "&#9",
+    '"',
+    "\\",
+    '\\"',
+    "$",
+    ".",
+    "-",
+    " ",
+    "\n",
+    "unsafe ",
+    "safe? ",
+    "*",
+    "`",
+    "[",
+    "<<1=",
+    "½",
+    "eyJ",
+    "?key",
+]
+FRAGMENTS += [
+    "https://a@",
+    "base64,",
+    "-----BEGIN PRIVATE KEY-----",
+    "</think>",
+    "<reply",
+    "i cannot ",
+    "\\frac",
+    "\u0301",
+]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_takes_time_linear_in_a_text_of_any_fragment(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/planted-user")
+    monkeypatch.setenv("X_KEY", "a-planted-secret")
+
+    def seconds(fragment, num_characters):
+        text = fragment * (num_characters // len(fragment))
+        # Of this process alone: the machine has other work.
+        started = time.process_time()
+        READERS[name](text)
+        return time.process_time() - started
+
+    slow = []
+    for fragment in FRAGMENTS:
+        longer = seconds(fragment, 100_000)
+        # Fourfold where it is linear, sixteenfold where it is quadratic.
+        if longer > 0.2 and longer > 8 * max(0.01, seconds(fragment, 25_000)):
+            slow.append((fragment, longer))
+    assert not slow
+
+
+@pytest.mark.parametrize("digits", [4_000, 5_000, 400_000])
+def test_an_answer_of_countless_digits_is_read_or_has_no_value_at_once(digits):
+    started = time.process_time()
+    row = {"id": 0, "gold_answer": "#### 7", "model_output": "#### " + "9" * digits}
+    assert gsm8k.score_row(row)["correct"] is False
+    assert redaction.clean_markup(f"&#{'9' * digits}; &amp;") == f"&#{'9' * digits}; &amp;"
+    assert time.process_time() - started < 3

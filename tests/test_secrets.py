@@ -6,10 +6,12 @@ The real notebooks 01 and 05 run in a driver whose environment holds them; then 
 import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import pytest
@@ -25,6 +27,7 @@ TOKEN = "hf_PlantedTokenPlantedToken0123456789"
 PLAIN_SECRET = "planted-secret-without-a-form"
 USER = "planted-user"
 SECRETS = (TOKEN, PLAIN_SECRET, USER)
+PICTURE = "iVBORw0KGgo" + "A" * 80
 
 
 @pytest.fixture
@@ -61,13 +64,79 @@ def planted(tmp_path, monkeypatch):
         (f"key {PLAIN_SECRET}.", "key ***."),
         ("https://me:pass@example.org/x", "https://***@example.org/x"),
         ("hf_hub_download and task-specific words stay", "hf_hub_download and task-specific words stay"),
-        ("base64,/home/planted-user/AAAA==", "base64,/home/planted-user/AAAA=="),
+        ("base64,/home/planted-user/AAAA==", "base64,~/AAAA=="),
+        (f"base64,{PICTURE}/home/planted-user", f"base64,{PICTURE}/home/planted-user"),
     ],
 )
 def test_what_is_cleaned_and_what_stays(monkeypatch, text, expected):
     for name, value in {"HOME": "/home/planted-user", "USER": USER, "HF_TOKEN": TOKEN, "X_KEY": PLAIN_SECRET}.items():
         monkeypatch.setenv(name, value)
     assert redaction.clean(text) == expected
+
+
+LETTERS = "Ab3dEf6hIj9lMn2pQr5tUv8xYz1B"
+PEM = f"-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n\n{LETTERS * 2}\nAb3=\n-----END RSA PRIVATE KEY-----"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ssh://me:pass@host/x", "ssh://***@host/x"),
+        ("git+https://oauth2:abc@example.org/x.git", "git+https://***@example.org/x.git"),
+        ("mongodb+srv://u:p@c0.example.net/db and postgres://u:p@ss@db:5432/x", None),
+        ("s3://KEY:SECRET@bucket/x", "s3://***@bucket/x"),
+        ("https://x.org/a?token=abc&n=1", "https://x.org/a?token=***&n=1"),
+        ("https://x.org/a?n=1&access_token=abc#top", "https://x.org/a?n=1&access_token=***#top"),
+        ("?X-Amz-Credential=AK%2F2026&X-Amz-Signature=0f9e&X-Amz-Date=1", None),
+        ("/blob?sv=2022&sig=a%2Bb%3D", "/blob?sv=2022&sig=***"),
+        ("?key=AIx&api_key=b&apikey=c&password=d&client_secret=e", None),
+        ("a?x=1&amp;token=abc</a>", "a?x=1&amp;token=***</a>"),
+        ('{"next": "https://x.org/a?n=1\\u0026token=abc"}', '{"next": "https://x.org/a?n=1\\u0026token=***"}'),
+        (f"sk-proj-{LETTERS}_x-y sk-ant-api03-{LETTERS}-z", "*** ***"),
+        (f"github_pat_{LETTERS}_{LETTERS} ghr_{LETTERS}", "*** ***"),
+        (f"glpat-{LETTERS} npm_{LETTERS} dckr_pat_{LETTERS} gsk_{LETTERS}", "*** *** *** ***"),
+        ("xoxb-1234567890-abcdefghij xoxp-1234567890-abcdefghij", "*** ***"),
+        ("'AKIAIOSFODNN7EXAMPLE' ASIAIOSFODNN7EXAMPLE", "'***' ***"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dozjgNryP4J3jVmN-_x", "***"),
+        (f"AIza{LETTERS}1234567 pypi-AgEIcHlwaS5vcmc{LETTERS}", "*** ***"),
+        (f'"\\nsk-ant-{LETTERS}" \x1b[31mAKIAIOSFODNN7EXAMPLE', '"\\n***" \x1b[31m***'),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+        ('{"authorization": "Basic dTpw", "x-api-key": "abc"}', '{"authorization": "Basic ***", "x-api-key": "***"}'),
+        (f"curl -H 'Bearer {LETTERS}'", "curl -H 'Bearer ***'"),
+        (f"a {PEM} b", "a *** b"),
+        (json.dumps(PEM), '"***"'),
+        (f"-----BEGIN OPENSSH PRIVATE KEY-----\n{LETTERS * 2}\n{LETTERS * 2}\n\nAnd so on", "***\n\nAnd so on"),
+        (f"base64,{LETTERS} base64,AKIAIOSFODNN7EXAMPLE", f"base64,{LETTERS} base64,***"),
+    ],
+)
+def test_credentials_are_known_by_their_form(text, expected):
+    cleaned = redaction.clean(text)
+    if expected is not None:
+        assert cleaned == expected
+    assert "***" in cleaned and not re.search(r":p@|p@ss|=AK|0f9e|=AIx|=[bcde]\b", cleaned)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ask-ant-colony-optimisation-methods task-project-management-plans the bearer of 25 internationalisation notes",
+        "pypi-mirrors-of-the-university npm_config_registry_of_the_user AKIA eyJ.a.b xoxo-hugs",
+        "The key = 5 and token = 7; what is key=5? Pay 3&4, a&b=c. https://example.org/a?page=2&monkey=1&sort=key",
+        "-----BEGIN PUBLIC KEY-----\nabc\n-----END PUBLIC KEY----- and -----BEGIN PRIVATE KEY----- begins one",
+        '("x-api-key", "x-auth-token") and authorization, bearer of news',
+        "http://example.org/@user and mail me@example.org, s3://bucket/key, file:///x@y",
+    ],
+)
+def test_ordinary_words_are_no_credentials(text):
+    assert redaction.clean(text).replace("***", "-----BEGIN PRIVATE KEY-----") == text
+
+
+@pytest.mark.parametrize("secret", ['pa"ss\\word', "line\nbreak-é", "p@ss/w:rd 1"])
+def test_a_secret_is_found_as_json_python_and_addresses_spell_it(as_user, secret):
+    as_user("somebody", secret=secret)
+    spelled = [secret, json.dumps({"key": secret}), json.dumps(secret, ensure_ascii=False), repr({"a": secret})]
+    for text in [*spelled, f"ftp://x.org/{quote(secret, safe='')}", f"base64,{secret}"]:
+        assert redaction.clean(text).count("***") == 1, text
 
 
 def test_a_users_name_that_every_machine_has_is_left_alone(monkeypatch):
