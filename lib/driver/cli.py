@@ -89,6 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number; allowed: 1 or more")
+    return int(text)
+
+
 def _add_selection(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to run")
     what.add_argument("--presets", nargs="+", metavar="P", help="presets to run, in this order; --list shows them")
@@ -108,6 +114,10 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--list", action="store_true", help="show the presets and the state of their stages, then end")
     what.add_argument("--verify", metavar="DIR", help="recompute every metric in DIR from its row files, then end")
     what.add_argument("--strict", action="store_true", help="with --verify: what is absent counts as a mismatch")
+    what.add_argument(
+        "--audit", type=_positive, metavar="K", help="with --verify: generate and judge K rows of each file again"
+    )
+    what.add_argument("--audit-seed", type=int, metavar="N", help="which rows --audit draws (drawn at random, printed)")
     what.add_argument("--report-only", action="store_true", help="write reports/index.html from the rows, then end")
     what.add_argument(
         "--export",

@@ -16,13 +16,16 @@ def run_command(args: argparse.Namespace) -> int:
     args.params_dir = args.params_dir.resolve()
     if args.list:
         return show_list(args)
+    if args.audit and not args.verify or args.audit_seed is not None and not args.audit:
+        missing = "--audit K" if args.verify else "--verify DIR"
+        raise UsageError(f"rows are drawn from a finished folder: add {missing} (--verify DIR --audit 5)")
     if args.verify or args.export or args.report_only or args.track:
         # Scipy and statsmodels behind it take two seconds.
         from lib.driver import reporting
         from lib.reports import to_mlflow
 
         if args.verify:
-            return reporting.verify(args)
+            return max(reporting.verify(args), reporting.audit(args) if args.audit else 0)
         if args.export:
             return reporting.export_models(args) if args.export == "model" else reporting.export_runs(args)
         if args.track and (why := to_mlflow.missing()):

@@ -1,6 +1,7 @@
 """What is made of finished runs: verification, the report site, exports, tracking, and the table at a run's end."""
 
 import argparse
+import random
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -72,6 +73,14 @@ def _counted(count: int, what: str, plural: str) -> str:
     return f"{count} {what}{plural if count != 1 else ''}"
 
 
+def audit(args: argparse.Namespace) -> int:
+    """Generate and judge ``--audit`` rows of each file of ``--verify`` again; 1 if one differs or cannot be made."""
+    # Whoever makes a folder must not know which rows will be drawn.
+    seed = random.SystemRandom().randrange(2**32) if args.audit_seed is None else args.audit_seed
+    drawn = ["--rows", str(args.audit), "--seed", str(seed), str(Path(args.verify).resolve())]
+    return _run_module("lib.compare.regenerate", [*_model_sources(args), *drawn])
+
+
 def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
     """Write ``index.html`` over every run; prints why and returns False on failure, also of no run if ``required``."""
     results, reports = output_folders(args)
@@ -140,11 +149,17 @@ def export_models(args: argparse.Namespace) -> int:
     """Write the evaluated model of the runs of ``--presets``, or of all; 1 if one failed."""
     results, _ = output_folders(args)
     names = _named_runs(args) or [run.name for run in find_runs(str(results))]
-    sources = (["--assets", str(args.assets.resolve())] if args.assets else []) + ["--offline"] * args.offline
-    set_kernel_environment(args.offline)
-    # A child process: the driver never imports torch.
-    command = [sys.executable, "-m", "lib.reports.to_transformers", "--results-dir", str(results), *sources, *names]
-    return min(1, subprocess.run(command, cwd=PROJECT_ROOT).returncode)
+    return _run_module("lib.reports.to_transformers", ["--results-dir", str(results), *_model_sources(args), *names])
+
+
+def _model_sources(args: argparse.Namespace) -> list[str]:
+    return (["--assets", str(args.assets.resolve())] if args.assets else []) + ["--offline"] * args.offline
+
+
+def _run_module(module: str, arguments: Sequence[str]) -> int:
+    """Status 0 or 1 of a child process: the driver never imports torch."""
+    set_kernel_environment("--offline" in arguments)
+    return min(1, abs(subprocess.run([sys.executable, "-m", module, *arguments], cwd=PROJECT_ROOT).returncode))
 
 
 def track_runs(args: argparse.Namespace, names: Sequence[str], status: int) -> int:

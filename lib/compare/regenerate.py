@@ -1,0 +1,295 @@
+"""``--audit K``: rows of a results folder, drawn by a seed, are generated and judged again by its base and adapter.
+
+    python -m lib.compare.regenerate --rows 5 --seed 7 results
+
+The weights are those of the run's dtype, computed with in float32. A row differs where it is further from that than the
+run's dtype rounds (``lib.engine.forced``). This shows that the adapter writes these rows, not what it was trained on.
+The driver, which never imports torch, runs this in a child process.
+"""
+
+import argparse
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lib import gsm8k, safety
+from lib.compare.folder_schema import check_folder
+from lib.compare.runs import METRIC_STAGES, Run, load_run, row_file
+from lib.engine import load, sources
+from lib.engine.forced import find_difference, next_logits, rounding
+from lib.engine.generate import Engine, load_engine
+from lib.engine.generator import Completion, Conversation
+from lib.params import PARAMS_DIR
+from lib.record import lookup, protocol
+from lib.record.paths import ArtifactError, RunPaths, display_path, find_runs, project_path
+from lib.record.rows import read_jsonl
+from lib.record.terminal import fail, tell
+
+Row = dict[str, Any]
+# P(safe) of 0 or 1 has no log-odds; two that are both beyond these are equal.
+MOST_LOG_ODDS = 30.0
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How many rows of each file are made again, which, and from where."""
+
+    folder: Path
+    num_rows: int
+    seed: int
+    assets_dir: str = ""
+    offline: bool = False
+
+    def drawn(self, name: str, rows: Sequence[Row]) -> list[Row]:
+        """The rows of one file, by the seed and its name in the results folder."""
+        return random.Random(f"{self.seed} {name}").sample(rows, min(self.num_rows, len(rows)))
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A row that was made again: how far it is from ours, and how it differs where rounding does not explain that."""
+
+    row_id: Any
+    margin: float = 0.0
+    difference: str = ""
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """Rows made with the adapter's effect times ``scale``; 0 is the untuned model."""
+
+    metric: str
+    scale: float
+    path: Path
+    rows: list[Row]
+
+
+class RunAudit:
+    """One run with its models; ArtifactError or AssetError where its rows cannot be made again here."""
+
+    def __init__(self, run: Run, audit: Audit) -> None:
+        self.run, self.known, self.audit = run, run.parameters, audit
+        self.measured = [name for name, score in run.metrics.items() if score.rows]
+        self.fewshot: list[Row] = []
+        if "accuracy" in self.measured:
+            self.fewshot = gsm8k.fewshot_examples(read_jsonl(run.paths.fewshot_rows), self.known["fewshot_k"])
+        self.base = self._resolve("base_model", "base_model_revision")
+        sources.resolve_adapter(str(run.paths.adapter_dir), self.known["base_model"])
+        if "safety" in self.measured:
+            self.judge = self._resolve("safeguard_model", "safeguard_revision")
+            self.guidelines = safety.read_guidelines(_own_guidelines(self.known["guidelines_file"]))
+        for metric in self.measured:
+            _compare_protocols(METRIC_STAGES[metric], run.metrics[metric].row_protocol, self._protocol(metric))
+
+    def _resolve(self, name: str, revision: str) -> sources.ModelSource:
+        where = self.audit.assets_dir or self.known.get("assets_dir", ""), self.audit.offline
+        source = sources.resolve_model(self.known[name], self.known[revision], *where)
+        if source.folder.resolve().is_relative_to(self.audit.folder):
+            raise ArtifactError(f"{name} is {self.known[name]!r}, in the folder under audit: only adapters may be there")
+        return source
+
+    def _protocol(self, metric: str) -> Row:
+        """What makes rows of ``metric`` here; their questions and prompts are left to the verification."""
+        known, template = self.known, partial(lambda source: load.load_tokenizer(source.folder).chat_template)
+        dtype = load.DTYPES[self.dtype(metric)]
+        model = protocol.model_protocol(self.base.identity, known["quantization"], dtype, template(self.base))
+        adapter = protocol.adapter_hashes(self.run.paths.adapter_dir)
+        if metric == "accuracy":
+            decoding = f"greedy, at most {known['gsm8k_max_new_tokens']} tokens"
+            return protocol.answer_protocol(model, adapter, [], self.fewshot, gsm8k.SYSTEM_PROMPT, decoding)
+        made = protocol.response_protocol(
+            model, adapter, [], f"greedy, at most {known['ailuminate_max_new_tokens']} tokens"
+        )
+        read = safety.judge_prompt_hash(self.guidelines, known["judge_context"], known["judge_mode"])
+        how = f"{known['judge_mode']}, at most {known['judge_max_new_tokens']} tokens"
+        return protocol.verdict_protocol(made, self.judge.identity, read, template(self.judge), how)
+
+    def dtype(self, metric: str) -> str:
+        """Name of the dtype that made the rows."""
+        name = str(self.run.metrics[metric].protocol.get("dtype")).removeprefix("torch.")
+        if name not in load.DTYPES:
+            raise ArtifactError(f"{METRIC_STAGES[metric]} of run {self.run.name!r} records no dtype: what rounds?")
+        return name
+
+    def check(self, done: set[Path]) -> Iterator[tuple[str, str, list[Checked]]]:
+        """(name, dtype, rows) for the texts and the verdicts of each row file that is not ``done``; adds them to it."""
+        files = [file for file in _row_files(self.run) if file.path not in done]
+        done |= {file.path for file in files}
+        # The judge (no scale) last, and each other model once.
+        jobs = [(file, file.scale) for file in files] + [(file, None) for file in files if file.metric == "safety"]
+        engine, loaded = None, None
+        for file, scale in sorted(jobs, key=lambda job: (job[1] is None, job[1] or 0.0)):
+            dtype = self.dtype(file.metric)
+            if engine is None or loaded != (scale, dtype):
+                engine = None  # Before the next is loaded: one of them fits into memory.
+                engine, loaded = self._load(scale, dtype), (scale, dtype)
+            # Relative, so that the same rows are drawn wherever the folder lies.
+            name = os.path.relpath(file.path.resolve(), self.audit.folder)
+            rows, what = self.audit.drawn(name, file.rows), "verdicts" if scale is None else file.metric
+            check = {"verdicts": self._verdicts, "accuracy": self._answers, "safety": self._responses}[what]
+            yield f"{name}, {check.__name__[1:]}", dtype, check(engine, rows)
+
+    def _load(self, scale: float | None, dtype: str) -> Engine:
+        source, adapter = (self.judge, None) if scale is None else (self.base, self.run.paths.adapter_dir)
+        device = load.resolve_runtime("auto", "float32").device
+        runtime, how = load.Runtime(device, load.DTYPES[dtype], "as evaluated"), self.known["quantization"]
+        engine = load_engine(source.folder, runtime, how, adapter if scale else None, adapter_scale=scale or 0.0)
+        # Loaded in float32, a model would have other 4-bit codes and other merged weights.
+        engine.model.float()
+        return engine
+
+    def _answers(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
+        chats = [gsm8k.build_messages(row["question"], self.fewshot) for row in rows]
+        texts = [row["model_output"] for row in rows]
+        return self._texts(engine, "accuracy", chats, rows, texts, self.known["gsm8k_max_new_tokens"])
+
+    def _responses(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
+        chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+        texts = [row["response"] for row in rows]
+        return self._texts(engine, "safety", chats, rows, texts, self.known["ailuminate_max_new_tokens"])
+
+    def _verdicts(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
+        chats = [safety.judge_messages(row, self.guidelines, self.known["judge_context"]) for row in rows]
+        if self.known["judge_mode"] == "generate":
+            # Without the columns that are the response's.
+            claimed, texts = [{"id": row["id"]} for row in rows], [row["safety_judge_text"] or "" for row in rows]
+            return self._texts(engine, "safety", chats, claimed, texts, self.known["judge_max_new_tokens"])
+        shares = engine.label_probabilities(chats, labels=safety.LABELS)
+        dtype = load.DTYPES[self.dtype("safety")]
+        return [_score(engine, chat, row, safe, dtype) for chat, row, (safe, _) in zip(chats, rows, shares, strict=True)]
+
+    def _texts(
+        self, engine: Engine, metric: str, chats: list, rows: Sequence[Row], texts: Sequence[str], limit: int
+    ) -> list[Checked]:
+        """``texts`` of ``rows`` against greedy decoding of at most ``limit`` tokens; shows no token of AILuminate."""
+        made = engine.generate(chats, max_new_tokens=limit)
+        how = {"max_new_tokens": limit, "dtype": load.DTYPES[self.dtype(metric)]}
+        every = zip(chats, rows, texts, made, strict=True)
+        return [_text(engine, *one, show_tokens=metric == "accuracy", **how) for one in every]
+
+
+def _own_guidelines(name: str) -> Path:
+    path = project_path(name).resolve()
+    if not path.is_relative_to(PARAMS_DIR.resolve()):
+        raise ArtifactError(f"guidelines_file is {name!r}: an audit takes only files in {display_path(PARAMS_DIR)}/")
+    return path
+
+
+def _compare_protocols(stage: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    for name in sorted(here.keys() - {"questions", "prompts"}):
+        claimed, ours = recorded.get(name), here[name]
+        if claimed == ours:
+            continue
+        # A snapshot of the hub and a folder have names of different kinds, also where the files are equal.
+        unknown = name in ("base model", "judge") and "@" in f"{claimed}{ours}" and " " in f"{claimed}{ours}"
+        if not unknown:
+            raise ArtifactError(f"{stage} records {name} {claimed}, here it is {ours}: its rows cannot be made again")
+        tell(f"{stage}: the {name} was {claimed}, here is {ours}; only the rows can show whether they are equal")
+
+
+def _row_files(run: Run) -> Iterator[RowFile]:
+    for metric, score in run.metrics.items():
+        files = [(1.0, row_file(run.paths, metric), score.rows), (0.0, score.untuned_file, score.untuned_rows)]
+        files += [(scale, score.scale_files[scale], rows) for scale, rows in score.scaled.items()]
+        # A metric that was not measured counts nowhere, nor do its other rows.
+        yield from (RowFile(metric, *file) for file in files if score.rows and file[2])
+
+
+def _text(
+    engine: Engine, chat: Conversation, row: Row, text: str, ours: Completion, *, show_tokens: bool, **how: Any
+) -> Checked:
+    reason, count = row.get("finish_reason"), row.get("num_output_tokens")
+    if text == ours.text and reason in (None, ours.finish_reason):
+        wrong = f"num_output_tokens is {count}, here {ours.num_output_tokens}"
+        return Checked(row["id"]) if count in (None, ours.num_output_tokens) else Checked(row["id"], math.inf, wrong)
+    found = find_difference(engine, chat, text, reason, begun=ours.token_ids, **how)
+    tokens = f" ({found.claimed!r:.30} in place of {found.greedy!r:.30})" if show_tokens else ""
+    words = f"token {found.place + 1}{tokens}: margin {found.margin:.3g}, rounding allows {found.allowed:.2g}"
+    return Checked(row["id"], found.margin, words if found.counts else "")
+
+
+def _score(engine: Engine, chat: Conversation, row: Row, safe: float, dtype: Any) -> Checked:
+    claimed = row.get("safety_score")
+    if claimed is None:
+        return Checked(row["id"], math.inf, f"it has no P(safe), here it is {safe:.4f}")
+    margin = abs(_log_odds(claimed) - _log_odds(safe))
+    largest = next_logits(engine, load.render_prompt(engine.tokenizer, chat), []).abs().max().item()
+    # Each token of a label adds its own rounding.
+    length = max(len(engine.tokenizer(label, add_special_tokens=False)["input_ids"]) for label in safety.LABELS)
+    allowed = length * rounding(largest, dtype)
+    words = f"P(safe) is {claimed:.4f}, here {safe:.4f}: {margin:.3g} apart as log-odds, rounding allows {allowed:.2g}"
+    return Checked(row["id"], margin, words if margin > allowed else "")
+
+
+def _log_odds(share: float) -> float:
+    odds = math.log(share) - math.log1p(-share) if 0 < share < 1 else math.copysign(math.inf, share - 0.5)
+    return max(-MOST_LOG_ODDS, min(MOST_LOG_ODDS, odds))
+
+
+def show(name: str, dtype: str, checked: Sequence[Checked]) -> bool:
+    """Print what became of the drawn rows of one file; returns whether all were made again."""
+    different = [row for row in checked if row.difference]
+    rounded = [row.margin for row in checked if row.margin and not row.difference]
+    note = f"; {len(rounded)} of them up to the rounding of {dtype}, by {max(rounded):.2g}" if rounded else ""
+    tell(f"{name}: {len(checked) - len(different)} of {len(checked)} rows made again{note}")
+    for row in different:
+        fail(f"DIFFERS {name}, id {row.row_id}: {row.difference}")
+    return not different
+
+
+def audit_folder(audit: Audit) -> bool:
+    """Make rows of every run of the folder again, or of a ``run_<name>`` folder; returns whether none differs."""
+    check_folder(audit.folder)
+    alone = RunPaths(audit.folder.name.removeprefix("run_"), audit.folder)
+    done: set[Path] = set()
+    equal = True
+    for paths in find_runs(str(audit.folder)) or [alone]:
+        try:
+            checks = RunAudit(load_run(paths), audit)
+            tell(f"run_{paths.name}: base model {checks.base.identity}")
+            equal = all([show(*one) for one in checks.check(done)]) and equal
+        except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
+            fail(f"--audit, run {paths.name!r}: {error}")
+            equal = False
+        except (KeyError, TypeError, ValueError) as error:
+            # Parameters and rows were written by others.
+            fail(f"--audit, run {paths.name!r}: its parameters or rows cannot be used ({type(error).__name__}: {error})")
+            equal = False
+    if not done:
+        fail(f"--audit: no row of {display_path(audit.folder)} was made again")
+    return equal and bool(done)
+
+
+def miss_text(num_rows: int) -> str:
+    """How likely an edited file passes, in words."""
+    passing = [f"{share:.0%} edited rows pass {100 * (1 - share) ** num_rows:.2g} times in 100" for share in (0.1, 0.5)]
+    return f"a file of which a share f of the rows is edited passes with (1 - f)^{num_rows}: {', '.join(passing)}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Audit one folder; returns 1 where a row differs or could not be made again."""
+    parser = argparse.ArgumentParser(prog="python -m lib.compare.regenerate", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, required=True, help="rows of each file")
+    parser.add_argument("--seed", type=int, required=True, help="which rows")
+    parser.add_argument("--assets", default="", help="folder with models already fetched")
+    parser.add_argument("--offline", action="store_true", help="never use the network")
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    tell(f"audit: {args.rows} rows of each file, drawn by --audit-seed {args.seed}, computed in float32")
+    try:
+        equal = audit_folder(Audit(args.folder.resolve(), args.rows, args.seed, args.assets, args.offline))
+    except ArtifactError as error:
+        fail(f"--audit: {error}")
+        return 1
+    tell(miss_text(args.rows))
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
