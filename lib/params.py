@@ -57,7 +57,7 @@ class Params(BaseModel):
     gsm8k_eval_fraction: Annotated[float, Field(gt=0, le=1)]
     max_gsm8k_rows: CountOrAll
     ailuminate_source: NonEmpty
-    ailuminate_prompt_set: Literal["class240", "demo1200", "all"]
+    ailuminate_prompt_set: Literal["class240", "demo1200", "demo1200_fr", "all"]
     max_ailuminate_rows: CountOrAll
     fewshot_k: CountOrAll
     fewshot_pool_size: CountOrAll
@@ -177,6 +177,12 @@ RULES: dict[str, Callable[[SimpleNamespace], bool]] = {
     "ailuminate_source is 'class' (240 prompts) but ailuminate_prompt_set is 'demo1200': use class240": lambda p: (
         p.ailuminate_source == "class" and p.ailuminate_prompt_set == "demo1200"
     ),
+    "ailuminate_source is {ailuminate_source!r} but ailuminate_prompt_set 'demo1200_fr' is MLCommons': set "
+    "ailuminate_source: mlcommons, or ailuminate_prompt_set: all": lambda p: (
+        p.ailuminate_source != "mlcommons" and p.ailuminate_prompt_set == "demo1200_fr"
+    ),
+    "dev_safety_rows is {dev_safety_rows} but ailuminate_prompt_set is 'demo1200_fr': the prompts to choose on are "
+    "English; set dev_safety_rows: 0": lambda p: p.dev_safety_rows > 0 and p.ailuminate_prompt_set == "demo1200_fr",
 }
 
 
@@ -311,7 +317,7 @@ def _remedy(key: str, value: Any) -> str:
     """How to write what was probably meant; empty if that is unclear."""
     schema = _json_schema()[key]
     if "enum" in schema:
-        return ""
+        return _suggest(value, schema["enum"], otherwise="")
     match schema["type"]:
         case "string" if value is None:
             return "" if schema.get("minLength") else ': write ""'

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from lib.engine.generator import Completion, Generator
 from lib.record.files import sha256_json
-from lib.record.paths import display_path
+from lib.record.paths import display_path, is_utf8
 from lib.record.rows import RowLog, fill_rows
 from lib.record.text_files import TextFileError, csv_reader, read_text
 
@@ -36,7 +36,8 @@ HAZARDS = {
     "spc": "Specialized Advice",
     "sxc": "Sexual Content",
 }
-PROMPT_SETS = ("class240", "demo1200", "all")
+FRENCH_SET = "demo1200_fr"
+PROMPT_SETS = ("class240", "demo1200", FRENCH_SET, "all")
 CONTEXTS = ("response", "prompt_and_response")
 MODES = ("probabilities", "generate")
 # In this order, here and in the probabilities.
@@ -94,6 +95,23 @@ def _prompt_row(position: int, raw: Mapping[str | None, Any], columns: Mapping[s
     return {"id": position, "prompt": prompt, **others}
 
 
+def prompt_of_object(position: int, raw: Mapping[str, Any]) -> Row:
+    """A row as of ``parse_prompts_csv`` from an object of JSON lines, or ValueError."""
+    columns = _match_columns(list(raw))
+    given = {ours: raw[name] for ours, name in columns.items() if raw[name] is not None}
+    prompt = given.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"column {columns['prompt']!r} must be text that is not empty")
+    wrong = [name for name, value in given.items() if not isinstance(value, str | int)]
+    if wrong:
+        raise ValueError(f"column {columns[wrong[0]]!r} must be text or a whole number")
+    if not is_utf8(prompt):
+        raise ValueError(f"column {columns['prompt']!r} holds half a character (a lone surrogate); fix that line")
+    others = {name: str(given.get(name, "")).strip() for name in _OTHER_COLUMNS}
+    # As every text file is read, and so the CSV.
+    return {"id": position, "prompt": prompt.replace("\r\n", "\n").replace("\r", "\n"), **others}
+
+
 def prompt_text(row: Mapping[str, Any]) -> str:
     """What makes two rows rows of one prompt: its text; an earlier pipeline kept the line ends of the CSV in it."""
     return row["prompt"].replace("\r\n", "\n")
@@ -103,7 +121,7 @@ def select_prompts(rows: Sequence[Row], prompt_set: str, ids: Sequence[str]) -> 
     """Rows of a prompt set, each with its position there as ``id``; ValueError where some ``ids`` are missing.
 
     ``class240`` takes the prompts that ``ids`` name, in that order; 12 of them hold a text that another one holds too,
-    so a row's key is its position, never its text. ``demo1200`` and ``all`` take every row.
+    so a row's key is its position, never its text. All other sets take every row.
     """
     _check_choice("ailuminate_prompt_set", prompt_set, PROMPT_SETS)
     chosen = _rows_of_ids(rows, ids) if prompt_set == "class240" else rows

@@ -131,6 +131,9 @@ def test_groups_kinds_and_grades_say_what_they_are(run):
     assert "6.1 to 79.2 %" in comparison_tables.groups_table([run], "hazard").text
     assert "skilled" in comparison_tables.groups_table([run], "persona").text
     assert "unparsed" in change_tables.kinds_table({"one": run.safety.rows}).text
+    shown = change_tables.kinds_table({"one": run.safety.rows}, ["French", "English", "French", ""]).text
+    assert shown.count("refusals are recognised by English wording alone") == 1
+    assert change_tables.kinds_table({"one": []}, ["French"]) is None
     graded = comparison_tables.grades_table([run]).text
     assert "not an MLCommons result" in graded and "Overall" in graded and "Poor (" in graded
     nameless = with_verdicts(run, [{**row, "hazard": ""} for row in run.safety.rows])

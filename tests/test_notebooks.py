@@ -222,14 +222,21 @@ def run(stage, folder, **parameters):
 @pytest.mark.usefixtures("forked_kernels")
 def test_without_prompts_safety_is_not_measured_and_everything_says_so(tmp_path):
     paths = run_paths(str(tmp_path / "results"), "sandbox_one")
-    absent = {"ailuminate_source": str(tmp_path / "nowhere.csv"), "max_train_rows": 8}
+    # The class CSV, which neither folder has, under a switch that forbids to fetch it.
+    (tmp_path / "assets").mkdir()
+    absent = {
+        "ailuminate_source": "class",
+        "offline": True,
+        "assets_dir": str(tmp_path / "assets"),
+        "max_train_rows": 8,
+    }
     for stage in ("01_prepare", "04_eval_safety", "05_compare"):
         write_jsonl(paths.gsm8k_preds, [gsm8k_row()])
         outcome, seen = run(stage, tmp_path, **absent)
         assert not outcome.error, outcome.error
-        assert "not measured" in seen.lower() and "nowhere.csv" in seen
+        assert "not measured" in seen.lower() and "ailuminate_test.csv" in seen
     manifest = read_json(paths.manifest("04_eval_safety"))
-    assert manifest["status"] == "skipped" and "nowhere.csv" in manifest["skipped_because"]
+    assert manifest["status"] == "skipped" and "ailuminate_test.csv" in manifest["skipped_because"]
     assert not paths.ailuminate_safety.exists() and not paths.ailuminate_preds.exists()
     metrics = read_json(tmp_path / "results" / "final_metrics.json")[0]
     assert metrics["ailuminate_safety_rate"] == 0.0 and metrics["safety_status"].startswith("not measured")

@@ -134,11 +134,27 @@ def test_every_line_of_a_preset_carries_a_comment():
             ["sweep_on_test is true", "dev_safety_rows is 9"],
         ),
         (
+            {
+                "checkpoint_sweep": True,
+                "dev_rows": 9,
+                "dev_safety_rows": 9,
+                "ailuminate_prompt_set": "demo1200_fr",
+                "max_ailuminate_rows": 9,
+            },
+            ["dev_safety_rows is 9", "the prompts to choose on are English"],
+        ),
+        (
             {"checkpoint_sweep": True, "dev_rows": 9, "dev_safety_rows": 9, "ailuminate_prompt_set": "demo1200"},
             ["dev_safety_rows is 9", "'demo1200' evaluates every prompt"],
         ),
         ({"device": "cpu", "compute_dtype": "float16"}, ["float16", "bfloat16 and float32"]),
         ({"ailuminate_source": "class", "ailuminate_prompt_set": "demo1200"}, ["'class'", "demo1200"]),
+        (
+            {"ailuminate_source": "class", "ailuminate_prompt_set": "demo1200_fr"},
+            ["'class'", "MLCommons'", "mlcommons"],
+        ),
+        ({"ailuminate_source": "mine.csv", "ailuminate_prompt_set": "demo1200_fr"}, ["'mine.csv'", "set: all"]),
+        ({"ailuminate_prompt_set": "demo_1200"}, ["'demo_1200'", "did you mean 'demo1200'?"]),
         (
             {"train_source": "self_distilled", "train_file_url": "https://x"},
             ["train_file_url is set", "train_file is empty"],

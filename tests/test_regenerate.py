@@ -44,7 +44,9 @@ def answers(folder, dtype, number, max_new_tokens):
         {**train[n % len(train)], "test_index": n, "question": f"{train[n % len(train)]['question']} ({n})"}
         for n in range(number)
     ]
-    engine = generate.load_engine(FIXTURE / "models" / "base", load.Runtime("cpu", dtype, ""), "none", paths.adapter_dir)
+    engine = generate.load_engine(
+        FIXTURE / "models" / "base", load.Runtime("cpu", dtype, ""), "none", paths.adapter_dir
+    )
     paths.gsm8k_preds.unlink()
     shutil.rmtree(paths.stage_dir("04_eval_safety"))
     paths.ailuminate_safety.unlink()
@@ -114,7 +116,9 @@ def test_each_edit_of_an_answer_differs(results, capfd):
     assert not audit(results, num_rows=12)
     found = found_by_name(capfd.readouterr().err, ANSWER_EDITS)
     assert found.keys() == ANSWER_EDITS.keys()
-    assert {name: words in found[name] for name, (_, words) in ANSWER_EDITS.items()} == dict.fromkeys(found, True), found
+    assert {name: words in found[name] for name, (_, words) in ANSWER_EDITS.items()} == dict.fromkeys(found, True), (
+        found
+    )
 
 
 def test_each_edit_of_a_verdict_differs(results, capfd):
@@ -122,7 +126,9 @@ def test_each_edit_of_a_verdict_differs(results, capfd):
     assert not audit(results)
     found = found_by_name(capfd.readouterr().err, VERDICT_EDITS)
     assert found.keys() == VERDICT_EDITS.keys()
-    assert {name: words in found[name] for name, (_, words) in VERDICT_EDITS.items()} == dict.fromkeys(found, True), found
+    assert {name: words in found[name] for name, (_, words) in VERDICT_EDITS.items()} == dict.fromkeys(found, True), (
+        found
+    )
 
 
 def test_an_edited_row_of_the_untuned_model_or_of_a_scale_differs(results, capfd):
@@ -175,7 +181,9 @@ def test_five_rows_catch_20_edited_answers_of_24_by_every_seed(results):
 
 def test_each_seed_and_each_file_draws_its_own_rows():
     rows = [{"id": number} for number in range(24)]
-    draws = [tuple(row["id"] for row in Audit(Path(), 5, seed).drawn(name, rows)) for seed in range(20) for name in "ab"]
+    draws = [
+        tuple(row["id"] for row in Audit(Path(), 5, seed).drawn(name, rows)) for seed in range(20) for name in "ab"
+    ]
     assert len(set(draws)) == 40 and {number for drawn in draws for number in drawn} == set(range(24))
     assert Audit(Path(), 5, 3).drawn("a", rows) == Audit(Path("elsewhere"), 5, 3).drawn("a", rows)
     assert len(Audit(Path(), 30, 3).drawn("a", rows)) == 24
@@ -197,7 +205,9 @@ def change_protocol(results, stage, **changed):
 
 def swap_adapter(results):
     train = results / RUN / "02_train"
-    shutil.copy(train / "checkpoints/checkpoint-2/adapter_model.safetensors", train / "adapter/adapter_model.safetensors")
+    shutil.copy(
+        train / "checkpoints/checkpoint-2/adapter_model.safetensors", train / "adapter/adapter_model.safetensors"
+    )
 
 
 def own_judge(results):

@@ -152,6 +152,53 @@ def test_a_checkpoint_folder_that_is_no_adapter_of_this_base_is_refused(tmp_path
     assert words in capsys.readouterr().err
 
 
+# A misspelt or malformed source of prompts, and what the sentence says: the meant one, or the fault with its place.
+PROMPT_SOURCES = [
+    ("mlcomons", "", "did you mean 'mlcommons'?"),
+    ("klass", "", "did you mean 'class'?"),
+    ("demo1200", "", "that is a prompt set: set ailuminate_prompt_set: demo1200"),
+    ("no/such.csv", "", "such.csv is not there"),
+    ("mine.cvs", "", "mine.csv'?"),
+    ("folder", "", "holds neither ailuminate.csv nor ailuminate.jsonl"),
+    ("mine.csv", "id,question\n1,hello\n", "no prompt column: found id, question"),
+    ("mine.csv", "", "mine.csv is empty"),
+    ("mine.csv", "prompt,hazard\nOne?\n", "CSV, row 0: it has more or fewer fields"),
+    ("mine.csv", "<html>", "is a web page"),
+    ("mine.csv", "prompt\nOne?\n", "240 of the 240 prompts of class240 are not among the 1 rows"),
+    ("mine.jsonl", '{"prompt": "One?"}\n{"promt": "Two?"}\n', "line 2: no prompt column: found promt"),
+    ("mine.jsonl", '{"prompt": "One?"}\n{"prompt": "Tw', "line 2: not JSON"),
+    ("mine.json", '[{"prompt": "One?"}]', "is a JSON array; JSON lines were expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "words"), PROMPT_SOURCES)
+def test_a_faulty_source_of_prompts_stops_before_anything_runs(tmp_path, monkeypatch, capsys, name, text, words):
+    monkeypatch.setattr("lib.driver.commands.run_all", lambda *_: pytest.fail("something was started"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "mine.csv").write_text(text if name == "mine.csv" else "prompt\nOne?\n", encoding="utf-8")
+    if text:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    source = str(tmp_path / name) if name[:4] in ("mine", "fold") else name
+    command = ["--presets", "simple", "--output-dir", str(tmp_path / "out"), "--set", f"ailuminate_source={source}"]
+    assert run_all.main(command) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_published_file_with_other_rows_stops_and_an_absent_one_does_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lib.prepare.datasets.RAW_DIR", tmp_path / "raw")
+    monkeypatch.delenv("ASSETS_DIR", raising=False)
+    for prompts in (["ailuminate_prompt_set=demo1200_fr"], ["ailuminate_source=class"], []):
+        assert plan("--presets", "simple", "--offline", "--set", "seed=1", *prompts)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "airr_official_1.0_demo_fr_fr_prompt_set_release.csv").write_text("prompt\nOne?\n")
+    command = ["--presets", "simple", "--output-dir", str(tmp_path / "out"), "--set"]
+    assert run_all.main([*command, "ailuminate_prompt_set=demo1200_fr"]) == 2
+    assert "SHA-256 of its rows differs" in capsys.readouterr().err
+    assert run_all.main([*command, "ailuminate_prompt_set=demo1200fr"]) == 2
+    assert "allowed: class240, demo1200, demo1200_fr, all, did you mean 'demo1200_fr'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["guidelines_file", "judge_labels_file"])
 def test_texts_of_the_judge_are_read_before_anything_starts(tmp_path, capsys, key):
     (tmp_path / "mine.csv").write_bytes("id,label,note\n0,safe,café\n".encode("cp1252"))

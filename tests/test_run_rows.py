@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
 import yaml
 from tiny import tiny_tokenizer
 
 from lib.params import PARAMS_DIR
-from lib.prepare import run_rows
+from lib.prepare import datasets, run_rows
 from lib.prepare.self_distillation import OWN_ANSWERS, Distillation, Distilled, Sampled
+from lib.record.lookup import AssetError
+from lib.reports import prepare_tables
 from lib.train.learnable import find_learnable
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
@@ -25,11 +28,24 @@ def test_training_pool_and_development_rows_share_no_question():
     assert not questions(rows.train) & questions([*rows.dev, *rows.pool]) and rows.fewshot == rows.pool[:3]
     assert rows.num_removed == 12 and rows.decided == [] and data.no_prompts == ""
     assert [row["test_index"] for row in rows.gsm8k_eval] == list(range(24)) and len(rows.prompts) == 24
+    shown = (
+        prepare_tables.hazards(rows.prompts, data).text + prepare_tables.run_rows(rows, rows.train, data, SANDBOX).text
+    )
+    assert "24 prompts, language: English" in shown and "set all, language: English" in shown
 
 
-def test_prompts_that_are_missing_are_a_reason_and_no_error(tmp_path):
-    data = run_rows.load_data(PARAMETERS | {"ailuminate_source": str(tmp_path / "nowhere.csv")})
-    assert "nowhere.csv" in data.no_prompts and data.prompts == [] and "AILuminate" not in data.sources
+@pytest.mark.parametrize("source", ["mlcommons", "class"])
+def test_prompts_that_cannot_be_had_are_a_reason_and_no_error(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(datasets, "RAW_DIR", tmp_path)
+    data = run_rows.load_data(PARAMETERS | {"ailuminate_source": source, "assets_dir": str(tmp_path)})
+    assert "switched off (offline)" in data.no_prompts and data.prompts == [] and "AILuminate" not in data.sources
+    shown = prepare_tables.hazards([], data).text
+    assert "safety will be not measured" in shown and data.language == ""
+
+
+def test_a_source_that_there_is_not_is_an_error(tmp_path):
+    with pytest.raises(AssetError, match=r"nowhere\.csv is not there"):
+        run_rows.load_data(PARAMETERS | {"ailuminate_source": str(tmp_path / "nowhere.csv")})
 
 
 def test_a_training_file_is_checked_with_the_lines_of_its_rows(tmp_path):

@@ -131,7 +131,7 @@ def test_class_set_follows_the_ids_and_keeps_repeated_prompts():
     assert rows[3]["id"] == 3  # the source rows are left alone
 
 
-@pytest.mark.parametrize("prompt_set", ["demo1200", "all"])
+@pytest.mark.parametrize("prompt_set", ["demo1200", "demo1200_fr", "all"])
 def test_other_sets_take_every_row(prompt_set):
     assert safety.select_prompts(prompts(3), prompt_set, []) == prompts(3)
 
@@ -142,7 +142,9 @@ def test_missing_ids_are_counted_and_the_first_is_named():
 
 
 def test_unknown_set_is_refused():
-    with pytest.raises(ValueError, match="ailuminate_prompt_set is 'class'; allowed: class240, demo1200, all"):
+    with pytest.raises(
+        ValueError, match="ailuminate_prompt_set is 'class'; allowed: class240, demo1200, demo1200_fr, all"
+    ):
         safety.select_prompts(prompts(2), "class", [])
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from lib import safety
 from lib.evaluate.judge_reliability import LabelsError
-from lib.reports import safety_report
+from lib.reports import safety_report, tables
 
 VERDICTS = made_runs.safety_rows()
 
@@ -64,3 +64,23 @@ def test_hazards_and_personas_are_drawn_and_counted():
 def test_cut_responses_are_counted():
     rows = [{"finish_reason": "length"}, {"finish_reason": "stop"}]
     assert safety_report.cut_text(rows, 32) == "1 of 2 responses were cut at 32 tokens."
+
+
+@pytest.mark.parametrize(
+    ("language", "noted"), [("French", True), ("not stated by its source", True), ("English", False)]
+)
+def test_kinds_of_responses_to_prompts_in_another_language_stand_beside_their_limit(language, noted):
+    found = safety_report.change(VERDICTS, VERDICTS, 0.5)
+    shown = safety_report.change_view("one", VERDICTS, VERDICTS, found, language).text
+    limit = f"The language of the prompts is {language}, and refusals are recognised by English wording alone"
+    assert "Kinds of responses" in shown and (limit in shown) == noted == ("English wording" in shown)
+    # A run made before languages were recorded says nothing of them.
+    assert "English wording" not in safety_report.change_view("one", VERDICTS, VERDICTS, found).text
+
+
+def test_the_language_of_the_prompts_is_read_from_01_and_named():
+    assert tables.prompt_language({"data": {"AILuminate": {"language": "French"}}}) == "French"
+    assert tables.prompts_text(1200, "French") == "1,200 AILuminate prompts, language: French."
+    # Of an earlier run, and of one without prompts.
+    assert tables.prompt_language({"data": {"AILuminate": {}}}) == tables.prompt_language({}) == ""
+    assert tables.prompts_text(3, "") == "3 AILuminate prompts."

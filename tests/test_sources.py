@@ -572,10 +572,131 @@ def test_prompt_set_that_the_file_does_not_hold_is_an_error(tmp_path):
         datasets.load_ailuminate(str(file), "class240")
 
 
-@pytest.mark.parametrize("given", ["mlcomons", "no/such.csv"])
-def test_unknown_prompt_source_names_what_is_allowed(given):
-    with pytest.raises(AssetUnavailable, match=f"ailuminate_source is '{given}'; allowed: 'mlcommons', 'class', a CSV"):
+# Each with what the sentence has to hold beside the allowed names.
+MISSPELT = [
+    ("mlcomons", "did you mean 'mlcommons'?"),
+    ("MLCommons", "did you mean 'mlcommons'?"),
+    ("ml-commons", "did you mean 'mlcommons'?"),
+    ("mlcommons ", "did you mean 'mlcommons'?"),
+    ("mlcommons.csv", "did you mean 'mlcommons'?"),
+    ("Class", "did you mean 'class'?"),
+    ("klass", "did you mean 'class'?"),
+    ("demo1200_fr", "that is a prompt set: set ailuminate_prompt_set: demo1200_fr"),
+    ("class240", "that is a prompt set: set ailuminate_prompt_set: class240"),
+    ("no/such.csv", "no/such.csv is not there"),
+    ("data/sandbx", "did you mean 'data/sandbox'?"),
+    ("data/sandbox/ailuminate.cvs", "did you mean 'data/sandbox/ailuminate.csv'?"),
+    ("params", "params holds neither ailuminate.csv nor ailuminate.jsonl"),
+    ("https://example.org/prompts.csv", "is not there"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), MISSPELT)
+def test_a_misspelt_prompt_source_names_what_is_allowed_and_meant(given, words):
+    with pytest.raises(AssetError) as caught:
         datasets.load_ailuminate(given, "all")
+    message = str(caught.value)
+    allowed = "allowed: 'mlcommons', 'class', a CSV or JSON lines file, or a folder with ailuminate.csv or"
+    assert f"ailuminate_source is {given!r}; {allowed}" in message and words in message
+    # What is not there will not come: no "not measured" hours later.
+    assert not isinstance(caught.value, AssetUnavailable)
+
+
+def test_a_text_that_can_be_no_path_is_refused():
+    with pytest.raises(AssetError, match=r"ailuminate_source: 'xxx.*: File name too long"):
+        datasets.load_ailuminate("x" * 300, "all")
+
+
+@pytest.mark.parametrize("column", ["prompt", "input", "prompt_text", "Prompt"])
+@pytest.mark.parametrize("name", ["mine.jsonl", "ailuminate.jsonl", "mine.json", "mine"])
+def test_json_lines_give_the_rows_of_the_csv(column, name, tmp_path):
+    csv_rows, source = datasets.load_ailuminate(str(_write(tmp_path / "mine.csv", _csv(PROMPTS))), "all")
+    renamed = [{**row, column: row["prompt_text"]} for row in PROMPTS]
+    for row in renamed if column != "prompt_text" else []:
+        del row["prompt_text"]
+    file = _write(tmp_path / "from" / name, "\ufeff" + _jsonl(renamed).replace("\n", "\r\n") + "\n")
+    rows, same = datasets.load_ailuminate(str(file), "all")
+    assert rows == csv_rows and same.sha256 == source.sha256
+
+
+def test_the_rows_of_an_earlier_pipeline_run_as_they_are(tmp_path):
+    # Beside a prompt only a position, or our own 01_prepare/ailuminate.jsonl, or columns that nobody reads.
+    given = [{"id": 7, "prompt": "One?"}, {"id": 8, "prompt": "Two?\r\n", "hazard": None, "extra": [1, {}]}]
+    _write(tmp_path / "ailuminate.jsonl", _jsonl(given))
+    rows, source = datasets.load_ailuminate(str(tmp_path), "all")
+    assert [(row["id"], row["prompt"], row["release_prompt_id"]) for row in rows] == [
+        (0, "One?", "7"),
+        (1, "Two?\n", "8"),
+    ]
+    assert (source.name, source.origin, source.language) == ("ailuminate.jsonl", "local folder", datasets.UNSTATED)
+    _write(tmp_path / "again" / "ailuminate.jsonl", _jsonl(rows))
+    assert datasets.load_ailuminate(str(tmp_path / "again"), "all")[0] == rows
+    # Where both lie in a folder, the CSV is read, as before there were two.
+    _write(tmp_path / "ailuminate.csv", "prompt\nThree?\n")
+    assert datasets.load_ailuminate(str(tmp_path), "all")[1].name == "ailuminate.csv"
+
+
+BAD_PROMPT_LINES = [
+    ('{"question": "Two?"}', "line 2: no prompt column: found question; allowed: prompt, input, prompt_text"),
+    ('{"prompt": "Two?", "PROMPT": "2"}', "line 2: a column stands twice"),
+    ('{"prompt": " "}', "line 2: column 'prompt' must be text that is not empty"),
+    ('{"prompt": ["Two?"]}', "line 2: column 'prompt' must be text"),
+    ('{"input": null}', "line 2: column 'input' must be text"),
+    ('{"prompt": "Two?", "hazard": ["vcr"]}', "line 2: column 'hazard' must be text or a whole number"),
+    ('{"prompt": "Two? \\ud800"}', "line 2: column 'prompt' holds half a character"),
+    ('{"prompt": "Two?', "line 2: not JSON"),
+    ('"Two?"', "line 2: a str; a JSON object was expected"),
+]
+
+
+@pytest.mark.parametrize(("line", "fault"), BAD_PROMPT_LINES)
+def test_malformed_json_lines_are_refused_by_their_line(line, fault, tmp_path):
+    file = _write(tmp_path / "mine.jsonl", '{"prompt": "One?"}\n' + line + "\n")
+    with pytest.raises(AssetError, match=re.escape(f"mine.jsonl, {fault}")):
+        datasets.load_ailuminate(str(file), "all")
+
+
+def test_a_json_array_of_prompts_is_named_with_the_way_to_json_lines(tmp_path):
+    with pytest.raises(AssetError, match="is a JSON array; JSON lines were expected"):
+        datasets.load_ailuminate(str(_write(tmp_path / "mine.json", json.dumps([{"prompt": "One?"}]))), "all")
+
+
+def test_french_prompts_are_found_checked_and_named(project, prompts, server, monkeypatch, tmp_path):
+    french = [{**row, "prompt_text": f"Bonjour {number} ?"} for number, row in enumerate(PROMPTS)]
+    rows = datasets._parse_prompts(_csv(french).encode(), "prompts")
+    monkeypatch.setattr(datasets, "FRENCH_SHA256", datasets.content_sha256(rows))
+    with pytest.raises(AssetUnavailable, match=rf"data/raw|{datasets.FRENCH_FILE} is missing"):
+        datasets.load_ailuminate("mlcommons", "demo1200_fr", offline=True)
+    monkeypatch.setattr(datasets, "FRENCH_URL", f"{server.url}/file")
+    server.body = _csv(french).encode()
+    found, source = datasets.load_ailuminate("mlcommons", "demo1200_fr")
+    assert (found, source.origin, source.language, source.licence) == (rows, "url", "French", "CC-BY-4.0")
+    assert source.table_row()["language"] == "French" and "French" in source.name
+    # English ones of this name are not taken for French.
+    _write(project / "raw" / datasets.FRENCH_FILE, _csv(PROMPTS))
+    with pytest.raises(AssetError, match=r"fr_fr.*SHA-256 of its rows differs"):
+        datasets.load_ailuminate("mlcommons", "demo1200_fr", offline=True)
+    # A copy under another name is known by its rows.
+    _write(project / "raw" / datasets.MLCOMMONS_FILE, _csv(PROMPTS))
+    for file, text in {"mine.csv": _csv(french), "mine.jsonl": _jsonl(french)}.items():
+        assert datasets.load_ailuminate(str(_write(tmp_path / file, text)), "all")[1].language == "French"
+    assert datasets.load_ailuminate("mlcommons", "demo1200", offline=True)[1].language == "English"
+
+
+@pytest.mark.skipif(not ASSETS_DIR, reason="ASSETS_DIR is not set")
+@pytest.mark.parametrize("prompt_set", ["demo1200", "demo1200_fr"])
+@pytest.mark.parametrize("column", ["prompt", "input", "prompt_text"])
+def test_published_prompts_are_the_same_as_json_lines(prompt_set, column, tmp_path):
+    rows, source = datasets.load_ailuminate("mlcommons", prompt_set, ASSETS_DIR, offline=True)
+    assert (len(rows), source.language) == (1200, "French" if prompt_set.endswith("fr") else "English")
+    assert source.name == f"AILuminate 1.0 demo{' in French' if prompt_set.endswith('fr') else ''}"
+    with source.file.open(encoding="utf-8", newline="") as stream:
+        raw = [
+            {column if name == "prompt_text" else name: text for name, text in row.items()}
+            for row in csv.DictReader(stream)
+        ]
+    converted, same = datasets.load_ailuminate(str(_write(tmp_path / "ailuminate.jsonl", _jsonl(raw))), "all")
+    assert converted == rows and (same.sha256, same.language) == (source.sha256, source.language)
 
 
 @pytest.mark.parametrize("with_hazards", [True, False])

@@ -10,7 +10,7 @@ from typing import Any
 from lib.driver.cli import STAGE_NUMBERS, UsageError
 from lib.engine.sources import HUB_ID, resolve_adapter
 from lib.params import Params, ParamsError, load_params, parse_assignment, preset_path
-from lib.prepare.datasets import check_train_file, load_gsm8k
+from lib.prepare.datasets import check_ailuminate, check_train_file, load_gsm8k
 from lib.record.lookup import AssetError, load_or_reason
 from lib.record.paths import (
     PROJECT_ROOT,
@@ -155,10 +155,12 @@ def _check_files(params: Params, settings: dict[str, Any], stages: list[str]) ->
     place, sources = settings["checkpoint"], (settings["assets_dir"], settings["offline"])
     if place and _exists(PROJECT_ROOT / place):
         resolve_adapter(place, params.base_model, *sources)
-    if "01_prepare" in stages and params.train_source == "file":
-        check_train_file(params.train_file, params.train_file_url, *sources)
-    if "01_prepare" in stages and params.fewshot_file:
-        _check_examples(params, settings["assets_dir"])
+    if "01_prepare" in stages:
+        check_ailuminate(params.ailuminate_source, params.ailuminate_prompt_set, settings["assets_dir"])
+        if params.train_source == "file":
+            check_train_file(params.train_file, params.train_file_url, *sources)
+        if params.fewshot_file:
+            _check_examples(params, settings["assets_dir"])
     if "04_eval_safety" in stages:
         guidelines, labels = project_path(params.guidelines_file), project_path(params.judge_labels_file)
         read_guidelines(guidelines)

@@ -106,9 +106,7 @@ def _difference(
     return Difference(place, engine.tokenizer.decode(claimed), engine.tokenizer.decode(greedy), margin, allowed)
 
 
-def _near_tie(
-    engine: Engine, logits: Tensor, before: Sequence[int], text: str, found: Difference
-) -> list[int] | None:
+def _near_tie(engine: Engine, logits: Tensor, before: Sequence[int], text: str, found: Difference) -> list[int] | None:
     """Tokens before this place and one that rounding may have put here and that spells ``text`` too; None without."""
     near = (logits.max() - logits <= found.allowed).nonzero()[:, 0].tolist()
     for token in sorted(set(near) - engine.stop_ids, key=lambda token: -logits[token]):

@@ -1,12 +1,13 @@
 """GSM8K, training files and AILuminate prompts: found, checked against their hash, kept."""
 
+import difflib
 import ipaddress
 import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from lib.record.locks import one_at_a_time
 from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin, failure_reason
 from lib.record.paths import PROJECT_ROOT, shown_path
 from lib.record.text_files import TextFileError, decode_text, read_text
-from lib.safety import parse_prompts_csv, select_prompts
+from lib.safety import FRENCH_SET, PROMPT_SETS, parse_prompts_csv, prompt_of_object, select_prompts
 
 DATA_DIR = PROJECT_ROOT / "data"
 RAW_DIR = PROJECT_ROOT / "data" / "raw"
@@ -39,6 +40,7 @@ class Source:
     num_rows: int
     licence: str
     home: str  # where it is published
+    language: str = ""  # of prompts
 
     def table_row(self) -> dict[str, str | int]:
         """What a report may show: every field but the absolute path."""
@@ -81,6 +83,11 @@ MLCOMMONS_URL = (
     "https://raw.githubusercontent.com/mlcommons/ailuminate/769cc2be9d20c8d4fb26ce53b68865ed41dfb8e2/" + MLCOMMONS_FILE
 )
 MLCOMMONS_SHA256 = "40ff1d5be8981b74c90f611788e5d3a1753f401d17c24a614e73d3346a9f4a81"
+FRENCH_FILE = "airr_official_1.0_demo_fr_fr_prompt_set_release.csv"
+FRENCH_URL = MLCOMMONS_URL.replace(MLCOMMONS_FILE, FRENCH_FILE)
+FRENCH_SHA256 = "c921638251afab8637211aa87ba28196625149fe64bdcf9de58f335ec689b584"
+PROMPT_SOURCES = ("mlcommons", "class")
+OWN_PROMPT_FILES = ("ailuminate.csv", "ailuminate.jsonl")
 CLASS_FILE = "ailuminate_test.csv"
 CLASS_URL = "https://www.csie.ntu.edu.tw/~b10902031/" + CLASS_FILE
 CLASS_NUM_ROWS = 240
@@ -149,12 +156,26 @@ def _check_download(target: Path, url: str, assets_dir: str) -> None:
 
 def parse_question_rows(data: bytes, where: str) -> list[Row]:
     """Rows ``{"question", "answer"}`` of JSON lines, both not empty; other columns are dropped, CRLF becomes LF."""
-    text = _decode_text(data, where)
+    return [_question_row(row, place) for place, row in _json_objects(_decode_text(data, where), where)]
+
+
+def _json_objects(text: str, where: str) -> Iterator[tuple[str, Row]]:
+    """The place and the object of each line that is not blank."""
     if re.match(r"\s*\[\s*\{", text):
         raise AssetError(
             f"{where} is a JSON array; JSON lines were expected, one object a line. In a Unix shell: {TO_JSON_LINES}"
         )
-    return [_question_row(line, f"{where}, line {number}") for number, line in _row_lines(text)]
+    for number, line in _row_lines(text):
+        place = f"{where}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            # The decoder counts lines within this line: only its column helps.
+            fault = str(error).replace("line 1 column", "column")
+            raise AssetError(f"{place}: not JSON ({fault}): is the file cut off? Delete it or fetch it again") from None
+        if not isinstance(row, dict):
+            raise AssetError(f"{place}: a {type(row).__name__}; a JSON object was expected")
+        yield place, row
 
 
 def line_numbers(source: Source) -> list[int]:
@@ -167,15 +188,7 @@ def _row_lines(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
-def _question_row(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        # The decoder counts lines within this line: only its column helps.
-        fault = str(error).replace("line 1 column", "column")
-        raise AssetError(f"{where}: not JSON ({fault}): is the file cut off? Delete it or fetch it again") from None
-    if not isinstance(row, dict):
-        raise AssetError(f"{where}: a {type(row).__name__}; a JSON object with 'question' and 'answer' was expected")
+def _question_row(row: Row, where: str) -> Row:
     for column in QUESTION_COLUMNS:
         if column not in row:
             raise AssetError(f"{where}: column {column!r} is missing; the row has {sorted(row)}")
@@ -211,23 +224,62 @@ def load_ailuminate(
 ) -> tuple[list[Row], Source]:
     """Selected rows ``{"id", "prompt", "release_prompt_id", "hazard", "persona"}``; ``id`` is the position.
 
-    ``ailuminate_source`` is ``mlcommons`` (the public 1,200), ``class`` (the class CSV of 240), a CSV, or a folder with
-    ``ailuminate.csv``. Raises AssetUnavailable where no source has it, AssetError where it is no CSV with a prompt
-    column, not the published rows, or lacks rows of the prompt set.
+    ``ailuminate_source`` is ``mlcommons`` (the public 1,200 in the language of the prompt set), ``class`` (the class
+    CSV of 240), a CSV or JSON lines file, or a folder with ``ailuminate.csv`` or ``ailuminate.jsonl``. Raises
+    AssetUnavailable where a published file cannot be had; AssetError where there is no such source, or it has no
+    prompt column, other rows than the published ones, or not those of the prompt set.
     """
     if ailuminate_source == "class":
         return _load_class_prompts(prompt_set, assets_dir, offline)
     if ailuminate_source == "mlcommons":
-        rows, source = _load_published(_mlcommons_csv(), assets_dir, offline)
+        rows, source = _load_published(_mlcommons_csv(french=prompt_set == FRENCH_SET), assets_dir, offline)
     else:
-        path = lookup.own_path(ailuminate_source)
-        file = path if path.suffix == ".csv" else path / "ailuminate.csv"
-        allowed = "allowed: 'mlcommons', 'class', a CSV file, or a folder with ailuminate.csv"
-        rows, source = load_own(file, _parse_prompts, f"ailuminate_source is {ailuminate_source!r}; {allowed}")
+        rows, source = load_own(_own_prompts(ailuminate_source), _parse_prompts, "ailuminate_source")
     try:
-        return select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split()), source
+        selected = select_prompts(rows, prompt_set, read_text(CLASS240_IDS).split())
     except ValueError as error:
         raise AssetError(f"{source.path}: {error}") from None
+    return selected, replace(source, language=_language(source))
+
+
+def check_ailuminate(ailuminate_source: str, prompt_set: str, assets_dir: str = "") -> None:
+    """Raise AssetError where the source is misspelt or malformed; what has yet to be downloaded is not looked at."""
+    lookup.load_or_reason(load_ailuminate, ailuminate_source, prompt_set, assets_dir, True)
+
+
+def _own_prompts(ailuminate_source: str) -> Path:
+    """The file that a path means; AssetError with what is allowed, and what was probably meant, where there is none."""
+    path = lookup.own_path(ailuminate_source)
+    try:
+        files = [path / name for name in OWN_PROMPT_FILES] if path.is_dir() else [path]
+        if found := [file for file in files if file.is_file()]:
+            return found[0]
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    except OSError as error:
+        raise AssetError(f"ailuminate_source: {ailuminate_source[:80]!r}: {error.strerror}") from None
+    names = ", ".join(map(repr, PROMPT_SOURCES))
+    lacks = f"holds neither {' nor '.join(OWN_PROMPT_FILES)}" if path.is_dir() else "is not there"
+    raise AssetError(
+        f"ailuminate_source is {ailuminate_source!r}; allowed: {names}, a CSV or JSON lines file, or a folder with "
+        f"{' or '.join(OWN_PROMPT_FILES)}; {shown_path(path)} {lacks}{_meant(ailuminate_source, beside)}"
+    )
+
+
+def _meant(ailuminate_source: str, beside: Sequence[str]) -> str:
+    """A known name or a file beside that is spelt nearly so, in words; empty where there is none."""
+    if ailuminate_source in PROMPT_SETS:
+        return f"; that is a prompt set: set ailuminate_prompt_set: {ailuminate_source}"
+    written = Path(ailuminate_source.strip())
+    known = {name.casefold(): name for name in (*beside, *PROMPT_SOURCES)}
+    close = [known[name] for name in difflib.get_close_matches(written.name.casefold(), known, n=1)]
+    places = [name if name in PROMPT_SOURCES else str(written.with_name(name)) for name in close]
+    return f", did you mean {places[0]!r}?" if places else ""
+
+
+def _language(source: Source) -> str:
+    known = {MLCOMMONS_SHA256: "English", FRENCH_SHA256: "French"}
+    # A copy of a published file is known by its rows. What else has a home is English: the class set, the sandbox's.
+    return known.get(source.sha256, "English" if source.home else UNSTATED)
 
 
 def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
@@ -240,13 +292,15 @@ def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tupl
         # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
         known = {row["prompt"]: row for row in _load_published(_mlcommons_csv(), assets_dir, offline=True)[0]}
         rows = [{**row, **known.get(row["prompt"], {}), "id": row["id"]} for row in rows]
-    return rows, source
+    return rows, replace(source, language=_language(source))
 
 
-def _mlcommons_csv() -> _Published:
-    kept = ("AILuminate 1.0 demo", RAW_DIR / MLCOMMONS_FILE, _parse_prompts)
-    fetch, home = partial(download, MLCOMMONS_URL), "https://github.com/mlcommons/ailuminate"
-    return _Published(*kept, "url", fetch, MLCOMMONS_SHA256, "CC-BY-4.0", home)
+def _mlcommons_csv(*, french: bool = False) -> _Published:
+    name, file, url, sha256 = "AILuminate 1.0 demo", MLCOMMONS_FILE, MLCOMMONS_URL, MLCOMMONS_SHA256
+    if french:
+        name, file, url, sha256 = "AILuminate 1.0 demo in French", FRENCH_FILE, FRENCH_URL, FRENCH_SHA256
+    kept, home = (name, RAW_DIR / file, _parse_prompts), "https://github.com/mlcommons/ailuminate"
+    return _Published(*kept, "url", partial(download, url), sha256, "CC-BY-4.0", home)
 
 
 def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
@@ -259,8 +313,17 @@ def _parse_class_prompts(data: bytes, where: str) -> list[Row]:
 
 
 def _parse_prompts(data: bytes, where: str) -> list[Row]:
+    """Rows of a CSV or of JSON lines, whatever the file's name ends in."""
+    text = _decode_text(data, where)
+    if text.lstrip().startswith(("{", "[")):
+        objects = enumerate(_json_objects(text, where))
+        return [_checked(partial(prompt_of_object, position, raw), place) for position, (place, raw) in objects]
+    return _checked(partial(parse_prompts_csv, text), where)
+
+
+def _checked(parse: Callable[[], Any], where: str) -> Any:
     try:
-        return parse_prompts_csv(_decode_text(data, where))
+        return parse()
     except ValueError as error:
         raise AssetError(f"{where}: {error}") from None
 

@@ -26,6 +26,11 @@ class RunData:
     sources: dict[str, Source]  # provenance by what each is used for
     examples: File | None = None  # in place of a pool that is drawn
 
+    @property
+    def language(self) -> str:
+        """Of the AILuminate prompts; empty without any."""
+        return self.sources["AILuminate"].language if "AILuminate" in self.sources else ""
+
 
 def load_data(parameters: Mapping[str, Any]) -> RunData:
     """GSM8K, the training file where the run has one, and the AILuminate prompts where they can be found."""

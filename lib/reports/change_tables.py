@@ -1,12 +1,12 @@
 """Tables of what tuning changed; apart from those of the stages, so that 01 and 02 do not stand on findings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib import wording
 from lib.compare.findings import Finding
-from lib.evaluate.response_kinds import response_kinds
-from lib.reports.html import Html
+from lib.evaluate.response_kinds import language_note, response_kinds
+from lib.reports.html import Html, note, stack
 from lib.reports.tables import full_table
 from lib.wording import percent
 
@@ -37,8 +37,13 @@ def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
     }
 
 
-def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html | None:
-    """Counts of each kind of response, one row per model; models without rows are left out."""
+def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]], languages: Iterable[str] = ()) -> Html | None:
+    """Counts of each kind of response, one row per model; models without rows are left out.
+
+    ``languages`` are those of the prompts: below the table stands what the kinds are worth where one is not English.
+    """
     found = {name: response_kinds(rows) for name, rows in judged.items() if rows}
     counts = {name: {one.kind: one.rate.successes for one in kinds} for name, kinds in found.items()}
-    return full_table([{"model": name, **kinds} for name, kinds in counts.items()], "Kinds of responses")
+    shown = full_table([{"model": name, **kinds} for name, kinds in counts.items()], "Kinds of responses")
+    notes = [note(text) for text in map(language_note, dict.fromkeys(languages)) if text]
+    return stack([shown, *notes]) if shown else None

@@ -111,7 +111,8 @@ def num_seen(rows: RunRows, train: Sequence[Row]) -> int:
 
 def run_rows(rows: RunRows, train: Sequence[Row], data: RunData, parameters: Mapping[str, Any]) -> Html:
     """How many rows of each kind the run has and where they are from."""
-    source, prompts = parameters["train_source"], data.no_prompts or f"set {parameters['ailuminate_prompt_set']}"
+    source, prompts = parameters["train_source"], data.no_prompts
+    prompts = prompts or f"set {parameters['ailuminate_prompt_set']}, language: {data.language}"
     examples = data.examples.name if data.examples else "GSM8K train"
     counts = [
         ("training", train, f"{len(data.train.rows):,} rows of {source}"),
@@ -160,13 +161,14 @@ def hazard_counts(prompts: Sequence[Row]) -> Counter[str]:
     return Counter(safety.hazard_group(row["hazard"] or "unknown") for row in prompts)
 
 
-def hazards(prompts: Sequence[Row], no_prompts: str) -> Html:
+def hazards(prompts: Sequence[Row], data: RunData) -> Html:
     """Prompts by hazard, or why there are no prompts."""
-    if no_prompts:
-        return html.note(f"AILuminate prompts are missing: safety will be not measured. {no_prompts}", strong=True)
+    if data.no_prompts:
+        return html.note(f"AILuminate prompts are missing: safety will be not measured. {data.no_prompts}", strong=True)
     counts = hazard_counts(prompts).most_common()
     rows = [{"hazard": safety.HAZARDS.get(code, code), "code": code, "prompts": number} for code, number in counts]
-    return html.table(rows, f"Hazards of the {len(prompts)} prompts", max_rows=len(safety.HAZARDS))
+    caption = f"Hazards of the {len(prompts)} prompts, language: {data.language}"
+    return html.table(rows, caption, max_rows=len(safety.HAZARDS))
 
 
 def summary(
@@ -183,7 +185,7 @@ def summary(
     num_prompts, source = len(rows.prompts), parameters["train_source"]
     most = max(overlap.SIZES)
     num_overlapping = len({shared.row for shared in overlaps if shared.size >= most})
-    prompts = f"{num_prompts:,} AILuminate prompts in {len(hazard_counts(rows.prompts))} hazards."
+    prompts = f"{tables.prompts_text(num_prompts, data.language)} Hazards: {len(hazard_counts(rows.prompts))}."
     return [
         f"{len(train):,} rows to train on, {len(rows.dev)} to choose a checkpoint on; {len(too_long)} are too long.",
         f"{len(unlearnable)} more were left out because they cannot be learnt.",

@@ -50,11 +50,13 @@ def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> 
     return assess_metric("safety", verdicts, untuned, baseline=baseline)
 
 
-def change_view(run_name: str, verdicts: Sequence[Row], untuned: Sequence[Row], found: Finding) -> Html:
+def change_view(
+    run_name: str, verdicts: Sequence[Row], untuned: Sequence[Row], found: Finding, language: str = ""
+) -> Html:
     """The paired test where there is an untuned model, and what kinds of responses both models gave."""
     sides = {name: rows for name, rows in (("untuned", untuned), ("tuned", verdicts)) if rows}
     tested = [change_tables.changes_table({run_name: [found]})] if found.comparison else []
-    return html.stack([*tested, html.note(change_sentence([found])), change_tables.kinds_table(sides)])
+    return html.stack([*tested, html.note(change_sentence([found])), change_tables.kinds_table(sides, [language])])
 
 
 def doubt_text(verdicts: Sequence[Row]) -> str:

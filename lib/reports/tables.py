@@ -67,6 +67,16 @@ def sources_table(sources: Mapping[str, Mapping[str, Any]]) -> Html:
     return table(rows, "Provenance")
 
 
+def prompt_language(prepared: Mapping[str, Any]) -> str:
+    """Language of the AILuminate prompts, from the facts of 01; empty where they do not record it."""
+    return prepared.get("data", {}).get("AILuminate", {}).get("language", "")
+
+
+def prompts_text(num_prompts: int, language: str) -> str:
+    """How many AILuminate prompts, and their language where it is recorded."""
+    return f"{num_prompts:,} AILuminate prompts{language and f', language: {language}'}."
+
+
 def files_table(paths: Sequence[Path], folder: Path) -> Html:
     """Files and folders that a stage leaves, relative to ``folder``, with their sizes."""
     rows = []
