@@ -12,7 +12,7 @@ from made_up import make_results
 
 import run_all
 from lib.record.manifest import start_stage
-from lib.record.paths import ArtifactError
+from lib.record.paths import ArtifactError, run_paths
 from lib.reports import pages, site
 
 SCRIPT = "<script>alert(1)</script>"
@@ -196,6 +196,24 @@ def test_nothing_is_written_through_a_link_of_the_reports(results, tmp_path, cap
     assert {path.name: path.read_text() for path in victim.iterdir()} == dict.fromkeys(
         ("index.html", "05_compare.html", ".x.tmp"), "theirs"
     )
+
+
+@pytest.mark.parametrize("name", ["lm_eval", "lm_eval/simple"])
+def test_nothing_is_exported_through_a_link(results, tmp_path, capsys, name):
+    victim = tmp_path / "public_html"
+    victim.mkdir()
+    (results / name).parent.mkdir(exist_ok=True)
+    (results / name).symlink_to(victim)
+    assert run_all.main(["--export", "lm-eval", "--output-dir", str(results)]) == 1
+    assert "is a link" in capsys.readouterr().err and not list(victim.iterdir())
+
+
+def test_a_model_is_not_exported_through_a_link(results, tmp_path):
+    from lib.reports.to_transformers import export_model
+
+    (results / "models").symlink_to(tmp_path)
+    with pytest.raises(ArtifactError, match="is a link"):
+        export_model(run_paths(str(results), "simple"))
 
 
 def test_a_folder_that_is_named_on_the_command_line_may_be_a_link(results, tmp_path):

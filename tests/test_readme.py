@@ -90,3 +90,16 @@ def test_the_readme_is_read_in_five_minutes():
 
 def test_the_picture_is_small():
     assert (PROJECT_ROOT / "docs" / "accuracy_safety.png").stat().st_size < 100_000
+
+
+def test_every_promise_of_security_names_tests_that_exist():
+    table = (
+        (PROJECT_ROOT / "SECURITY.md").read_text(encoding="utf-8").partition("| --- | --- |\n")[2].partition("\n\n")[0]
+    )
+    promises = [line.strip("| ").split(" | ") for line in table.splitlines() if not line.startswith("| **")]
+    assert len(promises) > 20
+    for promise, tests in promises:
+        named = re.findall(r"`(tests/\w+\.py)::(test_\w+)`", tests)
+        assert named and "TODO" not in tests, f"no test guards: {promise}"
+        for file, name in named:
+            assert f"\ndef {name}(" in (PROJECT_ROOT / file).read_text(encoding="utf-8"), f"{file} has no {name}"

@@ -58,9 +58,9 @@ def is_made_here(page: Path) -> bool:
     return bool(hashes) and sha256_file(page) in hashes
 
 
-def refuse_links(reports_dir: Path) -> None:
-    """Raise ArtifactError if the folder of reports, or anything in it, is a link: what it leads to would be changed."""
-    for path in (reports_dir, *reports_dir.rglob("*")):
+def refuse_links(folder: Path) -> None:
+    """Raise ArtifactError if a folder to be written, or anything in it, is a link: what it leads to would change."""
+    for path in (folder, *folder.rglob("*")):
         if path.is_symlink():
-            leads = f"{display_path(path)} is a link, and reports are written to plain folders and files only"
-            raise ArtifactError(f"{leads}; delete it, or choose another --output-dir")
+            fault = f"{display_path(path)} is a link, and nothing is written through one"
+            raise ArtifactError(f"{fault}; delete it, or choose another --output-dir")
