@@ -7,11 +7,13 @@ loading, which equals the packed layers in train mode exactly, and the adapter i
 """
 
 import math
+import re
 import resource
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +31,8 @@ from transformers.utils import logging as transformers_logging
 
 from lib.engine import dense_cache
 from lib.engine.memory import free_memory_bytes
+from lib.engine.trial import TrialError, try_patterns, try_template
+from lib.record.paths import ArtifactError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DEVICES = ("cpu", "cuda")
@@ -111,6 +115,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), use_fast=True, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise ModelError(f"the tokenizer in {folder} has no chat template; use an instruct model's tokenizer")
+    try:
+        render = partial(tokenizer.apply_chat_template, tokenize=False, enable_thinking=False)
+        try_template(render, tokenizer.get_chat_template())
+    except TrialError as error:
+        raise ModelError(
+            f"the chat template in {folder} {error}; choose another base_model or safeguard_model"
+        ) from None
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
         known = [token for token in PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
@@ -287,10 +298,14 @@ def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> P
     broken = [name for name, tensor in stored.items() if not tensor.isfinite().all()]
     if broken:
         raise ModelError(f"{path} holds values that are not finite, first in {broken[0]}; train it again")
+    config = adapter_dir / "adapter_config.json"
     try:
+        try_patterns(config, [name for name, _ in model.named_modules()])
         with quiet_loading():
             wrapped = PeftModel.from_pretrained(model, str(adapter_dir), torch_device=str(model.device))
-    except (RuntimeError, ValueError) as error:
+    except TrialError as error:
+        raise ModelError(f"{config} {error}; choose another checkpoint") from None
+    except (ArtifactError, RuntimeError, ValueError, LookupError, AttributeError, TypeError, re.error) as error:
         raise ModelError(f"the adapter in {adapter_dir} does not fit the base model: {error}") from error
     # peft only warns of tensors that are missing or left over, and then evaluates an adapter that is partly random.
     difference = stored.keys() ^ get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
