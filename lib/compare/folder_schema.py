@@ -202,10 +202,8 @@ def check_folder(folder: Path, *, for_report: bool = False) -> None:
 
 def files_of(folder: Path) -> dict[Path, int]:
     """``list_files`` of a results folder, or of one run and the untuned rows beside it."""
-    beside = folder.parent / "untuned"
-    with_beside = folder.name.startswith("run_") and os.path.lexists(beside)
-    held = list_files(folder) if folder.is_dir() else {}
-    return held | (list_files(beside) if with_beside else {})
+    beside = [folder.parent / "untuned"] if folder.name.startswith("run_") else []
+    return {path: size for one in (folder, *beside) for path, size in list_files(one).items()}
 
 
 def _check_files(folder: Path, for_report: bool) -> None:

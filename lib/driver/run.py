@@ -26,7 +26,6 @@ from lib.record.paths import COMPARE_STAGE, DRIVER_VARIABLE, PROJECT_ROOT, Artif
 from lib.record.plain_files import list_files
 from lib.record.redaction import clean_value, home_folder
 from lib.record.terminal import as_typed, fail, tell
-from lib.reports.pages import refuse_links
 
 # A run that starts on a disk as full as this only fails later, in the middle of its training.
 MIN_FREE_BYTES = 20_000_000
@@ -121,7 +120,7 @@ def ensure_home() -> None:
 def run_all(args: argparse.Namespace, plans: list[Plan], environments: list[dict[str, str]]) -> int:
     """Run every preset, in the ``environments`` of ``places``, then the comparison; returns the exit status."""
     results, reports = output_folders(args)
-    refuse_links(reports)
+    list_files(reports)  # refuses links
     check_writable(reports)
     set_kernel_environment(args.offline)
     # Every path was resolved before; from here on the project is the working directory, as in the kernels.

@@ -23,6 +23,8 @@ def list_files(folder: Path) -> dict[Path, int]:
     def refuse(error: OSError) -> None:
         raise ArtifactError(f"{display_path(Path(error.filename or folder))} cannot be read ({error.strerror})")
 
+    if not os.path.lexists(folder):
+        return {}
     if folder.is_symlink():
         raise ArtifactError(_why_not_plain(folder, is_link=True))
     sizes: dict[Path, int] = {}

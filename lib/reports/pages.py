@@ -1,4 +1,4 @@
-"""HTML pages that we write: what a browser lets them do, which of them were made here, and that none is a link."""
+"""HTML pages that we write: what a browser lets them do and which of them were made here."""
 
 import base64
 import hashlib
@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lib.record.files import sha256_file
-from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path
+from lib.record.paths import PROJECT_ROOT
 
 # The SHA-256 and size of every filled notebook's page made by this copy of the project, one page per line. Not in a
 # results folder, which others hand in.
@@ -56,11 +56,3 @@ def is_made_here(page: Path) -> bool:
     # The size first: a file of many gigabytes is never read.
     hashes = {line[:64] for line in lines if line[64:] == f" {page.stat().st_size}"}
     return bool(hashes) and sha256_file(page) in hashes
-
-
-def refuse_links(folder: Path) -> None:
-    """Raise ArtifactError if a folder to be written, or anything in it, is a link: what it leads to would change."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_symlink():
-            fault = f"{display_path(path)} is a link, and nothing is written through one"
-            raise ArtifactError(f"{fault}; delete it, or choose another --output-dir")

@@ -27,9 +27,10 @@ from lib.evaluate import response_kinds
 from lib.record.files import write_text
 from lib.record.manifest import is_redacted, recorded_outputs
 from lib.record.paths import COMPARE_STAGE, STAGES, RunPaths, results_root
+from lib.record.plain_files import list_files
 from lib.record.redaction import clean_value
 from lib.record.rows import row_id
-from lib.reports.pages import content_policy, is_made_here, refuse_links
+from lib.reports.pages import content_policy, is_made_here
 from lib.reports.tables import rate_cells
 
 ASSETS_DIR = Path(__file__).resolve().parent / "site_assets"
@@ -49,7 +50,7 @@ Row = Mapping[str, Any]
 
 def write_site(results_dir: str, reports_dir: Path, *, redact: bool = False) -> Path:
     """Write ``reports_dir/index.html`` over every run of a results folder; ``redact`` leaves AILuminate's texts out."""
-    refuse_links(reports_dir)
+    list_files(reports_dir)  # refuses links
     plots_dir = results_root(results_dir) / COMPARE_STAGE / "plots"
     page = render(load_runs(results_dir), reports_dir=reports_dir, plots_dir=plots_dir, redact=redact)
     write_text(reports_dir / INDEX, page)

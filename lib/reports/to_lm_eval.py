@@ -18,8 +18,8 @@ from lib.compare.runs import MetricScore, Run, load_runs, untuned_runs
 from lib.record.files import write_json
 from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import results_root
+from lib.record.plain_files import list_files
 from lib.record.rows import row_id, write_jsonl
-from lib.reports.pages import refuse_links
 from lib.stats import effective_size
 
 Row = Mapping[str, Any]
@@ -45,7 +45,7 @@ def export_lm_eval(
     runs = load_runs(results_dir, run_names)
     now = (now or datetime.now(UTC)).astimezone(UTC)
     root = results_root(results_dir) / FOLDER
-    refuse_links(root)
+    list_files(root)  # refuses links
     adapters = [run.parameters.get("checkpoint") or f"run_{run.name}/02_train/adapter" for run in runs]
     tuned = [_export_run(run, root, now, adapter, redact) for run, adapter in zip(runs, adapters, strict=True)]
     return tuned + [_export_run(run, root, now, None, redact) for run in untuned_runs(runs)]

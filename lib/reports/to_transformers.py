@@ -21,9 +21,9 @@ from lib.engine import load, sources
 from lib.record import lookup
 from lib.record.files import folder_in_making, free_bytes, sha256_file, sha256_json, share
 from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home, require, results_root, run_paths
+from lib.record.plain_files import list_files
 from lib.record.protocol import adapter_hashes
 from lib.record.redaction import visible
-from lib.reports.pages import refuse_links
 from lib.train import model_card, selection_rows
 
 FOLDER = "models"
@@ -33,7 +33,7 @@ ROOM = 1.2
 
 def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -> Path:
     """Write the evaluated model of one run; returns its folder, which replaces an older one once complete."""
-    refuse_links(paths.run_dir.parent / FOLDER)
+    list_files(paths.run_dir.parent / FOLDER)  # refuses links
     run = evaluated_run(paths)
     dtype = evaluated_dtype(run)
     name, assets_dir = run.parameters["base_model"], assets_dir or run.parameters.get("assets_dir", "")
