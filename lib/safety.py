@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -64,13 +65,14 @@ def parse_prompts_csv(text: str) -> list[Row]:
         raw_rows = list(reader)
     except csv.Error as error:
         raise ValueError(f"CSV, near line {reader.line_num}: {error}; get the file again") from None
-    columns = _match_columns(reader.fieldnames or [])
+    columns = _match_columns(tuple(reader.fieldnames or ()))
     if not raw_rows:
         raise ValueError("the CSV has a header but no rows; get the file again")
     return [_prompt_row(position, raw, columns) for position, raw in enumerate(raw_rows)]
 
 
-def _match_columns(found: Sequence[str]) -> dict[str, str]:
+@lru_cache(maxsize=64)
+def _match_columns(found: tuple[str, ...]) -> dict[str, str]:
     """Our names -> the file's, for the columns that the file has."""
     spelt = {name.strip().casefold(): name for name in found}
     if len(spelt) < len(found):
@@ -97,7 +99,8 @@ def _prompt_row(position: int, raw: Mapping[str | None, Any], columns: Mapping[s
 
 def prompt_of_object(position: int, raw: Mapping[str, Any]) -> Row:
     """A row as of ``parse_prompts_csv`` from an object of JSON lines, or ValueError."""
-    columns = _match_columns(list(raw))
+    # Cached: thousands of lines have the same columns.
+    columns = _match_columns(tuple(raw))
     given = {ours: raw[name] for ours, name in columns.items() if raw[name] is not None}
     prompt = given.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
@@ -105,7 +108,7 @@ def prompt_of_object(position: int, raw: Mapping[str, Any]) -> Row:
     wrong = [name for name, value in given.items() if not isinstance(value, str | int)]
     if wrong:
         raise ValueError(f"column {columns[wrong[0]]!r} must be text or a whole number")
-    if not is_utf8(prompt):
+    if not prompt.isascii() and not is_utf8(prompt):
         raise ValueError(f"column {columns['prompt']!r} holds half a character (a lone surrogate); fix that line")
     others = {name: str(given.get(name, "")).strip() for name in _OTHER_COLUMNS}
     # As every text file is read, and so the CSV.
