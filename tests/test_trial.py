@@ -93,10 +93,10 @@ def test_trying_a_real_template_costs_less_than_a_tenth_of_a_second(name):
         # Another text each time: a template that was compiled before is cached.
         template = f"{tokenizer.chat_template}{{# {number} #}}"
         render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
-        started = time.perf_counter()
+        # Of this process and its children: the machine has other work.
+        started = sum(os.times()[:4])
         trial.try_template(render, template)
-        costs.append(time.perf_counter() - started)
-    print(min(costs))
+        costs.append(sum(os.times()[:4]) - started)
     assert min(costs) < 0.1
 
 
