@@ -91,7 +91,9 @@ class RunAudit:
         where = self.audit.assets_dir or self.known.get("assets_dir", ""), self.audit.offline
         source = sources.resolve_model(self.known[name], self.known[revision], *where)
         if source.folder.resolve().is_relative_to(self.audit.folder):
-            raise ArtifactError(f"{name} is {self.known[name]!r}, in the folder under audit: only adapters may be there")
+            raise ArtifactError(
+                f"{name} is {self.known[name]!r}, in the folder under audit: only adapters may be there"
+            )
         return source
 
     def _protocol(self, metric: str) -> Row:
@@ -162,7 +164,9 @@ class RunAudit:
             return self._texts(engine, "safety", chats, claimed, texts, self.known["judge_max_new_tokens"])
         shares = engine.label_probabilities(chats, labels=safety.LABELS)
         dtype = load.DTYPES[self.dtype("safety")]
-        return [_score(engine, chat, row, safe, dtype) for chat, row, (safe, _) in zip(chats, rows, shares, strict=True)]
+        return [
+            _score(engine, chat, row, safe, dtype) for chat, row, (safe, _) in zip(chats, rows, shares, strict=True)
+        ]
 
     def _texts(
         self, engine: Engine, metric: str, chats: list, rows: Sequence[Row], texts: Sequence[str], limit: int
@@ -253,13 +257,17 @@ def audit_folder(audit: Audit) -> bool:
         try:
             checks = RunAudit(load_run(paths), audit)
             tell(f"run_{paths.name}: base model {checks.base.identity}")
+            for score in checks.run.metrics.values():
+                tell(f"run_{paths.name}, {score.name}: {score.status}") if not score.rows else None
             equal = all([show(*one) for one in checks.check(done)]) and equal
         except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
             fail(f"--audit, run {paths.name!r}: {error}")
             equal = False
         except (KeyError, TypeError, ValueError) as error:
             # Parameters and rows were written by others.
-            fail(f"--audit, run {paths.name!r}: its parameters or rows cannot be used ({type(error).__name__}: {error})")
+            fail(
+                f"--audit, run {paths.name!r}: its parameters or rows cannot be used ({type(error).__name__}: {error})"
+            )
             equal = False
     if not done:
         fail(f"--audit: no row of {display_path(audit.folder)} was made again")

@@ -16,7 +16,7 @@ def run_command(args: argparse.Namespace) -> int:
     args.params_dir = args.params_dir.resolve()
     if args.list:
         return show_list(args)
-    if args.audit and not args.verify or args.audit_seed is not None and not args.audit:
+    if (args.audit and not args.verify) or (args.audit_seed is not None and not args.audit):
         missing = "--audit K" if args.verify else "--verify DIR"
         raise UsageError(f"rows are drawn from a finished folder: add {missing} (--verify DIR --audit 5)")
     if args.verify or args.export or args.report_only or args.track:
