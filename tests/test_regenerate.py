@@ -136,7 +136,7 @@ def test_an_edited_row_of_the_untuned_model_or_of_a_scale_differs(results, capfd
     assert not audit(results)
     output = capfd.readouterr()
     assert re.findall(r"DIFFERS (\S+), (\w+), id (\d)", output.err) == [
-        (f"untuned/{untuned.name}", "answers", "2"),
+        (f"untuned/{untuned.name}", "texts", "2"),
         (f"{RUN}/04_eval_safety/scales/{scale.name}", "verdicts", "3"),
     ]
 
@@ -169,7 +169,7 @@ def test_five_rows_catch_20_edited_answers_of_24_by_every_seed(results):
     forger.forge(results, results / ANSWERS, forger.gold_answer, ids=range(2, 22))
     assert not verify_folder(results)[1], verify_folder(results)[1]
     run = load_run(RunPaths("sandbox_one", results / RUN))
-    checked = {name: rows for name, _, rows in RunAudit(run, Audit(results, 24, 0)).check(set())}[f"{ANSWERS}, answers"]
+    checked = {name: rows for name, _, rows in RunAudit(run, Audit(results, 24, 0)).check(set())}[f"{ANSWERS}, texts"]
     edited = {row.row_id for row in checked if row.difference}
     assert edited == set(range(2, 22))
     for seed in range(100):
@@ -291,13 +291,19 @@ def test_the_sentence_about_edited_rows():
 
 
 def test_the_command_line(results, capfd):
-    command = ["--verify", str(results), "--audit", "2", "--offline"]
-    assert run_all.main([*command, "--audit-seed", "7"]) == 0
-    output = capfd.readouterr().out
-    assert output.index("mismatches") < output.index("audit: 2 rows of each file, drawn by --audit-seed 7")
-    assert "2 of 2 rows made again" in output
     forger.forge(results, results / VERDICTS, forger.called_safe)
-    assert run_all.main(command) == 1
+    assert run_all.main(["--verify", str(results), "--audit", "2", "--audit-seed", "7", "--offline"]) == 1
+    output = capfd.readouterr()
+    assert "\n0 mismatches; " in output.out
+    assert output.out.index("mismatches") < output.out.index("audit: 2 rows of each file, drawn by --audit-seed 7")
+    assert f"{ANSWERS}, texts: 2 of 2 rows made again" in output.out and output.err.count(f"DIFFERS {VERDICTS}") == 2
+
+
+def test_an_untouched_folder_ends_with_0_and_a_broken_one_with_1(results, capfd):
+    command = ["--rows", "1", "--seed", "3", "--offline", str(results)]
+    assert regenerate.main(command) == 0
+    (results / ANSWERS).write_text("{")
+    assert regenerate.main(command) == 1 and "not JSON" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
