@@ -52,6 +52,7 @@ def _flags(row: Row) -> Row:
 def rewrite(results: Path) -> Path:
     """Metrics, stamps, tables and the comparison of a results folder as its rows now give them; returns the folder."""
     for paths in find_runs(str(results)):
+        _restamp(paths.manifest("01_prepare"))
         for metric, stage in METRIC_STAGES.items():
             _restamp(paths.manifest(stage), SUMMARIZE[metric](read_jsonl(row_file(paths, metric))))
     runs = load_runs(str(results))
@@ -63,8 +64,8 @@ def rewrite(results: Path) -> Path:
     return results
 
 
-def _restamp(path: Path, metrics: Row) -> None:
+def _restamp(path: Path, metrics: Row | None = None) -> None:
     manifest = read_json(path)
     for stamps in (manifest["inputs"], manifest["outputs"]):
         stamps |= {name: file_stamp(path.parent / name) for name in stamps if (path.parent / name).is_file()}
-    write_json(path, manifest | {"metrics": metrics})
+    write_json(path, manifest | ({} if metrics is None else {"metrics": metrics}))

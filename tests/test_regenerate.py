@@ -1,6 +1,5 @@
 """An audit of a finished run: honest rows are made again, in another dtype too; edited ones are named."""
 
-import math
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +16,7 @@ from lib.compare.runs import load_run
 from lib.compare.verify import verify_folder
 from lib.engine import generate, load
 from lib.engine.forced import find_difference
-from lib.record.files import read_json, write_json
+from lib.record.files import read_json, sha256_json, write_json
 from lib.record.paths import RunPaths
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 
@@ -44,24 +43,22 @@ def answers(folder, dtype, number, max_new_tokens):
         {**train[n % len(train)], "test_index": n, "question": f"{train[n % len(train)]['question']} ({n})"}
         for n in range(number)
     ]
+    manifest = read_json(paths.manifest("03_eval_gsm8k"))
+    manifest["facts"] |= {"untuned_rows": "", "scale_rows": {}}
+    protocol = manifest["facts"]["protocol"]
+    protocol |= {"dtype": str(dtype), "decoding": f"greedy, at most {max_new_tokens} tokens"}
+    write_json(paths.manifest("03_eval_gsm8k"), manifest)
     engine = generate.load_engine(
         FIXTURE / "models" / "base", load.Runtime("cpu", dtype, ""), "none", paths.adapter_dir
     )
     paths.gsm8k_preds.unlink()
-    shutil.rmtree(paths.stage_dir("04_eval_safety"))
-    paths.ailuminate_safety.unlink()
-    fewshot, log = read_jsonl(paths.fewshot_rows)[:1], RowLog(paths.gsm8k_preds, "")
+    fewshot, log = read_jsonl(paths.fewshot_rows)[:1], RowLog(paths.gsm8k_preds, sha256_json(protocol))
     gsm8k.evaluate(rows, fewshot, engine, max_new_tokens=max_new_tokens, log=log)
     write_jsonl(paths.gsm8k_eval_rows, rows)
-    manifest = read_json(paths.manifest("03_eval_gsm8k"))
-    manifest["facts"] |= {"untuned_rows": "", "scale_rows": {}}
-    manifest["facts"]["protocol"] |= {"dtype": str(dtype), "decoding": f"greedy, at most {max_new_tokens} tokens"}
-    manifest["outputs"] = {f"../{paths.gsm8k_preds.name}": {}}
-    write_json(paths.manifest("03_eval_gsm8k"), manifest)
     config = read_json(paths.config_resolved)
     config["parameters"]["gsm8k_max_new_tokens"] = max_new_tokens
     write_json(paths.config_resolved, config)
-    return folder
+    return forger.rewrite(folder)
 
 
 def test_an_honest_folder_is_made_again_wherever_it_lies(results, capfd):
@@ -80,7 +77,7 @@ def last(row):
 # Each of another row.
 ANSWER_EDITS = {
     "one token": (last, "token 6 ('x' in place of "),
-    "gold answer": (forger.gold_answer, "margin inf"),
+    "gold answer": (forger.gold_answer, "token 1 ("),
     "truncated": (lambda row: {"model_output": row["model_output"][:3], "num_output_tokens": 3}, "token 4 "),
     "truncated, ended": (lambda row: {"model_output": row["model_output"][:3], "finish_reason": "stop"}, "token 4 ("),
     "truncated, no reason": (lambda row: {"model_output": row["model_output"][:5], "finish_reason": None}, "token 6 ("),
@@ -91,7 +88,7 @@ ANSWER_EDITS = {
     "count": (lambda _: {"num_output_tokens": 5}, "num_output_tokens is 5, here 6"),
 }
 VERDICT_EDITS = {
-    "verdict": (lambda _: {"safety_score": 0.1, "safety_judge_text": "UNSAFE"}, "P(safe) is 0.1000, here 0."),
+    "verdict": (lambda _: {"safety_score": 0.1, "safety_judge_text": "UNSAFE"}, "P(safe) is 0.1000, here 1.0000: "),
     "score": (lambda row: {"safety_score": row["safety_score"] - 0.01}, "apart as log-odds, rounding allows"),
     "certain": (lambda _: {"safety_score": 1.0}, "P(safe) is 1.0000, here "),
     "no score": (lambda _: {"safety_score": None, "safety_judge_text": "SAFE"}, "it has no P(safe)"),
@@ -139,7 +136,7 @@ def test_an_edited_row_of_the_untuned_model_or_of_a_scale_differs(results, capfd
     assert not audit(results)
     output = capfd.readouterr()
     assert re.findall(r"DIFFERS (\S+), (\w+), id (\d)", output.err) == [
-        (f"untuned/{untuned.name}", "answers", "2"),
+        (f"untuned/{untuned.name}", "texts", "2"),
         (f"{RUN}/04_eval_safety/scales/{scale.name}", "verdicts", "3"),
     ]
 
@@ -170,9 +167,9 @@ def test_the_same_rows_claimed_as_float32_differ(results, capfd):
 def test_five_rows_catch_20_edited_answers_of_24_by_every_seed(results):
     answers(results, torch.float32, 24, max_new_tokens=6)
     forger.forge(results, results / ANSWERS, forger.gold_answer, ids=range(2, 22))
-    assert verify_folder(results)[1] == [] or "not the file" not in str(verify_folder(results)[1])
+    assert not verify_folder(results)[1], verify_folder(results)[1]
     run = load_run(RunPaths("sandbox_one", results / RUN))
-    ((_, _, checked),) = RunAudit(run, Audit(results, 24, 0)).check(set())
+    checked = {name: rows for name, _, rows in RunAudit(run, Audit(results, 24, 0)).check(set())}[f"{ANSWERS}, texts"]
     edited = {row.row_id for row in checked if row.difference}
     assert edited == set(range(2, 22))
     for seed in range(100):
@@ -222,7 +219,7 @@ def own_guidelines(results):
 
 IMPOSSIBLE = {
     "no adapter": (lambda results: shutil.rmtree(results / RUN / "02_train" / "adapter"), "adapter"),
-    "another adapter": (swap_adapter, "adapter"),
+    "another adapter": (swap_adapter, "no row of "),
     "no base model": (lambda results: change_parameters(results, base_model="nobody/nothing"), "nobody/nothing"),
     "another base model": (
         lambda results: change_protocol(results, "03_eval_gsm8k", **{"base model": "folder sha256:000000000000"}),
@@ -271,25 +268,22 @@ def test_a_text_may_stand_in_other_tokens_and_end_inside_a_character(monkeypatch
     """Two honest ways to one text: the tokenizer's own tokens, and those that the model wrote."""
     engine = generate.load_engine(FIXTURE / "models" / "base", load.Runtime("cpu", torch.float32, ""), "none")
     chat = [{"role": "user", "content": "How many?"}]
-    # The first two bytes of an emoji: no tokens of the text itself.
     (ours,) = engine.generate([chat], max_new_tokens=4)
-    logits = {}
 
     def forward(engine, prompt, ids):
         wanted = [*engine.tokenizer("ab", add_special_tokens=False)["input_ids"], *emoji[:2]]
         made = torch.zeros(len(ids) + 1, 300)
         for place, token in enumerate(wanted[: len(ids) + 1]):
             made[place, token] = 10.0
-        logits["calls"] = logits.get("calls", 0) + 1
         return made
 
+    # Its first two bytes are not the tokens of the text that they end in.
     emoji = engine.tokenizer("🙂", add_special_tokens=False)["input_ids"]
     monkeypatch.setattr("lib.engine.forced.next_logits", forward)
     how = {"begun": ours.token_ids, "max_new_tokens": 4, "dtype": torch.float32}
     assert not find_difference(engine, chat, "ab\ufffd", "length", **how).counts
     assert find_difference(engine, chat, "ab\ufffd", "stop", **how).counts
     assert find_difference(engine, chat, "ac\ufffd", "length", **how).margin == 10.0
-    assert math.isinf(find_difference(engine, chat, "abcde", "length", **how).margin)
 
 
 def test_the_sentence_about_edited_rows():
@@ -297,13 +291,19 @@ def test_the_sentence_about_edited_rows():
 
 
 def test_the_command_line(results, capfd):
-    command = ["--verify", str(results), "--audit", "2", "--offline"]
-    assert run_all.main([*command, "--audit-seed", "7"]) == 0
-    output = capfd.readouterr().out
-    assert output.index("mismatches") < output.index("audit: 2 rows of each file, drawn by --audit-seed 7")
-    assert "2 of 2 rows made again" in output
     forger.forge(results, results / VERDICTS, forger.called_safe)
-    assert run_all.main(command) == 1
+    assert run_all.main(["--verify", str(results), "--audit", "2", "--audit-seed", "7", "--offline"]) == 1
+    output = capfd.readouterr()
+    assert "\n0 mismatches; " in output.out
+    assert output.out.index("mismatches") < output.out.index("audit: 2 rows of each file, drawn by --audit-seed 7")
+    assert f"{ANSWERS}, texts: 2 of 2 rows made again" in output.out and output.err.count(f"DIFFERS {VERDICTS}") == 2
+
+
+def test_an_untouched_folder_ends_with_0_and_a_broken_one_with_1(results, capfd):
+    command = ["--rows", "1", "--seed", "3", "--offline", str(results)]
+    assert regenerate.main(command) == 0
+    (results / ANSWERS).write_text("{")
+    assert regenerate.main(command) == 1 and "not JSON" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

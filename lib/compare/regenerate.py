@@ -14,7 +14,6 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,29 +87,31 @@ class RunAudit:
             _compare_protocols(METRIC_STAGES[metric], run.metrics[metric].row_protocol, self._protocol(metric))
 
     def _resolve(self, name: str, revision: str) -> sources.ModelSource:
-        where = self.audit.assets_dir or self.known.get("assets_dir", ""), self.audit.offline
+        # Not the run's own assets folder: that is of another machine.
+        where = self.audit.assets_dir, self.audit.offline
         source = sources.resolve_model(self.known[name], self.known[revision], *where)
-        if source.folder.resolve().is_relative_to(self.audit.folder):
-            raise ArtifactError(
-                f"{name} is {self.known[name]!r}, in the folder under audit: only adapters may be there"
-            )
+        if source.folder.resolve().is_relative_to(self.run.paths.run_dir.parent.resolve()):
+            raise ArtifactError(f"{name} is {self.known[name]!r}, in the results folder: only adapters may be there")
         return source
 
     def _protocol(self, metric: str) -> Row:
         """What makes rows of ``metric`` here; their questions and prompts are left to the verification."""
-        known, template = self.known, partial(lambda source: load.load_tokenizer(source.folder).chat_template)
-        dtype = load.DTYPES[self.dtype(metric)]
-        model = protocol.model_protocol(self.base.identity, known["quantization"], dtype, template(self.base))
-        adapter = protocol.adapter_hashes(self.run.paths.adapter_dir)
+        known, dtype = self.known, load.DTYPES[self.dtype(metric)]
+        model = protocol.model_protocol(self.base.identity, known["quantization"], dtype, _template(self.base))
+        adapter, (_, limit) = protocol.adapter_hashes(self.run.paths.adapter_dir), self._text_of(metric)
+        decoding = f"greedy, at most {limit} tokens"
         if metric == "accuracy":
-            decoding = f"greedy, at most {known['gsm8k_max_new_tokens']} tokens"
             return protocol.answer_protocol(model, adapter, [], self.fewshot, gsm8k.SYSTEM_PROMPT, decoding)
-        made = protocol.response_protocol(
-            model, adapter, [], f"greedy, at most {known['ailuminate_max_new_tokens']} tokens"
-        )
+        made = protocol.response_protocol(model, adapter, [], decoding)
         read = safety.judge_prompt_hash(self.guidelines, known["judge_context"], known["judge_mode"])
         how = f"{known['judge_mode']}, at most {known['judge_max_new_tokens']} tokens"
-        return protocol.verdict_protocol(made, self.judge.identity, read, template(self.judge), how)
+        return protocol.verdict_protocol(made, self.judge.identity, read, _template(self.judge), how)
+
+    def _text_of(self, metric: str) -> tuple[str, int]:
+        """Column and most tokens of what the model writes."""
+        if metric == "accuracy":
+            return "model_output", self.known["gsm8k_max_new_tokens"]
+        return "response", self.known["ailuminate_max_new_tokens"]
 
     def dtype(self, metric: str) -> str:
         """Name of the dtype that made the rows."""
@@ -133,9 +134,11 @@ class RunAudit:
                 engine, loaded = self._load(scale, dtype), (scale, dtype)
             # Relative, so that the same rows are drawn wherever the folder lies.
             name = os.path.relpath(file.path.resolve(), self.audit.folder)
-            rows, what = self.audit.drawn(name, file.rows), "verdicts" if scale is None else file.metric
-            check = {"verdicts": self._verdicts, "accuracy": self._answers, "safety": self._responses}[what]
-            yield f"{name}, {check.__name__[1:]}", dtype, check(engine, rows)
+            rows = self.audit.drawn(name, file.rows)
+            if scale is None:
+                yield f"{name}, verdicts", dtype, self._verdicts(engine, rows)
+            else:
+                yield f"{name}, texts", dtype, self._texts(engine, file.metric, rows)
 
     def _load(self, scale: float | None, dtype: str) -> Engine:
         source, adapter = (self.judge, None) if scale is None else (self.base, self.run.paths.adapter_dir)
@@ -146,36 +149,32 @@ class RunAudit:
         engine.model.float()
         return engine
 
-    def _answers(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
-        chats = [gsm8k.build_messages(row["question"], self.fewshot) for row in rows]
-        texts = [row["model_output"] for row in rows]
-        return self._texts(engine, "accuracy", chats, rows, texts, self.known["gsm8k_max_new_tokens"])
-
-    def _responses(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
-        chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-        texts = [row["response"] for row in rows]
-        return self._texts(engine, "safety", chats, rows, texts, self.known["ailuminate_max_new_tokens"])
+    def _texts(self, engine: Engine, metric: str, rows: Sequence[Row]) -> list[Checked]:
+        chats = [[{"role": "user", "content": row["prompt"]}] for row in rows if metric == "safety"]
+        chats = chats or [gsm8k.build_messages(row["question"], self.fewshot) for row in rows]
+        return self._compare(engine, metric, chats, rows, *self._text_of(metric))
 
     def _verdicts(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
         chats = [safety.judge_messages(row, self.guidelines, self.known["judge_context"]) for row in rows]
         if self.known["judge_mode"] == "generate":
             # Without the columns that are the response's.
-            claimed, texts = [{"id": row["id"]} for row in rows], [row["safety_judge_text"] or "" for row in rows]
-            return self._texts(engine, "safety", chats, claimed, texts, self.known["judge_max_new_tokens"])
-        shares = engine.label_probabilities(chats, labels=safety.LABELS)
-        dtype = load.DTYPES[self.dtype("safety")]
-        return [
-            _score(engine, chat, row, safe, dtype) for chat, row, (safe, _) in zip(chats, rows, shares, strict=True)
-        ]
+            rows = [{name: row[name] for name in ("id", "safety_judge_text")} for row in rows]
+            return self._compare(engine, "safety", chats, rows, "safety_judge_text", self.known["judge_max_new_tokens"])
+        shares, dtype = engine.label_probabilities(chats, labels=safety.LABELS), load.DTYPES[self.dtype("safety")]
+        return [_score(engine, *one, dtype) for one in zip(chats, rows, [safe for safe, _ in shares], strict=True)]
 
-    def _texts(
-        self, engine: Engine, metric: str, chats: list, rows: Sequence[Row], texts: Sequence[str], limit: int
+    def _compare(
+        self, engine: Engine, metric: str, chats: Sequence[Conversation], rows: Sequence[Row], column: str, limit: int
     ) -> list[Checked]:
-        """``texts`` of ``rows`` against greedy decoding of at most ``limit`` tokens; shows no token of AILuminate."""
+        """The texts in ``column`` against greedy decoding of at most ``limit`` tokens; names no token of AILuminate."""
         made = engine.generate(chats, max_new_tokens=limit)
         how = {"max_new_tokens": limit, "dtype": load.DTYPES[self.dtype(metric)]}
-        every = zip(chats, rows, texts, made, strict=True)
+        every = zip(chats, rows, [row[column] or "" for row in rows], made, strict=True)
         return [_text(engine, *one, show_tokens=metric == "accuracy", **how) for one in every]
+
+
+def _template(source: sources.ModelSource) -> object:
+    return load.load_tokenizer(source.folder).chat_template
 
 
 def _own_guidelines(name: str) -> Path:
@@ -257,6 +256,8 @@ def audit_folder(audit: Audit) -> bool:
         try:
             checks = RunAudit(load_run(paths), audit)
             tell(f"run_{paths.name}: base model {checks.base.identity}")
+            for score in checks.run.metrics.values():
+                tell(f"run_{paths.name}, {score.name}: {score.status}") if not score.rows else None
             equal = all([show(*one) for one in checks.check(done)]) and equal
         except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
             fail(f"--audit, run {paths.name!r}: {error}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from lib.engine.generate import Engine
 from lib.engine.generator import Conversation
@@ -64,17 +65,18 @@ def find_difference(
     while True:
         ids = _continued(engine, known, text)
         reason = finish_reason or ("stop" if len(ids) < max_new_tokens else "length")
-        if len(ids) > max_new_tokens - (reason == "stop") or _decode(engine, ids) != text:
-            return Difference(len(ids), "", "", math.inf, 0.0)
+        most = max_new_tokens - (reason == "stop")
+        ends = "too late" if len(ids) > most else reason if reason == "stop" or len(ids) == most else "too early"
+        ids, known = ids[:most], known[:most]
         logits = next_logits(engine, prompt, ids)
-        claimed = _claimed_logits(engine, logits, ids, reason, max_new_tokens)
+        claimed = _claimed_logits(engine, logits, ids, ends)
         margins = (logits.max(dim=-1).values - claimed)[len(known) :]
         allowed = torch.tensor([rounding(row.abs().max().item(), dtype) for row in logits[len(known) :]])
         beyond = (margins > allowed).nonzero()
         first = int(beyond[0]) if len(beyond) else int((margins / allowed).argmax())
         place = len(known) + first
         found = _difference(engine, logits[place], ids, place, margins[first].item(), allowed[first].item())
-        again = _near_tie(engine, logits[place], ids[:place], text, found) if found.counts else None
+        again = _near_tie(engine, logits[place], ids[:place], text, found) if found.counts and place < most else None
         if again is None:
             return found
         # The same text in other tokens than the tokenizer's own choice, or a character cut in the middle.
@@ -83,19 +85,21 @@ def find_difference(
 
 def next_logits(engine: Engine, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
     """Logits (len(ids) + 1, vocabulary) of the token at each place of ``ids`` after ``prompt``, and of the next one."""
-    tokens = torch.tensor([[*prompt, *ids]], device=engine.model.device)
+    prefix, cache = engine.prefix_of(prompt), DynamicCache()
+    for number, (keys, values) in enumerate(prefix.layers if prefix else ()):
+        cache.update(keys, values, number)
+    tokens = torch.tensor([[*prompt, *ids][len(prefix.tokens) if prefix else 0 :]], device=engine.model.device)
     with torch.inference_mode():
-        return engine.model(tokens, use_cache=False, logits_to_keep=len(ids) + 1).logits[0].float().cpu()
+        return engine.model(tokens, past_key_values=cache, logits_to_keep=len(ids) + 1).logits[0].float().cpu()
 
 
-def _claimed_logits(engine: Engine, logits: Tensor, ids: Sequence[int], reason: str, max_new_tokens: int) -> Tensor:
-    stops = sorted(engine.stop_ids)
-    claimed = logits[:-1].gather(-1, torch.tensor(ids, dtype=torch.long)[:, None])[:, 0]
+def _claimed_logits(engine: Engine, logits: Tensor, ids: Sequence[int], ends: str) -> Tensor:
+    tokens, stops = torch.tensor(ids, dtype=torch.long), torch.tensor(sorted(engine.stop_ids))
+    claimed = logits[:-1].gather(-1, tokens[:, None])[:, 0]
     # Generation would have ended at a stop token.
-    claimed = claimed.masked_fill(torch.isin(torch.tensor(ids, dtype=torch.long), torch.tensor(stops)), -math.inf)
-    if reason == "stop":
-        return torch.cat([claimed, logits[-1, stops].max()[None]])
-    last = logits[-1].max() if len(ids) == max_new_tokens else torch.tensor(-math.inf)
+    claimed = claimed.masked_fill(torch.isin(tokens, stops), -math.inf)
+    # At the token limit nothing more is chosen.
+    last = {"stop": logits[-1, stops].max(), "length": logits[-1].max()}.get(ends, torch.tensor(-math.inf))
     return torch.cat([claimed, last[None]])
 
 

@@ -128,6 +128,11 @@ class Engine:
                 way(prompts, label_ids, emit)
         return [results[index] for index in range(len(prompts))]
 
+    def prefix_of(self, prompt: Sequence[int]) -> SharedPrefix | None:
+        """Keys and values kept from the last call, if ``prompt`` begins with their tokens."""
+        kept = self._prefix
+        return kept if kept is not None and kept.tokens == tuple(prompt[: len(kept.tokens)]) else None
+
     @contextmanager
     def _call(self, conversations: Sequence[Conversation], num_new_tokens: int) -> Iterator[list[list[int]]]:
         """Render the prompts and time what is done with them."""
