@@ -13,7 +13,6 @@ from lib import gsm8k
 from lib.compare import regenerate
 from lib.compare.regenerate import Audit, RunAudit, audit_folder, miss_text
 from lib.compare.runs import load_run
-from lib.compare.verify import verify_folder
 from lib.engine import generate, load
 from lib.engine.forced import find_difference
 from lib.record.files import read_json, sha256_json, write_json
@@ -167,7 +166,6 @@ def test_the_same_rows_claimed_as_float32_differ(results, capfd):
 def test_five_rows_catch_20_edited_answers_of_24_by_every_seed(results):
     answers(results, torch.float32, 24, max_new_tokens=6)
     forger.forge(results, results / ANSWERS, forger.gold_answer, ids=range(2, 22))
-    assert not verify_folder(results)[1], verify_folder(results)[1]
     run = load_run(RunPaths("sandbox_one", results / RUN))
     checked = {name: rows for name, _, rows in RunAudit(run, Audit(results, 24, 0)).check(set())}[f"{ANSWERS}, texts"]
     edited = {row.row_id for row in checked if row.difference}
