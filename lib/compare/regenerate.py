@@ -251,26 +251,26 @@ def audit_folder(audit: Audit) -> bool:
     check_folder(audit.folder)
     alone = RunPaths(audit.folder.name.removeprefix("run_"), audit.folder)
     done: set[Path] = set()
-    equal = True
-    for paths in find_runs(str(audit.folder)) or [alone]:
-        try:
-            checks = RunAudit(load_run(paths), audit)
-            tell(f"run_{paths.name}: base model {checks.base.identity}")
-            for score in checks.run.metrics.values():
-                tell(f"run_{paths.name}, {score.name}: {score.status}") if not score.rows else None
-            equal = all([show(*one) for one in checks.check(done)]) and equal
-        except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
-            fail(f"--audit, run {paths.name!r}: {error}")
-            equal = False
-        except (KeyError, TypeError, ValueError) as error:
-            # Parameters and rows were written by others.
-            fail(
-                f"--audit, run {paths.name!r}: its parameters or rows cannot be used ({type(error).__name__}: {error})"
-            )
-            equal = False
+    equal = [_audit_run(paths, audit, done) for paths in find_runs(str(audit.folder)) or [alone]]
     if not done:
         fail(f"--audit: no row of {display_path(audit.folder)} was made again")
-    return equal and bool(done)
+    return all(equal) and bool(done)
+
+
+def _audit_run(paths: RunPaths, audit: Audit, done: set[Path]) -> bool:
+    try:
+        checks = RunAudit(load_run(paths), audit)
+        tell(f"run_{paths.name}: base model {checks.base.identity}")
+        for score in checks.run.metrics.values():
+            if not score.rows:
+                tell(f"run_{paths.name}, {score.name}: {score.status}")
+        return all([show(*one) for one in checks.check(done)])
+    except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
+        fail(f"--audit, run {paths.name!r}: {error}")
+    except (KeyError, TypeError, ValueError) as error:
+        # Parameters and rows were written by others.
+        fail(f"--audit, run {paths.name!r}: its parameters or rows cannot be used ({type(error).__name__}: {error})")
+    return False
 
 
 def miss_text(num_rows: int) -> str:
