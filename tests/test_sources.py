@@ -587,6 +587,7 @@ MISSPELT = [
     ("data/sandbx", "did you mean 'data/sandbox'?"),
     ("data/sandbox/ailuminate.cvs", "did you mean 'data/sandbox/ailuminate.csv'?"),
     ("params", "params holds neither ailuminate.csv nor ailuminate.jsonl"),
+    ("data", "data holds neither ailuminate.csv nor ailuminate.jsonl"),
     ("https://example.org/prompts.csv", "is not there"),
 ]
 
@@ -598,8 +599,19 @@ def test_a_misspelt_prompt_source_names_what_is_allowed_and_meant(given, words):
     message = str(caught.value)
     allowed = "allowed: 'mlcommons', 'class', a CSV or JSON lines file, or a folder with ailuminate.csv or"
     assert f"ailuminate_source is {given!r}; {allowed}" in message and words in message
+    assert ("did you mean" in words) == ("did you mean" in message)
     # What is not there will not come: no "not measured" hours later.
     assert not isinstance(caught.value, AssetUnavailable)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    file = _write(tmp_path / "mine.csv", "prompt\nOne?\n")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(AssetError, match=r"mine\.csv cannot be read \(Permission denied\)"):
+        datasets.load_ailuminate(str(file), "all")
 
 
 def test_a_text_that_can_be_no_path_is_refused():

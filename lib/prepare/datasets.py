@@ -254,7 +254,7 @@ def _own_prompts(ailuminate_source: str) -> Path:
         files = [path / name for name in OWN_PROMPT_FILES] if path.is_dir() else [path]
         if found := [file for file in files if file.is_file()]:
             return found[0]
-        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() and not path.is_dir() else []
     except OSError as error:
         raise AssetError(f"ailuminate_source: {ailuminate_source[:80]!r}: {error.strerror}") from None
     names = ", ".join(map(repr, PROMPT_SOURCES))
@@ -387,7 +387,11 @@ def load_own(file: Path, parse: Callable[[bytes, str], list[Row]], allowed: str)
     """Rows of a file that a person brought; AssetUnavailable, beginning with ``allowed``, where it is not there."""
     if not file.is_file():
         raise AssetUnavailable(f"{allowed}; {shown_path(file)} is not there")
-    rows = parse(file.read_bytes(), shown_path(file))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise AssetError(f"{shown_path(file)} cannot be read ({error.strerror})") from None
+    rows = parse(data, shown_path(file))
     ours = file.parent == SANDBOX_DIR
     origin, licence, home = ("bundled", "Apache-2.0", "this project") if ours else ("local folder", UNSTATED, "")
     return rows, Source(file.name, origin, shown_path(file), file, content_sha256(rows), len(rows), licence, home)
