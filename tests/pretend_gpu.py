@@ -23,8 +23,32 @@ CUDA = torch.device("cuda", 0)
 GIB = 2**30
 # Operators that launch nothing.
 VIEWS = frozenset(
-    """view _unsafe_view expand permute transpose t slice select unsqueeze squeeze alias detach as_strided split unbind
-    split_with_sizes lift_fresh _reshape_alias diagonal unfold empty empty_like empty_strided new_empty""".split()
+    [
+        "view",
+        "_unsafe_view",
+        "expand",
+        "permute",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "alias",
+        "detach",
+        "as_strided",
+        "split",
+        "unbind",
+        "split_with_sizes",
+        "lift_fresh",
+        "_reshape_alias",
+        "diagonal",
+        "unfold",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+    ]
 )
 # Operators that CUDA allows between devices.
 MAY_MIX = {"_to_copy", "copy_", "index", "index_put", "index_put_", "_index_put_impl_", "_fused_adamw_", "set_data"}
