@@ -1,5 +1,6 @@
 """The engine writes what plain greedy decoding writes, whatever the batch, the prefix and the memory."""
 
+import math
 import warnings
 
 import pytest
@@ -556,7 +557,7 @@ def plain_attention(query, key, value, scale):
 @pytest.mark.parametrize("kernel", [True, False])
 def test_causal_attention(kernel, monkeypatch):
     monkeypatch.setattr(attention, "has_kernel", lambda query: kernel)
-    monkeypatch.setattr(attention, "NUM_QUERIES", 3)
+    monkeypatch.setitem(attention.NUM_QUERIES, "cpu", 3)
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 4, 7, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
     found = attention.attend_causally(query, key, value, 0.3)
@@ -583,6 +584,17 @@ def test_bfloat16_portions_agree_with_float32():
     assert torch.allclose(log_sum, expected_log_sum, atol=1e-4)
     assert torch.allclose(out, expected, atol=0.02)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("way", [attend_by_products, attend_in_portions])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_beyond_float16_stay_numbers(way, dtype):
+    # Qwen2.5 has large key biases: q @ k is 1e5 here, float16 ends at 65,504, and so do 700 values of 100.
+    query, key = torch.full((1, 1, 3, 10), 100.0, dtype=dtype), torch.full((1, 1, 700, 10), 100.0, dtype=dtype)
+    value = torch.full((1, 1, 700, 10), 100.0, dtype=dtype)
+    out, log_sum = way(query, key, value, 10**-0.5)
+    torch.testing.assert_close(out.float(), torch.full((1, 1, 3, 10), 100.0), atol=0.5, rtol=0)
+    torch.testing.assert_close(log_sum, torch.full((1, 1, 3), 1e5 * 10**-0.5 + math.log(700)), atol=0, rtol=4e-3)
 
 
 def test_merging_two_sets_of_keys_is_attention_over_their_union():

@@ -18,8 +18,9 @@ from transformers.cache_utils import Cache
 ATTENTION_NAME = "shared_prefix"
 # Slots grow by this many tokens.
 CAPACITY_STEP = 32
-# Where scores are written out, for this many queries at a time: they then stay in a CPU's cache.
-NUM_QUERIES = 192
+# Where scores are written out, for this many queries at a time: they then stay in a CPU's cache; on a GPU they are
+# large enough for its units, and small beside what is reserved for a pass.
+NUM_QUERIES = {"cpu": 192, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Ten
     """Softmax attention (A, H, T, D) to (A, H, S, D) and the log of its denominator (A, H, T), both float32."""
     if has_kernel(query):
         return _attend_by_kernel(query, key, value, scale)
-    if query.device.type == "cpu":
-        return attend_in_portions(query, key, value, scale)
-    return attend_by_products(query, key, value, scale)
+    return attend_in_portions(query, key, value, scale)
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -223,8 +222,9 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
         out, log_sum = _attend_by_kernel(*(state.flatten(0, 1) for state in states), scale, causal=True)
         return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
     parts = []
-    for start in range(0, query.shape[-2], NUM_QUERIES):
-        last = start + NUM_QUERIES
+    num_queries = NUM_QUERIES[query.device.type]
+    for start in range(0, query.shape[-2], num_queries):
+        last = start + num_queries
         queries = query[..., start:last, :]
         parts.append(_attend_to_last(queries, key[..., :last, :], value[..., :last, :], scale))
     return torch.cat([out for out, _ in parts], dim=-2), torch.cat([log_sum for _, log_sum in parts], dim=-1)
@@ -243,6 +243,10 @@ def attend_by_products(
     query: Tensor, key: Tensor, value: Tensor, scale: float, *, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``attend`` written out, with a float32 ``mask`` added to the scores (A, H, T, S): for few queries per key."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        # In float16, products of Qwen2.5's large keys overflow before they are scaled (transformers PR 33317), and so
+        # may sums of values. A CPU keeps its bfloat16 units, whose range is float32's.
+        query, key, value = query.float(), key.float(), value.float()
     scores = (query @ key.transpose(-1, -2)).float().mul_(scale)
     if mask is not None:
         scores += mask
@@ -250,11 +254,13 @@ def attend_by_products(
 
 
 def attend_in_portions(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``attend`` for bfloat16 on a CPU: products in its bfloat16 units, scores in float32."""
-    # Exact: what is rounded to bfloat16 inside the product was bfloat16 before.
+    """``attend`` written out for many queries, with scores in float32 that are never all there at once."""
+    # Exact in bfloat16 on a CPU: what is rounded inside the product was bfloat16 before.
     key = key.transpose(-1, -2).float()
+    # As above: sums of values overflow float16.
+    value = value.float() if value.dtype == torch.float16 else value
     parts = []
-    for portion in query.chunk(-(-query.shape[-2] // NUM_QUERIES), dim=-2):
+    for portion in query.chunk(-(-query.shape[-2] // NUM_QUERIES[query.device.type]), dim=-2):
         with _bfloat16_products():
             scores = portion.float() @ key
         parts.append(_weigh(scores.mul_(scale), value))

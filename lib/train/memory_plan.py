@@ -73,7 +73,8 @@ def _kept_bytes(model: PreTrainedModel, example: Example) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # The tensor itself would keep the pass alive for ever: a cycle through C++, which gc does not see.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = supervised_loss(model, pack_rows([example], model.device))
