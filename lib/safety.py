@@ -131,7 +131,9 @@ def select_prompts(rows: Sequence[Row], prompt_set: str, ids: Sequence[str]) -> 
     return [{**row, "id": position} for position, row in enumerate(chosen)]
 
 
-def _rows_of_ids(rows: Sequence[Row], ids: Sequence[str]) -> list[Row]:
+def _rows_of_ids(rows: Sequence[Row], ids: Sequence[str]) -> Sequence[Row]:
+    if len(rows) == len(ids) and not any(row["release_prompt_id"] for row in rows):
+        return rows  # the class's own file, and those of earlier pipelines, hold texts alone
     by_id = {row["release_prompt_id"]: row for row in rows}
     missing = [prompt_id for prompt_id in ids if prompt_id not in by_id]
     if missing:

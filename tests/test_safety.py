@@ -136,6 +136,13 @@ def test_other_sets_take_every_row(prompt_set):
     assert safety.select_prompts(prompts(3), prompt_set, []) == prompts(3)
 
 
+def test_a_file_of_the_classes_prompts_without_ids_is_taken_as_it_is():
+    rows = [{"id": place, "prompt": text, "release_prompt_id": ""} for place, text in enumerate("abc")]
+    assert [row["prompt"] for row in safety.select_prompts(rows, "class240", ["p1", "p2", "p3"])] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="2 of the 2 prompts of class240 are not among the 3 rows"):
+        safety.select_prompts(rows, "class240", ["p1", "p2"])
+
+
 def test_missing_ids_are_counted_and_the_first_is_named():
     with pytest.raises(ValueError, match=r"2 of the 3 prompts of class240 are not among the 2 rows, the first p8;"):
         safety.select_prompts(prompts(2), "class240", ["p1", "p8", "p9"])
