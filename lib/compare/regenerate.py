@@ -77,13 +77,19 @@ class RunAudit:
         self.run, self.known, self.audit = run, run.parameters, audit
         self.measured = [name for name, score in run.metrics.items() if score.rows]
         self.fewshot: list[Row] = []
+        self.system = gsm8k.read_system_prompt(_own_name("system_prompt_file", self.known))
+        self.judged_at = protocol.judge_quantization(
+            self.known["quantization"], self.known.get("judge_quantization", "same")
+        )
         if "accuracy" in self.measured:
             self.fewshot = gsm8k.fewshot_examples(read_jsonl(run.paths.fewshot_rows), self.known["fewshot_k"])
         self.base = self._resolve("base_model", "base_model_revision")
         sources.resolve_adapter(str(run.paths.adapter_dir), self.known["base_model"])
         if "safety" in self.measured:
             self.judge = self._resolve("safeguard_model", "safeguard_revision")
-            self.guidelines = safety.read_guidelines(_own_guidelines(self.known["guidelines_file"]))
+            self.guidelines = safety.read_guidelines(_own_file("guidelines_file", self.known["guidelines_file"]))
+            named, context = _own_name("judge_prompt_file", self.known), self.known["judge_context"]
+            self.template = safety.read_judge_template(named, context)
         for metric in self.measured:
             _compare_protocols(METRIC_STAGES[metric], run.metrics[metric].row_protocol, self._protocol(metric))
 
@@ -104,13 +110,13 @@ class RunAudit:
         adapter = protocol.adapter_hashes(self.run.paths.adapter_dir)
         if metric == "accuracy":
             decoding = f"greedy, at most {known['gsm8k_max_new_tokens']} tokens"
-            return protocol.answer_protocol(model, adapter, [], self.fewshot, gsm8k.SYSTEM_PROMPT, decoding)
+            return protocol.answer_protocol(model, adapter, [], self.fewshot, self.system, decoding)
         made = protocol.response_protocol(
             model, adapter, [], f"greedy, at most {known['ailuminate_max_new_tokens']} tokens"
         )
-        read = safety.judge_prompt_hash(self.guidelines, known["judge_context"], known["judge_mode"])
+        read = safety.judge_prompt_hash(self.guidelines, known["judge_context"], known["judge_mode"], self.template)
         how = f"{known['judge_mode']}, at most {known['judge_max_new_tokens']} tokens"
-        return protocol.verdict_protocol(made, self.judge.identity, read, template(self.judge), how)
+        return protocol.verdict_protocol(made, self.judge.identity, read, template(self.judge), how, self.judged_at)
 
     def dtype(self, metric: str) -> str:
         """Name of the dtype that made the rows."""
@@ -140,14 +146,15 @@ class RunAudit:
     def _load(self, scale: float | None, dtype: str) -> Engine:
         source, adapter = (self.judge, None) if scale is None else (self.base, self.run.paths.adapter_dir)
         device = load.resolve_runtime("auto", "float32").device
-        runtime, how = load.Runtime(device, load.DTYPES[dtype], "as evaluated"), self.known["quantization"]
+        runtime = load.Runtime(device, load.DTYPES[dtype], "as evaluated")
+        how = self.judged_at if scale is None else self.known["quantization"]
         engine = load_engine(source.folder, runtime, how, adapter if scale else None, adapter_scale=scale or 0.0)
         # Loaded in float32, a model would have other 4-bit codes and other merged weights.
         engine.model.float()
         return engine
 
     def _answers(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
-        chats = [gsm8k.build_messages(row["question"], self.fewshot) for row in rows]
+        chats = [gsm8k.build_messages(row["question"], self.fewshot, self.system) for row in rows]
         texts = [row["model_output"] for row in rows]
         return self._texts(engine, "accuracy", chats, rows, texts, self.known["gsm8k_max_new_tokens"])
 
@@ -157,7 +164,8 @@ class RunAudit:
         return self._texts(engine, "safety", chats, rows, texts, self.known["ailuminate_max_new_tokens"])
 
     def _verdicts(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
-        chats = [safety.judge_messages(row, self.guidelines, self.known["judge_context"]) for row in rows]
+        read = (self.guidelines, self.known["judge_context"], self.template)
+        chats = [safety.judge_messages(row, *read) for row in rows]
         if self.known["judge_mode"] == "generate":
             # Without the columns that are the response's.
             claimed, texts = [{"id": row["id"]} for row in rows], [row["safety_judge_text"] or "" for row in rows]
@@ -178,11 +186,16 @@ class RunAudit:
         return [_text(engine, *one, show_tokens=metric == "accuracy", **how) for one in every]
 
 
-def _own_guidelines(name: str) -> Path:
+def _own_file(key: str, name: str) -> Path:
     path = project_path(name).resolve()
     if not path.is_relative_to(PARAMS_DIR.resolve()):
-        raise ArtifactError(f"guidelines_file is {name!r}: an audit takes only files in {display_path(PARAMS_DIR)}/")
+        raise ArtifactError(f"{key} is {name!r}: an audit takes only files in {display_path(PARAMS_DIR)}/")
     return path
+
+
+def _own_name(key: str, known: Mapping[str, Any]) -> str:
+    """The file that a parameter names, if it may be read; empty where none is named."""
+    return str(_own_file(key, known[key])) if known.get(key) else ""
 
 
 def _compare_protocols(stage: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:
