@@ -164,7 +164,8 @@ def _check_files(params: Params, settings: dict[str, Any], stages: list[str]) ->
     # Not by way of lib.gsm8k, which imports numpy.
     if params.system_prompt_file and {"01_prepare", "02_train", "03_eval_gsm8k"} & {*stages}:
         read_prompt(project_path(params.system_prompt_file))
-    if "04_eval_safety" in stages or ("02_train" in stages and params.dev_safety_rows):
+    sweeps_safety = params.dev_safety_rows > 0 or params.sweep_metric != "accuracy"
+    if "04_eval_safety" in stages or ("02_train" in stages and sweeps_safety):
         read_judge_template(params.judge_prompt_file, params.judge_context)
     if "04_eval_safety" in stages:
         guidelines, labels = project_path(params.guidelines_file), project_path(params.judge_labels_file)

@@ -58,6 +58,8 @@ def train(
     With ``num_checkpoints``, training goes on from before the first missing one of so many last checkpoints. Raises
     TrainingError for a loss, gradient or weight that is not finite, or a loss that has exploded.
     """
+    _check_optimizer(model.device.type, settings.optimizer)
+    check_targets(model, settings.lora_target_modules)
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
     steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
@@ -155,8 +157,6 @@ def _check_optimizer(device: str, optimizer: str) -> None:
 @contextmanager
 def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftModel]:
     """The model with fresh adapters and packed attention; both are taken off again."""
-    _check_optimizer(model.device.type, settings.optimizer)
-    check_targets(model, settings.lora_target_modules)
     config = lora_config(settings)
     config._register_custom_module({nn.Linear: ComputeDtypeLoraLinear})
     set_seed(settings.seed)
