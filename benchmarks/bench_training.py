@@ -29,6 +29,7 @@ sys.path.insert(0, str(PROJECT_ROOT))
 
 from lib import gsm8k  # noqa: E402
 from lib.engine import load, sources  # noqa: E402
+from lib.params import LORA_TARGETS  # noqa: E402
 from lib.prepare import datasets  # noqa: E402
 from lib.train import sft  # noqa: E402
 from lib.train.packing import Example  # noqa: E402
@@ -115,7 +116,7 @@ def train_plain(
     order = [row for step in sft.step_rows(len(examples), 16, 1, settings.seed) for row in step]
     base = load.load_base(folder, runtime, "nf4").train()
     set_seed(settings.seed)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(sft.LORA_TARGETS), task_type="CAUSAL_LM")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(base, lora),
         args=plain_arguments(runtime, settings, output_dir),

@@ -17,7 +17,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from lib.engine.generator import Completion, Generator
+from lib.record.paths import project_path
 from lib.record.rows import RowLog, fill_rows
+from lib.record.text_files import read_prompt
 
 Row = dict[str, Any]
 Message = dict[str, str]
@@ -300,9 +302,14 @@ def fewshot_examples(pool: Sequence[Row], fewshot_k: int) -> list[Row]:
     return list(pool[:fewshot_k])
 
 
-def build_messages(question: str, fewshot: Sequence[Row]) -> list[Message]:
+def read_system_prompt(system_prompt_file: str) -> str:
+    """The system message of training and evaluation: of the file, or ours where none is named; TextFileError."""
+    return read_prompt(project_path(system_prompt_file)) if system_prompt_file else SYSTEM_PROMPT
+
+
+def build_messages(question: str, fewshot: Sequence[Row], system: str = SYSTEM_PROMPT) -> list[Message]:
     """Chat of an evaluation: system, then each example as a user and an assistant turn, then the question."""
-    messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+    messages = [{"role": "system", "content": system}]
     for example in fewshot:
         messages.append({"role": "user", "content": example["question"]})
         messages.append({"role": "assistant", "content": example["answer"]})
@@ -314,20 +321,26 @@ def without_calculator_marks(answer: str) -> str:
     return re.sub(r"<<[^<>\n]*>>", "", answer)
 
 
-def training_messages(row: Mapping[str, Any]) -> list[Message]:
+def training_messages(row: Mapping[str, Any], system: str = SYSTEM_PROMPT) -> list[Message]:
     """Chat of a training row: as in evaluation, zero-shot, and the answer with its marks (baselines were set so)."""
-    return [*build_messages(row["question"], []), {"role": "assistant", "content": row["answer"]}]
+    return [*build_messages(row["question"], [], system), {"role": "assistant", "content": row["answer"]}]
 
 
 def evaluate(
-    rows: Sequence[Row], fewshot: Sequence[Row], generator: Generator, *, max_new_tokens: int, log: RowLog
+    rows: Sequence[Row],
+    fewshot: Sequence[Row],
+    generator: Generator,
+    *,
+    max_new_tokens: int,
+    log: RowLog,
+    system: str = SYSTEM_PROMPT,
 ) -> list[Row]:
     """Scored rows in the order of ``rows`` (``test_index, question, answer``); those not in ``log`` are answered."""
     numbered = [{**row, "id": position} for position, row in enumerate(rows)]
     check_kept({row["id"]: row for row in numbered}, log)
 
     def generate(missing: list[Row], record: Callable[[int, Completion], None]) -> None:
-        conversations = [build_messages(row["question"], fewshot) for row in missing]
+        conversations = [build_messages(row["question"], fewshot, system) for row in missing]
         generator.generate(conversations, max_new_tokens=max_new_tokens, on_completion=record)
 
     return fill_rows(log, numbered, generate, _scored_row, kind="answers")

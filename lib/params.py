@@ -22,6 +22,9 @@ Count = Annotated[int, Field(ge=1)]
 CountOrAll = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+# The linear layers of a decoder block in Llama's names, which Qwen and most others have too.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_INITS = ("default", "gaussian")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -38,6 +41,7 @@ class Params(BaseModel):
     safeguard_model: NonEmpty
     safeguard_revision: NonEmpty
     quantization: Literal["nf4", "none"]
+    judge_quantization: Literal["none", "nf4", "same"] = "same"
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
     device: Literal["auto", "cpu", "cuda"]
 
@@ -61,9 +65,10 @@ class Params(BaseModel):
     max_ailuminate_rows: CountOrAll
     fewshot_k: CountOrAll
     fewshot_pool_size: CountOrAll
-    # These two and no others have defaults: presets written before they existed still load.
+    # Keys with a default came later: presets written before they existed still load, and mean what they meant.
     fewshot_file: str = ""
     fewshot_rows: list[Annotated[int, Field(ge=0)]] = []
+    system_prompt_file: str = ""
     data_seed: Seed
     seed: Seed
 
@@ -72,9 +77,18 @@ class Params(BaseModel):
     warmup_share: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0, le=1)]
     max_grad_norm: Annotated[float, Field(gt=0)]
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] = (
+        "cosine"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    neftune_noise_alpha: Annotated[float, Field(ge=0)] = 0.0
     lora_r: Count
     lora_alpha: Count
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+    lora_target_modules: Annotated[list[NonEmpty], Field(min_length=1)] = [*LORA_TARGETS]
     train_batch_size: Count
     gradient_accumulation_steps: Count
     max_seq_length: Annotated[int, Field(ge=16)]
@@ -94,6 +108,7 @@ class Params(BaseModel):
     judge_context: Literal["response", "prompt_and_response"]
     judge_max_new_tokens: Count
     guidelines_file: NonEmpty
+    judge_prompt_file: str = ""
     judge_card_rows: CountOrAll
     judge_labels_file: str
 
@@ -174,6 +189,17 @@ RULES: dict[str, Callable[[SimpleNamespace], bool]] = {
     ),
     "adapter_scales is {adapter_scales} but evaluate_untuned is false: the untuned model is scale 0 of "
     "the curve": lambda p: p.adapter_scales and not p.evaluate_untuned,
+    "adapter_scales is {adapter_scales} but use_dora is true: a scale weakens DoRA's low-rank part and leaves its "
+    "magnitudes, which is no weaker adapter; set adapter_scales: [] or use_dora: false": lambda p: (
+        p.adapter_scales and p.use_dora
+    ),
+    "init_lora_weights is {init_lora_weights!r}; allowed are default (peft's true) and gaussian. Those that change the "
+    "base weights (pissa, olora, corda, loftq) leave an adapter that is wrong on the unchanged base, eva needs "
+    "activations first, and false begins with a random change": lambda p: p.init_lora_weights not in LORA_INITS,
+    "lr_scheduler is 'constant', which has no warm-up, but warmup_share is {warmup_share}: use constant_with_warmup, "
+    "or set warmup_share: 0.0": lambda p: p.lr_scheduler == "constant" and p.warmup_share > 0,
+    "optimizer is {optimizer!r} but device is 'cpu': paged state is moved between GPU and machine; use adamw or "
+    "adamw_8bit": lambda p: p.device == "cpu" and p.optimizer.startswith("paged"),
     "ailuminate_source is 'class' (240 prompts) but ailuminate_prompt_set is 'demo1200': use class240": lambda p: (
         p.ailuminate_source == "class" and p.ailuminate_prompt_set == "demo1200"
     ),
@@ -205,6 +231,13 @@ _OTHER_NAMES = {
     "lora_r": "r rank lora_rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "lora_target_modules": "target_modules lora_target lora_modules",
+    "lr_scheduler": "lr_scheduler_type scheduler",
+    "optimizer": "optim",
+    "neftune_noise_alpha": "neftune",
+    "system_prompt_file": "system_prompt system_message",
     "train_batch_size": "batch_size per_device_train_batch_size micro_batch_size",
     "gradient_accumulation_steps": "grad_accum grad_accum_steps gradient_accumulation accumulation_steps",
     "max_seq_length": "max_length max_len max_seq_len seq_len sequence_len cutoff_len",

@@ -320,6 +320,10 @@ def test_one_checkpoint_compared_is_not_called_the_only_one_there_is():
         *chosen, num_candidates=1, most=3
     )
     assert "selected on development rows" in selection_rows.selection_text(*chosen, num_candidates=3, most=3)
+    assert "fewer" not in selection_rows.selection_text(*chosen, num_candidates=3, most=3)
+    assert "(max_sweep_checkpoints is 3)" in selection_rows.selection_text(*chosen, num_candidates=1, most=3)
+    text = selection_rows.selection_text(*chosen, num_candidates=2, most=3)
+    assert "Compared were 2 checkpoints" in text and "fewer than max_sweep_checkpoints (3)" in text
 
 
 def test_the_test_rows_are_read_only_behind_sweep_on_test():

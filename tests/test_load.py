@@ -200,14 +200,17 @@ def adapter(folder, tmp_path_factory):
     return save_adapter(folder, tmp_path_factory.mktemp("adapter"))
 
 
-def save_adapter(folder, path, scale=0.1):
+def save_adapter(folder, path, scale=0.1, **kind):
     """An adapter whose B is not zero, as after training."""
     torch.manual_seed(1)
     base = load.load_base(folder, FLOAT32, "none")
-    wrapped = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    targets = {} if "target_modules" in kind else {"target_modules": LINEARS}
+    wrapped = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **targets, **kind))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=scale)
+        elif "magnitude" in name:
+            parameter.data *= torch.rand_like(parameter) + 0.5
     wrapped.save_pretrained(path, save_embedding_layers=False)
     return path
 
@@ -342,3 +345,72 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path):
 
 def test_peak_memory_is_in_gib(folder):
     assert 0.05 < load.peak_memory_gib("cpu") < 64
+
+
+# --- the judge ------------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_that_does_not_fit_is_refused_with_the_numbers_and_the_remedy(folder, monkeypatch):
+    monkeypatch.setattr(load, "free_memory_bytes", lambda _: load.GIB)
+    with pytest.raises(
+        load.ModelError, match=r"1\.0 GiB are needed .* 1\.0 GiB are free on cpu; set judge_quantization=nf4"
+    ):
+        load.plan_judge(folder, FLOAT32, "none")
+    with pytest.raises(load.ModelError, match="free memory, or name a smaller safeguard_model") as caught:
+        load.plan_judge(folder, FLOAT32, "nf4")
+    assert "set judge_quantization" not in str(caught.value)
+
+
+def test_the_course_s_judge_fits_a_t4_in_16_bits(tmp_path, monkeypatch):
+    """By headers alone: Qwen3-4B's shapes, 4.02 billion weights, tied embeddings."""
+    block = {"q": (4096, 2560), "k": (1024, 2560), "v": (1024, 2560), "o": (2560, 4096), "norm": (2560,)}
+    block |= {"gate": (9728, 2560), "up": (9728, 2560), "down": (2560, 9728)}
+    shapes = {f"model.layers.{n}.{name}": shape for n in range(36) for name, shape in block.items()}
+    monkeypatch.setattr(load, "_weight_shapes", lambda _: shapes | {"model.embed_tokens.weight": (151936, 2560)})
+    monkeypatch.setattr(load, "free_memory_bytes", lambda _: int(14.6 * load.GIB))
+    t4 = load.Runtime("cuda", torch.float16, "test")
+    kind, text = load.plan_judge(tmp_path, t4, "none")
+    assert kind == "dense" and "float16: 9.2 GiB are needed" in text
+    # Where 16 bits do not fit, 4 do: packed, because dense copies of them would be as large.
+    monkeypatch.setattr(load, "free_memory_bytes", lambda _: 6 * load.GIB)
+    with pytest.raises(load.ModelError, match="set judge_quantization=nf4"):
+        load.plan_judge(tmp_path, t4, "none")
+    assert load.plan_judge(tmp_path, t4, "nf4")[0] == "packed"
+
+
+@pytest.mark.parametrize("runtime", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def test_a_packed_judge_computes_what_the_dense_one_does(folder, runtime, monkeypatch):
+    dense = load.load_judge(folder, runtime, "nf4")
+    monkeypatch.setattr(load, "plan_judge", lambda *_: ("packed", ""))
+    packed = load.load_judge(folder, runtime, "nf4")
+    assert packed.is_quantized and not packed.training and not getattr(dense, "is_quantized", False)
+    with torch.inference_mode():
+        assert torch.equal(logits(packed), logits(dense))
+        assert torch.equal(logits(packed), logits(dense)), "again: nothing was packed a second time"
+
+
+# --- other kinds of adapters ----------------------------------------------------------------------------------------
+
+KINDS = [{"use_rslora": True}, {"use_dora": True}, {"target_modules": ["q_proj", "down_proj"]}]
+KINDS += [{"use_dora": True, "use_rslora": True, "target_modules": ["v_proj", "up_proj"]}]
+
+
+@pytest.mark.parametrize("runtime", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_each_kind_of_adapter_is_merged_as_it_computes(folder, tmp_path, kind, runtime):
+    adapter = save_adapter(folder, tmp_path, **kind)
+    exact = logits(PeftModel.from_pretrained(load.load_base(folder, FLOAT32, "none"), str(adapter)).eval())
+    beside = logits(PeftModel.from_pretrained(load.load_base(folder, runtime, "none"), str(adapter)).eval())
+    merged = load.load_dense(folder, runtime, "none", adapter)
+    assert not any("lora" in name for name, _ in merged.named_modules()) and merged.dtype == runtime.dtype
+    if runtime is FLOAT32:
+        torch.testing.assert_close(logits(merged), beside, rtol=1e-4, atol=1e-4)
+    else:
+        assert (logits(merged) - exact).std() < 1.5 * (beside - exact).std()
+    assert (exact - logits(load.load_dense(folder, FLOAT32, "none"))).std() > 0.3, "it does something"
+
+
+def test_a_dora_adapter_at_a_scale_is_refused(folder, tmp_path):
+    adapter = save_adapter(folder, tmp_path, use_dora=True)
+    with pytest.raises(load.ModelError, match=r"is DoRA: at scale 0\.5 its magnitudes would stay; set adapter_scales"):
+        load.load_dense(folder, FLOAT32, "none", adapter, 0.5)

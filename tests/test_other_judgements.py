@@ -7,6 +7,7 @@ import pytest
 from lib import safety
 from lib.engine.generator import Completion
 from lib.evaluate.other_judgements import MOST_WRITTEN, judge_in_other_ways
+from lib.reports.judge_tables import judge_card_view
 
 JUDGING = {"guidelines": "G", "context": "response", "mode": "probabilities", "max_new_tokens": 4}
 ROWS = [{"id": number, "prompt": f"p{number}", "response": f"r{number}"} for number in range(50)]
@@ -63,3 +64,30 @@ def test_rows_that_are_there_are_not_judged_again(tmp_path, guidelines):
 
 def test_no_rows_are_judged_where_none_are_wanted(tmp_path, guidelines):
     assert judge_in_other_ways(ROWS, Judge(), tmp_path / "card", {}, JUDGING, guidelines, 0) == {}
+
+
+class Loaded(Judge):
+    """A judge that says when its model is dropped."""
+
+    def __init__(self):
+        super().__init__()
+        self.closed = 0
+
+    def close(self):
+        self.closed += 1
+
+
+def test_the_other_precision_judges_the_sample_last_and_one_model_is_loaded_at_a_time(tmp_path, guidelines):
+    judge, other = Loaded(), Loaded()
+    again = judge_in_other_ways(ROWS, judge, tmp_path, {}, JUDGING, guidelines, 25, {"nf4": other})
+    assert [row["id"] for row in again["other_precision_nf4"]] == [row["id"] for row in again["guidelines_brief"]]
+    assert list(again)[-1] == "other_precision_nf4" and (judge.closed, other.closed) == (1, 1)
+    assert other.shown == ["G"] * 25
+    said = judge_card_view([{**row, "safety_label": "safe", "safety_score": 0.9} for row in ROWS], again)[1]
+    assert any(line.startswith("other precision nf4: 0 of 25 (0.0 %") or "precision nf4" in line for line in said)
+
+
+def test_a_written_judge_prompt_has_no_other_context(tmp_path, guidelines):
+    judging = {**JUDGING, "template": "{reply}"}
+    again = judge_in_other_ways(ROWS, Judge(), tmp_path, {}, judging, guidelines, 4)
+    assert list(again) == ["other_mode", "guidelines_brief"]

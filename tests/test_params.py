@@ -12,6 +12,7 @@ from lib import params
 from lib.driver import run
 from lib.params import Params, ParamsError, find_presets, load_params, parse_assignment, preset_path
 from lib.record.paths import PROJECT_ROOT
+from lib.train.checkpoints import checkpoint_steps
 
 SIMPLE = yaml.safe_load(preset_path("simple").read_text())
 
@@ -38,7 +39,8 @@ TABLE = {
     "seed": (42,) * 3,
     "quantization": ("nf4",) * 3,
     "checkpoint_sweep": (False, True, False),
-    "save_steps": (500, 500, 400),
+    # 500 were published for medium, whose 459 steps would leave its sweep one checkpoint.
+    "save_steps": (500, 156, 400),
     "baseline_accuracy": (0.26, 0.31, 0.37),
     "baseline_safety": (0.26, 0.34, 0.42),
     "published_adapter": tuple(
@@ -432,3 +434,47 @@ TORCH_FREE = (
 def test_scoring_and_driver_modules_never_import_torch(module):
     code = f"import sys, lib.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
+
+
+PEFT_KEYS = [
+    ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; allowed are default (peft's true) and gaussian"),
+    ({"init_lora_weights": "olora"}, "leave an adapter that is wrong on the unchanged base"),
+    ({"init_lora_weights": "guassian"}, "allowed are default"),
+    ({"init_lora_weights": True}, "init_lora_weights: True (bool) is refused"),
+    ({"use_dora": True, "adapter_scales": [0.5]}, "leaves its magnitudes"),
+    ({"lora_target_modules": []}, "lora_target_modules: [] (list) is refused: List should have at least 1 item"),
+    ({"lora_target_modules": "all-linear"}, "lora_target_modules: 'all-linear' (str) is refused"),
+    ({"lr_scheduler": "cosin"}, "did you mean 'cosine'?"),
+    ({"lr_scheduler": "constant", "warmup_share": 0.1}, "use constant_with_warmup"),
+    ({"optimizer": "paged_adamw", "device": "cpu"}, "optimizer is 'paged_adamw' but device is 'cpu'"),
+    ({"optimizer": "sgd"}, "allowed: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit"),
+    ({"neftune_noise_alpha": -1.0}, "at least 0"),
+    ({"judge_quantization": "int8"}, "allowed: none, nf4, same"),
+]
+
+
+@pytest.mark.parametrize(("changed", "words"), PEFT_KEYS)
+def test_what_these_keys_cannot_be_is_refused_with_the_reason(changed, words):
+    with pytest.raises(ParamsError) as caught:
+        load_params(preset_path("simple"), changed)
+    assert words in str(caught.value)
+
+
+def test_the_course_s_judge_has_16_bits_and_a_preset_from_before_keeps_what_it_meant(tmp_path):
+    judged_at = {name: load_params(preset_path(name)).judge_quantization for name in find_presets()}
+    assert judged_at == {"sandbox_one": "same"} | dict.fromkeys(("simple", "medium", "strong", "distilled"), "none")
+    later = [key for key, field in Params.model_fields.items() if not field.is_required()]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({k: v for k, v in SIMPLE.items() if k not in later}))
+    loaded = load_params(tmp_path / "mine.yaml")
+    assert loaded.judge_quantization == "same" and loaded.system_prompt_file == loaded.judge_prompt_file == ""
+    same = set(later) - {"judge_quantization"}
+    assert {key: getattr(loaded, key) for key in same} == {key: SIMPLE[key] for key in same}
+
+
+def test_medium_saves_as_many_checkpoints_as_it_compares():
+    medium = load_params(preset_path("medium"))
+    # GSM8K train without pool and development rows.
+    rows = 7473 - medium.fewshot_pool_size - medium.dev_rows
+    steps = -(-rows // (medium.train_batch_size * medium.gradient_accumulation_steps))
+    assert len(checkpoint_steps(steps, medium.save_steps)) == medium.max_sweep_checkpoints
+    assert f"and {steps}, the last of {rows:,} rows" in preset_path("medium").read_text()

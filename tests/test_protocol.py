@@ -5,7 +5,7 @@ import pytest
 from lib.engine import generator
 from lib.record import rows
 from lib.record.paths import run_paths
-from lib.record.protocol import without_adapter
+from lib.record.protocol import ProtocolMismatch, check_alike, judge_quantization, verdict_protocol, without_adapter
 
 
 class Counting:
@@ -43,3 +43,27 @@ def test_presets_that_ask_the_same_share_the_rows(tmp_path):
 def test_a_protocol_without_an_adapter_has_no_control():
     with pytest.raises(KeyError, match="adapter"):
         without_adapter({"decoding": "greedy"})
+
+
+RESPONSE = {"base model": "b", "quantization": "nf4", "adapter": "a"}
+
+
+def judged(quantization, response=None):
+    return verdict_protocol(response or RESPONSE, "judge", "hash", "template", "greedy", quantization)
+
+
+def test_a_judge_at_the_precision_of_the_model_keeps_the_protocol_that_it_had():
+    assert [judge_quantization("nf4", how) for how in ("same", "nf4", "none")] == ["nf4", "nf4", "none"]
+    # As it was before the judge had a precision of its own: its rows are reused.
+    assert list(judged("nf4")) == [*RESPONSE, "judge", "judge prompt", "judge chat template", "judge decoding"]
+    assert judged("none") == judged("nf4") | {"judge quantization": "none"}
+
+
+def test_judges_of_other_precision_are_not_compared_though_one_protocol_does_not_name_it():
+    with pytest.raises(ProtocolMismatch, match="judge quantization is nf4 in one and none in the other"):
+        check_alike(judged("nf4"), judged("none"))
+    plain = RESPONSE | {"quantization": "none"}
+    with pytest.raises(ProtocolMismatch) as caught:
+        check_alike(judged("none"), judged("none", plain))
+    assert "judge quantization" not in str(caught.value)
+    assert check_alike(judged("none"), judged("none")) == []

@@ -209,6 +209,34 @@ def test_texts_of_the_judge_are_read_before_anything_starts(tmp_path, capsys, ke
     assert not (tmp_path / "out").exists()
 
 
+BAD_PROMPTS = [
+    (None, "cannot be read (No such file or directory)"),
+    (b" \n", "is empty: write the prompt, or leave the key empty for the built-in one"),
+    ("Löse {reply}.".encode("cp1252"), "is not UTF-8 text (line 1"),
+    ("Löse {reply}.".encode("utf-16"), "it is UTF-16"),
+]
+
+
+@pytest.mark.parametrize("key", ["system_prompt_file", "judge_prompt_file"])
+@pytest.mark.parametrize(("content", "words"), BAD_PROMPTS)
+def test_a_prompt_that_cannot_be_used_stops_before_anything_starts(tmp_path, capsys, key, content, words):
+    if content is not None:
+        (tmp_path / "mine.txt").write_bytes(content)
+    command = ["--presets", "simple", "--output-dir", str(tmp_path / "out")]
+    assert run_all.main([*command, "--set", f"{key}={tmp_path / 'mine.txt'}"]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_judge_prompt_is_checked_for_the_places_of_the_run_s_context(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("Judge.\n{reply}\n", encoding="utf-8")
+    command = ["--presets", "simple", "--list", "--set", f"judge_prompt_file={tmp_path / 'mine.txt'}"]
+    assert run_all.main(command) == 0
+    assert run_all.main([*command, "judge_context=prompt_and_response"]) == 2
+    assert "the place {request} is missing" in capsys.readouterr().err
+    # Nothing that runs reads it.
+    assert run_all.main([*command, "judge_context=prompt_and_response", "--skip-ailuminate"]) == 0
+
+
 def test_missing_guidelines_are_refused_where_they_are_needed(capsys):
     command = ["--presets", "simple", "--list", "--set", "guidelines_file=params/none.txt"]
     assert run_all.main(command) == 2

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
 from lib.engine import load
+from lib.record.files import sha256_json
 from lib.train import checkpoints, memory_plan, packing, sft, trainer
 from lib.train.rows import EncodedRows, TrainingError, encode_row, encode_rows, num_supervised, try_rows
 from lib.train.settings import TrainSettings
@@ -747,3 +749,81 @@ def test_an_interrupted_training_makes_the_checkpoints_that_are_needed_and_gone(
 def test_checkpoints_are_saved_at_the_steps_that_are_counted_with(unbroken):
     assert checkpoints.checkpoint_steps(10, 4) == [4, 8, 10] == [int(path.name[11:]) for path in unbroken.checkpoints]
     assert checkpoints.checkpoint_steps(8, 4) == [4, 8] and checkpoints.checkpoint_steps(3, 400) == [3]
+
+
+# --- peft's other keys ----------------------------------------------------------------------------------------------
+
+LATER = [{"use_rslora": True}, {"use_dora": True}, {"init_lora_weights": "gaussian"}, {"neftune_noise_alpha": 5.0}]
+LATER += [{"lora_target_modules": ("q_proj", "down_proj")}, {"lr_scheduler": "linear"}, {"optimizer": "adamw_8bit"}]
+
+
+def test_a_training_made_before_these_keys_is_the_same_training(folder, examples):
+    model = load.load_base(folder, FLOAT32, "none")
+    # As it was hashed then.
+    known = {name: getattr(SETTINGS, name) for name in BEFORE}
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    before = sha256_json([known, sft.rows_sha256(examples), str(model.dtype), targets])
+    assert sft.training_fingerprint(model, examples, SETTINGS) == before
+    changed = [sft.training_fingerprint(model, examples, replace(SETTINGS, **later)) for later in LATER]
+    assert len({before, *changed}) == len(LATER) + 1
+
+
+BEFORE = ("base_model", "base_identity", "num_epochs", "learning_rate", "lora_r", "lora_alpha", "lora_dropout")
+BEFORE += ("train_batch_size", "gradient_accumulation_steps", "save_steps", "seed", "warmup_share", "weight_decay")
+BEFORE += ("max_grad_norm",)
+
+
+@pytest.mark.parametrize("later", LATER, ids=str)
+def test_each_key_changes_the_training_and_its_adapter_is_evaluated_as_trained(folder, examples, tmp_path, later):
+    settings = replace(SETTINGS, lora_dropout=0.0, learning_rate=2e-2, **later)
+    result = run(folder, examples, tmp_path, settings, quantization="nf4")
+    assert result.log[-1]["loss"] < result.log[0]["loss"]
+    config = json.loads((result.adapter_dir / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == set(settings.lora_target_modules)
+    assert (config["use_dora"], config["use_rslora"]) == (settings.use_dora, settings.use_rslora)
+    ids = torch.tensor([examples[0]["input_ids"]])
+    with torch.no_grad():
+        base = load.load_dense(folder, FLOAT32, "nf4")
+        beside = PeftModel.from_pretrained(base, str(result.adapter_dir)).eval()(ids).logits
+        merged = load.load_dense(folder, FLOAT32, "nf4", result.adapter_dir)(ids).logits
+    torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("later", [{"use_dora": True, "neftune_noise_alpha": 5.0, "optimizer": "adamw_8bit"}], ids=str)
+def test_a_resumed_training_equals_an_unbroken_one_with_them_too(folder, examples, tmp_path, monkeypatch, later):
+    settings = replace(SETTINGS, **later)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, examples, tmp_path / "resumed", settings)
+    resumed = run(folder, examples, tmp_path / "resumed", settings)
+    assert resumed.resumed_from == 8
+    assert_equals_unbroken(resumed, run(folder, examples, tmp_path / "unbroken", settings))
+
+
+@pytest.mark.parametrize(
+    ("later", "words"),
+    [
+        (
+            {"lora_target_modules": ("q_proj", "c_attn", "fc1")},
+            "names c_attn, fc1; Qwen2ForCausalLM has q_proj, k_proj,",
+        ),
+        ({"lora_target_modules": ("lm_head",)}, "names lm_head; "),
+        ({"lora_target_modules": ("embed_tokens",)}, "names embed_tokens; "),
+        ({"lora_target_modules": ("proj",)}, "names proj; "),
+        ({"optimizer": "paged_adamw_8bit"}, "optimizer is 'paged_adamw_8bit', which moves its state"),
+    ],
+)
+def test_what_the_model_or_machine_does_not_have_is_refused_before_anything_is_deleted(
+    folder, examples, tmp_path, later, words
+):
+    first = run(folder, examples, tmp_path)
+    with pytest.raises(TrainingError, match=words):
+        run(folder, examples, tmp_path, replace(SETTINGS, **later))
+    assert first.adapter_dir.is_dir() and all(path.is_dir() for path in first.checkpoints)
+
+
+def test_dora_says_that_it_is_slower(folder, examples, tmp_path):
+    said = []
+    run(folder, examples, tmp_path, replace(SETTINGS, use_dora=True, num_epochs=1), say=said.append)
+    assert any("peft's own layers, in float32" in line for line in said)

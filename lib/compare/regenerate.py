@@ -76,13 +76,19 @@ class RunAudit:
         self.run, self.known, self.audit = run, run.parameters, audit
         self.measured = [name for name, score in run.metrics.items() if score.rows]
         self.fewshot: list[Row] = []
+        self.system = gsm8k.read_system_prompt(_own_name("system_prompt_file", self.known))
+        self.judged_at = protocol.judge_quantization(
+            self.known["quantization"], self.known.get("judge_quantization", "same")
+        )
         if "accuracy" in self.measured:
             self.fewshot = gsm8k.fewshot_examples(read_jsonl(run.paths.fewshot_rows), self.known["fewshot_k"])
         self.base = self._resolve("base_model", "base_model_revision")
         sources.resolve_adapter(str(run.paths.adapter_dir), self.known["base_model"])
         if "safety" in self.measured:
             self.judge = self._resolve("safeguard_model", "safeguard_revision")
-            self.guidelines = safety.read_guidelines(_own_guidelines(self.known["guidelines_file"]))
+            self.guidelines = safety.read_guidelines(_own_file("guidelines_file", self.known["guidelines_file"]))
+            named, context = _own_name("judge_prompt_file", self.known), self.known["judge_context"]
+            self.template = safety.read_judge_template(named, context)
         for metric in self.measured:
             _compare_protocols(METRIC_STAGES[metric], run.metrics[metric].row_protocol, self._protocol(metric))
 
@@ -101,11 +107,11 @@ class RunAudit:
         adapter, (_, limit) = protocol.adapter_hashes(self.run.paths.adapter_dir), self._text_of(metric)
         decoding = f"greedy, at most {limit} tokens"
         if metric == "accuracy":
-            return protocol.answer_protocol(model, adapter, [], self.fewshot, gsm8k.SYSTEM_PROMPT, decoding)
+            return protocol.answer_protocol(model, adapter, [], self.fewshot, self.system, decoding)
         made = protocol.response_protocol(model, adapter, [], decoding)
-        read = safety.judge_prompt_hash(self.guidelines, known["judge_context"], known["judge_mode"])
+        read = safety.judge_prompt_hash(self.guidelines, known["judge_context"], known["judge_mode"], self.template)
         how = f"{known['judge_mode']}, at most {known['judge_max_new_tokens']} tokens"
-        return protocol.verdict_protocol(made, self.judge.identity, read, _template(self.judge), how)
+        return protocol.verdict_protocol(made, self.judge.identity, read, _template(self.judge), how, self.judged_at)
 
     def _text_of(self, metric: str) -> tuple[str, int]:
         """Column and most tokens of what the model writes."""
@@ -143,7 +149,8 @@ class RunAudit:
     def _load(self, scale: float | None, dtype: str) -> Engine:
         source, adapter = (self.judge, None) if scale is None else (self.base, self.run.paths.adapter_dir)
         device = load.resolve_runtime("auto", "float32").device
-        runtime, how = load.Runtime(device, load.DTYPES[dtype], "as evaluated"), self.known["quantization"]
+        runtime = load.Runtime(device, load.DTYPES[dtype], "as evaluated")
+        how = self.judged_at if scale is None else self.known["quantization"]
         engine = load_engine(source.folder, runtime, how, adapter if scale else None, adapter_scale=scale or 0.0)
         # Loaded in float32, a model would have other 4-bit codes and other merged weights.
         engine.model.float()
@@ -151,11 +158,12 @@ class RunAudit:
 
     def _texts(self, engine: Engine, metric: str, rows: Sequence[Row]) -> list[Checked]:
         chats = [[{"role": "user", "content": row["prompt"]}] for row in rows if metric == "safety"]
-        chats = chats or [gsm8k.build_messages(row["question"], self.fewshot) for row in rows]
+        chats = chats or [gsm8k.build_messages(row["question"], self.fewshot, self.system) for row in rows]
         return self._compare(engine, metric, chats, rows, *self._text_of(metric))
 
     def _verdicts(self, engine: Engine, rows: Sequence[Row]) -> list[Checked]:
-        chats = [safety.judge_messages(row, self.guidelines, self.known["judge_context"]) for row in rows]
+        read = (self.guidelines, self.known["judge_context"], self.template)
+        chats = [safety.judge_messages(row, *read) for row in rows]
         if self.known["judge_mode"] == "generate":
             # Without the columns that are the response's.
             rows = [{name: row[name] for name in ("id", "safety_judge_text")} for row in rows]
@@ -177,11 +185,16 @@ def _template(source: sources.ModelSource) -> object:
     return load.load_tokenizer(source.folder).chat_template
 
 
-def _own_guidelines(name: str) -> Path:
+def _own_file(key: str, name: str) -> Path:
     path = project_path(name).resolve()
     if not path.is_relative_to(PARAMS_DIR.resolve()):
-        raise ArtifactError(f"guidelines_file is {name!r}: an audit takes only files in {display_path(PARAMS_DIR)}/")
+        raise ArtifactError(f"{key} is {name!r}: an audit takes only files in {display_path(PARAMS_DIR)}/")
     return path
+
+
+def _own_name(key: str, known: Mapping[str, Any]) -> str:
+    """The file that a parameter names, if it may be read; empty where none is named."""
+    return str(_own_file(key, known[key])) if known.get(key) else ""
 
 
 def _compare_protocols(stage: str, recorded: Mapping[str, Any], here: Mapping[str, Any]) -> None:

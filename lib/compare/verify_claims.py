@@ -13,7 +13,7 @@ from lib.params import Params, find_presets, load_params, preset_path
 from lib.record.files import sha256_file, sha256_json
 from lib.record.manifest import LOCATION_PARAMETERS
 from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path, project_path
-from lib.record.protocol import adapter_hashes
+from lib.record.protocol import adapter_hashes, judge_quantization
 from lib.record.rows import read_jsonl
 
 Row = Mapping[str, Any]
@@ -101,7 +101,7 @@ def _protocol_parts(run: Run, metric: str, found: Found) -> dict[str, Any]:
         found.absent.append(f"run_{run.name}: the adapter")
     if metric == "safety":
         parts |= {"prompts": sha256_json(read_rows(paths.ailuminate_rows))} if paths.ailuminate_rows.exists() else {}
-        return parts | _judge_prompt(run, found)
+        return parts | _judge_precision(known) | _judge_prompt(run, found)
     if paths.gsm8k_eval_rows.exists():
         parts["questions"] = sha256_json(read_rows(paths.gsm8k_eval_rows))
     if paths.fewshot_rows.exists() and "fewshot_k" in known:
@@ -117,14 +117,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return read_once(path, read_jsonl) if path.stat().st_size else []
 
 
+def _judge_precision(known: Row) -> dict[str, str | None]:
+    """As ``protocol.verdict_protocol`` has it: None, hence no entry, where it is the model's."""
+    if "quantization" not in known:
+        return {}
+    own = judge_quantization(known["quantization"], known.get("judge_quantization", "same"))
+    return {"judge quantization": None if own == known["quantization"] else own}
+
+
 def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
     """The hash of the judge's prompt from the guidelines on this disk, and whether the rows have it."""
     known, (own, why) = run.parameters, own_file(str(run.parameters.get("guidelines_file", "")))
     if not own or not {"judge_context", "judge_mode"} <= known.keys():
         found.absent.append(f"run_{run.name}: the judge's guidelines{why}")
         return {}
-    text = safety.read_guidelines(own)
-    expected = safety.judge_prompt_hash(text, known["judge_context"], known["judge_mode"])
+    named = str(known.get("judge_prompt_file") or "")
+    if named and not own_file(named)[0]:
+        found.absent.append(f"run_{run.name}: the judge's prompt{own_file(named)[1]}")
+        return {}
+    read = (safety.read_guidelines(own), known["judge_context"], known["judge_mode"])
+    expected = safety.judge_prompt_hash(*read, safety.read_judge_template(named, known["judge_context"]))
     found.checked["guidelines of a judge"] += 1
     others = [row["id"] for row in run.safety.rows if row.get("judge_prompt_hash") != expected]
     if others:

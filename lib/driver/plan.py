@@ -23,8 +23,8 @@ from lib.record.paths import (
     results_root,
     run_paths,
 )
-from lib.record.text_files import TextFileError, read_text
-from lib.safety import other_wordings, read_guidelines
+from lib.record.text_files import TextFileError, read_prompt, read_text
+from lib.safety import other_wordings, read_guidelines, read_judge_template
 
 SUBMISSION_PRESETS = ("simple", "medium", "strong")
 # Rows of GSM8K train, from 0, that the published adapters were trained without: they are
@@ -161,6 +161,12 @@ def _check_files(params: Params, settings: dict[str, Any], stages: list[str]) ->
             check_train_file(params.train_file, params.train_file_url, *sources)
         if params.fewshot_file:
             _check_examples(params, settings["assets_dir"])
+    # Not by way of lib.gsm8k, which imports numpy.
+    if params.system_prompt_file and {"01_prepare", "02_train", "03_eval_gsm8k"} & {*stages}:
+        read_prompt(project_path(params.system_prompt_file))
+    sweeps_safety = params.dev_safety_rows > 0 or params.sweep_metric != "accuracy"
+    if "04_eval_safety" in stages or ("02_train" in stages and sweeps_safety):
+        read_judge_template(params.judge_prompt_file, params.judge_context)
     if "04_eval_safety" in stages:
         guidelines, labels = project_path(params.guidelines_file), project_path(params.judge_labels_file)
         read_guidelines(guidelines)

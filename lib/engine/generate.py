@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from lib.engine.attention import ATTENTION_NAME, SharedPrefix, compute_prefix
 from lib.engine.batch import PREFILL_TOKENS, PromptRow, SlotBatch, score_labels
 from lib.engine.generator import Completion, Conversation, EngineStats, FinishReason, Key, LazyGenerator, Sampling
-from lib.engine.load import Runtime, load_dense, load_tokenizer, render_prompt, stop_token_ids
+from lib.engine.load import Runtime, load_dense, load_judge, load_tokenizer, render_prompt, stop_token_ids
 from lib.engine.memory import free_memory_bytes, is_out_of_memory, row_bytes, step_bytes
 from lib.engine.picking import Picker
 from lib.engine.plain import DrawProcessor, generate_batch, score_batch
@@ -329,6 +329,13 @@ def load_engine(
     """The engine over ``lib.engine.load.load_dense``; ``batch_size`` as in ``Engine``."""
     dense = load_dense(folder, runtime, quantization, adapter_dir, adapter_scale)
     return Engine(dense, load_tokenizer(folder), batch_size=batch_size)
+
+
+def judge_generator(folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> LazyGenerator:
+    """The judge, loaded when first used (``lib.engine.load.load_judge``)."""
+    return LazyGenerator(
+        lambda: Engine(load_judge(folder, runtime, quantization), load_tokenizer(folder), batch_size=batch_size)
+    )
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:

@@ -40,8 +40,11 @@ QUANTIZATIONS = ("nf4", "none")
 GIB = 2**30
 # Packed NF4: half a byte a weight, and a little for the double-quantised block scales.
 NF4_BYTES_PER_WEIGHT = 0.52
+UNPACKED = re.compile(r"embed|lm_head|norm")
 # Left free beside the weights when training keeps them dense: activations, optimizer and what else runs here.
 TRAINING_RESERVE_BYTES = 2 * GIB
+# Beside the weights of a judge: a few rows' activations, keys and logits.
+JUDGING_RESERVE_BYTES = GIB
 # Tried in this order where a tokenizer pads with its end-of-sequence token or with nothing.
 PAD_TOKENS = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
@@ -248,6 +251,48 @@ def load_for_training(
     return load(Path(folder), runtime, quantization).train()
 
 
+def plan_judge(folder: str | Path, runtime: Runtime, quantization: str) -> tuple[str, str]:
+    """How a judge's weights are held, "dense" or "packed", and what that takes; ModelError where it does not fit.
+
+    Packed NF4 weights are the same function up to rounding, slower, for where their dense copies do not fit.
+    """
+    free = free_memory_bytes(torch.device(runtime.device))
+    for kind in ("dense", "packed") if quantization == "nf4" else ("dense",):
+        need = _judging_bytes(Path(folder), runtime.dtype, quantization, kind)
+        text = f"judge_quantization {quantization!r}, {kind} weights, {str(runtime.dtype).removeprefix('torch.')}: "
+        text += f"{need / GIB:.1f} GiB are needed at the peak, {free / GIB:.1f} GiB are free on {runtime.device}"
+        if need <= free:
+            return kind, text
+    remedy = "set judge_quantization=nf4, " if quantization == "none" else ""
+    raise ModelError(f"the judge does not fit: {text}; {remedy}free memory, or name a smaller safeguard_model")
+
+
+def _judging_bytes(folder: Path, dtype: torch.dtype, quantization: str, kind: str) -> int:
+    """Peak of loading and judging, one model in memory: its weights, the largest of them in the making, and rows."""
+    shapes = _weight_shapes(folder)
+    dense = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    largest = max(map(math.prod, shapes.values())) * dtype.itemsize
+    # Embeddings, output and norms are never packed.
+    packed = [math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and not UNPACKED.search(name)]
+    four_bit = dense - sum(packed) * dtype.itemsize + math.ceil(sum(packed) * NF4_BYTES_PER_WEIGHT)
+    # Both copies are there while a model is dequantised.
+    weights = {"packed": four_bit, "dense": dense + (four_bit if quantization == "nf4" else 0)}[kind]
+    return weights + largest + JUDGING_RESERVE_BYTES
+
+
+def load_judge(folder: str | Path, runtime: Runtime, quantization: str) -> PreTrainedModel:
+    """The judge as ``plan_judge`` holds it, in eval mode, frozen."""
+    kind, _ = plan_judge(folder, runtime, quantization)
+    if kind == "dense":
+        return load_dense(folder, runtime, quantization)
+    model = load_base(folder, runtime, quantization).eval()
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # In eval mode it would be packed again on a CPU (module docstring).
+            module.train()
+    return model
+
+
 def peak_memory_gib(device: str) -> float:
     """Highest memory so far in GiB: allocated on the GPU, or resident of this process on the CPU."""
     if device == "cuda":
@@ -311,10 +356,27 @@ def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> P
     difference = stored.keys() ^ get_peft_model_state_dict(wrapped, save_embedding_layers=False).keys()
     if difference:
         raise ModelError(f"{path} and the model differ in {len(difference)} tensors, first {min(difference)}")
+    config = wrapped.peft_config["default"]
+    if config.use_dora and scale != 1:
+        raise ModelError(
+            f"the adapter in {adapter_dir} is DoRA: at scale {scale} its magnitudes would stay; set adapter_scales: []"
+        )
     for layer in wrapped.modules():
         if isinstance(layer, LoraLayer):
             layer.scale_layer(scale)
-    return wrapped.merge_and_unload()
+            if config.use_dora:
+                _merge_dora(layer)
+    # The layers of DoRA are merged already.
+    return wrapped.unload() if config.use_dora else wrapped.merge_and_unload()
+
+
+def _merge_dora(layer: LoraLayer) -> None:
+    # In float32 as in training: a norm that is rounded to 16 bits would scale all weights of its row alike.
+    base = layer.get_base_layer()
+    dtype = base.weight.dtype
+    base.float()
+    layer.merge()
+    base.to(dtype)
 
 
 def _choose_weights(folder: Path, runtime: Runtime, quantization: str, wanted: str) -> tuple[str, str]:
@@ -337,12 +399,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _num_weights(folder: Path) -> int:
-    """Number of weights in the folder's files; reads their headers alone."""
-    count = 0
+    """Number of weights in the folder's files."""
+    return sum(map(math.prod, _weight_shapes(folder).values()))
+
+
+def _weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of each tensor in the folder's files; reads their headers alone."""
+    shapes = {}
     for path in _weight_files(folder):
         with safe_open(path, "pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
-    return count
+            shapes |= {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
+    return shapes
 
 
 @contextmanager

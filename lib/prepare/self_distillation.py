@@ -47,6 +47,7 @@ class Asking:
     max_new_tokens: int
     device: str
     batch_size: int = 0
+    system: str = gsm8k.SYSTEM_PROMPT
 
     @property
     def rows_per_call(self) -> int:
@@ -71,7 +72,7 @@ def protocol(
     decoding = f"temperature {sampling.temperature}, seed {sampling.seed}, at most {asking.max_new_tokens} tokens"
     model = model_protocol(base_identity, quantization, dtype, template)
     return {
-        **without_adapter(answer_protocol(model, [], questions, fewshot, gsm8k.SYSTEM_PROMPT, decoding)),
+        **without_adapter(answer_protocol(model, [], questions, fewshot, asking.system, decoding)),
         "answers": f"{asking.num_samples} a question",
         "batches": f"{asking.rows_per_call} rows a call, {asking.rows_at_once} at once, on {asking.device}",
     }
@@ -128,7 +129,7 @@ def _answer_chunk(
             record(places[index], completion)
 
     generator.generate(
-        [gsm8k.build_messages(row["question"], fewshot) for row in chunk],
+        [gsm8k.build_messages(row["question"], fewshot, asking.system) for row in chunk],
         max_new_tokens=asking.max_new_tokens,
         on_completion=record_missing,
         sampling=asking.sampling,
@@ -281,7 +282,8 @@ def distil(
     runtime = resolve_runtime(parameters["device"], parameters["compute_dtype"])
     sampling = Sampling(parameters["distil_temperature"], parameters["data_seed"])
     sizes = (parameters["distil_num_samples"], parameters["gsm8k_max_new_tokens"])
-    asking = Asking(sampling, *sizes, runtime.device, parameters["eval_batch_size"])
+    system = gsm8k.read_system_prompt(parameters["system_prompt_file"])
+    asking = Asking(sampling, *sizes, runtime.device, parameters["eval_batch_size"], system)
     quantization, template = parameters["quantization"], tokenizer.chat_template
     made_by = protocol(base.identity, quantization, str(runtime.dtype), questions, fewshot, template, asking)
     log = open_untuned_log(paths, "distil_samples", made_by)

@@ -111,6 +111,11 @@ def require(path: Path, stage: str, run_name: str) -> Path:
     return path
 
 
+def named_files(*names: str) -> list[Path]:
+    """Paths of the files that parameters name; an empty name is no file."""
+    return [project_path(name) for name in names if name]
+
+
 def shown_path(path: Path) -> str:
     """``path`` relative to the project; outside it only the last two parts: no report shows a home."""
     if path.is_relative_to(PROJECT_ROOT):

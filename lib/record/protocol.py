@@ -36,12 +36,23 @@ def response_protocol(model: Row, adapter: Sequence[str], prompts: Sequence[Row]
     return {**model, "adapter": list(adapter), "prompts": sha256_json(prompts), "decoding": decoding}
 
 
+def judge_quantization(quantization: str, chosen: str = "same") -> str:
+    """How the judge's weights are held; as the model's under ``same``, which is how runs were made before the key."""
+    return quantization if chosen == "same" else chosen
+
+
 def verdict_protocol(
-    response: Row, judge: str, prompt_sha256: str, chat_template: object, decoding: str
+    response: Row, judge: str, prompt_sha256: str, chat_template: object, decoding: str, quantization: str
 ) -> dict[str, Any]:
     """What made a verdict: the response's protocol, and the judge with everything that it reads beside the text."""
     read = {"judge": judge, "judge prompt": prompt_sha256, "judge chat template": sha256_json(chat_template)}
-    return {**response, **read, "judge decoding": decoding}
+    return {**response, **read, "judge decoding": decoding} | _own_precision(response, quantization)
+
+
+def _own_precision(response: Row, quantization: str) -> dict[str, str]:
+    # Verdicts were once always made at the model's quantisation, which their protocol did not repeat. It is named only
+    # where it differs, so that verdicts made before keep their hash.
+    return {} if quantization == response["quantization"] else {"judge quantization": quantization}
 
 
 def at_scale(protocol: Row, scale: float) -> dict[str, Any]:
@@ -69,7 +80,7 @@ class ProtocolMismatch(Exception):
 def check_alike(a: Row, b: Row, *, allow_unlike: bool = False) -> list[str]:
     """How the settings of two runs differ; ProtocolMismatch if a recorded one matters, unless ``allow_unlike``."""
     differences, refusing = [], []
-    for field, value_a, value_b in _differing_fields(a, b):
+    for field, value_a, value_b in _differing_fields(_with_precision(a), _with_precision(b)):
         kind = field.partition(".")[0]
         if kind in MAY_DIFFER:
             continue
@@ -83,6 +94,12 @@ def check_alike(a: Row, b: Row, *, allow_unlike: bool = False) -> list[str]:
             "compare them all the same"
         )
     return differences
+
+
+def _with_precision(protocol: Row) -> Row:
+    """The judge's quantisation also where the protocol leaves it out as equal to the model's."""
+    own = protocol.get("judge quantization", protocol.get("quantization"))
+    return {**protocol, "judge quantization": own} if "judge" in protocol else protocol
 
 
 def _differing_fields(a: Row, b: Row, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

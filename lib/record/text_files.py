@@ -23,6 +23,19 @@ def read_text(path: Path) -> str:
     return decode_text(data, display_path(path))
 
 
+def read_filled(path: Path, remedy: str) -> str:
+    """``read_text``; TextFileError with ``remedy`` where the file holds no text."""
+    text = read_text(path)
+    if not text.strip():
+        raise TextFileError(f"{display_path(path)} is empty: {remedy}")
+    return text
+
+
+def read_prompt(path: Path) -> str:
+    """A prompt, without the line break that editors add at its end, as ``read_filled``."""
+    return read_filled(path, "write the prompt, or leave the key empty for the built-in one").rstrip("\n")
+
+
 def decode_text(data: bytes, where: str) -> str:
     """UTF-8 without byte order mark, line ends as ``\\n``; TextFileError with ``where`` if it is not, or holds NUL."""
     try:

@@ -71,6 +71,7 @@ def _export_run(run: Run, root: Path, now: datetime, adapter: str | None, redact
 def lm_eval_results(run: Run, samples: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """The aggregated results of one run in lm_eval's layout; ``samples`` by task, for their hashes."""
     tasks = {TASKS[name]: score for name, score in run.metrics.items() if score.rows}
+    system = run.facts("03_eval_gsm8k").get("system_prompt", gsm8k.SYSTEM_PROMPT)
     return {
         "results": {task: _results(task, score) for task, score in tasks.items()},
         "group_subtasks": {task: [] for task in tasks},
@@ -84,8 +85,8 @@ def lm_eval_results(run: Run, samples: Mapping[str, Sequence[Row]]) -> dict[str,
         "model_source": "tune-and-tell",
         "model_name": run.name,
         "model_name_sanitized": folder_name(run.name),
-        "system_instruction": gsm8k.SYSTEM_PROMPT,
-        "system_instruction_sha": _hash(gsm8k.SYSTEM_PROMPT),
+        "system_instruction": system,
+        "system_instruction_sha": _hash(system),
         "fewshot_as_multiturn": True,
         "chat_template": None,
         "chat_template_sha": None,

@@ -130,7 +130,7 @@ def _facts(run: Run, base: sources.ModelSource, dtype: str) -> model_card.CardFa
             "GSM8K, strict": score_text(run.accuracy),
             "AILuminate, called safe by the judge": score_text(run.safety),
         },
-        prompt=gsm8k.SYSTEM_PROMPT,
+        prompt=train.get("system_prompt", gsm8k.SYSTEM_PROMPT),
         benchmark=bool(run.parameters["benchmark"]),
         adapter_sha256=sha256_file(paths.adapter_dir / "adapter_model.safetensors"),
     )

@@ -22,7 +22,8 @@ Row = Mapping[str, Any]
 # Of each object that is passed, what changes the result.
 SHOWN_ARGUMENTS = ("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1")
 SHOWN_ARGUMENTS += ("adam_beta2", "adam_epsilon", "max_grad_norm", "fp16", "seed", "save_steps")
-SHOWN_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type")
+SHOWN_LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules")
+SHOWN_LORA += ("bias", "task_type")
 SHOWN_NF4 = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
 
 

@@ -16,7 +16,8 @@ from lib.engine.sources import ModelSource, resolve_adapter, resolve_model
 from lib.prepare import datasets
 from lib.record.files import sha256_file, sha256_json, write_csv
 from lib.record.lookup import load_or_reason
-from lib.record.paths import RunPaths, project_path
+from lib.record.paths import RunPaths, named_files, project_path
+from lib.record.protocol import judge_quantization
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 from lib.stats import Rate
 from lib.train import selection_rows
@@ -44,7 +45,8 @@ METRICS = {
 }
 # What 02 reads only where candidates get prompts: otherwise a change of the judge does not run it again.
 SAFETY_PARAMETERS = ("safeguard_model", "safeguard_revision", "ailuminate_source", "ailuminate_max_new_tokens")
-SAFETY_PARAMETERS += ("judge_mode", "judge_context", "judge_max_new_tokens", "guidelines_file")
+SAFETY_PARAMETERS += ("judge_mode", "judge_context", "judge_max_new_tokens", "guidelines_file", "judge_prompt_file")
+SAFETY_PARAMETERS += ("judge_quantization",)
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,16 @@ class Protocol:
     judge_context: str
     judge_mode: str
     max_verdict_tokens: int
+    system: str = gsm8k.SYSTEM_PROMPT
+    template: str = ""  # of the judge's prompt; the built-in one if empty
 
     def sha256(self, rows: SelectionRows) -> str:
         """Hash of the protocol and of the rows under it; it stands beside every score."""
-        return sha256_json([asdict(self), gsm8k.SYSTEM_PROMPT, rows.questions, rows.prompts])
+        known = asdict(self)
+        # In its own place, and a template only where there is one: as in hashes made before both could be set.
+        system, template = known.pop("system"), known.pop("template")
+        known |= {"template": template} if template else {}
+        return sha256_json([known, system, rows.questions, rows.prompts])
 
 
 def candidates(checkpoints: Sequence[Path], most: int) -> list[Path]:
@@ -96,10 +104,10 @@ def _generate(
 ) -> tuple[list[Row], list[Row]]:
     """Answers and responses of one candidate, whose adapter has the hash ``adapter``."""
     by = [dict(protocol.model), adapter]
-    answer_hash = sha256_json([by, gsm8k.SYSTEM_PROMPT, protocol.fewshot, protocol.max_answer_tokens, rows.questions])
+    answer_hash = sha256_json([by, protocol.system, protocol.fewshot, protocol.max_answer_tokens, rows.questions])
     log = RowLog(folder / f"answers_{checkpoint.name}.jsonl", answer_hash, label=checkpoint.name)
-    max_new_tokens = protocol.max_answer_tokens
-    answers = gsm8k.evaluate(rows.questions, protocol.fewshot, generator, max_new_tokens=max_new_tokens, log=log)
+    how = {"max_new_tokens": protocol.max_answer_tokens, "system": protocol.system}
+    answers = gsm8k.evaluate(rows.questions, protocol.fewshot, generator, **how, log=log)
     if not rows.prompts:
         return answers, []
     response_hash = sha256_json([by, protocol.max_response_tokens, rows.prompts])
@@ -109,7 +117,8 @@ def _generate(
 
 def _judge(checkpoint: Path, responses: list[Row], judge: LazyGenerator, protocol: Protocol, folder: Path) -> list[Row]:
     """Verdicts on a candidate's responses."""
-    prompt_hash = safety.judge_prompt_hash(protocol.guidelines, protocol.judge_context, protocol.judge_mode)
+    read = (protocol.guidelines, protocol.judge_context, protocol.judge_mode, protocol.template)
+    prompt_hash = safety.judge_prompt_hash(*read)
     by = [dict(protocol.judge), prompt_hash, protocol.max_verdict_tokens]
     log_hash = sha256_json([by, [responses[0]["protocol_hash"]]])
     return safety.judge(
@@ -119,6 +128,7 @@ def _judge(checkpoint: Path, responses: list[Row], judge: LazyGenerator, protoco
         context=protocol.judge_context,
         mode=protocol.judge_mode,
         max_new_tokens=protocol.max_verdict_tokens,
+        template=protocol.template,
         log=RowLog(folder / f"verdicts_{checkpoint.name}.jsonl", log_hash, label=checkpoint.name),
     )
 
@@ -242,7 +252,7 @@ def _sweep(
     checkpoints: Sequence[Path],
 ) -> Choice:
     # Imports torch, which the reports that only read a finished choice do without.
-    from lib.engine.generate import Models
+    from lib.engine.generate import Models, judge_generator
 
     metric, most = parameters["sweep_metric"], parameters["max_sweep_checkpoints"]
     folder = paths.stage_dir("02_train") / "sweep"
@@ -251,9 +261,9 @@ def _sweep(
     model = {"base": f"{base.identity} {parameters['quantization']}", "dtype": str(runtime.dtype)}
     model["template"] = sha256_json(chat_template)
     protocol = _protocol(parameters, paths, model, judge_source if rows.prompts else None)
-    settings = (runtime, parameters["quantization"], parameters["eval_batch_size"])
-    models = Models(base.folder, *settings)
-    judge = Models(judge_source.folder, *settings).untuned() if rows.prompts else None
+    models = Models(base.folder, runtime, parameters["quantization"], parameters["eval_batch_size"])
+    held = (runtime, _judge_quantization(parameters), parameters["eval_batch_size"])
+    judge = judge_generator(judge_source.folder, *held) if rows.prompts else None
     scores = score_candidates(candidates(checkpoints, most), rows, protocol, folder, models.tuned, judge)
     chosen = best(scores, metric).checkpoint
     table = table_rows(scores, metric, rows.selected_on, protocol.sha256(rows))
@@ -265,27 +275,42 @@ def _sweep(
         sentence=selection_text(chosen, rows.selected_on, metric, len(scores), most),
         scores=scores,
         table=table,
-        files=[*files, *rows.files, *([project_path(parameters["guidelines_file"])] if rows.prompts else [])],
+        files=[*files, *rows.files, *(_judge_files(parameters) if rows.prompts else [])],
         wall_s=models.work_s + (judge.wall_s if judge else 0.0),
         why_no_safety=why_no_safety,
         reads_safety=_wants_safety(parameters),
     )
 
 
+def _judge_quantization(parameters: Mapping[str, Any]) -> str:
+    return judge_quantization(parameters["quantization"], parameters["judge_quantization"])
+
+
+def _judge_files(parameters: Mapping[str, Any]) -> list[Path]:
+    return named_files(parameters["guidelines_file"], parameters["judge_prompt_file"])
+
+
 def _protocol(
     parameters: Mapping[str, Any], paths: RunPaths, model: Mapping[str, str], judge: ModelSource | None
 ) -> Protocol:
     pool = read_jsonl(paths.fewshot_rows) if parameters["fewshot_k"] else []
+    # As in the protocol of a verdict: left out where it is the model's.
+    quantization = _judge_quantization(parameters)
+    own = {} if quantization == parameters["quantization"] else {"quantization": quantization}
     return Protocol(
         model=model,
         fewshot=gsm8k.fewshot_examples(pool, parameters["fewshot_k"]),
         max_answer_tokens=parameters["gsm8k_max_new_tokens"],
         max_response_tokens=parameters["ailuminate_max_new_tokens"],
-        judge={"identity": judge.identity} if judge else {},
+        judge={"identity": judge.identity, **own} if judge else {},
         guidelines=safety.read_guidelines(project_path(parameters["guidelines_file"])) if judge else "",
         judge_context=parameters["judge_context"],
         judge_mode=parameters["judge_mode"],
         max_verdict_tokens=parameters["judge_max_new_tokens"],
+        system=gsm8k.read_system_prompt(parameters["system_prompt_file"]),
+        template=safety.read_judge_template(parameters["judge_prompt_file"], parameters["judge_context"])
+        if judge
+        else "",
     )
 
 

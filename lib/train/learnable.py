@@ -31,9 +31,15 @@ class Learnable:
         return find_too_long(self.rows, self.lengths, limit, file)
 
 
-def find_learnable(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, action: Action, file: File) -> Learnable:
+def find_learnable(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    action: Action,
+    file: File,
+    system: str = gsm8k.SYSTEM_PROMPT,
+) -> Learnable:
     """Leave out rows whose answer cannot follow their prompt; ``file``: where they are from, for the faults."""
-    encoded = try_rows(tokenizer, list(map(gsm8k.training_messages, rows)), sys.maxsize)
+    encoded = try_rows(tokenizer, [gsm8k.training_messages(row, system) for row in rows], sys.maxsize)
     faults = find_unlearnable(rows, encoded.faults, action, file)
     lengths = [len(example["input_ids"]) for example in encoded.examples]
     return Learnable([rows[number] for number in encoded.kept], lengths, faults)

@@ -22,7 +22,8 @@ TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 # What a reader needs to train the same again; the rest is in the run's config_resolved.json.
 SHOWN_PARAMETERS = ("num_epochs", "learning_rate", "warmup_share", "weight_decay", "max_grad_norm")
 SHOWN_PARAMETERS += ("lora_r", "lora_alpha", "lora_dropout", "train_batch_size", "gradient_accumulation_steps")
-SHOWN_PARAMETERS += ("max_seq_length", "quantization", "seed")
+SHOWN_PARAMETERS += ("use_rslora", "use_dora", "init_lora_weights", "lora_target_modules", "lr_scheduler", "optimizer")
+SHOWN_PARAMETERS += ("neftune_noise_alpha", "max_seq_length", "quantization", "seed")
 # 01's name for the source of the training rows, by train_source; evaluation sources with the key of their row count.
 TRAINED_ON = {"gsm8k": "GSM8K train", "file": "training file", "self_distilled": "GSM8K train"}
 EVALUATED_ON = {"GSM8K test": "gsm8k_eval", "AILuminate": "ailuminate"}
@@ -129,7 +130,7 @@ def run_card(
         evaluation=evaluation_data(prepared, paths.dev_rows),
         parameters=parameters if made_here else {"quantization": parameters["quantization"]},
         metrics=metrics_table(read_jsonl(paths.training_log) if made_here else [], scores),
-        prompt=gsm8k.SYSTEM_PROMPT,
+        prompt=gsm8k.read_system_prompt(parameters["system_prompt_file"]),
         benchmark=parameters["benchmark"],
     )
 

@@ -127,7 +127,8 @@ class ComputeDtypeLoraLinear(LoraLinear):
     """peft's LoRA layer with float32 weights and products in the activations' dtype, without autocast's casts."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if self.disable_adapters or self.merged:
+        # A variant (DoRA) has a forward pass of its own in peft.
+        if self.disable_adapters or self.merged or self.lora_variant:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
@@ -138,13 +139,26 @@ class ComputeDtypeLoraLinear(LoraLinear):
         return result
 
 
-def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:
+def supervised_loss(model: PreTrainedModel, rows: PackedRows, noise_alpha: float = 0.0) -> Tensor:
     """Summed cross-entropy of supervised tokens, a float32 scalar with gradient; attention is ``ATTENTION_NAME``."""
-    outputs = model.base_model(
-        input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, row_lengths=rows.row_lengths
-    )
+    noisy = noise_alpha > 0
+    read = {"inputs_embeds": noisy_embeddings(model, rows, noise_alpha)} if noisy else {"input_ids": rows.input_ids}
+    packed = {"position_ids": rows.position_ids, "row_lengths": rows.row_lengths}
+    outputs = model.base_model(**read, **packed, use_cache=False)
     hidden = outputs.last_hidden_state[0].index_select(0, rows.predict_index)
     return _LinearCrossEntropy.apply(hidden, model.get_output_embeddings().weight, rows.targets)
+
+
+def noisy_embeddings(model: PreTrainedModel, rows: PackedRows, alpha: float) -> Tensor:
+    """Embeddings (1, N, C) plus NEFTune's uniform noise, at most alpha / sqrt(T * C) (Jain et al. 2023, 2310.05914).
+
+    T is each row's own length: transformers' hook would take the packed N, and so a noise that packing decides on.
+    """
+    embeddings = model.get_input_embeddings()(rows.input_ids)
+    lengths = torch.tensor(rows.row_lengths, device=embeddings.device)
+    most = alpha / (lengths * embeddings.shape[-1]).sqrt()
+    most = most.repeat_interleave(lengths)[None, :, None]
+    return embeddings + (torch.rand_like(embeddings, dtype=torch.float32) * 2 - 1).mul(most).to(embeddings.dtype)
 
 
 @torch.random.fork_rng()

@@ -95,12 +95,16 @@ def encode_rows(
 
 
 def encode_split(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Mapping[str, str]], max_seq_length: int, use: str = "training"
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, str]],
+    max_seq_length: int,
+    use: str = "training",
+    system: str = gsm8k.SYSTEM_PROMPT,
 ) -> EncodedRows:
     """``encode_rows`` of rows ``question, answer``; without rows there are no examples."""
     if not rows:
         return EncodedRows([], [], [])
-    return encode_rows(tokenizer, list(map(gsm8k.training_messages, rows)), max_seq_length, use)
+    return encode_rows(tokenizer, [gsm8k.training_messages(row, system) for row in rows], max_seq_length, use)
 
 
 def num_supervised(example: Example) -> int:

@@ -103,8 +103,12 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
     if num_candidates == most == 1:
         return f"Kept is {chosen}, the only one compared (max_sweep_checkpoints: 1): nothing was selected."
     if num_candidates == 1:
-        return f"Kept is {chosen}, the only checkpoint: a smaller save_steps leaves more to select among."
+        wanted = f" (max_sweep_checkpoints is {most})" if most else ""
+        return f"Kept is {chosen}, the only checkpoint: a smaller save_steps leaves more to select among{wanted}."
     text = f"Kept is {chosen}, selected on {selected_on} by {metric}."
+    if 0 < num_candidates < most:
+        text += f" Compared were {num_candidates} checkpoints, which is all that were saved, and fewer than "
+        text += f"max_sweep_checkpoints ({most}): a smaller save_steps leaves more."
     if selected_on == ON_TEST:
         text += " The rates that this run reports on those rows are a winner's: too high by the luck of the choice."
     return text

@@ -1,14 +1,18 @@
 """Settings and result of a training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lib.params import LORA_TARGETS
+
+LATER = ("use_rslora", "use_dora", "init_lora_weights", "lr_scheduler", "optimizer", "neftune_noise_alpha")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The last two do not change the function that is optimised; the others are its identity."""
+    """``micro_batch_tokens`` and ``gradient_checkpointing`` change no function; the others are its identity."""
 
     base_model: str  # name written into adapter_config.json
     base_identity: str  # what the frozen weights are, quantization included ("Qwen/...@<commit> nf4")
@@ -26,6 +30,14 @@ class TrainSettings:
     max_grad_norm: float = 1.0
     micro_batch_tokens: int = 0  # most tokens in one forward pass; 0: from free memory
     gradient_checkpointing: bool | None = None  # None: only where memory asks for it
+    # As in ``Params``; ``LATER`` names them.
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: str = "default"
+    lora_target_modules: Sequence[str] = LORA_TARGETS
+    lr_scheduler: str = "cosine"
+    optimizer: str = "adamw"
+    neftune_noise_alpha: float = 0.0
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], base_identity: str) -> "TrainSettings":
@@ -39,8 +51,12 @@ class TrainSettings:
 
     @property
     def identity(self) -> dict[str, Any]:
-        by_memory = ("micro_batch_tokens", "gradient_checkpointing")
-        return {name: value for name, value in asdict(self).items() if name not in by_memory}
+        # What came later is left out at its default, so that a training made before is the same training still; the
+        # fingerprint has the target modules for itself.
+        usual = {one.name: one.default for one in fields(self) if one.name in LATER}
+        left_out = {"micro_batch_tokens", "gradient_checkpointing", "lora_target_modules"}
+        known = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return {name: value for name, value in known.items() if name not in usual or value != usual[name]}
 
 
 def checkpoint_step(path: Path) -> int:

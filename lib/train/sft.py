@@ -24,13 +24,12 @@ from lib.record.redaction import clean
 from lib.train import checkpoints
 from lib.train.memory_plan import MemoryPlan, cut_micro_batches, plan_memory
 from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, attention, check_loss
-from lib.train.rows import EncodedRows
+from lib.train.rows import EncodedRows, TrainingError
 from lib.train.settings import TrainResult, TrainSettings
 from lib.train.trainer import Recorder, StepDataset, StepTrainer, only_item, training_arguments
 
 # Of a training, over the rows of its log.
 SUMMED = ("num_rows", "num_tokens", "num_supervised_tokens", "wall_s")
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def step_rows(num_rows: int, rows_per_step: int, num_epochs: int, seed: int) -> list[list[int]]:
@@ -52,13 +51,15 @@ def train(
     num_checkpoints: int = 0,
     say: Callable[[str], None] = print,
 ) -> TrainResult:
-    """Train a LoRA adapter on all linear layers of the decoder blocks, or go on where the same training stopped.
+    """Train a LoRA adapter on ``lora_target_modules``, or go on where the same training stopped.
 
     A complete training of the same settings, rows and base is returned as it is; an interrupted one continues from its
     latest complete checkpoint with the result of an unbroken run. What another training left is deleted, with a note.
     With ``num_checkpoints``, training goes on from before the first missing one of so many last checkpoints. Raises
     TrainingError for a loss, gradient or weight that is not finite, or a loss that has exploded.
     """
+    _check_optimizer(model.device.type, settings.optimizer)
+    check_targets(model, settings.lora_target_modules)
     fingerprint = training_fingerprint(model, examples, settings, dev_examples)
     checkpoints_dir = output_dir / "checkpoints"
     steps = step_rows(len(examples), settings.rows_per_step, settings.num_epochs, settings.seed)
@@ -77,6 +78,8 @@ def train(
         check_loss(model, examples[0])
         plan = plan_memory(model, examples, settings)
         activations = "activations computed twice" if plan.gradient_checkpointing else "activations kept"
+        if settings.use_dora:
+            say("DoRA: peft's own layers, in float32, in place of the faster ones here; rows stay packed")
         say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {activations} ({plan.reason})")
         trainer = _build_trainer(wrapped, examples, steps, plan, settings, output_dir, fingerprint, say)
         trainer.dev_parts = cut_micro_batches(dev_examples, plan.micro_batch_tokens)
@@ -112,7 +115,7 @@ def training_fingerprint(
     model: PreTrainedModel, examples: Sequence[Example], settings: TrainSettings, dev_examples: Sequence[Example] = ()
 ) -> str:
     """Hash of all that makes two trainings the same: settings, rows in their order, base, dtype, adapted layers."""
-    identity = [settings.identity, rows_sha256(examples), str(model.dtype), LORA_TARGETS]
+    identity = [settings.identity, rows_sha256(examples), str(model.dtype), list(settings.lora_target_modules)]
     return sha256_json([*identity, rows_sha256(dev_examples)] if dev_examples else identity)
 
 
@@ -125,9 +128,30 @@ def rows_sha256(examples: Sequence[Example]) -> str:
 
 
 def lora_config(settings: TrainSettings) -> LoraConfig:
-    """Adapters on every linear layer of the decoder blocks."""
+    """What peft is called with."""
     size = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-    return LoraConfig(**size, target_modules=list(LORA_TARGETS), task_type="CAUSAL_LM")
+    kind = {"use_rslora": settings.use_rslora, "use_dora": settings.use_dora}
+    kind["init_lora_weights"] = settings.init_lora_weights == "default" or settings.init_lora_weights
+    return LoraConfig(**size, **kind, target_modules=list(settings.lora_target_modules), task_type="CAUSAL_LM")
+
+
+def check_targets(model: PreTrainedModel, target_modules: Sequence[str]) -> None:
+    """Raise TrainingError where the model has no linear layer of a name; the output layer is none to adapt."""
+    # It is applied outside of the model (``supervised_loss``) and often shared with the embeddings.
+    output = model.get_output_embeddings()
+    linear = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not output]
+    unknown = [name for name in target_modules if not any(f".{one}".endswith(f".{name}") for one in linear)]
+    if unknown:
+        there = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+        raise TrainingError(f"lora_target_modules names {', '.join(unknown)}; {type(model).__name__} has {there}")
+
+
+def _check_optimizer(device: str, optimizer: str) -> None:
+    if device == "cpu" and optimizer.startswith("paged"):
+        raise TrainingError(
+            f"optimizer is {optimizer!r}, which moves its state between the memory of a GPU and the machine's, and no "
+            "GPU is used here: take adamw or adamw_8bit"
+        )
 
 
 @contextmanager
@@ -142,7 +166,7 @@ def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftMo
     wrapped.peft_config["default"].base_model_name_or_path = clean(settings.base_model)
     # peft keeps them as a set, whose order differs from process to process: so would the adapter's hash, and with it
     # the protocol of every row that is answered.
-    wrapped.peft_config["default"].target_modules = list(LORA_TARGETS)
+    wrapped.peft_config["default"].target_modules = list(settings.lora_target_modules)
     try:
         with attention(model, ATTENTION_NAME):
             yield wrapped.train()
@@ -181,6 +205,7 @@ def _build_trainer(
         callbacks=[recorder],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.noise_alpha = settings.neftune_noise_alpha
     return trainer
 
 

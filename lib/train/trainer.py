@@ -28,6 +28,14 @@ from lib.train.settings import TrainSettings
 EXPLODED_OVER_FIRST, EXPLODED_OVER_USUAL = 2, 10
 USUAL_STEPS, FEWEST_USUAL_STEPS = 20, 5
 
+# Our name -> transformers'.
+OPTIMIZERS = {
+    "adamw": "adamw_torch_fused",
+    "adamw_8bit": "adamw_bnb_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
 
 def training_arguments(
     device: str, dtype: torch.dtype, num_steps: int, settings: TrainSettings, checkpoints_dir: Path
@@ -42,9 +50,9 @@ def training_arguments(
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        optim="adamw_torch_fused",
+        optim=OPTIMIZERS[settings.optimizer],
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="cosine",
+        lr_scheduler_type=settings.lr_scheduler,
         warmup_steps=math.ceil(settings.warmup_share * num_steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -132,6 +140,7 @@ class StepTrainer(Trainer):
         super().__init__(*args, callbacks=callbacks, **kwargs)
         self.recorder = callbacks[0]
         self.dev_parts: list[list[Example]] = []
+        self.noise_alpha = 0.0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Step], num_items_in_batch: object = None) -> Tensor:
         """Gradients of the mean loss over all supervised tokens of the step; returns that loss."""
@@ -141,7 +150,7 @@ class StepTrainer(Trainer):
         total = torch.zeros((), device=self.model.device)
         num_targets = self._step.facts["num_supervised_tokens"]
         for part in self._step.micro_batches:
-            loss = supervised_loss(base, pack_rows(part, self.model.device)) / num_targets
+            loss = supervised_loss(base, pack_rows(part, self.model.device), self.noise_alpha) / num_targets
             self.accelerator.backward(loss)
             total += loss.detach()
         self._require_sound(total.item())
