@@ -65,6 +65,8 @@ def rewrite(results: Path) -> Path:
 
 
 def _restamp(path: Path, metrics: Row | None = None) -> None:
+    if not path.exists():
+        return
     manifest = read_json(path)
     for stamps in (manifest["inputs"], manifest["outputs"]):
         stamps |= {name: file_stamp(path.parent / name) for name in stamps if (path.parent / name).is_file()}
