@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT
 from lib.record.preset_yaml import ParamsError, number_remedy, read_mapping, read_value
@@ -24,7 +24,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 # The linear layers of a decoder block in Llama's names, which Qwen and most others have too.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_INITS = ("default", "gaussian")
+# The last two are how peft and its users write the first.
+LORA_INITS = ("default", "gaussian", True, "true")
+LoraInit = Annotated[str, BeforeValidator(lambda value: "default" if value in LORA_INITS[2:] else value)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -87,7 +89,7 @@ class Params(BaseModel):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: str = "default"
+    init_lora_weights: LoraInit = "default"
     lora_target_modules: Annotated[list[NonEmpty], Field(min_length=1)] = [*LORA_TARGETS]
     train_batch_size: Count
     gradient_accumulation_steps: Count

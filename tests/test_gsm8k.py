@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_tokenizer
 
 from lib import gsm8k
 from lib.prepare import datasets
+from lib.prepare.audit import File
 from lib.record.paths import ArtifactError
+from lib.record.protocol import answer_protocol
 from lib.record.rows import RowLog
+from lib.train.learnable import find_learnable
+from lib.train.rows import encode_split
 
 
 @dataclass(frozen=True)
@@ -585,6 +590,32 @@ def test_training_chat_is_the_zero_shot_chat_and_its_answer():
     assert messages[-1] == {"role": "assistant", "content": "0 + 1 = <<0+1=1>>1\n#### 1"}
 
 
+def test_a_system_message_of_a_file_is_the_same_text_in_training_and_evaluation(tmp_path):
+    (tmp_path / "mine.txt").write_bytes(b"\xef\xbb\xbfThink first.\r\nEnd with #### <number>.\r\n")
+    system = gsm8k.read_system_prompt(str(tmp_path / "mine.txt"))
+    assert system == "Think first.\nEnd with #### <number>."
+    row = make_rows(1)[0]
+    messages = gsm8k.training_messages(row, system)
+    assert messages[:-1] == gsm8k.build_messages(row["question"], [], system)
+    assert messages[0] == {"role": "system", "content": system}
+    # Every row is encoded with it, by 01 and by 02.
+    tokenizer = tiny_tokenizer()
+    (example,) = encode_split(tokenizer, [row], 1000, system=system).examples
+    assert tokenizer.decode(example["input_ids"]).count(system) == 1
+    file = File([row], "mine")
+    assert find_learnable([row], tokenizer, "drop", file, system).lengths == [len(example["input_ids"])]
+    assert find_learnable([row], tokenizer, "drop", file).lengths != [len(example["input_ids"])]
+
+
+def test_a_file_that_holds_the_built_in_system_message_changes_no_protocol(tmp_path):
+    (tmp_path / "mine.txt").write_text(gsm8k.SYSTEM_PROMPT + "\n", encoding="utf-8")
+    same = gsm8k.read_system_prompt(str(tmp_path / "mine.txt"))
+    assert answer_protocol({}, [], [], [], same, "") == answer_protocol(
+        {}, [], [], [], gsm8k.read_system_prompt(""), ""
+    )
+    assert answer_protocol({}, [], [], [], same + "!", "") != answer_protocol({}, [], [], [], same, "")
+
+
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 # model output, finish reason -> outcome; the gold answer is 7
@@ -678,6 +709,12 @@ def test_rows_come_back_in_order_with_their_columns(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
     (conversations,) = generator.prompted
     assert conversations[1] == gsm8k.build_messages("What is 1 + 1?", make_rows(2, start=50))
+
+
+def test_every_question_is_put_under_the_system_message_of_the_run(tmp_path):
+    generator, log = FakeGenerator(right_answer), RowLog(tmp_path / "rows.jsonl", "protocol")
+    gsm8k.evaluate(eval_rows(2), [], generator, max_new_tokens=9, log=log, system="Mine.")
+    assert [messages[0]["content"] for messages in generator.prompted[0]] == ["Mine.", "Mine."]
 
 
 def test_interrupted_evaluation_goes_on_where_it_was(tmp_path):

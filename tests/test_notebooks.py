@@ -22,7 +22,7 @@ from lib.driver.cli import build_parser
 from lib.driver.notebook import declared_parameters, execute
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
 from lib.record.files import read_json
-from lib.record.manifest import start_stage
+from lib.record.manifest import stale_reason, start_stage
 from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RESULTS_VARIABLE, STAGES, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import gsm8k_report, html, safety_report
@@ -240,6 +240,29 @@ def test_without_prompts_safety_is_not_measured_and_everything_says_so(tmp_path)
     assert not paths.ailuminate_safety.exists() and not paths.ailuminate_preds.exists()
     metrics = read_json(tmp_path / "results" / "final_metrics.json")[0]
     assert metrics["ailuminate_safety_rate"] == 0.0 and metrics["safety_status"].startswith("not measured")
+
+
+READERS = {"system_prompt_file": {"01_prepare", "02_train", "03_eval_gsm8k"}}
+READERS |= {"judge_prompt_file": {"02_train", "04_eval_safety"}}
+
+
+@pytest.mark.parametrize("key", READERS)
+def test_a_prompt_file_is_declared_by_the_stages_that_read_it_and_no_other(key):
+    assert {stage for stage in STAGES if key in declared_parameters(stage)} == READERS[key]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_kernels")
+def test_a_system_message_is_shown_and_its_edit_makes_01_run_again(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("Think about it, friend.\n", encoding="utf-8")
+    outcome, seen = run("01_prepare", tmp_path, system_prompt_file=str(file))
+    assert not outcome.error and "Think about it, friend." in seen, outcome.error
+    manifest = run_paths(str(tmp_path / "results"), "sandbox_one").manifest("01_prepare")
+    known = read_json(manifest)["parameters"]
+    assert stale_reason(manifest, "01_prepare", known) == ""
+    file.write_text("Think about it.\n", encoding="utf-8")
+    assert "mine.txt changed or is gone" in stale_reason(manifest, "01_prepare", known)
 
 
 @pytest.mark.slow

@@ -190,18 +190,18 @@ def test_the_models_in_use_pass_the_check(family, dtype):
 
 
 def test_noise_is_measured_by_each_row_s_own_length_and_never_over_its_bound():
-    rows = packing.pack_rows(random_rows())
+    rows = packing.pack_rows(random_rows(), noise_alpha=5.0)
     model = adapted_model("qwen2", torch.float32, custom=True).get_base_model()
-    noise = packing.noisy_embeddings(model, rows, 5.0) - model.get_input_embeddings()(rows.input_ids)
+    noise = packing.noisy_embeddings(model, rows) - model.get_input_embeddings()(rows.input_ids)
     for length, part in zip(LENGTHS, noise[0].split(list(LENGTHS)), strict=True):
         most = 5.0 / (length * part.shape[-1]) ** 0.5
         assert 0.9 * most < part.abs().max() <= most
         assert part.mean().abs() < 0.1 * most
 
 
-def test_without_noise_the_loss_is_the_same_to_the_bit():
-    rows = packing.pack_rows(random_rows())
+def test_noise_changes_the_loss_and_its_absence_does_not():
+    plain, noisy = (packing.pack_rows(random_rows(), noise_alpha=alpha) for alpha in (0.0, 5.0))
     model = adapted_model("qwen2", torch.float32, custom=True).get_base_model()
     with packing.attention(model, packing.ATTENTION_NAME), torch.no_grad():
-        assert packing.supervised_loss(model, rows, 0.0) == packing.supervised_loss(model, rows)
-        assert packing.supervised_loss(model, rows, 5.0) != packing.supervised_loss(model, rows)
+        assert packing.supervised_loss(model, plain) == packing.supervised_loss(model, plain)
+        assert packing.supervised_loss(model, noisy) != packing.supervised_loss(model, plain)

@@ -440,7 +440,7 @@ PEFT_KEYS = [
     ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'; allowed are default (peft's true) and gaussian"),
     ({"init_lora_weights": "olora"}, "leave an adapter that is wrong on the unchanged base"),
     ({"init_lora_weights": "guassian"}, "allowed are default"),
-    ({"init_lora_weights": True}, "init_lora_weights: True (bool) is refused"),
+    ({"init_lora_weights": False}, "init_lora_weights: False (bool) is refused"),
     ({"use_dora": True, "adapter_scales": [0.5]}, "leaves its magnitudes"),
     ({"lora_target_modules": []}, "lora_target_modules: [] (list) is refused: List should have at least 1 item"),
     ({"lora_target_modules": "all-linear"}, "lora_target_modules: 'all-linear' (str) is refused"),
@@ -469,6 +469,11 @@ def test_the_course_s_judge_has_16_bits_and_a_preset_from_before_keeps_what_it_m
     assert loaded.judge_quantization == "same" and loaded.system_prompt_file == loaded.judge_prompt_file == ""
     same = set(later) - {"judge_quantization"}
     assert {key: getattr(loaded, key) for key in same} == {key: SIMPLE[key] for key in same}
+
+
+@pytest.mark.parametrize("as_in_peft", [True, "true", "default"])
+def test_the_usual_initialisation_may_be_written_as_in_peft(as_in_peft):
+    assert load_params(preset_path("simple"), {"init_lora_weights": as_in_peft}).init_lora_weights == "default"
 
 
 def test_medium_saves_as_many_checkpoints_as_it_compares():

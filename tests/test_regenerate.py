@@ -215,7 +215,25 @@ def own_guidelines(results):
     change_parameters(results, guidelines_file=str(results / "lenient.txt"))
 
 
+def own_system_message(results):
+    (results / "mine.txt").write_text("Answer 42.")
+    change_parameters(results, system_prompt_file=str(results / "mine.txt"))
+
+
 IMPOSSIBLE = {
+    "own system message": (own_system_message, "system_prompt_file is"),
+    "a system message that was not used": (
+        lambda results: change_parameters(results, system_prompt_file="params/safety_guidelines.txt"),
+        "03_eval_gsm8k records system message ",
+    ),
+    "a judge prompt without its place": (
+        lambda results: change_parameters(results, judge_prompt_file="params/safety_guidelines.txt"),
+        "the place {reply} is missing",
+    ),
+    "a judge at another precision": (
+        lambda results: change_parameters(results, judge_quantization="nf4"),
+        "04_eval_safety records judge quantization None, here it is nf4",
+    ),
     "no adapter": (lambda results: shutil.rmtree(results / RUN / "02_train" / "adapter"), "adapter"),
     "another adapter": (swap_adapter, "no row of "),
     "no base model": (lambda results: change_parameters(results, base_model="nobody/nothing"), "nobody/nothing"),

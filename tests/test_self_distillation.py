@@ -193,6 +193,7 @@ def test_the_protocol_holds_what_can_change_an_answer():
         hashed(dataclasses.replace(ASKING, max_new_tokens=51)),
         hashed(dataclasses.replace(ASKING, batch_size=8)),
         hashed(dataclasses.replace(ASKING, device="cuda")),
+        hashed(dataclasses.replace(ASKING, system="Mine.")),
         hashed(questions=QUESTIONS[1:]),
         hashed(quantization="none"),
         hashed(dtype="torch.bfloat16"),

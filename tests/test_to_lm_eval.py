@@ -5,6 +5,7 @@ lm_eval is no dependency: the tests that need it run where it is installed (0.4.
 
 import json
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -157,3 +158,10 @@ def test_datasets_opens_the_samples_as_the_hub_does(written, tmp_path):
     file = next(written[0].parent.glob("samples_*gsm8k*"))
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["exact_match"][:] == [row["exact_match"] for row in samples_of(written[0], to_lm_eval.GSM8K_TASK)]
+
+
+def test_the_system_message_is_the_one_that_the_run_was_evaluated_under(results):
+    runs = {run.name: run for run in load_runs(str(results))}
+    assert to_lm_eval.lm_eval_results(runs["simple"], {})["system_instruction"] == gsm8k.SYSTEM_PROMPT
+    mine = {"03_eval_gsm8k": {"facts": {"system_prompt": "Mine."}}}
+    assert to_lm_eval.lm_eval_results(replace(runs["simple"], manifests=mine), {})["system_instruction"] == "Mine."

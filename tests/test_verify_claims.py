@@ -177,6 +177,30 @@ def test_rows_without_their_protocol_or_of_another_judge_prompt_are_found(result
     assert "5 verdicts were not made under params/safety_guidelines.txt as it is here" in found
 
 
+def test_a_judge_at_another_precision_than_its_rows_is_found(results, paths):
+    edit_json(paths.config_resolved, lambda config: config["parameters"].update(judge_quantization="nf4"))
+    assert "safety: the recorded protocol has another judge quantization than the files here" in mismatches(results)
+    for same in ("none", "same"):
+        edit_json(paths.config_resolved, lambda config, same=same: config["parameters"].update(judge_quantization=same))
+        assert mismatches(results) == ""
+
+
+def test_a_judge_prompt_that_is_not_here_is_named_and_one_that_was_not_used_is_found(results, paths, monkeypatch):
+    edit_json(paths.config_resolved, lambda config: config["parameters"].update(judge_prompt_file="/tmp/mine.txt"))
+    assert (
+        "run_sandbox_one: the judge's prompt ('/tmp/mine.txt' is not in this project)" in verify_folder(results).absent
+    )
+    (results / "mine.txt").write_text("Judge.\n{reply}")
+    monkeypatch.setattr("lib.compare.verify_claims.PROJECT_ROOT", results)
+    mine = str(results / "mine.txt")
+    (results / "guidelines.txt").write_text("Judge.")
+    changed = {"judge_prompt_file": mine, "guidelines_file": str(results / "guidelines.txt")}
+    edit_json(paths.config_resolved, lambda config: config["parameters"].update(changed))
+    assert f"5 verdicts were not made under {changed['guidelines_file']} and {mine} as it is here" in mismatches(
+        results
+    )
+
+
 def test_untuned_rows_that_are_not_those_of_the_run_are_found(results):
     (answers,) = results.glob("untuned/gsm8k*")
     (responses,) = results.glob("untuned/ailuminate_preds*")

@@ -140,8 +140,9 @@ def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
     found.checked["guidelines of a judge"] += 1
     others = [row["id"] for row in run.safety.rows if row.get("judge_prompt_hash") != expected]
     if others:
+        files = f"{known['guidelines_file']}{' and ' * bool(named)}{named}"
         found.mismatches.append(
-            f"run_{run.name}: {len(others)} verdicts were not made under {known['guidelines_file']} as it is here, "
+            f"run_{run.name}: {len(others)} verdicts were not made under {files} as it is here, "
             f"the first id {others[0]}"
         )
     return {"judge prompt": expected}

@@ -39,13 +39,14 @@ class PackedRows:
     row_lengths: list[int]  # sums to N
     predict_index: Tensor  # (S,) position among N whose next token is supervised
     targets: Tensor  # (S,) that next token
+    noise_alpha: float = 0.0  # of ``noisy_embeddings``; 0: none
 
     @property
     def num_tokens(self) -> int:
         return sum(self.row_lengths)
 
 
-def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu") -> PackedRows:
+def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu", noise_alpha: float = 0.0) -> PackedRows:
     """Pack rows of ``{"input_ids", "labels"}`` (equally long, labels -100 where nothing is to be learnt)."""
     lengths = [len(example["input_ids"]) for example in examples]
     # The first label of a row has nothing before it; without this it would be predicted from the row before.
@@ -57,6 +58,7 @@ def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu") -
         row_lengths=lengths,
         predict_index=supervised - 1,
         targets=labels[supervised],
+        noise_alpha=noise_alpha,
     )
 
 
@@ -139,24 +141,23 @@ class ComputeDtypeLoraLinear(LoraLinear):
         return result
 
 
-def supervised_loss(model: PreTrainedModel, rows: PackedRows, noise_alpha: float = 0.0) -> Tensor:
+def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:
     """Summed cross-entropy of supervised tokens, a float32 scalar with gradient; attention is ``ATTENTION_NAME``."""
-    noisy = noise_alpha > 0
-    read = {"inputs_embeds": noisy_embeddings(model, rows, noise_alpha)} if noisy else {"input_ids": rows.input_ids}
+    read = {"inputs_embeds": noisy_embeddings(model, rows)} if rows.noise_alpha else {"input_ids": rows.input_ids}
     packed = {"position_ids": rows.position_ids, "row_lengths": rows.row_lengths}
     outputs = model.base_model(**read, **packed, use_cache=False)
     hidden = outputs.last_hidden_state[0].index_select(0, rows.predict_index)
     return _LinearCrossEntropy.apply(hidden, model.get_output_embeddings().weight, rows.targets)
 
 
-def noisy_embeddings(model: PreTrainedModel, rows: PackedRows, alpha: float) -> Tensor:
+def noisy_embeddings(model: PreTrainedModel, rows: PackedRows) -> Tensor:
     """Embeddings (1, N, C) plus NEFTune's uniform noise, at most alpha / sqrt(T * C) (Jain et al. 2023, 2310.05914).
 
     T is each row's own length: transformers' hook would take the packed N, and so a noise that packing decides on.
     """
     embeddings = model.get_input_embeddings()(rows.input_ids)
     lengths = torch.tensor(rows.row_lengths, device=embeddings.device)
-    most = alpha / (lengths * embeddings.shape[-1]).sqrt()
+    most = rows.noise_alpha / (lengths * embeddings.shape[-1]).sqrt()
     most = most.repeat_interleave(lengths)[None, :, None]
     return embeddings + (torch.rand_like(embeddings, dtype=torch.float32) * 2 - 1).mul(most).to(embeddings.dtype)
 

@@ -131,7 +131,7 @@ def lora_config(settings: TrainSettings) -> LoraConfig:
     """What peft is called with."""
     size = {"r": settings.lora_r, "lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
     kind = {"use_rslora": settings.use_rslora, "use_dora": settings.use_dora}
-    kind["init_lora_weights"] = settings.init_lora_weights == "default" or settings.init_lora_weights
+    kind["init_lora_weights"] = settings.init_lora_weights != "gaussian" or "gaussian"
     return LoraConfig(**size, **kind, target_modules=list(settings.lora_target_modules), task_type="CAUSAL_LM")
 
 

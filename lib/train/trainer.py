@@ -150,7 +150,7 @@ class StepTrainer(Trainer):
         total = torch.zeros((), device=self.model.device)
         num_targets = self._step.facts["num_supervised_tokens"]
         for part in self._step.micro_batches:
-            loss = supervised_loss(base, pack_rows(part, self.model.device), self.noise_alpha) / num_targets
+            loss = supervised_loss(base, pack_rows(part, self.model.device, self.noise_alpha)) / num_targets
             self.accelerator.backward(loss)
             total += loss.detach()
         self._require_sound(total.item())
