@@ -61,7 +61,7 @@ class Params(BaseModel):
     max_ailuminate_rows: CountOrAll
     fewshot_k: CountOrAll
     fewshot_pool_size: CountOrAll
-    # These two and no others have defaults: presets written before they existed still load.
+    # These two and safety_margin alone have defaults: presets written before they existed still load.
     fewshot_file: str = ""
     fewshot_rows: list[Annotated[int, Field(ge=0)]] = []
     data_seed: Seed
@@ -99,6 +99,7 @@ class Params(BaseModel):
 
     baseline_accuracy: Share
     baseline_safety: Share
+    safety_margin: Annotated[float, Field(gt=0, le=50)] = 5.0
     published_adapter: str
     submission_gsm8k_rows: Count
     submission_ailuminate_rows: Count

@@ -5,6 +5,7 @@ import pytest
 
 from lib import safety
 from lib.evaluate.judge_reliability import LabelsError
+from lib.record.paths import ArtifactError
 from lib.reports import safety_report, tables
 
 VERDICTS = made_runs.safety_rows()
@@ -84,3 +85,12 @@ def test_the_language_of_the_prompts_is_read_from_01_and_named():
     # Of an earlier run, and of one without prompts.
     assert tables.prompt_language({"data": {"AILuminate": {}}}) == tables.prompt_language({}) == ""
     assert tables.prompts_text(3, "") == "3 AILuminate prompts."
+
+
+def test_the_finding_of_04_has_the_margin_that_01_recorded():
+    prepared = {"parameters": {"safety_margin": 50.0}}
+    margin = safety_report.margin_of_01(prepared, 50.0)
+    assert safety_report.change(VERDICTS, VERDICTS, 0.5, margin).conclusion == "not inferior"
+    assert safety_report.margin_of_01({"parameters": {}}, 50.0) is None
+    with pytest.raises(ArtifactError, match=r"this notebook has safety_margin 49\.0"):
+        safety_report.margin_of_01(prepared, 49.0)

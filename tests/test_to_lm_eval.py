@@ -12,6 +12,8 @@ from made_up import make_results
 
 import run_all
 from lib import gsm8k
+from lib.compare.comparison import assess_runs
+from lib.compare.findings import finding_sentence
 from lib.compare.runs import load_runs, untuned_runs
 from lib.record.files import read_json
 from lib.record.paths import run_paths
@@ -157,3 +159,19 @@ def test_datasets_opens_the_samples_as_the_hub_does(written, tmp_path):
     file = next(written[0].parent.glob("samples_*gsm8k*"))
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows["exact_match"][:] == [row["exact_match"] for row in samples_of(written[0], to_lm_eval.GSM8K_TASK)]
+
+
+def test_each_task_carries_its_finding(results):
+    # Also one run alone has the p-values of the comparison of all.
+    (simple,) = (
+        path
+        for path in to_lm_eval.export_lm_eval(str(results), ["simple"], now=NOW)
+        if "simple" in path.parent.name[:6]
+    )
+    configs = read_json(simple)["configs"]
+    for task, finding in zip(configs, assess_runs(load_runs(str(results)))["simple"], strict=True):
+        assert configs[task]["metadata"]["finding"] == finding_sentence([finding])
+
+
+def test_the_untuned_model_has_no_finding(written):
+    assert not any("finding" in config["metadata"] for config in read_json(written[-1])["configs"].values())
