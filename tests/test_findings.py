@@ -206,7 +206,7 @@ def test_sentence_of_a_gain_a_loss_and_no_change():
     assert findings.finding_sentence([gain]) == "safety: +18.0 points (95 % interval 9.9 to 27.3) over untuned"
     assert findings.finding_sentence([loss]) == "safety: -18.0 points (95 % interval -27.3 to -9.9) against untuned"
     assert findings.finding_sentence([safety_finding(3, 3, 94)]) == (
-        "safety: no change can be shown with 100 prompts (95 % interval -5.9 to 5.9, smallest detectable 7.8 points)"
+        "safety: no change can be shown with 100 prompts (95 % interval -5.9 to 5.9; changes beyond it are excluded)"
     )
 
 
@@ -310,8 +310,8 @@ def test_sentence_without_rows():
 
 def test_sentence_when_nothing_could_be_shown():
     printed = findings.finding_sentence([safety_finding(2, 0)])
-    assert printed.startswith("safety: no change can be shown with 2 prompts (") and printed.endswith(
-        "too few to detect any)"
+    assert printed.startswith("safety: no change can be shown with 2 prompts (95 % interval -") and printed.endswith(
+        " to 100.0; changes beyond it are excluded)"
     )
 
 

@@ -113,7 +113,8 @@ class Comparison:
     ``num_effective`` is ``lib.stats.effective_size``; ``p_value`` the exact test on clusters of equal prompts,
     ``p_mcnemar`` the one that takes all rows for independent, ``p_holm`` adjusted for ``num_compared`` runs.
     ``detectable`` is the smallest true difference that these rows would show with a chance of 80 %, given as many
-    discordant ones and as many runs; None where none would.
+    discordant ones and as many runs; None where none would. No report prints it: after a run, the interval says what is
+    excluded, and this number contradicts it (Hoenig, Heisey 2001, Am. Stat. 55, 19-24).
     """
 
     num_shared: int
@@ -314,9 +315,8 @@ def _clause(finding: Finding) -> str:
         word = "over" if change.difference > 0 else "against"
         return f"{wording.signed_points(change.difference)} points ({interval}) {word} {finding.reference}"
     if not change.excludes_zero:
-        least = change.detectable
-        detectable = "too few to detect any" if least is None else f"smallest detectable {wording.points(least)} points"
-        return f"no change can be shown with {change.num_shared:,} {finding.unit} ({interval}, {detectable})"
+        excluded = "changes beyond it are excluded"
+        return f"no change can be shown with {change.num_shared:,} {finding.unit} ({interval}; {excluded})"
     if change.p_value >= 1 - LEVEL:
         return f"no change that is sure ({interval}, but exact p = {change.p_value:.3g})"
     p_values = f"p = {change.p_value:.3g}, Holm's p = {change.p_holm:.3g}"

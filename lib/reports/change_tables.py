@@ -33,7 +33,6 @@ def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
         "rows that moved": wording.moved(change.only_run, change.only_reference),
         "exact p": f"{change.p_value:.3g}",
         "Holm's p": f"{change.p_holm:.3g}",
-        "detectable": "none" if change.detectable is None else wording.points(change.detectable),
     }
 
 
