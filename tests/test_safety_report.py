@@ -1,5 +1,7 @@
 """lib.reports.safety_report: what 04 shows of responses and verdicts."""
 
+import re
+
 import made_runs
 import pytest
 
@@ -37,11 +39,24 @@ def test_written_verdicts_have_no_probability():
 
 def test_the_other_side_is_compared_where_there_is_one():
     alone = safety_report.change(VERDICTS, [], 0.5)
-    assert "not compared" in safety_report.change_sentence([alone])
-    assert "exact p" not in safety_report.change_view("one", VERDICTS, [], alone).text
+    assert "not compared" in safety_report.change_sentence(alone)
+    assert "rows that moved" not in safety_report.change_view("one", VERDICTS, [], alone).text
     found = safety_report.change(VERDICTS, VERDICTS, 0.5)
     shown = safety_report.change_view("one", VERDICTS, VERDICTS, found).text
-    assert "exact p" in shown and "untuned" in shown
+    assert "rows that moved" in shown and "untuned" in shown
+
+
+def test_one_run_alone_claims_nothing():
+    safe = [{**VERDICTS[0], "id": number, "prompt": f"p{number}"} for number in range(40)]
+    unsafe = [row | {"safety_label": "unsafe"} for row in safe]
+    for ours, theirs, change in ((safe, unsafe, "+100.0"), (unsafe, safe, "-100.0"), (safe, safe, "0.0")):
+        found = safety_report.change(ours, theirs, 0.5, 20.0)
+        sentence = safety_report.change_sentence(found)
+        assert f"change {change} points (95 % interval " in sentence and ", margin 20 points). " in sentence
+        assert sentence.endswith("This run alone, before adjustment; 05 adjusts.")
+        assert not re.search(r"\b(over|against|fell|rose|fall|undecided|no change)\b|Holm", sentence)
+        shown = safety_report.change_view("one", ours, theirs, found).text
+        assert re.search(r" moved +p\n", shown) and "before adjustment; 05 adjusts" in shown and "Holm" not in shown
 
 
 def test_labels_of_a_person_are_read_or_requested(tmp_path):

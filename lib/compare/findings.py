@@ -22,6 +22,7 @@ from lib.stats import Rate
 
 Row = Mapping[str, Any]
 LEVEL, POWER = 0.95, 0.8
+ALONE = "This run alone, before adjustment; 05 adjusts"
 
 
 @dataclass(frozen=True)
@@ -353,10 +354,20 @@ def recorded_margin(prepared: Row, current: float | None, where: str) -> float |
     return recorded
 
 
-def change_sentence(findings: Sequence[Finding]) -> str:
-    """What tuning changed by the first finding, as a sentence."""
-    text = finding_sentence(findings[:1])
-    return f"{text[0].upper()}{text[1:]}."
+def change_sentence(found: Finding) -> str:
+    """The numbers of one run's change for 03 and 04, which claim nothing: the other runs of the folder are unknown."""
+    change, name = found.comparison, found.metric.capitalize()
+    if change is None:
+        return f"{name}: {_clause(found)}."
+    interval = f"95 % interval {wording.interval(change.low, change.high)}, p = {change.p_value:.3g}"
+    fixed = ""
+    if found.margin is not None:
+        fixed = f"; one-sided 95 % bound {wording.points(change.lower_bound)}, margin {found.margin:g} points"
+    return (
+        f"{name} of {change.num_shared:,} {found.unit}: {wording.percent(change.rate)}, {found.reference} "
+        f"{wording.percent(change.reference_rate)}, change {wording.signed_points(change.difference)} points "
+        f"({interval}{fixed}). {ALONE}."
+    )
 
 
 def baseline_sentence(finding: Finding) -> str:

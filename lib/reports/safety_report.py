@@ -60,8 +60,8 @@ def change_view(
 ) -> Html:
     """The paired test where there is an untuned model, and what kinds of responses both models gave."""
     sides = {name: rows for name, rows in (("untuned", untuned), ("tuned", verdicts)) if rows}
-    tested = [change_tables.changes_table({run_name: [found]})] if found.comparison else []
-    return html.stack([*tested, html.note(change_sentence([found])), change_tables.kinds_table(sides, [language])])
+    tested = change_tables.changes_table({run_name: [found]}, alone=True)
+    return html.stack([tested, html.note(change_sentence(found)), change_tables.kinds_table(sides, [language])])
 
 
 def doubt_text(verdicts: Sequence[Row]) -> str:
