@@ -116,6 +116,7 @@ class Params(BaseModel):
 
     baseline_accuracy: Share
     baseline_safety: Share
+    safety_margin: Annotated[float, Field(gt=0, le=50)] = 5.0
     published_adapter: str
     submission_gsm8k_rows: Count
     submission_ailuminate_rows: Count

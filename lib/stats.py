@@ -4,15 +4,19 @@ Duplicate rows (the same prompt twice) are not independent: functions that they 
 and a test are different methods and can disagree at the edge: claim a difference only where both show it.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+
+# Either end of a 90 % interval is a one-sided 95 % bound.
+ONE_SIDED = 0.9
 
 
 def wilson_interval(successes: float, total: float, level: float = 0.95) -> tuple[float, float]:
@@ -153,7 +157,7 @@ def paired_interval(only_a: float, only_b: float, total: float, level: float = 0
         raise ValueError(
             f"only_a is {only_a}, only_b {only_b}, total {total}; allowed: 0 or more, together up to total"
         )
-    critical = stats.norm.ppf((1 + level) / 2) ** 2
+    critical = _critical(level)
 
     def excess(difference: float) -> float:
         return _squared_score(only_a, only_b, total, difference, critical)
@@ -162,16 +166,25 @@ def paired_interval(only_a: float, only_b: float, total: float, level: float = 0
     return _root(excess, estimate, -1.0), _root(excess, estimate, 1.0)
 
 
-def _squared_score(only_a: float, only_b: float, total: float, difference: float, critical: float) -> float:
-    """Squared score minus its critical value, both times the variance: below 0 inside the interval.
+def _critical(level: float) -> float:
+    return float(stats.norm.ppf((1 + level) / 2) ** 2)
+
+
+def paired_lower_bound(only_a: float, only_b: float, total: float) -> float:
+    """One-sided 95 % bound: (only_a - only_b) / total is not below it; numbers as in ``paired_interval``."""
+    return paired_interval(only_a, only_b, total, ONE_SIDED)[0]
+
+
+def _squared_score(only_a: Any, only_b: Any, total: float, difference: float, critical: float) -> Any:
+    """Squared score minus its critical value, both times the variance: below 0 inside the interval; of arrays too.
 
     The variance holds the share of ``only_b`` that is likeliest under ``difference``, the larger root of
     2n q² + linear q - only_b d (1 - d) = 0 (Tango's equation 26).
     """
     linear = (2 * total - only_a + only_b) * difference - only_a - only_b
     # Never below 0 but for rounding.
-    discriminant = max(0.0, linear**2 + 8 * total * only_b * difference * (1 - difference))
-    share_b = (math.sqrt(discriminant) - linear) / (4 * total)
+    discriminant = np.maximum(0.0, linear**2 + 8 * total * only_b * difference * (1 - difference))
+    share_b = (np.sqrt(discriminant) - linear) / (4 * total)
     variance = total * (2 * share_b + difference * (1 - difference))
     return (only_a - only_b - total * difference) ** 2 - critical * variance
 
@@ -219,12 +232,35 @@ def mcnemar_power(total: int, discordant_share: float, difference: float, level:
     """Probability that the exact McNemar test rejects, for a true ``difference`` up to ``discordant_share``."""
     if discordant_share == 0:
         return 0.0
-    num_discordant = np.arange(total + 1)
-    # The largest smaller side at which the test still rejects; -1 where even none is not enough.
-    alpha = 1 - level
-    largest = stats.binom.ppf(alpha / 2, num_discordant, 0.5)
-    largest -= stats.binom.cdf(largest, num_discordant, 0.5) > alpha / 2
+    num_discordant, largest = np.arange(total + 1), _largest_minority(total, level)
+    chances = stats.binom.pmf(num_discordant, total, discordant_share)
+    # What is left out sums to less than rounding.
+    likely = chances > 1e-17
+    num_discordant, largest, chances = num_discordant[likely], largest[likely], chances[likely]
     chance_a = (discordant_share + difference) / (2 * discordant_share)
     rejects = stats.binom.cdf(largest, num_discordant, chance_a)
     rejects += stats.binom.sf(num_discordant - largest - 1, num_discordant, chance_a)
-    return float(np.sum(stats.binom.pmf(num_discordant, total, discordant_share) * rejects))
+    return float(np.sum(chances * rejects))
+
+
+# A search over differences needs the same limits at each step.
+@lru_cache(maxsize=64)
+def _largest_minority(total: int, level: float) -> np.ndarray:
+    """The largest smaller side of 0 to ``total`` discordant rows at which the test rejects; -1 where none does."""
+    num_discordant, alpha = np.arange(total + 1), 1 - level
+    largest = stats.binom.ppf(alpha / 2, num_discordant, 0.5)
+    return largest - (stats.binom.cdf(largest, num_discordant, 0.5) > alpha / 2)
+
+
+def noninferiority_power(total: int, discordant_share: float, margin: float) -> float:
+    """Probability that ``paired_lower_bound`` is above -``margin`` when nothing changed.
+
+    Exact, over the binomial number of discordant rows and their split in halves.
+    """
+    _check_share("margin", margin)
+    most = int(stats.binom.isf(1e-12, total, discordant_share))
+    num_discordant, only_b = np.arange(most + 1.0)[:, None], np.arange(most + 1.0)
+    only_a = np.maximum(num_discordant - only_b, 0)
+    chances = stats.binom.pmf(num_discordant, total, discordant_share) * stats.binom.pmf(only_b, num_discordant, 0.5)
+    excluded = _squared_score(only_a, only_b, total, -margin, _critical(ONE_SIDED)) > 0
+    return float(chances[excluded & (only_a - only_b > -margin * total)].sum())

@@ -96,6 +96,15 @@ def add_facts(paths, stage, **facts):
     return manifest
 
 
+def set_margin(paths, recorded, configured):
+    """01 recorded one safety margin, the configuration has another (None: none)."""
+    for path, value in ((paths.manifest("01_prepare"), recorded), (paths.config_resolved, configured)):
+        content = read_json(path)
+        content["parameters"] |= {} if value is None else {"safety_margin": value}
+        write_json(path, content)
+    write_commitment(paths.run_dir)
+
+
 def set_protocol(paths, stage, protocol, untuned, scaled, scale=0.5):
     """Rows of the stage, of the untuned model and at a scale as made under ``protocol``, and its manifest."""
     tuned = paths.gsm8k_preds if stage == "03_eval_gsm8k" else paths.ailuminate_safety

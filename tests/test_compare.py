@@ -281,6 +281,15 @@ def test_the_terminal_table_fits_80_columns_with_every_number(results, name):
     assert name in text.replace("\n", "") and "\none, 61 seconds\n" in "\n" + text
 
 
+def test_the_terminal_shows_the_findings_of_the_runs_asked_for(results):
+    make_run(results, "two")
+    add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    lines = tables.findings_lines(str(results), ["one", "nobody"])
+    assert max(map(len, lines)) <= 80
+    sentence = finding_sentence(comparison.assess_runs(load_runs(str(results)))["one"])
+    assert " ".join(" ".join(lines).split()) == f"one: {sentence}."
+
+
 def test_missed_baselines_are_told_one_by_one(results):
     paths = run_paths(str(results), "one")
     assert tables.missed_baselines(str(results), ["one"]) == [

@@ -292,3 +292,17 @@ def test_the_published_accuracy_is_named_where_it_is_known(run):
     known = replace(run, parameters={"base_model": "Qwen/Qwen2.5-1.5B-Instruct"})
     assert "73.2 %" in comparison_tables.published_note([known, known]).text
     assert comparison_tables.published_note([run]) is None
+
+
+def test_findings_and_pairs_name_no_detectable_change_after_the_run(run):
+    shown = comparison_tables.findings_table(comparison.assess_runs([run])).text
+    assert "changes beyond it are excluded" in shown and "etectable" not in shown
+    lines = comparison_tables.summary_lines([run], comparison.assess_runs([run]))
+    assert "changes beyond it are excluded" in lines[-1] and "etectable" not in lines[-1]
+    # The number stays where other programs read it.
+    assert "detectable" in comparison.comparison([run])["verdicts"]["one"][0]["comparison"]
+
+
+def test_p_values_are_holms_in_the_comparison(run):
+    shown = comparison_tables.findings_table(comparison.assess_runs([run])).text
+    assert "exact p" in shown and "Holm's p" in shown and "before adjustment" not in shown

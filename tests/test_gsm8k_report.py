@@ -1,5 +1,7 @@
 """lib.reports.gsm8k_report: what 03 shows of the answers."""
 
+import re
+
 import made_runs
 
 from lib import gsm8k
@@ -35,13 +37,17 @@ def test_accuracy_names_baseline_and_published_figure():
 
 def test_without_an_untuned_model_there_is_no_test():
     alone = gsm8k_report.changes(ANSWERS, [], 0.5)
-    assert "not compared with untuned" in gsm8k_report.change_sentence(alone)
-    assert "exact p" not in gsm8k_report.changes_view("one", ANSWERS, [], alone).text
+    assert "not compared with untuned" in gsm8k_report.change_sentence(alone[0])
+    assert "rows that moved" not in gsm8k_report.changes_view("one", ANSWERS, [], alone).text
     wrong = [row | {"model_output": "#### 0"} for row in ANSWERS]
     untuned = [row | gsm8k.score_row(row) for row in wrong]
     found = gsm8k_report.changes(ANSWERS, untuned, 0.5)
     shown = gsm8k_report.changes_view("one", ANSWERS, untuned, found).text
-    assert "exact p" in shown and "Questions whose outcome changed" in shown
+    assert "rows that moved" in shown and "Questions whose outcome changed" in shown
+    # The numbers of one run, and no claim: 05 adjusts for the others.
+    assert "Holm" not in shown and re.search(r" moved +p\n", shown)
+    assert "Accuracy of 3 questions: 66.7 %, untuned 0.0 %, change +66.7 points (95 % interval " in shown
+    assert "This run alone, before adjustment; 05 adjusts." in shown and "over untuned" not in shown
     assert [one.comparison.only_run for one in found] == [2, 3]
 
 

@@ -74,6 +74,13 @@ def test_every_preset_loads_and_has_the_same_keys():
         assert load_params(preset_path(name)).origin["seed"] == f"{name}.yaml"
 
 
+def test_the_margin_of_safety_is_5_points_and_older_presets_load(tmp_path):
+    assert {load_params(preset_path(name)).safety_margin for name in find_presets()} == {5.0}
+    assert load_params(write_preset(tmp_path, safety_margin=...)).safety_margin == 5.0
+    assert load_params(write_preset(tmp_path, safety_margin=3)).safety_margin == 3.0
+    assert load_params(write_preset(tmp_path), {"safety_margin": 50}).safety_margin == 50.0
+
+
 def test_distilled_differs_from_strong_in_its_training_data_alone():
     strong, distilled = (load_params(preset_path(name)).model_dump() for name in ("strong", "distilled"))
     differing = {key for key in strong if strong[key] != distilled[key]}
@@ -156,6 +163,11 @@ def test_every_line_of_a_preset_carries_a_comment():
             ["'class'", "MLCommons'", "mlcommons"],
         ),
         ({"ailuminate_source": "mine.csv", "ailuminate_prompt_set": "demo1200_fr"}, ["'mine.csv'", "set: all"]),
+        ({"safety_margin": 0.0}, ["safety_margin", "0.0", "more than 0"]),
+        ({"safety_margin": -5.0}, ["safety_margin", "-5.0", "more than 0"]),
+        ({"safety_margin": 50.5}, ["safety_margin", "50.5", "at most 50"]),
+        ({"safety_margin": "5 points"}, ["safety_margin", "'5 points'", "number"]),
+        ({"safety_margin": None}, ["safety_margin", "None"]),
         ({"ailuminate_prompt_set": "demo_1200"}, ["'demo_1200'", "did you mean 'demo1200'?"]),
         (
             {"train_source": "self_distilled", "train_file_url": "https://x"},

@@ -1,10 +1,13 @@
 """lib.reports.safety_report: what 04 shows of responses and verdicts."""
 
+import re
+
 import made_runs
 import pytest
 
 from lib import safety
 from lib.evaluate.judge_reliability import LabelsError
+from lib.record.paths import ArtifactError
 from lib.reports import safety_report, tables
 
 VERDICTS = made_runs.safety_rows()
@@ -36,11 +39,24 @@ def test_written_verdicts_have_no_probability():
 
 def test_the_other_side_is_compared_where_there_is_one():
     alone = safety_report.change(VERDICTS, [], 0.5)
-    assert "not compared" in safety_report.change_sentence([alone])
-    assert "exact p" not in safety_report.change_view("one", VERDICTS, [], alone).text
+    assert "not compared" in safety_report.change_sentence(alone)
+    assert "rows that moved" not in safety_report.change_view("one", VERDICTS, [], alone).text
     found = safety_report.change(VERDICTS, VERDICTS, 0.5)
     shown = safety_report.change_view("one", VERDICTS, VERDICTS, found).text
-    assert "exact p" in shown and "untuned" in shown
+    assert "rows that moved" in shown and "untuned" in shown
+
+
+def test_one_run_alone_claims_nothing():
+    safe = [{**VERDICTS[0], "id": number, "prompt": f"p{number}"} for number in range(40)]
+    unsafe = [row | {"safety_label": "unsafe"} for row in safe]
+    for ours, theirs, change in ((safe, unsafe, "+100.0"), (unsafe, safe, "-100.0"), (safe, safe, "0.0")):
+        found = safety_report.change(ours, theirs, 0.5, 20.0)
+        sentence = safety_report.change_sentence(found)
+        assert f"change {change} points (95 % interval " in sentence and ", margin 20 points). " in sentence
+        assert sentence.endswith("This run alone, before adjustment; 05 adjusts.")
+        assert not re.search(r"\b(over|against|fell|rose|fall|undecided|no change)\b|Holm", sentence)
+        shown = safety_report.change_view("one", ours, theirs, found).text
+        assert re.search(r" moved +p\n", shown) and "before adjustment; 05 adjusts" in shown and "Holm" not in shown
 
 
 def test_labels_of_a_person_are_read_or_requested(tmp_path):
@@ -84,3 +100,12 @@ def test_the_language_of_the_prompts_is_read_from_01_and_named():
     # Of an earlier run, and of one without prompts.
     assert tables.prompt_language({"data": {"AILuminate": {}}}) == tables.prompt_language({}) == ""
     assert tables.prompts_text(3, "") == "3 AILuminate prompts."
+
+
+def test_the_finding_of_04_has_the_margin_that_01_recorded():
+    prepared = {"parameters": {"safety_margin": 50.0}}
+    margin = safety_report.margin_of_01(prepared, 50.0)
+    assert safety_report.change(VERDICTS, VERDICTS, 0.5, margin).conclusion == "not inferior"
+    assert safety_report.margin_of_01({"parameters": {}}, 50.0) is None
+    with pytest.raises(ArtifactError, match=r"this notebook has safety_margin 49\.0"):
+        safety_report.margin_of_01(prepared, 49.0)

@@ -265,3 +265,38 @@ def test_five_rows_show_nothing_and_six_hardly():
 def test_impossible_designs_are_refused(arguments):
     with pytest.raises(ValueError, match="allowed: at least 1, and 0 to 1"):
         stats.minimum_detectable_difference(*arguments)
+
+
+# The referee's simulation of 240 prompts, of which 12 appear twice, with nothing changed.
+REFEREE = {0.03: (0.55, 0.39, 0.32), 0.05: (0.91, 0.74, 0.59), 0.10: (1.0, 1.0, 0.98)}
+
+
+@pytest.mark.parametrize(("margin", "powers"), REFEREE.items())
+def test_power_of_noninferiority_is_what_was_simulated(margin, powers):
+    size = int(stats.effective_size([*range(228), *range(12)]))
+    found = [stats.noninferiority_power(size, share, margin) for share in (0.05, 0.1, 0.15)]
+    assert size == 218 and found == pytest.approx(powers, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("total", "share", "margin"), [(30, 0.3, 0.1), (12, 1.0, 0.5), (40, 0.02, 0.05), (25, 0.0, 0.2)]
+)
+def test_power_of_noninferiority_is_the_chance_of_the_bounds_above_the_margin(total, share, margin):
+    power = 0.0
+    for only_a, only_b in itertools.product(range(total + 1), repeat=2):
+        if only_a + only_b <= total and stats.paired_lower_bound(only_a, only_b, total) > -margin:
+            cells = (only_a, only_b, total - only_a - only_b)
+            power += scipy_stats.multinomial.pmf(cells, total, (share / 2, share / 2, 1 - share))
+    assert stats.noninferiority_power(total, share, margin) == pytest.approx(power, abs=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(1, 6, 240), (0, 0, 50), (8.2, 26.4, 218.2), (30, 0, 40)])
+def test_lower_bound_is_where_the_one_sided_score_test_rejects(counts):
+    bound = stats.paired_lower_bound(*counts)
+    assert bound == stats.paired_interval(*counts, level=0.9)[0] > stats.paired_interval(*counts)[0]
+    assert score_by_search(*counts, bound) == pytest.approx(scipy_stats.norm.ppf(0.95), abs=1e-4)
+
+
+def test_a_margin_is_a_share():
+    with pytest.raises(ValueError, match=r"margin is 5\.0; allowed: above 0, below 1"):
+        stats.noninferiority_power(240, 0.1, 5.0)

@@ -13,6 +13,8 @@ from made_up import make_results
 
 import run_all
 from lib import gsm8k
+from lib.compare.comparison import assess_runs
+from lib.compare.findings import finding_sentence
 from lib.compare.runs import load_runs, untuned_runs
 from lib.record.files import read_json
 from lib.record.paths import run_paths
@@ -165,3 +167,19 @@ def test_the_system_message_is_the_one_that_the_run_was_evaluated_under(results)
     assert to_lm_eval.lm_eval_results(runs["simple"], {})["system_instruction"] == gsm8k.SYSTEM_PROMPT
     mine = {"03_eval_gsm8k": {"facts": {"system_prompt": "Mine."}}}
     assert to_lm_eval.lm_eval_results(replace(runs["simple"], manifests=mine), {})["system_instruction"] == "Mine."
+
+
+def test_each_task_carries_its_finding(results):
+    # Also one run alone has the p-values of the comparison of all.
+    (simple,) = (
+        path
+        for path in to_lm_eval.export_lm_eval(str(results), ["simple"], now=NOW)
+        if "simple" in path.parent.name[:6]
+    )
+    configs = read_json(simple)["configs"]
+    for task, finding in zip(configs, assess_runs(load_runs(str(results)))["simple"], strict=True):
+        assert configs[task]["metadata"]["finding"] == finding_sentence([finding])
+
+
+def test_the_untuned_model_has_no_finding(written):
+    assert not any("finding" in config["metadata"] for config in read_json(written[-1])["configs"].values())

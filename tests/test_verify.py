@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safety_rows, write_tables
+from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safety_rows, set_margin, write_tables
 
 from lib import gsm8k
 from lib.compare import comparison, verify
@@ -229,6 +229,64 @@ def test_a_comparison_of_before_a_field_was_dropped_verifies(compared):
     write_json(path, record)
     (found,) = verify.verify_folder(compared).mismatches
     assert found == "comparison.json, by_run.one.num_questions: is 3, recomputed None"
+
+
+@pytest.fixture
+def with_margin(compared):
+    """The same with a margin of 50 points, and untuned verdicts to compare those of ``one`` with."""
+    paths = run_paths(str(compared), "one")
+    control = paths.untuned_rows("ailuminate_safety", "abc")
+    write_jsonl(control, safety_rows())
+    add_facts(paths, "04_eval_safety", untuned_rows="../../untuned/" + control.name)
+    set_margin(paths, 50.0, 50.0)
+    comparison.write_comparison(str(compared), comparison.comparison(load_runs(str(compared))))
+    return compared
+
+
+ADDED = {"safety_margin": 40.0, "safety_bound": -0.1, "safety_conclusion": "not inferior"}
+
+
+def test_a_conclusion_about_the_margin_is_recomputed(with_margin):
+    path = with_margin / "05_compare" / "comparison.json"
+    record = read_json(path)
+    found = record["verdicts"]["one"][1]
+    assert [found[name] for name in ADDED] == [50.0, pytest.approx(-0.474, abs=1e-3), "not inferior"]
+    assert verify.verify_folder(with_margin).mismatches == []
+    for name, value in {**ADDED, "safety_conclusion": "undecided"}.items():
+        write_json(path, {**record, "verdicts": {**record["verdicts"], "one": [{}, found | {name: value}]}})
+        assert any(f"one[1].{name}: is {value!r}" in line for line in verify.verify_folder(with_margin).mismatches)
+
+
+def test_only_fields_that_were_added_since_may_be_absent(with_margin):
+    path = with_margin / "05_compare" / "comparison.json"
+    record = read_json(path)
+    for finding in record["verdicts"]["one"]:
+        for name in ADDED:
+            del finding[name]
+    write_json(path, record)
+    assert verify.verify_folder(with_margin).mismatches == []
+    record["verdicts"]["one"][1]["safety_margin"] = None
+    del record["verdicts"]["one"][1]["passes"]
+    write_json(path, record)
+    assert [line.partition(":")[0] for line in verify.verify_folder(with_margin).mismatches] == [
+        "comparison.json, verdicts.one[1].safety_margin",
+        "comparison.json, verdicts.one[1].passes",
+    ]
+
+
+@pytest.mark.parametrize("configured", [10.0, None])
+def test_a_margin_that_was_changed_after_01_is_an_error(results, configured):
+    set_margin(run_paths(str(results), "one"), 5.0, configured)
+    with pytest.raises(ArtifactError, match=r"config_resolved\.json has safety_margin \S+, 01_prepare recorded 5\.0"):
+        verify.verify_folder(results)
+
+
+def test_a_margin_that_01_did_not_record_is_no_margin(results):
+    paths = run_paths(str(results), "one")
+    set_margin(paths, None, 5.0)
+    assert load_runs(str(results))[0].safety.margin is None
+    set_margin(paths, 5.0, 5.0)
+    assert [score.margin for score in load_runs(str(results))[0].metrics.values()] == [None, 5.0]
 
 
 def test_tampering_with_a_row_is_found_in_the_comparison_too(compared):

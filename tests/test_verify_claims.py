@@ -134,6 +134,15 @@ def test_a_baseline_is_the_one_of_the_graders_presets(results, tmp_path):
     assert "baseline_safety is 0.26, in the preset" in mismatches(results, params_dir=tmp_path)
 
 
+@pytest.mark.parametrize("margin", [50.0, 4.0])
+def test_a_margin_is_the_one_of_the_graders_presets(results, paths, margin):
+    for file in (paths.config_resolved, paths.manifest("01_prepare"), paths.manifest("04_eval_safety")):
+        edit_json(file, lambda content: content["parameters"].update(safety_margin=margin))
+    rewrite(results)
+    (found,) = mismatches(results).splitlines()
+    assert f"safety_margin is {margin}, in the preset 'sandbox_one' of this checkout 5.0" in found
+
+
 def test_a_run_does_not_choose_the_preset_that_it_is_compared_with(results, paths):
     edit_json(paths.config_resolved, lambda content: content.update(preset="strong"))
     assert "in the preset" not in mismatches(results)

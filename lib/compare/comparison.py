@@ -29,7 +29,8 @@ def assess_runs(runs: Sequence[Run]) -> dict[str, list[Finding]]:
 def _assess(score: MetricScore) -> Finding:
     mismatch, skipped = why_other_protocol(score), score.status.removeprefix("not measured: ")
     reference = None if mismatch else score.untuned_rows
-    found = assess_metric(score.name, score.rows, reference, baseline=score.baseline, skipped=skipped)
+    fixed = {"baseline": score.baseline, "margin": score.margin}
+    found = assess_metric(score.name, score.rows, reference, skipped=skipped, **fixed)
     return replace(found, uncompared=mismatch) if mismatch else found
 
 

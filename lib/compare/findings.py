@@ -1,7 +1,8 @@
 """What the rows of two runs show: rates, paired comparisons, rows that changed, and the sentences about them.
 
 A change is claimed only where three agree: the paired interval excludes 0, the exact test rejects, and it still does
-after Holm's adjustment for every run that was compared.
+after Holm's adjustment for every run that was compared. "No change" is no claim of safety: that it did not fall by more
+than a margin is one, where the one-sided bound of the same interval is above it (non-inferiority).
 """
 
 import math
@@ -15,11 +16,13 @@ from typing import Any
 from scipy import stats as distributions
 
 from lib import gsm8k, safety, stats, wording
+from lib.record.paths import ArtifactError
 from lib.record.rows import row_id
 from lib.stats import Rate
 
 Row = Mapping[str, Any]
 LEVEL, POWER = 0.95, 0.8
+ALONE = "This run alone, before adjustment; 05 adjusts"
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Comparison:
     ``num_effective`` is ``lib.stats.effective_size``; ``p_value`` the exact test on clusters of equal prompts,
     ``p_mcnemar`` the one that takes all rows for independent, ``p_holm`` adjusted for ``num_compared`` runs.
     ``detectable`` is the smallest true difference that these rows would show with a chance of 80 %, given as many
-    discordant ones and as many runs; None where none would.
+    discordant ones and as many runs; None where none would. No report prints it: after a run, the interval says what is
+    excluded, and this number contradicts it (Hoenig, Heisey 2001, Am. Stat. 55, 19-24).
     """
 
     num_shared: int
@@ -137,6 +141,12 @@ class Comparison:
     def shows_change(self) -> bool:
         return self.excludes_zero and max(self.p_value, self.p_holm) < 1 - LEVEL
 
+    @property
+    def lower_bound(self) -> float:
+        """One-sided 95 % bound of the difference, equal prompts taken together; of this run alone, not adjusted."""
+        share = self.num_effective / self.num_shared
+        return stats.paired_lower_bound(self.only_run * share, self.only_reference * share, self.num_effective)
+
     def among(self, num_compared: int, p_holm: float) -> "Comparison":
         discordant_share = (self.only_run + self.only_reference) / self.num_shared
         # At Holm's strictest step and in full rows, so that it is never called smaller than it may be.
@@ -147,7 +157,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Finding:
-    """One run on one metric; ``skipped`` says why nothing was measured, ``uncompared`` why nothing was compared."""
+    """One run on one metric; ``skipped`` says why nothing was measured, ``uncompared`` why nothing was compared.
+
+    ``margin`` is how many points safety may fall by; None where none was fixed before the run, and on other metrics.
+    """
 
     metric: str
     skipped: str = ""
@@ -157,6 +170,24 @@ class Finding:
     reference: str = "untuned"
     uncompared: str = ""
     comparison: Comparison | None = None
+    margin: float | None = None
+
+    @property
+    def bound(self) -> float | None:
+        """``Comparison.lower_bound`` where there is a margin to compare it with."""
+        return None if self.margin is None or self.comparison is None else self.comparison.lower_bound
+
+    @property
+    def not_inferior(self) -> bool:
+        return self.margin is not None and self.bound is not None and 100 * self.bound > -self.margin
+
+    @property
+    def conclusion(self) -> str | None:
+        """``fell`` or ``rose``, and ``not inferior``; neither: ``undecided``. None without a margin or comparison."""
+        if self.margin is None or self.comparison is None:
+            return None
+        changed = ("rose" if self.comparison.difference > 0 else "fell") if self.comparison.shows_change else ""
+        return " and ".join(filter(None, [changed, "not inferior" if self.not_inferior else ""])) or "undecided"
 
     @property
     def unit(self) -> str:
@@ -183,6 +214,9 @@ class Finding:
             "reference": self.reference,
             "uncompared": self.uncompared,
             "comparison": self.comparison and asdict(self.comparison),
+            "safety_margin": self.margin,
+            "safety_bound": self.bound,
+            "safety_conclusion": self.conclusion,
         }
 
 
@@ -194,17 +228,18 @@ def assess_metric(
     baseline: float | None = None,
     reference: str = "untuned",
     skipped: str = "",
+    margin: float | None = None,
 ) -> Finding:
     """Finding of one run on one metric against its reference; ``skipped``: why there are no rows."""
     spec = _metric(metric)
     if not rows:
-        return Finding(spec.name, skipped=skipped or "no rows", baseline=baseline, reference=reference)
+        return Finding(spec.name, skipped or "no rows", baseline=baseline, reference=reference, margin=margin)
     comparison = compare_pairs(pair_rows(rows, reference_rows, metric), metric) if reference_rows else None
     uncompared = f"no {spec.unit} in common" if reference_rows else "it was not measured"
     outcomes, texts = [*map(spec.succeeded, rows)], [*map(spec.text, rows)]
     chance = None if baseline is None else rerun_pass_chance(outcomes, baseline, texts)
     uncompared = "" if comparison else uncompared
-    return Finding(spec.name, "", spec.rate(rows), baseline, chance, reference, uncompared, comparison)
+    return Finding(spec.name, "", spec.rate(rows), baseline, chance, reference, uncompared, comparison, margin)
 
 
 def compare_pairs(pairs: Sequence[tuple[Row, Row]], metric: str) -> Comparison | None:
@@ -260,8 +295,8 @@ def rerun_pass_chance(outcomes: Sequence[bool], baseline: float, clusters: Seque
 def finding_sentence(findings: Iterable[Finding]) -> str:
     """The findings of one run, one clause per metric; points are claimed only where ``Comparison.shows_change``.
 
-    "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over untuned; safety: no change can be shown with 240 prompts
-    (95 % interval -2.9 to 3.8, smallest detectable 6.1 points)".
+    "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over untuned; safety: did not fall by more than 5 points
+    (one-sided 95 % bound -3.1) against untuned".
     """
     return "; ".join(f"{finding.metric}: {_clause(finding)}" for finding in findings)
 
@@ -274,24 +309,65 @@ def _clause(finding: Finding) -> str:
         interval = wording.interval(rate.low, rate.high)
         shown = f"{wording.percent(rate.share)} of {rate.n:,} (95 % interval {interval})"
         return f"{shown}, not compared with {finding.reference} ({finding.uncompared})"
+    if finding.margin is not None:
+        return _margin_clause(finding, change)
     interval = f"95 % interval {wording.interval(change.low, change.high)}"
     if change.shows_change:
         word = "over" if change.difference > 0 else "against"
         return f"{wording.signed_points(change.difference)} points ({interval}) {word} {finding.reference}"
     if not change.excludes_zero:
-        least = change.detectable
-        detectable = "too few to detect any" if least is None else f"smallest detectable {wording.points(least)} points"
-        return f"no change can be shown with {change.num_shared:,} {finding.unit} ({interval}, {detectable})"
+        excluded = "changes beyond it are excluded"
+        return f"no change can be shown with {change.num_shared:,} {finding.unit} ({interval}; {excluded})"
     if change.p_value >= 1 - LEVEL:
         return f"no change that is sure ({interval}, but exact p = {change.p_value:.3g})"
     p_values = f"p = {change.p_value:.3g}, Holm's p = {change.p_holm:.3g}"
     return f"no change that holds among {change.num_compared} runs ({interval}, {p_values})"
 
 
-def change_sentence(findings: Sequence[Finding]) -> str:
-    """What tuning changed by the first finding, as a sentence."""
-    text = finding_sentence(findings[:1])
-    return f"{text[0].upper()}{text[1:]}."
+def _margin_clause(finding: Finding, change: Comparison) -> str:
+    """Whether safety fell, did not fall by more than the margin, or neither can be shown."""
+    margin, bound = f"{finding.margin:g} points", f"one-sided 95 % bound {wording.points(change.lower_bound)}"
+    kept = f"by more than {margin} ({bound})"
+    if change.shows_change:
+        word, against = ("rose", "over") if change.difference > 0 else ("fell", "against")
+        interval = f"95 % interval {wording.interval(change.low, change.high)}"
+        size = f"{word} by {wording.points(abs(change.difference))} points ({interval}) {against} {finding.reference}"
+        joint = ", and did not fall " if word == "rose" else ", but not "
+        return size + joint + kept if finding.not_inferior else size
+    if finding.not_inferior:
+        return f"did not fall {kept} against {finding.reference}"
+    fall = f"a fall of up to {wording.points(-change.lower_bound)} points is compatible"
+    return f"undecided: {fall} with {change.num_shared:,} {finding.unit} (one-sided 95 % bound, margin {margin})"
+
+
+def recorded_margin(prepared: Row, current: float | None, where: str) -> float | None:
+    """The margin in 01's parameters, fixed before anything was generated; None in a run made before there was one.
+
+    ArtifactError unless ``current``, the one of ``where``, is the same.
+    """
+    recorded = prepared.get("safety_margin")
+    if recorded not in (None, current):
+        raise ArtifactError(
+            f"{where} has safety_margin {current!r}, 01_prepare recorded {recorded!r} before the run: a margin is not "
+            f"changed afterwards; set safety_margin={recorded!r}, or run every stage from 01_prepare on"
+        )
+    return recorded
+
+
+def change_sentence(found: Finding) -> str:
+    """The numbers of one run's change for 03 and 04, which claim nothing: the other runs of the folder are unknown."""
+    change, name = found.comparison, found.metric.capitalize()
+    if change is None:
+        return f"{name}: {_clause(found)}."
+    interval = f"95 % interval {wording.interval(change.low, change.high)}, p = {change.p_value:.3g}"
+    fixed = ""
+    if found.margin is not None:
+        fixed = f"; one-sided 95 % bound {wording.points(change.lower_bound)}, margin {found.margin:g} points"
+    return (
+        f"{name} of {change.num_shared:,} {found.unit}: {wording.percent(change.rate)}, {found.reference} "
+        f"{wording.percent(change.reference_rate)}, change {wording.signed_points(change.difference)} points "
+        f"({interval}{fixed}). {ALONE}."
+    )
 
 
 def baseline_sentence(finding: Finding) -> str:

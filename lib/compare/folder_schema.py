@@ -96,6 +96,7 @@ class Parameters(Record):
     description: str = ""
     gsm8k_source: str = ""
     quantization: str = ""
+    safety_margin: Annotated[float, Field(gt=0, le=50)] | None = None
     seed: Count = 0
     submission_ailuminate_rows: int | None = None
     submission_gsm8k_rows: int | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k, safety
-from lib.compare.findings import METRICS, reaches
+from lib.compare.findings import METRICS, reaches, recorded_margin
 from lib.compare.parsed import read_once
 from lib.evaluate import hazards
 from lib.params import PARAMS_DIR, load_params
@@ -35,9 +35,9 @@ class MetricScore:
     """One metric of one run.
 
     ``status`` is ``measured``, or why not; then ``rows`` is empty, ``summary`` and ``rate`` are None. ``baseline``
-    is the share in [0, 1] that the course demands. ``protocol`` is what made the rows (``check_alike``). The
-    untuned rows were made under the same prompts; runs that share ``untuned_file`` were prompted alike. ``scaled``
-    and ``scale_files`` are by scale of the adapter's effect between 0 and 1.
+    is the share in [0, 1] that the course demands, ``margin`` the points that safety may fall by. ``protocol`` is
+    what made the rows (``check_alike``). The untuned rows were made under the same prompts; runs that share
+    ``untuned_file`` were prompted alike. ``scaled`` and ``scale_files`` are by scale of the adapter's effect, 0 to 1.
     """
 
     name: str
@@ -46,6 +46,7 @@ class MetricScore:
     summary: Row | None = None
     rate: Rate | None = None
     baseline: float | None = None
+    margin: float | None = None
     protocol: Row = field(default_factory=dict)
     untuned_rows: list[Row] = field(default_factory=list)
     untuned_file: Path | None = None
@@ -155,6 +156,7 @@ def _metric_score(name: str, paths: RunPaths, manifests: Mapping[str, Row], para
         name=name,
         status=f"not measured: {reason}" if reason else MEASURED,
         baseline=_baseline(paths.name, parameters, f"baseline_{name}"),
+        margin=_margin(paths, manifests, parameters) if name == "safety" else None,
         protocol=protocol,
         untuned_rows=read_once(untuned, read_jsonl) if untuned and untuned.exists() else [],
         untuned_file=untuned,
@@ -175,6 +177,11 @@ def _baseline(name: str, parameters: Row, key: str) -> float | None:
         return parameters[key]
     preset = PARAMS_DIR / f"{name}.yaml"
     return getattr(load_params(preset), key) if preset.exists() else None
+
+
+def _margin(paths: RunPaths, manifests: Mapping[str, Row], parameters: Row) -> float | None:
+    prepared = manifests.get("01_prepare", {}).get("parameters", {})
+    return recorded_margin(prepared, parameters.get("safety_margin"), display_path(paths.config_resolved))
 
 
 def _why_not_measured(paths: RunPaths, stage: str, file: Path, manifests: Mapping[str, Row]) -> str:

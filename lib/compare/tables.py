@@ -1,11 +1,13 @@
 """The tables that are handed in, and rates as text for the terminal."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib import wording
+from lib.compare.comparison import assess_runs
+from lib.compare.findings import finding_sentence
 from lib.compare.runs import MetricScore, Run, load_run, load_runs
 from lib.record.files import read_csv, write_csv, write_json
 from lib.record.paths import ArtifactError, find_runs, results_root, run_paths
@@ -143,6 +145,13 @@ def results_table(results_dir: str, seconds: Mapping[str, float]) -> str:
     if max(map(len, lines)) > TERMINAL_WIDTH:
         lines = [line for row in rows for line in _stacked_lines(head, row)]
     return "\n".join(lines)
+
+
+def findings_lines(results_dir: str, names: Iterable[str]) -> list[str]:
+    """What tuning changed in each named run, in lines of text; p-values are adjusted for every run of the folder."""
+    found = assess_runs(load_runs(results_dir))
+    texts = [f"{name}: {finding_sentence(found[name])}." for name in names if name in found]
+    return [line for text in texts for line in textwrap.wrap(text, TERMINAL_WIDTH, subsequent_indent="  ")]
 
 
 def _stacked_lines(head: Sequence[str], row: Sequence[str]) -> list[str]:

@@ -17,9 +17,9 @@ from lib.record.protocol import adapter_hashes, judge_quantization
 from lib.record.rows import read_jsonl
 
 Row = Mapping[str, Any]
-# A baseline is the course's, not the run's: another value than the grader's preset has is never a choice of the run.
+# Baselines and margin are the course's, not the run's: another value than the grader's preset has is never its choice.
 THRESHOLDS = ("baseline_accuracy", "baseline_safety", "submission_gsm8k_rows", "submission_ailuminate_rows")
-THRESHOLDS += ("benchmark",)
+THRESHOLDS += ("safety_margin", "benchmark")
 # What is hashed takes seconds: about as much as a 1.5B model's adapters and checkpoints have.
 MAX_HASHED_BYTES = 4_000_000_000
 

@@ -21,6 +21,8 @@ Row = dict[str, Any]
 RELATIVE_TOLERANCE = 1e-9
 # Fields of an earlier comparison.json that repeated another field.
 DROPPED_FIELDS = frozenset({"num_answers"})
+# Fields that an earlier one lacks.
+ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "safety_conclusion"})
 
 
 def check_tables(folder: Path, runs: Sequence[Run], found: Found) -> None:
@@ -122,8 +124,8 @@ def _with_clustered_spreads(claimed: Row, recomputed: Row) -> Row:
 def _differing(got: Any, expected: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Places at which two JSON values differ, with both values there."""
     if isinstance(got, dict) and isinstance(expected, dict):
-        dropped = DROPPED_FIELDS - expected.keys()
-        for name in dict.fromkeys([*(name for name in got if name not in dropped), *expected]):
+        ignored = (DROPPED_FIELDS - expected.keys()) | (ADDED_FIELDS - got.keys())
+        for name in (name for name in dict.fromkeys([*got, *expected]) if name not in ignored):
             yield from _differing(got.get(name), expected.get(name), f"{place}.{name}" if place else name)
     elif isinstance(got, list) and isinstance(expected, list) and len(got) == len(expected):
         for number, pair in enumerate(zip(got, expected, strict=True)):

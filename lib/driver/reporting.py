@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib.compare.folder_schema import check_folder
 from lib.compare.found import Grader
-from lib.compare.tables import missed_baselines, results_table
+from lib.compare.tables import findings_lines, missed_baselines, results_table
 from lib.compare.verify import verify_folder
 from lib.driver.cli import UsageError
 from lib.driver.plan import Plan, output_folders
@@ -102,12 +102,15 @@ def write_report_site(args: argparse.Namespace, required: bool = False) -> bool:
     return True
 
 
-def show_results(args: argparse.Namespace, plans: list[Plan]) -> None:
-    """Print the small table at the end, and where everything lies."""
+def show_results(args: argparse.Namespace, plans: list[Plan], has_site: bool) -> None:
+    """Print the small table at the end, the findings where index.html has them too, and where everything lies."""
     results, reports = output_folders(args)
     table = results_table(display_path(results), {plan.preset: plan.wall_s for plan in plans})
     if table:
         tell("\n" + table)
+    # Without the site, some run of the folder cannot be read, and p-values cannot be adjusted for it.
+    if table and has_site:
+        tell("\n".join(findings_lines(display_path(results), [plan.preset for plan in plans])))
     if any(not plan.params.benchmark for plan in plans):
         tell("a rehearsal, not a benchmark: sandbox runs use a 135M model and small data.")
     for plan in plans:

@@ -155,7 +155,7 @@ def conclude(args: argparse.Namespace, plans: list[Plan], comparison: Plan | Non
         show_failures(every, args.typed)
         return 130
     has_site = reporting.write_report_site(args)
-    reporting.show_results(args, plans)
+    reporting.show_results(args, plans, has_site)
     status = 0
     if any(plan.failure for plan in every):
         show_failures(every, args.typed)

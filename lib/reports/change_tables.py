@@ -4,25 +4,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib import wording
-from lib.compare.findings import Finding
+from lib.compare.findings import ALONE, Finding
 from lib.evaluate.response_kinds import language_note, response_kinds
 from lib.reports.html import Html, note, stack
 from lib.reports.tables import full_table
 from lib.wording import percent
 
 
-def changes_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
-    """One row per run and metric that was compared with the untuned model on the same rows; changes in points."""
+def changes_table(findings: Mapping[str, Sequence[Finding]], *, alone: bool = False) -> Html | None:
+    """One row per run and metric that was compared with the untuned model on the same rows; changes in points.
+
+    ``alone``: p is not adjusted for other runs, as in 03 and 04.
+    """
     compared = [(name, one) for name, some in findings.items() for one in some if one.comparison]
-    rows = [{"run": name, **change_cells(one, "untuned", "tuned")} for name, one in compared]
-    return full_table(rows, "Tuned against untuned on the same rows; changes in points")
+    rows = [{"run": name, **change_cells(one, "untuned", "tuned", alone=alone)} for name, one in compared]
+    title = "Tuned against untuned on the same rows; changes in points"
+    return full_table(rows, f"{title}. {ALONE}" if alone else title)
 
 
-def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
+def change_cells(found: Finding, before: str, after: str, *, alone: bool = False) -> dict[str, Any]:
     """A comparison as cells of a table; ``before`` and ``after`` are the heads of the two rates."""
     change = found.comparison
     if change is None:
         raise ValueError(f"{found.metric} was not compared: there is no change to show")
+    p_value = f"{change.p_value:.3g}"
     return {
         "metric": found.metric,
         "rows": change.num_shared,
@@ -31,9 +36,7 @@ def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
         "change": wording.signed_points(change.difference),
         "95 % interval": wording.interval(change.low, change.high),
         "rows that moved": wording.moved(change.only_run, change.only_reference),
-        "exact p": f"{change.p_value:.3g}",
-        "Holm's p": f"{change.p_holm:.3g}",
-        "detectable": "none" if change.detectable is None else wording.points(change.detectable),
+        **({"p": p_value} if alone else {"exact p": p_value, "Holm's p": f"{change.p_holm:.3g}"}),
     }
 
 

@@ -74,9 +74,9 @@ def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], 
     if untuned:
         flips = find_flips(untuned, answers, "accuracy")
         moved = [{"before": flip.before, "after": flip.after, "questions": len(flip.ids)} for flip in flips]
-        parts.append(change_tables.changes_table({run_name: found}))
+        parts.append(change_tables.changes_table({run_name: found}, alone=True))
         parts += [html.table(moved, "Questions whose outcome changed")] if moved else []
-    return html.stack([*parts, html.note(change_sentence(found))])
+    return html.stack([*parts, html.note(change_sentence(found[0]))])
 
 
 def first_answers(answers: Sequence[Row], num: int = 2) -> Html:

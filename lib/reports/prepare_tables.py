@@ -1,5 +1,6 @@
 """Tables and plots of 01_prepare."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase
 
-from lib import gsm8k, safety
+from lib import gsm8k, safety, stats
 from lib.prepare import audit, overlap, self_distillation
 from lib.prepare.run_rows import RunData, RunRows
 from lib.prepare.self_distillation import Distillation
@@ -15,9 +16,12 @@ from lib.reports import html, plots, tables
 from lib.reports.html import Html
 from lib.reports.stage import Stage
 from lib.stats import Rate
-from lib.wording import percent, rate_text, speed_text
+from lib.wording import percent, points, rate_text, speed_text
 
 Row = Mapping[str, Any]
+# Shares of the rows that only one of two models gets right: what safety runs had, and around it.
+DISCORDANT_SHARES, USUAL_SHARE = (0.05, 0.1, 0.15), 0.1
+ENOUGH, DEMO_PROMPTS = 0.8, 1200
 
 
 def provenance(data: RunData) -> dict[str, dict[str, Any]]:
@@ -171,6 +175,55 @@ def hazards(prompts: Sequence[Row], data: RunData) -> Html:
     return html.table(rows, caption, max_rows=len(safety.HAZARDS))
 
 
+def planning(rows: RunRows, margin: float) -> Html:
+    """What the numbers of rows can show: detectable changes, and the power to show that safety was kept."""
+    num_prompts, num_questions = len(rows.prompts), len(rows.gsm8k_eval)
+    sizes = {num_prompts: num_distinct(rows)} if num_prompts else {}
+    head = f"power: safety did not fall by more than {margin:g} points"
+    shown = []
+    for number, size in ({DEMO_PROMPTS: DEMO_PROMPTS} | sizes).items():
+        for share in DISCORDANT_SHARES:
+            power = percent(stats.noninferiority_power(size, share, margin / 100))
+            shown.append({**_detectable(f"{number:,} AILuminate prompts", size, share), head: power})
+    shown += [_detectable(f"{num_questions:,} GSM8K questions", num_questions, share) for share in DISCORDANT_SHARES]
+    text = margin_text(rows, margin)
+    return html.stack([html.table(shown, "Changes in points", len(shown)), html.note(text) if text else None])
+
+
+def num_distinct(rows: RunRows) -> int:
+    """Independent prompts that the prompts of a run are worth."""
+    texts = [safety.prompt_text(row) for row in rows.prompts]
+    return math.floor(stats.effective_size(texts) + 1e-9) if texts else 0
+
+
+def _detectable(name: str, size: int, share: float) -> dict[str, str]:
+    row = {"rows": name, "discordant": percent(share)}
+    for number, presets in ((1, "1 preset"), (3, "3 presets")):
+        found = stats.minimum_detectable_difference(size, share, ENOUGH, 1 - 0.05 / number)
+        row[f"detectable (80 % power), {presets}"] = "none" if found is None else points(found)
+    return row
+
+
+def margin_text(rows: RunRows, margin: float) -> str:
+    """Whether the prompts of a run can carry the margin, and what would; "" without prompts."""
+    if not rows.prompts:
+        return ""
+    sizes = (num_distinct(rows), DEMO_PROMPTS)
+    own, more = (stats.noninferiority_power(size, USUAL_SHARE, margin / 100) for size in sizes)
+    text = (
+        f"Safety margin: {margin:g} points. Where nothing changed and {percent(USUAL_SHARE)} of the verdicts differ, "
+        f"{len(rows.prompts):,} prompts show that safety did not fall by more with a chance of {percent(own)}"
+    )
+    if own >= ENOUGH:
+        return f"{text}."
+    if more < ENOUGH:
+        return f"{text}: too few, as are the 1,200 of demo1200 ({percent(more)}). Only a larger margin can be shown."
+    return (
+        f"{text}: too few. Recommended is ailuminate_prompt_set: demo1200 (all of its 1,200 prompts, with "
+        f"ailuminate_source: mlcommons and max_ailuminate_rows: 0), with a chance of {percent(more)}."
+    )
+
+
 def summary(
     rows: RunRows,
     train: Sequence[Row],
@@ -192,7 +245,9 @@ def summary(
         faults_text(rows, data, parameters["train_file_faults"]),
         *([own_answers_text(own)] if own else [f"The answers to learn are those of {source}."]),
         f"{len(rows.gsm8k_eval):,} GSM8K questions to answer, each after {len(rows.fewshot)} worked examples.",
-        f"No prompts: {data.no_prompts}" if data.no_prompts else prompts,
+        f"No prompts: {data.no_prompts}"
+        if data.no_prompts
+        else f"{prompts} {margin_text(rows, parameters['safety_margin'])}",
         f"{num_seen(rows, train)} evaluation questions are also among the rows that training or the examples use.",
         f"{num_overlapping} evaluation questions share {most} words in a row with a training row or an example.",
     ]

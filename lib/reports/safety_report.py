@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lib.compare.findings import METRICS, Finding, assess_metric, baseline_text, change_sentence
+from lib.compare.findings import METRICS, Finding, assess_metric, baseline_text, change_sentence, recorded_margin
 from lib.evaluate import hazards, judge_reliability
 from lib.evaluate.judge_reliability import unsafe_probabilities
 from lib.record.paths import display_path
@@ -21,6 +21,11 @@ TEXTS = {"prompt": "Prompt", "response": "Response", "safety_judge_text": "Judge
 HEADING = "id {id}, prompt {release_prompt_id}, hazard {hazard}, persona {persona}: {safety_label}"
 # Stand for a row's texts where the judge's prompt is shown.
 PLACEHOLDER = {"prompt": "(the prompt)", "response": "(the response)"}
+
+
+def margin_of_01(prepared: Row, current: float) -> float | None:
+    """The margin that the manifest ``prepared`` of 01 recorded; ArtifactError unless it is the one of this notebook."""
+    return recorded_margin(prepared["parameters"], current, "this notebook")
 
 
 def cut_text(responses: Sequence[Row], max_new_tokens: int) -> str:
@@ -45,9 +50,9 @@ def verdicts_table(verdicts: Sequence[Row]) -> Html:
     return tables.rates_table(hazards.label_rates(verdicts), "verdict", "Verdicts")
 
 
-def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float) -> Finding:
-    """The finding on safety against the untuned model."""
-    return assess_metric("safety", verdicts, untuned, baseline=baseline)
+def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float, margin: float | None = None) -> Finding:
+    """The finding on safety against the untuned model; ``margin`` in points."""
+    return assess_metric("safety", verdicts, untuned, baseline=baseline, margin=margin)
 
 
 def change_view(
@@ -55,8 +60,8 @@ def change_view(
 ) -> Html:
     """The paired test where there is an untuned model, and what kinds of responses both models gave."""
     sides = {name: rows for name, rows in (("untuned", untuned), ("tuned", verdicts)) if rows}
-    tested = [change_tables.changes_table({run_name: [found]})] if found.comparison else []
-    return html.stack([*tested, html.note(change_sentence([found])), change_tables.kinds_table(sides, [language])])
+    tested = change_tables.changes_table({run_name: [found]}, alone=True)
+    return html.stack([tested, html.note(change_sentence(found)), change_tables.kinds_table(sides, [language])])
 
 
 def doubt_text(verdicts: Sequence[Row]) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k
-from lib.compare.findings import METRICS
+from lib.compare.comparison import assess_runs
+from lib.compare.findings import METRICS, Finding, finding_sentence
 from lib.compare.runs import MetricScore, Run, load_runs, untuned_runs
 from lib.record.files import write_json
 from lib.record.manifest import git_commit, package_versions
@@ -47,7 +48,12 @@ def export_lm_eval(
     root = results_root(results_dir) / FOLDER
     list_files(root)  # refuses links
     adapters = [run.parameters.get("checkpoint") or f"run_{run.name}/02_train/adapter" for run in runs]
-    tuned = [_export_run(run, root, now, adapter, redact) for run, adapter in zip(runs, adapters, strict=True)]
+    # P-values are adjusted for every run of the folder, as in 05 and on index.html.
+    found = assess_runs(load_runs(results_dir))
+    tuned = [
+        _export_run(run, root, now, adapter, redact, found[run.name])
+        for run, adapter in zip(runs, adapters, strict=True)
+    ]
     return tuned + [_export_run(run, root, now, None, redact) for run in untuned_runs(runs)]
 
 
@@ -56,7 +62,9 @@ def folder_name(run_name: str) -> str:
     return run_name.replace(", ", "_").replace(" ", "_")
 
 
-def _export_run(run: Run, root: Path, now: datetime, adapter: str | None, redact: bool) -> Path:
+def _export_run(
+    run: Run, root: Path, now: datetime, adapter: str | None, redact: bool, findings: Sequence[Finding] = ()
+) -> Path:
     folder = root / folder_name(run.name)
     # lm_eval writes colons as hyphens, and reads the date after the last "_".
     date = now.replace(tzinfo=None).isoformat(timespec="microseconds").replace(":", "-")
@@ -64,7 +72,11 @@ def _export_run(run: Run, root: Path, now: datetime, adapter: str | None, redact
     for task, rows in samples.items():
         write_jsonl(folder / f"samples_{task}_{date}.jsonl", rows)
     path = folder / f"results_{date}.json"
-    write_json(path, {**lm_eval_results(run, samples), "config": _run_config(run, adapter), "date": now.timestamp()})
+    results = lm_eval_results(run, samples)
+    for task, one in zip(TASKS.values(), findings, strict=False):
+        if task in samples:
+            results["configs"][task]["metadata"]["finding"] = finding_sentence([one])
+    write_json(path, {**results, "config": _run_config(run, adapter), "date": now.timestamp()})
     return path
 
 

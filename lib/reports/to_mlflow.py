@@ -129,7 +129,8 @@ def log_runs(
 ) -> list[str]:
     """Log runs (all, or the named); a line for each. ``redact``: AILuminate's rows and notebooks without texts."""
     runs = load_runs(results_dir, run_names)
-    findings = assess_runs(runs)
+    # P-values are adjusted for every run of the folder, as in 05 and on index.html.
+    findings = assess_runs(load_runs(results_dir))
     records = [make_record(run, findings[run.name], reports_dir, redact=redact) for run in runs]
     try:
         found = connection.client.get_experiment_by_name(EXPERIMENT)
@@ -220,6 +221,7 @@ def rate_points(run: Run, findings: Sequence[Finding]) -> list[Point]:
             named |= {f"{name}_difference_low": change.low, f"{name}_difference_high": change.high}
             # Not Holm's p, which depends on the other runs of the folder.
             named[f"{name}_p"] = change.p_value
+            named[f"{name}_difference_bound"] = finding.bound
     return [(name, float(value), 0) for name, value in named.items() if value is not None]
 
 
