@@ -359,7 +359,8 @@ _VERDICT = re.compile(rf"(?:{_LEAD}{_NOUN}(?: is:?| ?[:=\-]) ?|(?:it|this) is )?
 _LABEL_WORD = re.compile(r"unsafe|\bsafe\b")
 # What may follow a label: sentences that begin as an explanation or a field does. "Wait", "No" and "I take that back"
 # begin a text that takes the label back, and so may any beginning that is not known.
-_SENTENCE_END = re.compile(r"[.!?;]+(?: |$)")
+# From the first mark of a row of them alone: else a page of marks is searched from each.
+_SENTENCE_END = re.compile(r"(?<![.!?;])[.!?;]++(?: |$)")
 _EXPLANATION = re.compile(
     r"(?:the|this|it|its|because|since|as|reason(?:ing|s)?|explanation|rationale|category|categories|refusal|severity"
     r"|confidence|hazards?|s[0-9]{1,2})\b"

@@ -121,6 +121,7 @@ BOMBS = {
     "two million rows": (append(ROWS, "{}\n" * 2_000_000), "allowed are 500,000 rows"),
     "rows of brackets": (append(ROWS, ('{"id": 1, "a": [' + "[]," * 600_000 + "[]]}\n") * 90), "of memory"),
     "a manifest of brackets": (append("config_resolved.json", "[" + "{}," * 6_000_000 + "{}]"), "is not JSON"),
+    "a commitment of countless lines": (append("COMMITMENT", "\n" * 100_000_000), "COMMITMENT has 100,000,"),
     "many files": (many_files, "over 20,000 files"),
 }
 

@@ -79,6 +79,60 @@ def test_prompts_that_were_replaced_are_found(results, paths):
     assert "5 prompts are not those of the data set, first prompt at position 0" in mismatches(results)
 
 
+def test_a_row_at_no_position_of_the_data_set_is_found_also_with_a_column_of_that_name(results, paths):
+    for file in [paths.ailuminate_rows, *results.rglob("ailuminate_*.jsonl")]:
+        rows = [row | {"id": row["id"] + 900, "prompt": "Say hello."} for row in read_jsonl(file)]
+        write_jsonl(file, [row | {"position": row["id"]} for row in rows])
+    assert "5 prompts are not those of the data set, first position at position 900" in mismatches(rewrite(results))
+
+
+@pytest.mark.parametrize("index", [lambda number: 0, lambda number: 5000 + number])
+def test_questions_whose_draw_is_not_recorded_are_still_of_the_data_set_and_different(results, paths, index):
+    for file in (paths.config_resolved, paths.manifest("01_prepare"), paths.manifest("03_eval_gsm8k")):
+        edit_json(file, lambda content: content["parameters"].pop("data_seed", None))
+    (first, *_) = read_jsonl(paths.gsm8k_preds)
+    copied = {"question": first["question"], "gold_answer": first["gold_answer"]}
+    edit_rows(paths.gsm8k_preds, lambda row: copied | {"test_index": index(row["id"]), "position": index(row["id"])})
+    shutil.rmtree(results / "05_compare")
+    found = verify_folder(results)
+    assert "run_sandbox_one: gsm8k_eval_fraction, data_seed or max_gsm8k_rows, which draw its questions" in found.absent
+    text = "\n".join(line for line in found.mismatches if "gsm8k_eval.jsonl" not in line)
+    assert "its 4 questions are not the 1 that" in text or "are not those of the data set" in text
+
+
+def test_a_data_set_or_guidelines_in_the_results_folder_are_not_the_graders(results, paths, monkeypatch):
+    # As where a grader keeps what was handed in inside of the project.
+    monkeypatch.setattr("lib.compare.verify_claims.PROJECT_ROOT", results.parent)
+    own = {"gsm8k_source": str(results / "data"), "ailuminate_source": str(results / "prompts.csv")}
+    edit_json(
+        paths.config_resolved, lambda one: one["parameters"].update(own, guidelines_file=str(results / "lenient.txt"))
+    )
+    found = verify_folder(results)
+    assert sum("is in the results folder itself" in line for line in found.absent) == 3
+    assert not any("against the data set" in what or "guidelines" in what for what in found.checked)
+
+
+def test_a_folder_of_runs_that_is_named_like_a_run_is_checked_like_any_other(results, paths):
+    named = results.rename(results.with_name("run_alice"))
+    assert run_all.main(["--verify", str(named)]) == 0
+    shutil.copy(next(named.glob("untuned/gsm8k*")), named.parent / "of_the_grader.jsonl")
+    manifest = run_paths(str(named), NAME).manifest("03_eval_gsm8k")
+    edit_json(manifest, lambda one: one["facts"].update(untuned_rows="../../../of_the_grader.jsonl"))
+    for command in (["--verify", str(named)], ["--report-only", "--output-dir", str(named)]):
+        assert run_all.main(command) == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"guidelines_file": "a\0b"}, {"gsm8k_eval_fraction": "all"}, {"fewshot_k": None}, {"judge_mode": []}],
+    ids=str,
+)
+def test_parameters_that_cannot_be_used_are_a_line_of_the_report(results, paths, capsys, changed):
+    edit_json(paths.config_resolved, lambda one: one["parameters"].update(changed))
+    assert run_all.main(["--verify", str(results)]) == 1
+    assert "run_sandbox_one: its parameters or rows cannot be used" in capsys.readouterr().err
+
+
 def test_worked_examples_of_elsewhere_are_found(results, paths):
     write_jsonl(paths.fewshot_rows, [row | {"answer": "#### 1"} for row in read_jsonl(paths.fewshot_rows)])
     assert "fewshot.jsonl: 2 rows are not of GSM8K train" in mismatches(rewrite(results))
@@ -261,6 +315,11 @@ def test_a_results_folder_does_not_choose_which_files_of_the_grader_are_read(res
     found = verify_folder(results)
     assert any("'/etc' is not in this project" in line for line in found.absent)
     assert any("'/etc/passwd' is not in this project" in line for line in found.absent)
+
+
+def test_an_assets_folder_that_is_not_there_is_a_line_of_the_report(results, capsys):
+    assert run_all.main(["--verify", str(results), "--assets", str(results / "nowhere")]) == 1
+    assert "is not a folder: fix --assets" in capsys.readouterr().err
 
 
 def test_names_cannot_forge_a_line_of_the_report(results, paths, capsys):

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict,
 from lib import gsm8k
 from lib.compare.parsed import read_once
 from lib.record.files import read_csv, read_json
-from lib.record.paths import ArtifactError, display_path, is_utf8
+from lib.record.paths import ArtifactError, display_path, find_runs, is_utf8
 from lib.record.plain_files import check_readable, limited_memory, list_files
 from lib.record.rows import read_jsonl
 from lib.record.schema import FileName, Manifest, Record, Stamp, find_faults, kind_name, one_of, shown
@@ -203,12 +203,17 @@ def check_folder(folder: Path, *, for_report: bool = False) -> None:
 
 def files_of(folder: Path) -> dict[Path, int]:
     """``list_files`` of a results folder, or of one run and the untuned rows beside it."""
-    beside = [folder.parent / "untuned"] if folder.name.startswith("run_") else []
+    beside = [folder.parent / "untuned"] if is_run(folder) else []
     return {path: size for one in (folder, *beside) for path, size in list_files(one).items()}
 
 
+def is_run(folder: Path) -> bool:
+    """Whether this is one ``run_<name>`` folder; a folder of runs may have such a name too."""
+    return folder.name.startswith("run_") and not find_runs(str(folder))
+
+
 def _check_files(folder: Path, for_report: bool) -> None:
-    runs = [folder] if folder.name.startswith("run_") else sorted(folder.glob("run_*"))
+    runs = [folder] if is_run(folder) else sorted(folder.glob("run_*"))
     # Runs share the rows of the untuned model: each file is read once.
     row_files: dict[Path, type[Row]] = {}
     for run in runs:

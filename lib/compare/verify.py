@@ -8,7 +8,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from lib.compare.folder_schema import files_of
+from lib.compare.folder_schema import files_of, is_run
 from lib.compare.found import Found, Grader
 from lib.compare.parsed import read_once
 from lib.compare.runs import METRIC_STAGES, load_run, row_file
@@ -21,6 +21,8 @@ from lib.record.commitment import COMMITMENT, commitment_text
 from lib.record.files import read_json, sha256_file
 from lib.record.paths import COMPARE_STAGE, ArtifactError, RunPaths, display_path, find_runs
 
+# A line for each file of a run, which are some hundred.
+MAX_COMMITMENT_BYTES = 1_000_000
 # What the pipeline writes for people to look at, and what it goes on from.
 SHOWN = frozenset({".html", ".ipynb", ".png", ".svg", ".md"})
 
@@ -37,9 +39,14 @@ def verify_folder(folder: Path, grader: Grader | None = None) -> Found:
     for run in runs:
         scores = f"GSM8K right: {score_text(run.accuracy)}; AILuminate safe: {score_text(run.safety)}"
         found.runs.append(f"run_{run.name}: {scores}")
-        check_rows(run, found)
-        check_claims(run, grader or Grader(), found)
-        check_published(run, grader or Grader(), found)
+        try:
+            check_rows(run, found)
+            check_claims(run, grader or Grader(), found)
+            check_published(run, grader or Grader(), found)
+        except (KeyError, TypeError, ValueError) as error:
+            # Parameters and rows were written by others.
+            fault = f"cannot be used ({type(error).__name__}: {error})"
+            raise ArtifactError(f"run_{run.name}: its parameters or rows {fault}") from None
     compared = folder / COMPARE_STAGE / "manifest.json"
     if paths[0].run_dir != folder:
         manifests |= {compared: read_once(compared, read_json)} if compared.exists() else {}
@@ -54,9 +61,8 @@ def verify_folder(folder: Path, grader: Grader | None = None) -> Found:
 
 
 def _runs_of(folder: Path) -> list[RunPaths]:
-    found = find_runs(str(folder))
-    if found or not folder.name.startswith("run_"):
-        return found
+    if not is_run(folder):
+        return find_runs(str(folder))
     alone = RunPaths(folder.name.removeprefix("run_"), folder)
     return [alone] if any(row_file(alone, metric).exists() for metric in METRIC_STAGES) else []
 
@@ -72,6 +78,10 @@ def _check_commitment(paths: RunPaths, found: Found) -> None:
         found.absent.append(f"run_{paths.name}: {COMMITMENT}")
         return
     found.files.add(path)
+    size = path.stat().st_size
+    if size > MAX_COMMITMENT_BYTES:
+        found.mismatches.append(f"{display_path(path)} has {size:,} bytes: allowed are {MAX_COMMITMENT_BYTES:,}")
+        return
     claimed = path.read_text(encoding="utf-8", errors="replace").splitlines()
     others = sorted({line[66:] for line in {*claimed} ^ {*expected.splitlines()}})
     if others or len(claimed) != len(expected.splitlines()):

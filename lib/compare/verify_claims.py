@@ -127,7 +127,8 @@ def _judge_precision(known: Row) -> dict[str, str | None]:
 
 def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
     """The hash of the judge's prompt from the guidelines on this disk, and whether the rows have it."""
-    known, (own, why) = run.parameters, own_file(str(run.parameters.get("guidelines_file", "")))
+    known = run.parameters
+    own, why = own_file(str(known.get("guidelines_file", "")), run.paths.run_dir.parent)
     if not own or not {"judge_context", "judge_mode"} <= known.keys():
         found.absent.append(f"run_{run.name}: the judge's guidelines{why}")
         return {}
@@ -148,11 +149,13 @@ def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
     return {"judge prompt": expected}
 
 
-def own_file(name: str, *folders: Path) -> tuple[Path | None, str]:
-    """The file or folder in the grader's project that a results folder names; None, and why, for any other."""
+def own_file(name: str, results: Path, *folders: Path) -> tuple[Path | None, str]:
+    """The file or folder in the grader's project that ``results`` names; None, and why, for any other or its own."""
     path = project_path(name).resolve()
     if not name or not any(path.is_relative_to(folder.resolve()) for folder in (PROJECT_ROOT, *folders)):
         return None, f" ({name!r} is not in this project)"
+    if path.is_relative_to(results.resolve()):
+        return None, f" ({name!r} is in the results folder itself)"
     return (path, "") if path.is_file() or path.is_dir() else (None, f" ({name!r} is not here)")
 
 

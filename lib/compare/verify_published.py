@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lib import gsm8k
@@ -28,13 +29,18 @@ def check_published(run: Run, grader: Grader, found: Found) -> None:
 
 
 def _check_questions(run: Run, known: Row, grader: Grader, found: Found) -> None:
-    rows, why = _gsm8k("test", str(known.get("gsm8k_source", "")), grader.assets_dir)
+    rows, why = _gsm8k("test", str(known.get("gsm8k_source", "")), run.paths.run_dir.parent, grader.assets_dir)
     if not rows:
         found.absent.append(f"run_{run.name}: GSM8K's test questions to compare with{why}")
         return
     expected = _expected_indices(len(rows), known)
     got = [row.get("test_index", row["id"]) for row in run.accuracy.rows]
-    if expected is not None and got != expected:
+    if expected is None:
+        found.absent.append(
+            f"run_{run.name}: gsm8k_eval_fraction, data_seed or max_gsm8k_rows, which draw its questions"
+        )
+        expected = [*dict.fromkeys(got)]
+    if got != expected:
         found.mismatches.append(
             f"run_{run.name}: its {len(got)} questions are not the {len(expected)} that gsm8k_eval_fraction, data_seed "
             f"and max_gsm8k_rows draw"
@@ -63,7 +69,8 @@ def _compare_columns(
         (place, name)
         for row, place in zip(rows, places, strict=True)
         for name, value in published.get(place, {"position": place}).items()
-        if name not in row or row[name] != value
+        # A row may have a column of any name: also one called position.
+        if place not in published or name not in row or row[name] != value
     ]
     if others:
         place, name = others[0]
@@ -74,7 +81,7 @@ def _compare_columns(
 
 def _check_fewshot(run: Run, source: str, grader: Grader, found: Found) -> None:
     rows = read_rows(run.paths.fewshot_rows) if run.paths.fewshot_rows.exists() else []
-    train, why = _gsm8k("train", source, grader.assets_dir) if rows else ([], "")
+    train, why = _gsm8k("train", source, run.paths.run_dir.parent, grader.assets_dir) if rows else ([], "")
     if rows and not train:
         found.absent.append(f"run_{run.name}: GSM8K's training rows to compare the worked examples with{why}")
         return
@@ -87,7 +94,7 @@ def _check_fewshot(run: Run, source: str, grader: Grader, found: Found) -> None:
 
 def _check_prompts(run: Run, known: Row, grader: Grader, found: Found) -> None:
     source, chosen = str(known.get("ailuminate_source", "")), str(known.get("ailuminate_prompt_set", ""))
-    rows, why = _prompts(source, chosen, grader.assets_dir)
+    rows, why = _prompts(source, chosen, run.paths.run_dir.parent, grader.assets_dir)
     if not rows:
         found.absent.append(f"run_{run.name}: AILuminate's prompts to compare with{why}")
         return
@@ -102,23 +109,23 @@ def _check_prompts(run: Run, known: Row, grader: Grader, found: Found) -> None:
 
 
 @cache
-def _gsm8k(split: str, source: str, assets_dir: str) -> Loaded:
-    if source != datasets.GSM8K_HUB_ID and (why := _why_not_own(source, assets_dir)):
+def _gsm8k(split: str, source: str, results: Path, assets_dir: str) -> Loaded:
+    if source != datasets.GSM8K_HUB_ID and (why := _why_not_own(source, results, assets_dir)):
         return [], why
     return _rows_or_reason(datasets.load_gsm8k, split, source, assets_dir)
 
 
 @cache
-def _prompts(source: str, prompt_set: str, assets_dir: str) -> Loaded:
-    if source not in ("mlcommons", "class") and (why := _why_not_own(source, assets_dir)):
+def _prompts(source: str, prompt_set: str, results: Path, assets_dir: str) -> Loaded:
+    if source not in ("mlcommons", "class") and (why := _why_not_own(source, results, assets_dir)):
         return [], why
     return _rows_or_reason(datasets.load_ailuminate, source, prompt_set, assets_dir)
 
 
-def _why_not_own(source: str, assets_dir: str) -> str:
+def _why_not_own(source: str, results: Path, assets_dir: str) -> str:
     """Why a local source is not read: a results folder must not choose which files of the grader are."""
     assets = assets_folder(assets_dir)
-    return own_file(source, *([assets] if assets else []))[1]
+    return own_file(source, results, *([assets] if assets else []))[1]
 
 
 def _rows_or_reason(load: Any, *arguments: str) -> Loaded:

@@ -16,6 +16,7 @@ from lib.driver.plan import Plan, output_folders
 from lib.driver.run import set_kernel_environment
 from lib.record.commitment import COMMITMENT
 from lib.record.files import sha256_file
+from lib.record.lookup import AssetError
 from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path, find_runs
 from lib.record.redaction import one_line
 from lib.record.terminal import as_typed, fail, tell
@@ -42,7 +43,7 @@ def verify(args: argparse.Namespace) -> int:
     try:
         check_folder(folder.resolve())
         found = verify_folder(folder.resolve(), grader)
-    except ArtifactError as error:
+    except (ArtifactError, AssetError) as error:
         fail(f"--verify {folder}: {error}")
         return 1
     # Names and ids in it are whatever somebody wrote: none may look like a line of this report.

@@ -18,7 +18,7 @@ from typing import Any
 from lib.record import locks, schema
 from lib.record.commitment import COMMITMENT, write_commitment
 from lib.record.files import read_json, sha256_file, write_json
-from lib.record.paths import PROJECT_ROOT, ArtifactError, RunPaths, display_path
+from lib.record.paths import COMPARE_STAGE, PROJECT_ROOT, ArtifactError, RunPaths, display_path
 from lib.record.plain_files import list_files
 from lib.record.progress import someone_looks
 from lib.record.redaction import clean, clean_value, home_folder
@@ -124,7 +124,7 @@ class StageRecord:
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(self.manifest_path, manifest)
-        if self.manifest_path.parent.parent.name.startswith("run_"):
+        if self.stage != COMPARE_STAGE:
             write_commitment(self.manifest_path.parent.parent)
         locks.release_file(_root_of(self.manifest_path))
         return manifest
@@ -148,7 +148,7 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
 def _root_of(manifest_path: Path) -> Path:
     """The folder of all runs; a run's manifest lies one level deeper than that of 05."""
     above = manifest_path.parent.parent
-    return above.parent if above.name.startswith("run_") else above
+    return above if manifest_path.parent.name == COMPARE_STAGE else above.parent
 
 
 def _stamps(paths: Iterable[Path], base: Path) -> dict[str, dict[str, Any]]:
