@@ -192,8 +192,6 @@ class _Moves(TorchFunctionMode):
             return args[0].to(CUDA)
         if func is torch.Tensor.to:
             return self._to(func, args, kwargs)
-        if func is torch.nn.functional.scaled_dot_product_attention and isinstance(args[0], GpuTensor):
-            return _sdpa(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _to(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
@@ -308,18 +306,21 @@ def _varlen_backward(
     scale: float | None = None,
     window_size: list[int] | None = None,
 ) -> tuple[Tensor, ...]:
-    """torch_attn::_varlen_attn_backward, by torch's own gradients of the same in float32."""
-    states = [state.detach().float().requires_grad_() for state in (query, key, value)]
-    with torch.enable_grad():
-        parts = []
-        for (first, last), (start, end) in zip(_spans(cu_seq_q), _spans(cu_seq_k), strict=True):
-            rows = (
-                states[0][first:last],
-                *(_repeat(state[start:end], query.shape[1]) for state in states[1:]),
-            )
-            future = _future(last - first, end - start, is_causal)
-            parts.append(_attend(*(row.transpose(0, 1)[None] for row in rows), scale, future)[0][0].transpose(0, 1))
-        gradients = torch.autograd.grad(torch.cat(parts), states, grad_out.float())
+    """torch_attn::_varlen_attn_backward, from the log-sum-exp as FlashAttention does it, in float32."""
+    gradients = [torch.zeros_like(state, dtype=torch.float32) for state in (query, key, value)]
+    group = query.shape[1] // key.shape[1]
+    for (first, last), (start, end) in zip(_spans(cu_seq_q), _spans(cu_seq_k), strict=True):
+        own = [state[first:last].float().transpose(0, 1) for state in (query, out, grad_out)]
+        keys, values = (_repeat(state[start:end].float(), query.shape[1]).transpose(0, 1) for state in (key, value))
+        scores = own[0] @ keys.transpose(-1, -2) * scale - lse[:, first:last, None]
+        if is_causal:
+            scores = scores.masked_fill(_future(last - first, end - start, is_causal), -torch.inf)
+        weights = scores.exp()
+        of_scores = weights * (own[2] @ values.transpose(-1, -2) - (own[1] * own[2]).sum(-1, keepdim=True)) * scale
+        parts = (of_scores @ keys, of_scores.transpose(-1, -2) @ own[0], weights.transpose(-1, -2) @ own[2])
+        places = (slice(first, last), slice(start, end), slice(start, end))
+        for gradient, part, place, heads in zip(gradients, parts, places, (1, group, group), strict=True):
+            gradient[place] += part.unflatten(0, (-1, heads)).sum(1).transpose(0, 1)
     return tuple(gradient.to(query.dtype) for gradient in gradients)
 
 
@@ -387,10 +388,12 @@ def _torch_cuda(capability: tuple[int, int], total_gib: int) -> dict[str, Any]:
         "get_rng_state_all": [],
     }
     nothing = ("_lazy_init", "set_device", "empty_cache", "synchronize", "manual_seed", "manual_seed_all")
-    nothing += ("set_rng_state", "set_rng_state_all", "reset_peak_memory_stats")
+    nothing += ("set_rng_state_all", "reset_peak_memory_stats")
     answers = {name: lambda *args, _value=value, **kwargs: _value for name, value in constant.items()}
     answers |= {name: lambda *args, **kwargs: None for name in nothing}
-    return answers | {"get_rng_state": lambda *args: torch.get_rng_state()}
+    # Its operators draw from the CPU's generator.
+    states = {"get_rng_state": lambda *args: torch.get_rng_state()}
+    return answers | states | {"set_rng_state": lambda state, *args: torch.set_rng_state(state)}
 
 
 @contextmanager
@@ -401,6 +404,8 @@ def pretend_gpu(capability: tuple[int, int], total_gib: int = 15) -> Iterator[Pr
     # Module.to puts a new parameter in place of one that was on the CPU.
     compatible = lambda one, other: isinstance(one, GpuTensor) == isinstance(other, GpuTensor)  # noqa: E731
     with ExitStack() as stack:
+        # Not in ``_Moves``, which is off while ``Tensor.backward`` computes activations again.
+        stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", _sdpa))
         stack.enter_context(patch.object(torch, "_has_compatible_shallow_copy_type", compatible))
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))

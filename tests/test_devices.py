@@ -9,7 +9,7 @@ import pytest
 from lib.driver import devices, run
 from lib.driver.cli import UsageError, build_parser
 from lib.driver.plan import make_plans
-from lib.record import locks
+from lib.record import gpus, locks
 from lib.record.paths import PROJECT_ROOT
 
 TWO_GPUS = "GPU 0: Some T4 (UUID: GPU-aaaa-1)\nGPU 1: Some T4 (UUID: GPU-bbbb-2)\n"
@@ -26,7 +26,7 @@ def machine(tmp_path, monkeypatch):
     """A function that makes this a machine whose nvidia-smi lists what it is given, with its own locks."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     monkeypatch.setattr(locks.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.delenv(devices.VISIBLE_VARIABLE, raising=False)
+    monkeypatch.delenv(gpus.VISIBLE_VARIABLE, raising=False)
     (tmp_path / "bin").mkdir()
 
     def listing(text, status=0):
@@ -38,7 +38,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def held(most, **more):
-    return devices.held_gpus(devices.visible_gpus(), most, "python run_all.py --presets simple", **more)
+    return devices.held_gpus(gpus.visible_gpus(), most, "python run_all.py --presets simple", **more)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +57,15 @@ def held(most, **more):
 def test_gpus_are_those_that_cuda_would_see(machine, monkeypatch, listing, named, expected):
     machine(listing)
     if named is not None:
-        monkeypatch.setenv(devices.VISIBLE_VARIABLE, named)
-    assert devices.visible_gpus() == expected
+        monkeypatch.setenv(gpus.VISIBLE_VARIABLE, named)
+    assert gpus.visible_gpus() == expected
 
 
 def test_a_tool_that_fails_or_is_not_there_means_no_gpu(machine, monkeypatch, tmp_path):
     machine(TWO_GPUS, status=9)
-    assert devices.visible_gpus() == []
+    assert gpus.visible_gpus() == []
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert devices.visible_gpus() == []
+    assert gpus.visible_gpus() == []
 
 
 def test_a_device_is_held_by_one_driver_alone(machine):
@@ -81,9 +81,30 @@ def test_a_device_is_held_by_one_driver_alone(machine):
 def test_a_number_and_its_uuid_are_one_device(machine, monkeypatch):
     machine(TWO_GPUS)
     with held(1) as first:
-        monkeypatch.setenv(devices.VISIBLE_VARIABLE, "0,1")
+        monkeypatch.setenv(gpus.VISIBLE_VARIABLE, "0,1")
         with held(2) as second:
             assert (first, second) == (["GPU-aaaa-1"], ["1"])
+
+
+@pytest.mark.parametrize(
+    ("order", "identity"), [(None, "GPU-aaaa-1"), ("PCI_BUS_ID", "GPU-aaaa-1"), ("FASTEST_FIRST", "0")]
+)
+def test_a_number_is_that_of_nvidia_smi_only_in_the_order_of_the_bus(machine, monkeypatch, tmp_path, order, identity):
+    machine(TWO_GPUS)
+    monkeypatch.setenv(gpus.VISIBLE_VARIABLE, "0")
+    monkeypatch.delenv(devices.ORDER_VARIABLE, raising=False)
+    if order:
+        monkeypatch.setenv(devices.ORDER_VARIABLE, order)
+    with held(1):
+        assert identity in [path.name for path in locks.machine_folder().iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(("order", "kept"), [(None, "PCI_BUS_ID"), ("FASTEST_FIRST", "FASTEST_FIRST")])
+def test_kernels_number_gpus_as_nvidia_smi_does_unless_a_person_says_otherwise(monkeypatch, order, kept):
+    monkeypatch.delenv(devices.ORDER_VARIABLE, raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ) | ({devices.ORDER_VARIABLE: order} if order else {}))
+    run.set_kernel_environment(offline=False)
+    assert os.environ[devices.ORDER_VARIABLE] == kept
 
 
 def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch, tmp_path):
@@ -100,7 +121,7 @@ def test_a_killed_holder_frees_its_device_and_waiting_works(machine, monkeypatch
         assert process.stdout.readline() == "held\n"
         return process
 
-    monkeypatch.setenv(devices.VISIBLE_VARIABLE, "GPU-aaaa-1")
+    monkeypatch.setenv(gpus.VISIBLE_VARIABLE, "GPU-aaaa-1")
     killed = hold_elsewhere()
     killed.kill()
     killed.wait()

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lib.engine import attention, batch, generate, picking, plain
+from lib.engine import attention, batch, generate, kernels, memory, picking, plain
 from lib.engine.attention import attend_by_products, attend_in_portions, merge
 from lib.engine.generate import Engine, common_prefix_length, why_not_shared
 from lib.engine.generator import Sampling
@@ -166,7 +166,7 @@ def test_equal_prompts_keep_a_token_of_their_own(tokenizer):
 
 
 def test_portions_smaller_than_the_batch(tokenizer, monkeypatch):
-    monkeypatch.setattr(batch, "PREFILL_TOKENS", 30)
+    monkeypatch.setitem(batch.PREFILL_TOKENS, "cpu", 30)
     model, rows = make_model("qwen3"), conversations()
     engine = Engine(model, tokenizer)
     assert written(engine.generate(rows, max_new_tokens=8)) == references(model, tokenizer, rows, 8)
@@ -253,7 +253,9 @@ def test_a_kept_prefix_serves_later_calls_and_only_where_it_fits(tokenizer, monk
     computed = []
     original = generate.compute_prefix
     monkeypatch.setattr(
-        generate, "compute_prefix", lambda model, tokens: computed.append(len(tokens)) or original(model, tokens)
+        generate,
+        "compute_prefix",
+        lambda model, tokens, portion: computed.append(len(tokens)) or original(model, tokens),
     )
     engine = Engine(model, tokenizer)
     engine.generate(rows, max_new_tokens=2)
@@ -297,6 +299,28 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(error, tokenizer, monk
     assert engine.stats.num_halvings == 2
 
 
+@pytest.mark.parametrize("portions", [1, 2, 8])
+def test_a_shared_prefix_is_read_in_portions_where_memory_runs_out(portions, tokenizer, monkeypatch):
+    model, rows = make_model("qwen3"), conversations()
+    original, most = attention.forward_step, 80 // portions
+
+    def limited(model, cache, step, prefix):
+        if step.input_ids.shape[1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, cache, step, prefix)
+
+    monkeypatch.setattr(attention, "forward_step", limited)
+    engine = Engine(model, tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert written(engine.generate(rows, max_new_tokens=9)) == references(model, tokenizer, rows, 9)
+    assert engine.stats.num_prefix_tokens == 69
+    assert [str(one.message)[:60] for one in caught if "shared prefix" in str(one.message)] == [
+        f"out of memory with {69 // 2**n} tokens of the shared prefix, going on w"[:60]
+        for n in range(portions.bit_length() - 1)
+    ]
+
+
 def test_out_of_memory_in_the_middle_keeps_what_is_written(tokenizer, monkeypatch):
     model, rows = make_model("llama"), conversations()
     stop_ids = make_stop(model, tokenizer, rows, 7)
@@ -331,6 +355,19 @@ def test_other_errors_are_not_taken_for_a_shortage(tokenizer, monkeypatch):
     assert not is_out_of_memory(RuntimeError("shapes"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_shortages_that_have_no_exception_of_their_kind_are_recognised(words):
+    assert is_out_of_memory(torch.AcceleratorError(words)) and is_out_of_memory(RuntimeError(words))
+    assert not is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_the_cpu_allocator_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
@@ -341,12 +378,12 @@ def test_batch_is_bounded_by_free_memory(tokenizer, monkeypatch):
     model = make_model("llama")
     engine = Engine(model, tokenizer)
     one_row = generate.row_bytes(model, 100)
-    portion = generate.step_bytes(model, batch.PREFILL_TOKENS)
+    portion = generate.step_bytes(model, batch.PREFILL_TOKENS["cpu"])
     for rows in (1, 5):
         free = int((portion + rows * one_row + 1) / generate.MEMORY_SHARE) + 1
-        monkeypatch.setattr(generate, "free_memory_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(memory, "free_memory_bytes", lambda device, free=free: free)
         assert engine._num_slots(1000, 100) == rows
-    monkeypatch.setattr(generate, "free_memory_bytes", lambda device: 0)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda device: 0)
     assert engine._num_slots(1000, 100) == 1
 
 
@@ -556,7 +593,7 @@ def plain_attention(query, key, value, scale):
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_causal_attention(kernel, monkeypatch):
-    monkeypatch.setattr(attention, "has_kernel", lambda query: kernel)
+    monkeypatch.setattr(attention, "kernel_of", lambda query: "flash_cpu" if kernel else "products")
     monkeypatch.setitem(attention.NUM_QUERIES, "cpu", 3)
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 4, 7, 16), torch.randn(2, 3, 7, 16), torch.randn(2, 3, 7, 16)
@@ -568,7 +605,7 @@ def test_causal_attention(kernel, monkeypatch):
 def test_attention_kernel_and_written_out():
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 3, 7, 16), torch.randn(2, 3, 9, 16), torch.randn(2, 3, 9, 16)
-    assert attention.has_kernel(query)
+    assert kernels.kernel_of(query) == "flash_cpu"
     expected = attend_by_products(query, key, value, 0.3)
     for one, other in zip(attention.attend(query, key, value, 0.3), expected, strict=True):
         assert torch.allclose(one, other, atol=1e-5)

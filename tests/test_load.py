@@ -1,6 +1,9 @@
 """Device and dtype, prompts rendered as the templates say, dense weights equal to what training computes."""
 
+import gc
+import importlib
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
+import lib.engine
 from lib.engine import load
 from lib.record import paths
 
@@ -177,6 +181,82 @@ def test_what_cannot_be_done_is_an_error(device, dtype, message):
         load.resolve_runtime(device, dtype)
 
 
+@pytest.fixture
+def listed_gpu(tmp_path, monkeypatch):
+    """An nvidia-smi that lists a GPU with driver 470.57."""
+    tool = tmp_path / "nvidia-smi"
+    gpu = "GPU 0: Tesla (UUID: GPU-aaaa-1)"
+    tool.write_text(f'#!/bin/sh\ncase "$1" in -L) echo "{gpu}";; *) printf "470.57.02\\n470.57.02\\n";; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize(
+    ("cuda", "error", "words"),
+    [
+        (
+            None,
+            AssertionError("Torch not compiled with CUDA enabled"),
+            "built for CPUs alone, .*not compiled with CUDA",
+        ),
+        (
+            "13.0",
+            RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."),
+            "CUDA 13.0, .*old",
+        ),
+        ("12.6", None, "built for CUDA 12.6, .*it sees no device"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_refused(monkeypatch, listed_gpu, device, cuda, error, words):
+    def init():
+        if error:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(load.ModelError, match=f"{words}.*install torch for a CUDA.*device: cpu") as caught:
+        load.resolve_runtime(device)
+    assert "driver 470.57.02:" in str(caught.value)
+    assert load.resolve_runtime("cpu").device == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_a_gpu_that_a_person_hides_is_not_missed(monkeypatch, listed_gpu, hidden):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert load.resolve_runtime("auto").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("builds", "capability", "usable"),
+    [
+        (["sm_75", "sm_80", "sm_90"], (7, 5), True),
+        (["sm_75", "sm_80", "sm_90"], (8, 6), True),
+        (["sm_75", "sm_80", "sm_90"], (6, 0), False),  # a P100
+        (["sm_75", "sm_80", "sm_90"], (12, 0), False),
+        (["sm_75", "sm_90", "compute_90"], (12, 0), True),
+        (["sm_86"], (8, 0), False),
+        (["gfx90a"], (9, 0), True),  # AMD's are named otherwise
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused(monkeypatch, builds, capability, usable):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: builds)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    if usable:
+        assert load.resolve_runtime().device == "cuda"
+        return
+    with pytest.raises(
+        load.ModelError, match=rf"no kernels for its compute capability {capability[0]}.{capability[1]}"
+    ):
+        load.resolve_runtime()
+    assert load.resolve_runtime("cpu").device == "cpu"
+
+
 def test_cuda_is_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(load.ModelError, match="no CUDA GPU"):
@@ -287,6 +367,42 @@ def test_embeddings_and_output_layer_are_not_quantised(tmp_path, tied):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
     assert len(packed) == 2 * len(LINEARS)
+
+
+def test_packed_weights_are_gone_when_the_dense_model_is_there(folder, monkeypatch):
+    packed, original = [], load.load_base
+
+    def noted(*args):
+        model = original(*args)
+        packed.extend(weakref.ref(module.weight) for module in model.modules() if "4bit" in type(module).__name__)
+        return model
+
+    monkeypatch.setattr(load, "load_base", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        dense = load.load_dense(folder, BFLOAT16, "nf4")
+        assert len(packed) == 2 * len(LINEARS) and not any(weight() is not None for weight in packed)
+    finally:
+        gc.enable()
+    assert not getattr(dense, "is_quantized", False)
+
+
+def test_a_gpu_gets_its_memory_back_before_a_model_is_loaded_and_after_it_is_unpacked(folder, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    load.load_dense(folder, BFLOAT16, "nf4")
+    assert len(emptied) == 2
+
+
+@pytest.mark.parametrize("named", [None, "backend:cudaMallocAsync"])
+def test_cuda_gets_memory_in_blocks_that_grow_unless_a_person_says_otherwise(monkeypatch, named):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    if named:
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", named)
+    importlib.reload(lib.engine)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == (named or "expandable_segments:True")
 
 
 def test_training_keeps_the_weights_dense_where_memory_allows(folder, monkeypatch):

@@ -218,6 +218,62 @@ def test_an_update_does_not_depend_on_how_its_step_is_cut(folder, examples, tmp_
     assert_same_adapter(turned, unbroken, rtol=1e-4, atol=1e-5)
 
 
+def fail_in(monkeypatch, when, error):
+    """Lets the backward pass of a micro-batch run out of memory, with half of its gradients already added."""
+    original, sizes = trainer.supervised_loss, []
+
+    def limited(model, rows):
+        sizes.append(rows.num_tokens)
+        loss = original(model, rows)
+        if torch.is_grad_enabled() and when(rows, sizes):
+            loss.backward()
+            raise error
+        return loss
+
+    monkeypatch.setattr(trainer, "supervised_loss", limited)
+    return sizes
+
+
+SHORTAGES = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=["out of memory", "cuBLAS"])
+def test_where_memory_runs_out_training_goes_on_with_half_the_micro_batch(
+    folder, examples, dev, tmp_path, monkeypatch, error
+):
+    longest = max(len(example["input_ids"]) for example in examples)
+    small = replace(SETTINGS, micro_batch_tokens=2 * longest)
+    expected = run(folder, examples, tmp_path / "small", replace(small, lora_dropout=0.0), dev=dev)
+    sizes = fail_in(monkeypatch, lambda rows, sizes: rows.num_tokens > 2 * longest, error)
+    wanted = replace(SETTINGS, lora_dropout=0.0, micro_batch_tokens=8 * longest)
+    with pytest.warns(UserWarning, match="out of memory with .* tokens in a micro-batch, going on with"):
+        result = run(folder, examples, tmp_path / "halved", wanted, dev=dev)
+    # Found out once, in the first step; the batch of an update stays the same.
+    assert [size > 2 * longest for size in sizes].count(True) == 1
+    assert result.micro_batch_tokens <= 2 * longest
+    assert result.num_tokens == expected.num_tokens and result.num_steps == expected.num_steps
+    assert_same_adapter(result, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_that_memory_ended_late_draws_and_adds_as_if_it_had_not_been(folder, examples, tmp_path, monkeypatch):
+    longest = max(len(example["input_ids"]) for example in examples)
+    expected = run(folder, examples, tmp_path / "one", replace(SETTINGS, micro_batch_tokens=longest))
+    # The second half of the first step: gradients of the first are there, and dropout has drawn for it.
+    fail_in(monkeypatch, lambda rows, sizes: len(sizes) == 2, SHORTAGES[0])
+    with pytest.warns(UserWarning, match=f"going on with {longest}:"):
+        result = run(folder, examples, tmp_path / "two", replace(SETTINGS, micro_batch_tokens=2 * longest))
+    assert result.adapter_sha256 == expected.adapter_sha256
+
+
+def test_a_row_that_does_not_fit_alone_is_an_error(folder, examples, tmp_path, monkeypatch):
+    fail_in(monkeypatch, lambda rows, sizes: True, SHORTAGES[0])
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError):
+        run(folder, examples, tmp_path)
+
+
 def test_the_first_loss_is_the_mean_over_the_supervised_tokens_of_the_step(folder, examples, tmp_path):
     """By transformers' own loss, row by row: long answers weigh more than short ones."""
     model = load.load_base(folder, FLOAT32, "none")
@@ -265,7 +321,7 @@ def test_checkpointing_and_small_micro_batches_come_with_little_memory(folder, e
     model = load.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
     with sft._adapted(model, SETTINGS):
         ample = memory_plan.plan_memory(model, examples, SETTINGS)
-        monkeypatch.setattr(memory_plan, "free_memory_bytes", lambda device: 2**20)
+        monkeypatch.setattr(memory_plan, "memory_for_work_bytes", lambda model: 2**20)
         tight = memory_plan.plan_memory(model, examples, SETTINGS)
     assert not ample.gradient_checkpointing and ample.micro_batch_tokens == 2048
     assert tight.gradient_checkpointing and tight.micro_batch_tokens < 1024

@@ -5,46 +5,20 @@ A device is held by a lock in the temporary folder, and listed by ``nvidia-smi``
 
 import os
 import re
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import takewhile
 from pathlib import Path
 
+from lib.record.gpus import listed_uuids
 from lib.record.locks import LOOK_AGAIN_S, FolderInUse, hold, machine_folder
 
-VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
-UUID = re.compile(r"\(UUID: ((?:GPU|MIG)-[\w/-]+)\)")
+ORDER_VARIABLE, BUS_ORDER = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
 
 
 class DevicesInUse(Exception):
     """Other drivers hold every device; the message names one of them."""
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``, MIG devices for a split one; [] on a CPU."""
-    named = os.environ.get(VISIBLE_VARIABLE)
-    if named is None:
-        return _listed_uuids()
-    # CUDA uses the devices before the first invalid one; "-1" is common for no device.
-    return list(takewhile(lambda name: name and name != "-1", (name.strip() for name in named.split(","))))
-
-
-def _listed_uuids() -> list[str]:
-    # A line for each GPU, then indented lines for its MIG devices.
-    gpus = [UUID.findall(text) for text in re.split("^GPU ", nvidia_smi("-L"), flags=re.MULTILINE)]
-    return [uuid for uuids in gpus for uuid in (uuids[1:] or uuids)]
-
-
-def nvidia_smi(*arguments: str, timeout_s: float = 20) -> str:
-    """What ``nvidia-smi`` prints; "" where the tool is missing, fails or does not answer."""
-    command = ["nvidia-smi", *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 @contextmanager
@@ -52,8 +26,10 @@ def held_gpus(
     gpus: Sequence[str], most: int, command: str, *, wait: bool = False, tell: Callable[[str], None] = print
 ) -> Iterator[list[str]]:
     """Hold one to ``most`` of ``gpus`` that no other driver of this user holds; DevicesInUse without ``wait``."""
-    # Folder names of locks, the same for ``0`` and for the UUID of the first GPU.
-    uuids = _listed_uuids() if any(name.isdigit() for name in gpus) else []
+    # Folder names of locks, the same for ``0`` and for the UUID of the first GPU; CUDA counts as nvidia-smi does only
+    # in this order, which ``run_all.py`` sets where a person has not.
+    by_bus = os.environ.get(ORDER_VARIABLE, BUS_ORDER) == BUS_ORDER
+    uuids = listed_uuids() if by_bus and any(name.isdigit() for name in gpus) else []
     known = {str(index): uuid for index, uuid in enumerate(uuids)}
     identities = {gpu: re.sub(r"[^\w-]", "_", known.get(gpu, gpu)) for gpu in gpus}
     with ExitStack() as stack:

@@ -21,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lib import wording
-from lib.driver.devices import nvidia_smi
 from lib.record import progress
+from lib.record.gpus import nvidia_smi
 from lib.record.locks import is_alive
 from lib.record.progress import Counts
 from lib.record.redaction import visible

@@ -20,6 +20,7 @@ from lib.driver.plan import Plan, output_folders
 from lib.record import progress
 from lib.record.commitment import write_commitment
 from lib.record.files import error_text, free_bytes, remove_temporary, write_json
+from lib.record.gpus import VISIBLE_VARIABLE, visible_gpus
 from lib.record.locks import FolderInUse, FolderUnwritable, held_descriptors, hold, machine_folder
 from lib.record.manifest import NOT_RUN, stale_reason
 from lib.record.paths import COMPARE_STAGE, DRIVER_VARIABLE, PROJECT_ROOT, ArtifactError, find_runs, results_root
@@ -72,7 +73,7 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
     """The environment of each preset that runs at once: its GPU or share of the CPU; UsageError if no GPU is free."""
     most = min(args.jobs, len(plans))
     computes = bool(set(plans[0].stages) - {COMPARE_STAGE})
-    gpus = devices.visible_gpus() if computes and any(plan.params.device != "cpu" for plan in plans) else []
+    gpus = visible_gpus() if computes and any(plan.params.device != "cpu" for plan in plans) else []
     if not gpus:
         if computes and (note := devices.slow_cpu_note()):
             tell(note)
@@ -86,7 +87,7 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
         if len(held) < most:
             fail(f"--jobs {args.jobs}: {len(held)} at once, a GPU for each; {len(gpus)} can be seen")
         # A machine's only GPU needs no name, and not every system knows its devices by UUID.
-        yield [{devices.VISIBLE_VARIABLE: gpu} if len(gpus) > 1 else {} for gpu in held]
+        yield [{VISIBLE_VARIABLE: gpu} if len(gpus) > 1 else {} for gpu in held]
 
 
 def set_kernel_environment(offline: bool) -> None:
@@ -105,6 +106,8 @@ def set_kernel_environment(offline: bool) -> None:
         # The order of a set is the same in every kernel: a resumed run gives the numbers of an uninterrupted one.
         "PYTHONHASHSEED": "0",
     }
+    # GPUs are numbered as nvidia-smi, which the locks go by, numbers them.
+    os.environ.setdefault(devices.ORDER_VARIABLE, devices.BUS_ORDER)
     if offline:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 

@@ -9,11 +9,14 @@ G query heads per key/value head, D head size, P prefix length, S capacity of a 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from lib.engine.kernels import Sequences, attend_in_blocks, attend_sequences, kernel_of
 
 ATTENTION_NAME = "shared_prefix"
 # Slots grow by this many tokens.
@@ -40,9 +43,19 @@ class PackedStep:
     write_index: Tensor  # (N * Hkv,) where each token's keys and values go in the flattened slots of a layer
     last_index: Tensor  # (B + R,) index of each row's last token among the N
     num_decoding: int
-    decode_mask: Tensor  # (B, 1, 1, S) float32: 0 where the row has a token, this step's included, and -inf beyond
+    decode_mask: Tensor  # (B, 1, 1, S): 0 where the row has a token, this step's included, and -inf beyond
     pad_index: Tensor  # (R, T) among the entering tokens, short rows repeat their last one
     unpad_index: Tensor  # (entering tokens,) into R * T
+    sequences: "StepSequences | None"  # the same for a kernel that takes rows of any length, where there is one
+
+
+@dataclass(frozen=True)
+class StepSequences:
+    """What a step's tokens attend to; None where it has none of them."""
+
+    decoding: Sequences | None  # each row's token to its slot
+    entering: Sequences | None  # each row to itself
+    prefix: Sequences | None  # all tokens to the prefix
 
 
 class SlotCache(Cache):
@@ -114,7 +127,10 @@ def pack_step(
     slot, heads = torch.tensor(slots, device=device), torch.arange(cache.num_kv_heads, device=device)
     write_index = (slot[:, None] * cache.num_kv_heads + heads) * cache.capacity + position[:, None]
     beyond = torch.arange(cache.capacity, device=device) > position[: len(decoding), None]
-    decode_mask = torch.zeros(beyond.shape, device=device)
+    # The efficient kernel adds it in the dtype of the scores' factors.
+    mask_dtype = torch.float32 if device.type == "cpu" else cache.slots[0].dtype
+    decode_mask = torch.zeros(beyond.shape, dtype=mask_dtype, device=device)
+    varlen = kernel_of(cache.slots[0]) == "varlen"
     return PackedStep(
         input_ids=torch.tensor([tokens], device=device),
         position_ids=position[None] + offset,
@@ -124,7 +140,24 @@ def pack_step(
         decode_mask=decode_mask.masked_fill_(beyond, -torch.inf)[:, None, None],
         pad_index=pad_index,
         unpad_index=unpad_index,
+        sequences=_sequences(cache, position[: len(decoding)], lengths, len(tokens), offset) if varlen else None,
     )
+
+
+def _sequences(cache: SlotCache, position: Tensor, lengths: list[int], num_tokens: int, offset: int) -> StepSequences:
+    device, num_decoding = position.device, len(position)
+    starts = lambda end, step: torch.arange(0, end + 1, step, dtype=torch.int32, device=device)  # noqa: E731
+    decoding = entering = prefix = None
+    if num_decoding:
+        slot = cache.num_kv_heads * cache.capacity
+        used = (position + 1).to(torch.int32)
+        decoding = Sequences(starts(num_decoding, 1), starts(num_decoding * slot, slot), 1, cache.capacity, used)
+    if lengths:
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        entering = Sequences(ends, ends, max(lengths), max(lengths))
+    if offset:
+        prefix = Sequences(starts(num_tokens, num_tokens), starts(offset, offset), num_tokens, offset)
+    return StepSequences(decoding, entering, prefix)
 
 
 def _padding(lengths: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -144,11 +177,18 @@ def forward_step(model: PreTrainedModel, cache: SlotCache, step: PackedStep, pre
     return model.get_output_embeddings()(hidden[step.last_index])
 
 
-def compute_prefix(model: PreTrainedModel, tokens: Sequence[int]) -> SharedPrefix:
-    """Keys and values of ``tokens``, read once as if they were a row."""
-    cache = SlotCache(model.config, 1, model.dtype, model.device)
-    forward_step(model, cache, pack_step(cache, [], [tokens], 0), None)
-    return SharedPrefix(tuple(tokens), tuple(slots[..., : len(tokens), :].contiguous() for slots in cache.slots))
+def compute_prefix(model: PreTrainedModel, tokens: Sequence[int], portion: int = 0) -> SharedPrefix:
+    """Keys and values of ``tokens``, read as if they were a row: at once, or ``portion`` tokens at a time."""
+    prefix = None
+    for start in range(0, len(tokens), portion or len(tokens)):
+        part = tokens[start : start + (portion or len(tokens))]
+        cache = SlotCache(model.config, 1, model.dtype, model.device)
+        forward_step(model, cache, pack_step(cache, [], [part], start), prefix)
+        layers = [slots[..., : len(part), :].contiguous() for slots in cache.slots]
+        if prefix is not None:
+            layers = [torch.cat(pair, dim=-2) for pair in zip(prefix.layers, layers, strict=True)]
+        prefix = SharedPrefix(tuple(tokens[: start + len(part)]), tuple(layers))
+    return prefix
 
 
 def shared_prefix_attention(
@@ -164,21 +204,57 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """Attention of ``query`` (1, Hkv * G, N, D) to fresh ``key``, ``value`` (1, Hkv, N, D): (1, N, Hkv * G, D)."""
     step, slots = slot_cache.step, slot_cache.slots[module.layer_idx]
+    prefix = None if slot_cache.prefix is None else slot_cache.prefix.layers[module.layer_idx]
+    if step.sequences is not None:
+        return _attend_by_sequences(query, key, value, slots, prefix, step, scaling), None
     num_kv_heads = key.shape[1]
     grouped = query[0].transpose(0, 1).unflatten(1, (num_kv_heads, -1))  # (N, Hkv, G, D)
     parts = []
     if step.num_decoding:
         # One token per row against its own slot.
         key_and_value, first = slots[:, : step.num_decoding], grouped[: step.num_decoding]
-        parts.append(attend_by_products(first, *key_and_value, scaling, mask=step.decode_mask))
+        attend_to_slots = attend_in_blocks if kernel_of(query) == "efficient" else attend_by_products
+        parts.append(attend_to_slots(first, *key_and_value, scaling, mask=step.decode_mask))
     if len(step.unpad_index):
         fresh = [states[0].transpose(0, 1)[step.num_decoding :] for states in (key, value)]
         parts.append(_attend_entering(grouped[step.num_decoding :], *fresh, step, scaling))
-    out, log_sum = parts[0] if len(parts) == 1 else [torch.cat(pair) for pair in zip(*parts, strict=True)]
-    if slot_cache.prefix is not None:
-        prefix = _attend_prefix(grouped, slot_cache.prefix.layers[module.layer_idx], scaling)
-        out = merge(out, log_sum, *prefix)
+    out, log_sum = _joined(parts)
+    if prefix is not None:
+        out = merge(out, log_sum, *_attend_prefix(grouped, prefix, scaling))
     return out.flatten(1, 2)[None].to(query.dtype), None
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(pair) for pair in zip(*parts, strict=True))
+
+
+def _attend_by_sequences(
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, prefix: Tensor | None, step: PackedStep, scale: float
+) -> Tensor:
+    """The same with one kernel call each for decoding rows, entering rows and the prefix, and without padding."""
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (N, heads, D)
+    num_decoding, where, parts = step.num_decoding, step.sequences, []
+    if where.decoding is not None:
+        states = (_slots_as_sequences(states[:num_decoding]) for states in slots)
+        parts.append(attend_sequences(query[:num_decoding], *states, where.decoding, scale))
+    if where.entering is not None:
+        states = (states[num_decoding:] for states in (query, key, value))
+        parts.append(attend_sequences(*states, where.entering, scale, causal=True))
+    out, log_sum = _joined(parts)
+    if prefix is not None:
+        keys, values = (states[0].transpose(0, 1) for states in prefix)
+        out = merge(out, log_sum, *attend_sequences(query, keys, values, where.prefix, scale))
+    return out[None].to(query.dtype)
+
+
+def _slots_as_sequences(states: Tensor) -> Tensor:
+    """Slots (B, Hkv, S, D) as tokens (..., Hkv, D) without a copy: slot i's begin at token i * Hkv * S.
+
+    A token's heads lie S tokens apart, so most tokens of this view are other heads' and belong to no sequence.
+    """
+    num_slots, num_heads, capacity, size = states.shape
+    num_tokens = (num_slots - 1) * num_heads * capacity + capacity
+    return states.as_strided((num_tokens, num_heads, size), (size, capacity * size, 1))
 
 
 def _attend_entering(
@@ -208,18 +284,18 @@ def merge(out: Tensor, log_sum: Tensor, other: Tensor, other_log_sum: Tensor) ->
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Softmax attention (A, H, T, D) to (A, H, S, D) and the log of its denominator (A, H, T), both float32."""
-    if has_kernel(query):
-        return _attend_by_kernel(query, key, value, scale)
+    if kernel_of(query) in ("flash_cpu", "efficient"):
+        return attend_in_blocks(query, key, value, scale)
     return attend_in_portions(query, key, value, scale)
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``attend`` of each token to itself and those before: (R, Hkv, G, T, D) to (R, Hkv, T, D)."""
-    if has_kernel(query):
+    if kernel_of(query) in ("flash_cpu", "efficient"):
         # A view that shows each key/value head to its G query heads: no copy.
         shape = (-1, -1, query.shape[2], -1, -1)
         states = (query, key.unsqueeze(2).expand(shape), value.unsqueeze(2).expand(shape))
-        out, log_sum = _attend_by_kernel(*(state.flatten(0, 1) for state in states), scale, causal=True)
+        out, log_sum = attend_in_blocks(*(state.flatten(0, 1) for state in states), scale, causal=True)
         return out.unflatten(0, query.shape[:2]), log_sum.unflatten(0, query.shape[:2])
     parts = []
     num_queries = NUM_QUERIES[query.device.type]
@@ -284,25 +360,6 @@ def _bfloat16_products() -> Iterator[None]:
         yield
     finally:
         settings.fp32_precision = before
-
-
-def has_kernel(query: Tensor) -> bool:
-    """Whether torch has a fast attention kernel for ``query`` that also returns the log-sum-exp."""
-    if query.device.type == "cpu":
-        # Its bfloat16 does not use the CPU's bfloat16 units: plain products are faster.
-        return query.dtype != torch.bfloat16
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return half and query.shape[-1] % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-def _attend_by_kernel(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool = False
-) -> tuple[Tensor, Tensor]:
-    if query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-    # In memory of their own, heads that were only shown repeatedly too: those of entering tokens, so they are few.
-    states = (state.contiguous() for state in (query, key, value))
-    return torch.ops.aten._scaled_dot_product_flash_attention(*states, 0.0, causal, False, scale=scale)[:2]
 
 
 AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)

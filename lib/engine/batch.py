@@ -13,8 +13,9 @@ from lib.engine.attention import SharedPrefix, SlotCache, forward_step, pack_ste
 from lib.engine.generator import EngineStats, FinishReason
 
 # Entering rows are prefilled in portions of about this many tokens: enough to keep the matrix units busy, and few
-# enough that activations stay in the caches of a CPU.
-PREFILL_TOKENS = 768
+# enough that activations stay in the caches of a CPU, or leave most of a GPU's memory to slots. A GPU's number is an
+# estimate: no GPU was measured yet.
+PREFILL_TOKENS = {"cpu": 768, "cuda": 8192}
 
 
 @dataclass
@@ -43,9 +44,10 @@ class SlotBatch:
     def admit(self, waiting: deque[PromptRow]) -> None:
         """Take waiting rows in: as many as there are free slots for and fit one portion, but at least one."""
         free, num_tokens = self.cache.num_slots - len(self.active), 0
+        most_tokens = PREFILL_TOKENS[self.model.device.type]
         while waiting and free:
             num_tokens += len(waiting[0].tokens)
-            if num_tokens > PREFILL_TOKENS and num_tokens > len(waiting[0].tokens):
+            if num_tokens > most_tokens and num_tokens > len(waiting[0].tokens):
                 break
             self.active.append(waiting.popleft())
             free -= 1

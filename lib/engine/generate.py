@@ -4,8 +4,8 @@ The common prefix of all prompts is computed once (`attention`), finished rows a
 batch halves, with a warning, when memory runs out. Other kinds of attention go through ``model.generate``.
 """
 
+import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,16 +19,18 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 from lib.engine.attention import ATTENTION_NAME, SharedPrefix, compute_prefix
 from lib.engine.batch import PREFILL_TOKENS, PromptRow, SlotBatch, score_labels
 from lib.engine.generator import Completion, Conversation, EngineStats, FinishReason, Key, LazyGenerator, Sampling
+from lib.engine.kernels import attention, torch_attention
 from lib.engine.load import Runtime, load_dense, load_judge, load_tokenizer, render_prompt, stop_token_ids
-from lib.engine.memory import free_memory_bytes, is_out_of_memory, row_bytes, step_bytes
+from lib.engine.memory import memory_for_work_bytes, row_bytes, step_bytes, with_halving
 from lib.engine.picking import Picker
 from lib.engine.plain import DrawProcessor, generate_batch, score_batch
 
 SUPPORTED_MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-# A shorter prefix costs more in merging than it saves.
-MIN_PREFIX_TOKENS = 16
+# A shorter prefix costs more in merging than it saves; on a GPU merging takes launches, and keys are read fast. Here
+# and below, a GPU's number is an estimate: no GPU was measured yet.
+MIN_PREFIX_TOKENS = {"cpu": 16, "cuda": 128}
 # Rows whose labels are scored in one go: the steps for a label's further tokens are then shared by so many.
-SCORED_ROWS = 16
+SCORED_ROWS = {"cpu": 16, "cuda": 64}
 MAX_ROWS = 256
 # What is free now is not all ours: the allocator fragments, and other processes move.
 MEMORY_SHARE = 0.7
@@ -140,18 +142,17 @@ class Engine:
         self.stats = EngineStats(num_rows=len(conversations))
         prompts = [render_prompt(self.tokenizer, conversation) for conversation in conversations]
         self._check_positions(prompts, num_new_tokens)
-        attention = self.model.config._attn_implementation
-        if not self.refusal:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-        try:
-            with torch.inference_mode():
-                yield prompts
-        finally:
-            if not self.refusal:
-                self.model.set_attn_implementation(attention)
+        with attention(self.model, self._attention_name()), torch.inference_mode():
+            yield prompts
         self.stats.wall_s = time.perf_counter() - start
         self.work_s += self.stats.wall_s
         self.stats.tokens_per_s = self.stats.num_output_tokens / self.stats.wall_s
+
+    def _attention_name(self) -> str:
+        own = self.model.config._attn_implementation
+        if not self.refusal:
+            return ATTENTION_NAME
+        return torch_attention(self.model.device) if own == "sdpa" else own
 
     def _check_positions(self, prompts: Sequence[Sequence[int]], num_new_tokens: int) -> None:
         limit = self.model.config.max_position_embeddings
@@ -183,31 +184,18 @@ class Engine:
         kept = self._prefix.tokens if self._prefix is not None else ()
         fits = len(kept) <= common and kept == tuple(prompts[0][: len(kept)])
         # Fewer rows may happen to share a few tokens more; not worth computing the prefix again.
-        if fits and len(kept) >= max(0.9 * common, MIN_PREFIX_TOKENS):
+        shortest = MIN_PREFIX_TOKENS[self.model.device.type]
+        if fits and len(kept) >= max(0.9 * common, shortest):
             return len(kept)
         self._prefix = None
-        if len(prompts) < 2 or common < MIN_PREFIX_TOKENS:
+        if len(prompts) < 2 or common < shortest:
             return 0
-        self._prefix = compute_prefix(self.model, prompts[0][:common])
-        return common
 
-    def _with_halving(self, num_rows: int, attempt: Callable[[int], None]) -> None:
-        """Call ``attempt`` with a number of rows, and with half of it again each time that memory runs out."""
-        while True:
-            try:
-                return attempt(num_rows)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or num_rows == 1:
-                    raise
-                shortage = str(error).splitlines()[0]
-            # Outside the except block: the exception's frames hold the tensors that must go first.
-            if self.model.device.type == "cuda":
-                torch.cuda.empty_cache()
-            warnings.warn(
-                f"out of memory with {num_rows} rows, going on with {num_rows // 2}: {shortage}", stacklevel=2
-            )
-            self.stats.num_halvings += 1
-            num_rows //= 2
+        def attempt(portion: int) -> None:
+            self._prefix = compute_prefix(self.model, prompts[0][:common], portion)
+
+        with_halving(common, "tokens of the shared prefix", attempt)
+        return common
 
     def _in_slots(
         self,
@@ -219,7 +207,10 @@ class Engine:
         """Run all waiting rows; those in progress when memory runs out wait again, with the tokens they have."""
         capacity = max(len(row.prompt) for row in waiting) + num_new_tokens
 
+        most = self._num_slots(min(len(waiting), most_rows), capacity)
+
         def attempt(num_slots: int) -> None:
+            self.stats.num_halvings += num_slots != most
             batch = SlotBatch(self.model, self._prefix, num_slots, self.stats)
             try:
                 run(batch)
@@ -228,18 +219,23 @@ class Engine:
                     row.cached = 0
                     waiting.appendleft(row)
 
-        self._with_halving(self._num_slots(min(len(waiting), most_rows), capacity), attempt)
+        with_halving(most, "rows", attempt)
 
     def _num_slots(self, num_rows: int, capacity: int) -> int:
         if self.batch_size:
             return min(self.batch_size, num_rows)
-        portion = step_bytes(self.model, max(PREFILL_TOKENS, capacity))
-        free = MEMORY_SHARE * free_memory_bytes(self.model.device) - portion
+        device = self.model.device
+        portion = step_bytes(self.model, max(PREFILL_TOKENS[device.type], capacity))
+        free = MEMORY_SHARE * memory_for_work_bytes(self.model) - portion
         a_row = row_bytes(self.model, capacity)
         if self.refusal:
             # The plain way reads the prompts of all rows at once.
             a_row += step_bytes(self.model, capacity)
-        return max(1, min(num_rows, MAX_ROWS, int(free / a_row)))
+        fitting = max(1, min(MAX_ROWS, int(free / a_row)))
+        if device.type == "cuda":
+            # Rounding depends on the rows beside a row: a power of two is the same in the next run.
+            fitting = 2 ** int(math.log2(fitting))
+        return min(num_rows, fitting)
 
     def _complete(self, row: PromptRow, finish_reason: FinishReason) -> Completion:
         text = self.tokenizer.decode(row.output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -275,7 +271,7 @@ class Engine:
                 for row, score in zip(rows, scores, strict=True):
                     emit(row.index, score)
 
-        self._in_slots(waiting, run, max(map(len, labels)), SCORED_ROWS)
+        self._in_slots(waiting, run, max(map(len, labels)), SCORED_ROWS[self.model.device.type])
 
     def _generate_plain(self, prompts: list[list[int]], max_new_tokens: int, emit: Callable, pick: Picker) -> None:
         def run(rows: list[PromptRow]) -> None:
@@ -304,13 +300,16 @@ class Engine:
         rows = _longest_first(prompts)
         capacity = max(len(row.prompt) for row in rows) + num_new_tokens
 
+        most = self._num_slots(len(rows), capacity)
+
         def attempt(num_rows: int) -> None:
+            self.stats.num_halvings += num_rows != most
             while rows:
                 run(rows[:num_rows])
                 self.stats.peak_rows = max(self.stats.peak_rows, len(rows[:num_rows]))
                 del rows[:num_rows]
 
-        self._with_halving(self._num_slots(len(rows), capacity), attempt)
+        with_halving(most, "rows", attempt)
 
 
 def _longest_first(prompts: Sequence[Sequence[int]], num_shared: int = 0) -> list[PromptRow]:

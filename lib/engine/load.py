@@ -30,8 +30,9 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from lib.engine import dense_cache
-from lib.engine.memory import free_memory_bytes
+from lib.engine.memory import free_memory_bytes, release_memory
 from lib.engine.trial import TrialError, try_patterns, try_template
+from lib.record.gpus import nvidia_smi, visible_gpus
 from lib.record.paths import ArtifactError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -80,6 +81,8 @@ def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtim
     """
     _require_one_of("device", device, ("auto", *DEVICES))
     _require_one_of("compute_dtype", compute_dtype, ("auto", *DTYPES))
+    if device != "cpu" and (why := _why_gpu_is_no_use()):
+        raise ModelError(f"device is {device!r} and this machine has a GPU, but {why}; or use device: cpu, without it")
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is 'cuda' but torch sees no CUDA GPU here; use device: auto or cpu")
     chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,6 +92,41 @@ def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtim
         raise ModelError("compute_dtype is 'float16' on the CPU, where it is slow and overflows; use auto or float32")
     why_device = "requested" if device != "auto" else found
     return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({why_device}), {name} ({why})")
+
+
+def _why_gpu_is_no_use() -> str:
+    """Why torch cannot use the GPU that is there, and what to do; "" where it can, and where there is none."""
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        if _has_machine_code(torch.cuda.get_arch_list(), major, minor):
+            return ""
+        why = f"torch {torch.__version__}, built for {build}, has no kernels for its compute capability {major}.{minor}"
+        return f"{why}; install a build of torch that has them"
+    driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader") if visible_gpus() else ""
+    if not driver.strip():
+        return ""
+    try:
+        torch.cuda.init()
+        reason = "it sees no device"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    why = (
+        f"torch {torch.__version__}, built for {build}, cannot use it with NVIDIA driver {driver.split()[0]}: {reason}"
+    )
+    return f"{why}; install torch for a CUDA that this driver has (pytorch.org, Get started), or a newer driver"
+
+
+def _has_machine_code(builds: Sequence[str], major: int, minor: int) -> bool:
+    """Whether one of torch's builds ("sm_75", "compute_90") runs on this compute capability."""
+    if not any(build.startswith("sm_") for build in builds):
+        return True
+    for kind, number in re.findall(r"\b(sm|compute)_(\d+)", " ".join(builds)):
+        built = divmod(int(number), 10)
+        # Machine code runs on its major version, from its minor one on; an intermediate form on all that is newer.
+        if built <= (major, minor) and (kind == "compute" or built[0] == major):
+            return True
+    return False
 
 
 def _require_one_of(key: str, value: str, allowed: Sequence[str]) -> None:
@@ -206,6 +244,8 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
     """The base model: ``nf4`` packed with double quantisation, for training only (module docstring), or plain."""
     _require_one_of("quantization", quantization, QUANTIZATIONS)
     _weight_files(Path(folder))
+    # A model that was here before may live on in cycles.
+    release_memory()
     with quiet_loading():
         packed = nf4_config(runtime.dtype) if quantization == "nf4" else None
         how = {"dtype": runtime.dtype, "device_map": {"": runtime.device}, "quantization_config": packed}
@@ -293,10 +333,17 @@ def load_judge(folder: str | Path, runtime: Runtime, quantization: str) -> PreTr
     return model
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let ``peak_memory_gib`` count from now on, on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_gib(device: str) -> float:
-    """Highest memory so far in GiB: allocated on the GPU, or resident of this process on the CPU."""
+    """Highest memory in GiB: taken on the GPU since training began, or resident of this process on the CPU so far."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
+        # Reserved, with what lies between tensors: a GPU with less runs out of memory.
+        return torch.cuda.max_memory_reserved() / GIB
     # In KiB on Linux; it never falls again, so a notebook's number covers all that its kernel did.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
@@ -313,6 +360,8 @@ def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
         return model
     with quiet_loading():
         model = model.dequantize()
+    # The packed weights live on in cycles, beside the dense ones, until they are collected.
+    release_memory()
     # transformers forgets this one; peft, accelerate and saving would still take the model for a packed one.
     model.is_loaded_in_4bit = False
     return model.requires_grad_(False)

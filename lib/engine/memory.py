@@ -1,12 +1,18 @@
-"""Memory of a device and of a batch: what is free, what a row takes, whether an allocator gave up. Estimates."""
+"""Memory of a device and of a batch: what is free, what a row takes, what to do where an allocator gives up."""
 
+import gc
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from lib.engine.attention import head_size
+
+# The CPU's allocator; the driver itself, under an error of the accelerator; cuBLAS, which takes its workspace late.
+OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -15,6 +21,17 @@ def free_memory_bytes(device: torch.device) -> int:
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve
     return min(_free_on_machine(), _free_in_container())
+
+
+def memory_for_work_bytes(model: PreTrainedModel) -> int:
+    """What a model's work may take on its device: on a CPU what is free, on a GPU all that its weights leave.
+
+    The latter is the same in each run, so batches are, and so is their rounding; a GPU that is shared runs out of
+    memory and is given less (``with_halving``).
+    """
+    if model.device.type != "cuda":
+        return free_memory_bytes(model.device)
+    return torch.cuda.mem_get_info(model.device)[1] - model.get_memory_footprint()
 
 
 def _free_on_machine() -> int:
@@ -52,7 +69,33 @@ def step_bytes(model: PreTrainedModel, num_tokens: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up: CUDA has an exception for it, the CPU's is known by its text."""
+    """Whether an allocator gave up: that of torch on CUDA has an exception for it, the others are known by words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_WORDS)
+
+
+def with_halving(most: int, unit: str, attempt: Callable[[int], None], least: int = 1) -> int:
+    """Call ``attempt(most)``, and with half of it each time that memory runs out; returns what was enough.
+
+    Raises what ran out at ``least`` or below.
+    """
+    while True:
+        try:
+            attempt(most)
+            return most
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or most <= least:
+                raise
+            shortage = str(error).splitlines()[0]
+        # Outside the except block: the exception's frames hold the tensors that must go first.
+        release_memory()
+        warnings.warn(f"out of memory with {most} {unit}, going on with {most // 2}: {shortage}", stacklevel=2)
+        most //= 2
+
+
+def release_memory() -> None:
+    """Free what only cycles hold, and give what torch then holds in reserve back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

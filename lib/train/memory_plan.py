@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lib.engine.memory import free_memory_bytes
+from lib.engine.kernels import own_generators
+from lib.engine.memory import memory_for_work_bytes
 from lib.train.packing import Example, pack_rows, supervised_loss
 from lib.train.settings import TrainSettings
 
@@ -48,7 +49,7 @@ def plan_memory(model: PreTrainedModel, examples: Sequence[Example], settings: T
     """
     device = model.device
     per_token = _kept_bytes(model, examples[0]) / len(examples[0]["input_ids"])
-    free = free_memory_bytes(device) * ACTIVATION_SHARE
+    free = memory_for_work_bytes(model) * ACTIVATION_SHARE
     longest = max(len(example["input_ids"]) for example in examples)
     checkpointing = settings.gradient_checkpointing
     if checkpointing is None:
@@ -63,7 +64,6 @@ def plan_memory(model: PreTrainedModel, examples: Sequence[Example], settings: T
     return MemoryPlan(most, checkpointing, reason)
 
 
-@torch.random.fork_rng()
 def _kept_bytes(model: PreTrainedModel, example: Example) -> int:
     """Bytes that a forward pass over one row keeps for its backward pass, weights apart."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -76,7 +76,8 @@ def _kept_bytes(model: PreTrainedModel, example: Example) -> int:
         # The tensor itself would keep the pass alive for ever: a cycle through C++, which gc does not see.
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.random.fork_rng(own_generators(model.device)), hooks:
         loss = supervised_loss(model, pack_rows([example], model.device))
     assert loss.requires_grad
     return sum(kept.values())

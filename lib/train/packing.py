@@ -6,10 +6,10 @@ K key/value heads, D head size, C hidden size, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,16 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lib.engine.kernels import (
+    Sequences,
+    attend_expanded,
+    attend_sequences,
+    attention,
+    kernel_of,
+    own_generators,
+    torch_attention,
+)
 
 ATTENTION_NAME = "packed_rows"
 IGNORED_LABEL = -100
@@ -37,6 +47,7 @@ class PackedRows:
     input_ids: Tensor  # (1, N)
     position_ids: Tensor  # (1, N), each row counts from 0
     row_lengths: list[int]  # sums to N
+    sequences: Sequences  # each row's tokens to itself
     predict_index: Tensor  # (S,) position among N whose next token is supervised
     targets: Tensor  # (S,) that next token
     noise_alpha: float = 0.0  # of ``noisy_embeddings``; 0: none
@@ -52,10 +63,12 @@ def pack_rows(examples: Sequence[Example], device: torch.device | str = "cpu", n
     # The first label of a row has nothing before it; without this it would be predicted from the row before.
     labels = torch.tensor([label for row in examples for label in [IGNORED_LABEL, *row["labels"][1:]]], device=device)
     supervised = torch.nonzero(labels != IGNORED_LABEL).squeeze(1)
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     return PackedRows(
         input_ids=torch.tensor([[token for row in examples for token in row["input_ids"]]], device=device),
         position_ids=torch.cat([torch.arange(length, device=device) for length in lengths])[None],
         row_lengths=lengths,
+        sequences=Sequences(starts, starts, max(lengths), max(lengths)),
         predict_index=supervised - 1,
         targets=labels[supervised],
         noise_alpha=noise_alpha,
@@ -70,6 +83,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     row_lengths: list[int],
+    sequences: Sequences,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -78,6 +92,10 @@ def packed_attention(
     """Causal attention within each row: ``query`` (1, H, N, D), ``key``, ``value`` (1, K, N, D) -> (1, N, H, D)."""
     if dropout or (sliding_window is not None and max(row_lengths) > sliding_window):
         raise ValueError(f"packed rows know no attention dropout ({dropout}) and no sliding window ({sliding_window})")
+    if kernel_of(query) == "varlen":
+        # All rows in one call; torch's own would plan each new length on compute capability 9 (cuDNN).
+        states = (states[0].transpose(0, 1) for states in (query, key, value))
+        return attend_sequences(*states, sequences, scaling, causal=True)[0][None], None
     attend = _attend_keeping_scores if _keeps_scores(query, row_lengths) else _attend_by_torch
     rows = zip(*(states.split(row_lengths, dim=2) for states in (query, key, value)), strict=True)
     return torch.cat([attend(module, *row, scaling) for row in rows], dim=1), None
@@ -90,7 +108,8 @@ def _keeps_scores(query: Tensor, row_lengths: list[int]) -> bool:
 
 
 def _attend_by_torch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)[0]
+    attend = sdpa_attention_forward if torch_attention(query.device) == "sdpa" else attend_expanded
+    return attend(module, query, key, value, None, scaling=scaling, is_causal=True)[0]
 
 
 def _attend_keeping_scores(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -114,17 +133,6 @@ def _future_mask(dtype: torch.dtype) -> Tensor:
 AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
-@contextmanager
-def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Set the attention of a model, by the name it is registered under, for the time of a ``with``."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 class ComputeDtypeLoraLinear(LoraLinear):
     """peft's LoRA layer with float32 weights and products in the activations' dtype, without autocast's casts."""
 
@@ -144,7 +152,7 @@ class ComputeDtypeLoraLinear(LoraLinear):
 def supervised_loss(model: PreTrainedModel, rows: PackedRows) -> Tensor:
     """Summed cross-entropy of supervised tokens, a float32 scalar with gradient; attention is ``ATTENTION_NAME``."""
     read = {"inputs_embeds": noisy_embeddings(model, rows)} if rows.noise_alpha else {"input_ids": rows.input_ids}
-    packed = {"position_ids": rows.position_ids, "row_lengths": rows.row_lengths}
+    packed = {"position_ids": rows.position_ids, "row_lengths": rows.row_lengths, "sequences": rows.sequences}
     outputs = model.base_model(**read, **packed, use_cache=False)
     hidden = outputs.last_hidden_state[0].index_select(0, rows.predict_index)
     return _LinearCrossEntropy.apply(hidden, model.get_output_embeddings().weight, rows.targets)
@@ -162,15 +170,15 @@ def noisy_embeddings(model: PreTrainedModel, rows: PackedRows) -> Tensor:
     return embeddings + (torch.rand_like(embeddings, dtype=torch.float32) * 2 - 1).mul(most).to(embeddings.dtype)
 
 
-@torch.random.fork_rng()
 @torch.no_grad()
 def check_loss(model: PreTrainedModel, example: Example) -> None:
     """ValueError where the packed loss of a row is not transformers' own; adapters are fresh (B = 0)."""
     rows = pack_rows([example], model.device)
-    ours = supervised_loss(model, rows).item() / len(rows.targets)
     labels = torch.tensor([example["labels"]], device=model.device)
-    with attention(model, "sdpa"):
-        plain = model(input_ids=rows.input_ids, labels=labels, use_cache=False).loss.item()
+    with torch.random.fork_rng(own_generators(model.device)):
+        ours = supervised_loss(model, rows).item() / len(rows.targets)
+        with attention(model, torch_attention(model.device)):
+            plain = model(input_ids=rows.input_ids, labels=labels, use_cache=False).loss.item()
     # A loss that is not finite cannot be compared; training stops at its first step and says so.
     if math.isfinite(plain) and abs(ours - plain) > LOSS_TOLERANCE[model.dtype] * max(1.0, abs(plain)):
         raise ValueError(

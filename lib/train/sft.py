@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from lib.engine.load import Runtime, load_for_training, peak_memory_gib, quiet_loading
+from lib.engine.kernels import attention
+from lib.engine.load import Runtime, load_for_training, peak_memory_gib, quiet_loading, reset_peak_memory
 from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
 from lib.record.redaction import clean
 from lib.train import checkpoints
-from lib.train.memory_plan import MemoryPlan, cut_micro_batches, plan_memory
-from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, attention, check_loss
+from lib.train.memory_plan import MemoryPlan, plan_memory
+from lib.train.packing import ATTENTION_NAME, ComputeDtypeLoraLinear, Example, check_loss
 from lib.train.rows import EncodedRows, TrainingError
 from lib.train.settings import TrainResult, TrainSettings
 from lib.train.trainer import Recorder, StepDataset, StepTrainer, only_item, training_arguments
@@ -74,15 +76,15 @@ def train(
         say(f"complete already, but {names} is needed to choose among checkpoints and gone: training again")
     checkpoints.delete_other_trainings(output_dir, fingerprint, say)
     checkpoints.delete_after_gap(checkpoints_dir, needed, say)
-    with _adapted(model, settings) as wrapped:
+    with deterministic(model.device), _adapted(model, settings) as wrapped:
+        reset_peak_memory(model.device)
         check_loss(model, examples[0])
         plan = plan_memory(model, examples, settings)
         activations = "activations computed twice" if plan.gradient_checkpointing else "activations kept"
         if settings.use_dora:
             say("DoRA: peft's own layers, in float32, in place of the faster ones here; rows stay packed")
         say(f"micro-batches of up to {plan.micro_batch_tokens} tokens, {activations} ({plan.reason})")
-        trainer = _build_trainer(wrapped, examples, steps, plan, settings, output_dir, fingerprint, say)
-        trainer.dev_parts = cut_micro_batches(dev_examples, plan.micro_batch_tokens)
+        trainer = _build_trainer(wrapped, examples, dev_examples, steps, plan, settings, output_dir, fingerprint, say)
         latest = checkpoints.list_checkpoints(checkpoints_dir)[-1:]
         if latest:
             say(f"going on from {latest[0].name}")
@@ -175,6 +177,26 @@ def _adapted(model: PreTrainedModel, settings: TrainSettings) -> Iterator[PeftMo
 
 
 @contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """On a GPU, sums in an order that is the same in each run; attention's backward pass is slower for it.
+
+    An operator that knows no such order raises an error that names it.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before, fills = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory that it has not written, and filling all of it takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+@contextmanager
 def _checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
     if wanted:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -188,6 +210,7 @@ def _checkpointed_activations(model: PreTrainedModel, wanted: bool) -> Iterator[
 def _build_trainer(
     wrapped: PeftModel,
     examples: Sequence[Example],
+    dev_examples: Sequence[Example],
     steps: list[list[int]],
     plan: MemoryPlan,
     settings: TrainSettings,
@@ -200,9 +223,11 @@ def _build_trainer(
     trainer = StepTrainer(
         model=wrapped,
         args=training_arguments(device, dtype, len(steps), settings, output_dir / "checkpoints"),
-        train_dataset=StepDataset(examples, steps, plan.micro_batch_tokens, settings.num_epochs),
+        train_dataset=StepDataset(examples, steps, settings.num_epochs),
         data_collator=only_item,
         callbacks=[recorder],
+        micro_batch_tokens=plan.micro_batch_tokens,
+        dev_rows=dev_examples,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.noise_alpha = settings.neftune_noise_alpha
@@ -220,7 +245,9 @@ def _finish(trainer: StepTrainer, plan: MemoryPlan, latest: list[Path], output_d
         "num_parameters": num_parameters,
         **{name: sum(row[name] for row in log) for name in SUMMED},
         "peak_memory_gib": peak_memory_gib(trainer.model.device.type),
-        **{name: getattr(plan, name) for name in ("micro_batch_tokens", "gradient_checkpointing")},
+        # Less than planned where memory ran out.
+        "micro_batch_tokens": trainer.micro_batch_tokens,
+        "gradient_checkpointing": plan.gradient_checkpointing,
         "resumed_from": checkpoints.checkpoint_step(latest[0]) if latest else None,
     }
     write_json(output_dir / "training.json", facts)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lib.engine.memory import with_halving
 from lib.record import progress
 from lib.record.files import write_json
 from lib.record.rows import write_jsonl
@@ -73,31 +74,33 @@ def training_arguments(
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of one optimizer step, cut into micro-batches."""
+    """The rows of one optimizer step."""
 
-    micro_batches: list[list[Example]]
+    rows: list[Example]
     epoch: float  # epochs done when this step is
 
     @property
     def facts(self) -> dict[str, int]:
-        rows = [example for part in self.micro_batches for example in part]
-        facts = {"num_rows": len(rows), "num_tokens": sum(len(example["input_ids"]) for example in rows)}
-        return facts | {"num_supervised_tokens": sum(map(num_supervised, rows))}
+        facts = {"num_rows": len(self.rows), "num_tokens": _num_tokens(self.rows)}
+        return facts | {"num_supervised_tokens": sum(map(num_supervised, self.rows))}
+
+
+def _num_tokens(rows: Sequence[Example]) -> int:
+    return sum(len(example["input_ids"]) for example in rows)
 
 
 class StepDataset(torch.utils.data.Dataset):
     """Item i is optimizer step i."""
 
-    def __init__(self, examples: Sequence[Example], steps: list[list[int]], most_tokens: int, num_epochs: int) -> None:
-        self.examples, self.steps, self.most_tokens = examples, steps, most_tokens
+    def __init__(self, examples: Sequence[Example], steps: list[list[int]], num_epochs: int) -> None:
+        self.examples, self.steps = examples, steps
         self.steps_per_epoch = len(steps) // num_epochs
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> Step:
-        rows = [self.examples[number] for number in self.steps[index]]
-        return Step(cut_micro_batches(rows, self.most_tokens), (index + 1) / self.steps_per_epoch)
+        return Step([self.examples[number] for number in self.steps[index]], (index + 1) / self.steps_per_epoch)
 
 
 def only_item(items: list[Step]) -> dict[str, Step]:
@@ -134,27 +137,52 @@ def _without_dropout(wrapped: PeftModel) -> Iterator[None]:
 
 
 class StepTrainer(Trainer):
-    """transformers' Trainer whose batch is an optimizer step."""
+    """transformers' Trainer whose batch is an optimizer step, cut into micro-batches of ``micro_batch_tokens``."""
 
-    def __init__(self, *args: Any, callbacks: list["Recorder"], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        callbacks: list["Recorder"],
+        micro_batch_tokens: int,
+        dev_rows: Sequence[Example],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, callbacks=callbacks, **kwargs)
         self.recorder = callbacks[0]
-        self.dev_parts: list[list[Example]] = []
+        self.micro_batch_tokens, self.dev_rows = micro_batch_tokens, dev_rows
         self.noise_alpha = 0.0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Step], num_items_in_batch: object = None) -> Tensor:
         """Gradients of the mean loss over all supervised tokens of the step; returns that loss."""
         self._started, self._step = time.perf_counter(), inputs["step"]
         model.train()
-        base = self.model.get_base_model()
+        rows = self._step.rows
+        generator = torch.cuda if self.model.device.type == "cuda" else torch
+        random_state = generator.get_rng_state()
+        longest = max(len(example["input_ids"]) for example in rows)
         total = torch.zeros((), device=self.model.device)
-        num_targets = self._step.facts["num_supervised_tokens"]
-        for part in self._step.micro_batches:
+
+        def attempt(most_tokens: int) -> None:
+            # Of an attempt that memory ended, in the middle of a backward pass or not, nothing stays.
+            model.zero_grad()
+            generator.set_rng_state(random_state)
+            total.zero_()
+            self._add_gradients(cut_micro_batches(rows, most_tokens), total)
+
+        begun = min(self.micro_batch_tokens, max(longest, _num_tokens(rows)))
+        enough = with_halving(begun, "tokens in a micro-batch", attempt, least=longest)
+        if enough < begun:
+            self.micro_batch_tokens = enough
+        self._require_sound(total.item())
+        return total
+
+    def _add_gradients(self, micro_batches: Sequence[Sequence[Example]], total: Tensor) -> None:
+        """Gradients of all micro-batches; adds their losses to ``total``."""
+        base, num_targets = self.model.get_base_model(), self._step.facts["num_supervised_tokens"]
+        for part in micro_batches:
             loss = supervised_loss(base, pack_rows(part, self.model.device, self.noise_alpha)) / num_targets
             self.accelerator.backward(loss)
             total += loss.detach()
-        self._require_sound(total.item())
-        return total
 
     def _require_sound(self, loss: float) -> None:
         earlier = [row["loss"] for row in self.state.log_history]
@@ -202,9 +230,10 @@ class StepTrainer(Trainer):
     def dev_loss(self) -> float:
         """Mean loss over supervised tokens of the development rows, without dropout; TrainingError if not finite."""
         base = self.model.get_base_model()
-        num_targets = sum(num_supervised(example) for part in self.dev_parts for example in part)
+        num_targets = sum(map(num_supervised, self.dev_rows))
+        micro_batches = cut_micro_batches(self.dev_rows, self.micro_batch_tokens)
         with torch.no_grad(), _without_dropout(self.model):
-            parts = [supervised_loss(base, pack_rows(part, base.device)).item() for part in self.dev_parts]
+            parts = [supervised_loss(base, pack_rows(part, base.device)).item() for part in micro_batches]
         loss = sum(parts) / num_targets
         if not math.isfinite(loss):
             raise self._stopped(f"the loss on development rows is {loss} after step {self.state.global_step}")
@@ -220,7 +249,7 @@ class StepTrainer(Trainer):
         measured = {"step": self.state.global_step, "epoch": self._step.epoch, **logs, **self._step.facts}
         wall_s = time.perf_counter() - self._started
         row = {**measured, "wall_s": wall_s, "tokens_per_s": measured["num_tokens"] / wall_s}
-        if self.dev_parts and (self.control.should_save or self.state.global_step == 1):
+        if self.dev_rows and (self.control.should_save or self.state.global_step == 1):
             started = time.perf_counter()
             row["dev_loss"] = self.dev_loss()
             row["dev_wall_s"] = time.perf_counter() - started
