@@ -52,7 +52,8 @@ def _flags(row: Row) -> Row:
 def rewrite(results: Path) -> Path:
     """Metrics, stamps, tables and the comparison of a results folder as its rows now give them; returns the folder."""
     for paths in find_runs(str(results)):
-        _restamp(paths.manifest("01_prepare"))
+        if paths.manifest("01_prepare").exists():
+            _restamp(paths.manifest("01_prepare"))
         for metric, stage in METRIC_STAGES.items():
             _restamp(paths.manifest(stage), SUMMARIZE[metric](read_jsonl(row_file(paths, metric))))
     runs = load_runs(str(results))
