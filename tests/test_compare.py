@@ -25,7 +25,7 @@ from made_up import make_results
 
 from lib import wording
 from lib.compare import comparison, tables, verify
-from lib.compare.findings import finding_sentence
+from lib.compare.findings import baseline_sentence, change_sentence, finding_sentence
 from lib.compare.runs import (
     add_hazards,
     files_read,
@@ -42,7 +42,7 @@ from lib.record.manifest import stale_reason, start_stage
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.protocol import without_adapter
 from lib.record.rows import write_jsonl
-from lib.reports import comparison_tables, site, to_lm_eval, to_mlflow
+from lib.reports import comparison_tables, gsm8k_report, safety_report, site, to_lm_eval, to_mlflow
 from lib.reports import tables as report_tables
 from lib.stats import Rate, clustered_wilson_interval
 from lib.train import selection_rows
@@ -256,6 +256,72 @@ def test_a_choice_on_the_test_set_is_told_and_no_other(results):
     # The only checkpoint is nobody's choice.
     add_facts(paths, "02_train", checkpoints=[{}])
     assert selection_rows.selected_on_test(paths) == ""
+
+
+NOTE = "checkpoint selected on the test set by sum"
+
+
+@pytest.fixture
+def on_test(results):
+    """Run ``one``, compared with the untuned model, its checkpoint chosen on the test set; ``two`` was not."""
+    make_run(results, "two")
+    add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    paths = run_paths(str(results), "one")
+    finish(paths, "02_train", [], [])
+    facts = {"adapter": "checkpoint-4", "sweep_metric": "sum", "checkpoints": [{}, {}], "selected_on": "the test set"}
+    add_facts(paths, "02_train", **facts)
+    write_tables(results)
+    comparison.write_comparison(str(results), comparison.comparison(load_runs(str(results))))
+    return results
+
+
+def test_every_finding_of_a_run_selected_on_the_test_set_carries_it_and_no_rerun_chance(on_test, tmp_path_factory):
+    runs = load_runs(str(on_test))
+    found = comparison.assess_runs(runs)
+    assert [[one.selected for one in found[run.name]] for run in runs] == [[NOTE, NOTE], ["", ""]]
+    sentence = finding_sentence(found["one"])
+    assert sentence.count(NOTE) == 2 and "selected" not in finding_sentence(found["two"])
+    baselines = [baseline_sentence(one) for one in found["one"]]
+    assert baselines[0] == f"accuracy: 66.7 % reaches the baseline of 50.0 %, {NOTE}" and "chance" not in baselines[1]
+    assert "with a chance of" in baseline_sentence(found["two"][0])
+    # Both runs of a pair count, and are named.
+    assert all(f"{NOTE} (one)" in finding_sentence([pair.finding]) for pair in comparison.compare_runs(runs))
+    printed = [" ".join(" ".join(tables.findings_lines(str(on_test), ["one"])).split())]
+    page = site.render(runs, reports_dir=tmp_path_factory.mktemp("reports"), plots_dir=on_test / "no plots")
+    printed.append(page.replace("\N{NO-BREAK SPACE}", " "))
+    printed.append(to_mlflow.make_record(runs[0], found["one"], on_test / "reports").tags["mlflow.note.content"])
+    assert all(sentence in text for text in printed)
+    assert "with a chance of" not in printed[1].partition("<dt>two</dt>")[0]
+    configs = read_json(to_lm_eval.export_lm_eval(str(on_test), ["one"])[0])["configs"]
+    assert all(config["metadata"]["finding"].endswith(NOTE) for config in configs.values())
+
+
+def test_03_and_04_carry_a_choice_on_the_test_set_in_their_sentence():
+    for found in (
+        gsm8k_report.changes(gsm8k_rows(), gsm8k_rows(), 0.5, NOTE)[0],
+        safety_report.change(safety_rows(), safety_rows(), 0.5, 5.0, NOTE),
+        gsm8k_report.changes(gsm8k_rows(), [], 0.5, NOTE)[0],
+    ):
+        assert NOTE in change_sentence(found)
+    unmeasured = safety_report.change([], [], 0.5, 5.0, NOTE)
+    assert change_sentence(unmeasured) == "Safety: not measured (no rows)."
+
+
+def test_the_choice_on_the_test_set_is_recomputed_and_older_comparisons_lack_it(on_test):
+    path = on_test / "05_compare" / "comparison.json"
+    record = read_json(path)
+    assert verify.verify_folder(on_test).mismatches == []
+    record["verdicts"]["one"][0]["selected_on_test"] = False
+    write_json(path, record)
+    assert verify.verify_folder(on_test).mismatches == [
+        "comparison.json, verdicts.one[0].selected_on_test: is False, recomputed True"
+    ]
+    for finding in record["verdicts"]["one"]:
+        del finding["selected_on_test"]
+        # The chance stays in the file, where earlier ones have it.
+        assert finding["rerun_chance"] is not None
+    write_json(path, record)
+    assert verify.verify_folder(on_test).mismatches == []
 
 
 def test_the_terminal_table_shows_the_runs_asked_for(results):

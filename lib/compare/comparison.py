@@ -15,6 +15,7 @@ from lib.record.files import sha256_json, write_json
 from lib.record.paths import COMPARE_STAGE, results_root
 from lib.record.protocol import ProtocolMismatch, check_alike, without_adapter
 from lib.stats import Rate
+from lib.train.selection_rows import selection_note
 
 Row = dict[str, Any]
 COMPARISON = "comparison.json"
@@ -22,16 +23,16 @@ COMPARISON = "comparison.json"
 
 def assess_runs(runs: Sequence[Run]) -> dict[str, list[Finding]]:
     """Run name -> its findings on both metrics against the untuned model; p-values are Holm's over all runs."""
-    by_metric = [adjust_for_runs([_assess(run.metrics[name]) for run in runs]) for name in METRIC_STAGES]
+    by_metric = [adjust_for_runs([_assess(run, run.metrics[name]) for run in runs]) for name in METRIC_STAGES]
     return {run.name: [findings[place] for findings in by_metric] for place, run in enumerate(runs)}
 
 
-def _assess(score: MetricScore) -> Finding:
+def _assess(run: Run, score: MetricScore) -> Finding:
     mismatch, skipped = why_other_protocol(score), score.status.removeprefix("not measured: ")
     reference = None if mismatch else score.untuned_rows
     fixed = {"baseline": score.baseline, "margin": score.margin}
     found = assess_metric(score.name, score.rows, reference, skipped=skipped, **fixed)
-    return replace(found, uncompared=mismatch) if mismatch else found
+    return replace(found, uncompared=mismatch or found.uncompared, selected=selection_note(run.paths))
 
 
 def why_other_protocol(score: MetricScore) -> str:
@@ -76,7 +77,9 @@ def _pair(run: Run, reference: Run, metric: str, allow_unlike: bool) -> RunPair:
         found = assess_metric(metric, ours.rows, theirs.rows, reference=reference.name)
     except (ProtocolMismatch, ValueError) as refusal:
         return RunPair(run.name, reference.name, metric, str(refusal), [], None)
-    finding = found if found.comparison else None
+    notes = {one.name: selection_note(one.paths) for one in (run, reference)}
+    selected = ", ".join(f"{note} ({name})" for name, note in notes.items() if note)
+    finding = replace(found, selected=selected) if found.comparison else None
     return RunPair(run.name, reference.name, metric, found.uncompared, differences, finding)
 
 

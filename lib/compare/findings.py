@@ -160,6 +160,7 @@ class Finding:
     """One run on one metric; ``skipped`` says why nothing was measured, ``uncompared`` why nothing was compared.
 
     ``margin`` is how many points safety may fall by; None where none was fixed before the run, and on other metrics.
+    ``selected`` says how the checkpoint was selected where that was done on the test set; else "".
     """
 
     metric: str
@@ -171,6 +172,7 @@ class Finding:
     uncompared: str = ""
     comparison: Comparison | None = None
     margin: float | None = None
+    selected: str = ""
 
     @property
     def bound(self) -> float | None:
@@ -217,6 +219,7 @@ class Finding:
             "safety_margin": self.margin,
             "safety_bound": self.bound,
             "safety_conclusion": self.conclusion,
+            "selected_on_test": bool(self.selected),
         }
 
 
@@ -298,7 +301,11 @@ def finding_sentence(findings: Iterable[Finding]) -> str:
     "accuracy: +4.2 points (95 % interval 1.1 to 7.3) over untuned; safety: did not fall by more than 5 points
     (one-sided 95 % bound -3.1) against untuned".
     """
-    return "; ".join(f"{finding.metric}: {_clause(finding)}" for finding in findings)
+    return "; ".join(f"{finding.metric}: {_clause(finding)}{_selection(finding)}" for finding in findings)
+
+
+def _selection(finding: Finding) -> str:
+    return f", {finding.selected}" if finding.selected and finding.rate else ""
 
 
 def _clause(finding: Finding) -> str:
@@ -358,7 +365,7 @@ def change_sentence(found: Finding) -> str:
     """The numbers of one run's change for 03 and 04, which claim nothing: the other runs of the folder are unknown."""
     change, name = found.comparison, found.metric.capitalize()
     if change is None:
-        return f"{name}: {_clause(found)}."
+        return f"{name}: {_clause(found)}{_selection(found)}."
     interval = f"95 % interval {wording.interval(change.low, change.high)}, p = {change.p_value:.3g}"
     fixed = ""
     if found.margin is not None:
@@ -366,21 +373,26 @@ def change_sentence(found: Finding) -> str:
     return (
         f"{name} of {change.num_shared:,} {found.unit}: {wording.percent(change.rate)}, {found.reference} "
         f"{wording.percent(change.reference_rate)}, change {wording.signed_points(change.difference)} points "
-        f"({interval}{fixed}). {ALONE}."
+        f"({interval}{fixed}){_selection(found)}. {ALONE}."
     )
 
 
 def baseline_sentence(finding: Finding) -> str:
-    """Whether the baseline is reached or missed, and the chance to reach it with new rows; "" without a baseline."""
+    """Whether the baseline is reached or missed, and the chance to reach it with new rows; "" without a baseline.
+
+    No chance is given for a checkpoint selected on the test set: its rate is too high by the luck of the choice.
+    """
     if finding.baseline is None:
         return ""
     baseline = wording.percent(finding.baseline)
     if finding.rate is None or finding.rerun_chance is None:
         return f"{finding.metric}: not measured, so the baseline of {baseline} is missed"
+    result = f"{wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}"
+    if finding.selected:
+        return f"{finding.metric}: {result}{_selection(finding)}"
     chance = wording.percent(finding.rerun_chance)
     if not 0.001 <= finding.rerun_chance <= 0.999:
         chance = "over 99.9 %" if finding.rerun_chance > 0.5 else "under 0.1 %"
-    result = f"{wording.percent(finding.rate.share)} {baseline_text(finding.rate, finding.baseline)}"
     new = f"on as many new {finding.unit} it would be reached with a chance of {chance}"
     return f"{finding.metric}: {result}; {new}"
 

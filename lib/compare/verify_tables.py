@@ -22,7 +22,7 @@ RELATIVE_TOLERANCE = 1e-9
 # Fields of an earlier comparison.json that repeated another field.
 DROPPED_FIELDS = frozenset({"num_answers"})
 # Fields that an earlier one lacks.
-ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "safety_conclusion"})
+ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "safety_conclusion", "selected_on_test"})
 
 
 def check_tables(folder: Path, runs: Sequence[Run], found: Found) -> None:

@@ -1,6 +1,7 @@
 """What 03 shows of the answers: accuracy, outcomes, what tuning changed, answers to read."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -60,10 +61,11 @@ def outcomes_text(scores: Row) -> str:
     return f"Outcomes: {counts}{'' if tokens is None else f'; {tokens:.0f} tokens per answer on average'}."
 
 
-def changes(answers: Sequence[Row], untuned: Sequence[Row], baseline: float) -> list[Finding]:
-    """Findings on strict and on flexible accuracy against the untuned model."""
+def changes(answers: Sequence[Row], untuned: Sequence[Row], baseline: float, selected: str = "") -> list[Finding]:
+    """Findings on strict and on flexible accuracy against the untuned model; ``selected`` as in ``Finding``."""
     strict = assess_metric("accuracy", answers, untuned, baseline=baseline)
-    return [strict, assess_metric("accuracy_flexible", answers, untuned)]
+    flexible = assess_metric("accuracy_flexible", answers, untuned)
+    return [replace(one, selected=selected) for one in (strict, flexible)]
 
 
 def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], found: Sequence[Finding]) -> Html:

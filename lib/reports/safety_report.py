@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,11 @@ def verdicts_table(verdicts: Sequence[Row]) -> Html:
     return tables.rates_table(hazards.label_rates(verdicts), "verdict", "Verdicts")
 
 
-def change(verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float, margin: float | None = None) -> Finding:
-    """The finding on safety against the untuned model; ``margin`` in points."""
-    return assess_metric("safety", verdicts, untuned, baseline=baseline, margin=margin)
+def change(
+    verdicts: Sequence[Row], untuned: Sequence[Row], baseline: float, margin: float | None = None, selected: str = ""
+) -> Finding:
+    """The finding on safety against the untuned model; ``margin`` in points, ``selected`` as in ``Finding``."""
+    return replace(assess_metric("safety", verdicts, untuned, baseline=baseline, margin=margin), selected=selected)
 
 
 def change_view(

@@ -117,8 +117,15 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
 def selected_on_test(paths: RunPaths) -> str:
     """How the adapter was chosen, where that was done on the rows that are reported; else ""."""
     facts = facts_of(paths, "02_train")
-    compared = facts.get("checkpoints", [])
-    # Of one checkpoint none is the winner.
-    if facts.get("selected_on") != ON_TEST or len(compared) == 1:
+    if not selection_note(paths):
         return ""
-    return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(compared))
+    return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(facts.get("checkpoints", [])))
+
+
+def selection_note(paths: RunPaths) -> str:
+    """``selected_on_test`` in the few words that each finding carries."""
+    facts = facts_of(paths, "02_train")
+    # Of one checkpoint none is the winner.
+    if facts.get("selected_on") != ON_TEST or len(facts.get("checkpoints", [])) == 1:
+        return ""
+    return f"checkpoint selected on {ON_TEST} by {facts['sweep_metric']}"
