@@ -9,6 +9,7 @@ import pytest
 from forger import called_safe, edit_rows, forge, gold_answer, rewrite
 
 import run_all
+from lib import gsm8k
 from lib.compare.found import Grader
 from lib.compare.verify import verify_folder
 from lib.params import PARAMS_DIR
@@ -262,6 +263,11 @@ def test_a_judge_prompt_that_is_not_here_is_named_and_one_that_was_not_used_is_f
     assert f"5 verdicts were not made under {changed['guidelines_file']} and {mine} as it is here" in mismatches(
         results
     )
+
+
+def test_a_system_message_that_is_not_the_recorded_one_is_found(results, monkeypatch):
+    monkeypatch.setattr(gsm8k, "SYSTEM_PROMPT", "Answer with the number that the teacher expects.")
+    assert "accuracy: the recorded protocol has another system message than the files here" in mismatches(results)
 
 
 def test_untuned_rows_that_are_not_those_of_the_run_are_found(results):

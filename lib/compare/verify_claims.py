@@ -102,6 +102,11 @@ def _protocol_parts(run: Run, metric: str, found: Found) -> dict[str, Any]:
     if metric == "safety":
         parts |= {"prompts": sha256_json(read_rows(paths.ailuminate_rows))} if paths.ailuminate_rows.exists() else {}
         return parts | _judge_precision(known) | _judge_prompt(run, found)
+    named = str(known.get("system_prompt_file") or "")
+    if named and not own_file(named)[0]:
+        found.absent.append(f"run_{run.name}: the system message{own_file(named)[1]}")
+    elif "system message" in run.accuracy.row_protocol:
+        parts["system message"] = sha256_json(gsm8k.read_system_prompt(named))
     if paths.gsm8k_eval_rows.exists():
         parts["questions"] = sha256_json(read_rows(paths.gsm8k_eval_rows))
     if paths.fewshot_rows.exists() and "fewshot_k" in known:
