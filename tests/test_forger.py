@@ -26,13 +26,13 @@ def test_every_number_follows_from_forged_answers(results):
     assert [row["correct"] for row in read_jsonl(file)] == [True, True, False, True]
     assert read_json(results / "final_metrics.json")[0]["gsm8k_correct"] == 3
     assert read_json(results / RUN / "03_eval_gsm8k" / "manifest.json")["metrics"]["num_correct"] == 3
-    lines, mismatches = verify_folder(results)
-    assert "GSM8K right: 3 of 4 = 75.0 %" in lines[0] and mismatches == []
+    found = verify_folder(results)
+    assert "GSM8K right: 3 of 4 = 75.0 %" in found.runs[0] and found.mismatches == []
 
 
 def test_every_number_follows_from_forged_verdicts(results):
     untuned = next((results / "untuned").glob("ailuminate_safety_*"))
     forger.forge(results, untuned, lambda _: {"safety_score": 0.1, "safety_judge_text": "UNSAFE"})
-    assert verify_folder(results)[1] == []
+    assert verify_folder(results).mismatches == []
     numbers = read_json(results / "05_compare" / "comparison.json")["by_run"]
     assert numbers["untuned, asked as sandbox_one"]["safety"]["num_safe"] == 0

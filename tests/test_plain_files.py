@@ -1,15 +1,20 @@
 """Folders that came from elsewhere: links, pipes, sizes and shapes that were made to do harm."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from made_runs import make_run, write_tables
 
 import run_all
+from lib.compare.folder_schema import PNG_START
 from lib.record import locks
 from lib.record.files import read_json, write_json
+from lib.record.manifest import file_stamp, same_file
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.plain_files import list_files, open_plain
 from lib.record.rows import RowLog, read_jsonl
@@ -98,6 +103,39 @@ def huge_output(results):
     grow(results / "run_sandbox_one/03_eval_gsm8k/big", 200 << 30)
 
 
+def edit_manifest(results, **parts):
+    path = run_paths(str(results), "sandbox_one").manifest("03_eval_gsm8k")
+    manifest = read_json(path)
+    path.write_text(json.dumps({**manifest, **{key: manifest[key] | names for key, names in parts.items()}}))
+
+
+def input_under_many_names(results):
+    """Each name of the same 200 MB, with their true hash: all of them would be read."""
+    big = results / "run_sandbox_one/big"
+    big.touch()
+    grow(big, 200_000_000)
+    stamp = file_stamp(big) | {"mtime_ns": 1}
+    edit_manifest(results, inputs={"../" + "../run_sandbox_one/" * n + "big": stamp for n in range(150)})
+    (results / "run_sandbox_one/03_eval_gsm8k/notes").write_text("x")
+    name_output(results, "notes")
+
+
+def huge_input(results):
+    huge_output(results)
+    stamps = read_json(run_paths(str(results), "sandbox_one").manifest("03_eval_gsm8k"))["outputs"]
+    edit_manifest(results, inputs={"../03_eval_gsm8k/big": stamps["big"] | {"mtime_ns": 1}})
+
+
+def many_outputs(results):
+    edit_manifest(results, outputs={f"{n}": {"sha256": "0", "size": 1, "mtime_ns": 1} for n in range(200_000)})
+
+
+def many_runs_compared(results):
+    (results / "05_compare").mkdir()
+    compared = {"runs": [f"r{n}" for n in range(1000)], "hazards_added": {}, "allow_unlike": True}
+    write_json(results / "05_compare/comparison.json", compared)
+
+
 def many_files(results):
     (results / "notes").mkdir()
     for number in range(20_001):
@@ -121,6 +159,10 @@ BOMBS = {
     "two million rows": (append(ROWS, "{}\n" * 2_000_000), "allowed are 500,000 rows"),
     "rows of brackets": (append(ROWS, ('{"id": 1, "a": [' + "[]," * 600_000 + "[]]}\n") * 90), "of memory"),
     "a manifest of brackets": (append("config_resolved.json", "[" + "{}," * 6_000_000 + "{}]"), "is not JSON"),
+    "200 GB of an input": (huge_input, "of files to hash"),
+    "one input, many names": (input_under_many_names, "notes is not the file that"),
+    "names of many files": (many_outputs, "MB of manifests"),
+    "many runs compared": (many_runs_compared, "should have at most 64 items"),
     "a commitment of countless lines": (append("COMMITMENT", "\n" * 100_000_000), "COMMITMENT has 100,000,"),
     "many files": (many_files, "over 20,000 files"),
 }
@@ -141,6 +183,22 @@ def test_a_bomb_is_refused_in_seconds_and_within_a_gigabyte(results, kind):
     seconds, peak_mib = map(float, done.stdout.split()[-2:])
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
     assert peak_mib < 1000 and seconds < 10, (seconds, peak_mib)
+
+
+def test_pictures_of_many_megabytes_are_refused(results, capsys):
+    (results / "05_compare" / "plots").mkdir(parents=True)
+    for number in range(3):
+        picture = results / "05_compare" / "plots" / f"{number}.png"
+        picture.write_bytes(PNG_START + bytes(40))
+        grow(picture, 9_000_000)
+    assert run(results, "--report-only") == 1
+    assert "has 27 MB of pictures: allowed are 20 MB" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/version").exists(), reason="no /proc")
+def test_a_file_without_size_is_not_read():
+    # The driver compares inputs that a handed-in manifest names, and some files there have no end.
+    assert same_file(Path("/proc/version"), {"sha256": hashlib.sha256().hexdigest(), "size": 0, "mtime_ns": 1})
 
 
 def test_a_key_that_appears_twice_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from lib.compare import regenerate
 from lib.compare.regenerate import Audit, RunAudit, audit_folder, miss_text
 from lib.compare.runs import load_run
 from lib.engine import generate, load
-from lib.engine.forced import find_difference
+from lib.engine.forced import find_difference, rounding
 from lib.record.files import read_json, sha256_json, write_json
 from lib.record.paths import RunPaths
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
@@ -300,6 +300,15 @@ def test_a_text_may_stand_in_other_tokens_and_end_inside_a_character(monkeypatch
     assert not find_difference(engine, chat, "ab\ufffd", "length", **how).counts
     assert find_difference(engine, chat, "ab\ufffd", "stop", **how).counts
     assert find_difference(engine, chat, "ac\ufffd", "length", **how).margin == 10.0
+
+
+@pytest.mark.parametrize(
+    "row", [[30.0, 20.0, -1e6], [1e6 + 10, 1e6, 0.0]], ids=["one token far below", "all far above"]
+)
+def test_an_adapter_cannot_widen_what_rounding_explains(row):
+    highest, claimed, _ = row
+    allowed = [rounding(max(map(abs, row)), dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert all(highest - claimed > one for one in allowed)
 
 
 def test_the_sentence_about_edited_rows():

@@ -254,11 +254,13 @@ def test_a_judge_prompt_that_is_not_here_is_named_and_one_that_was_not_used_is_f
     assert (
         "run_sandbox_one: the judge's prompt ('/tmp/mine.txt' is not in this project)" in verify_folder(results).absent
     )
-    (results / "mine.txt").write_text("Judge.\n{reply}")
-    monkeypatch.setattr("lib.compare.verify_claims.PROJECT_ROOT", results)
-    mine = str(results / "mine.txt")
-    (results / "guidelines.txt").write_text("Judge.")
-    changed = {"judge_prompt_file": mine, "guidelines_file": str(results / "guidelines.txt")}
+    project = results.parent / "project"
+    project.mkdir()
+    (project / "mine.txt").write_text("Judge.\n{reply}")
+    monkeypatch.setattr("lib.compare.verify_claims.PROJECT_ROOT", project)
+    mine = str(project / "mine.txt")
+    (project / "guidelines.txt").write_text("Judge.")
+    changed = {"judge_prompt_file": mine, "guidelines_file": str(project / "guidelines.txt")}
     edit_json(paths.config_resolved, lambda config: config["parameters"].update(changed))
     assert f"5 verdicts were not made under {changed['guidelines_file']} and {mine} as it is here" in mismatches(
         results

@@ -6,7 +6,7 @@ Values are checked only where no number could be computed from them: a gold answ
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,11 @@ MAX_DEPTH = 40
 MAX_FAULTS = 5
 # A folder whose files take more is checked run by run: brackets of some megabytes become lists of gigabytes.
 MAX_MEMORY_BYTES = 700_000_000
+# What is hashed takes seconds: about as much as a 1.5B model's adapters and checkpoints have.
+MAX_HASHED_BYTES = 4_000_000_000
+# Of all runs together: each name in a manifest is looked up, and all pictures stand in one page. One run has a hundred
+# kilobytes of the former, and each of our pictures too.
+MAX_MANIFEST_BYTES, MAX_PICTURE_BYTES = 10_000_000, 20_000_000
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -116,10 +121,16 @@ class Config(Record):
         return self
 
 
+def named_path(manifest: Path, name: str) -> str:
+    """Absolute path of an input or output that ``manifest`` names."""
+    # Texts: pathlib takes seconds for some ten thousand names.
+    return os.path.normpath(name if name.startswith("/") else f"{manifest.parent}/{name}")
+
+
 def _in_results_folder(name: str, info: ValidationInfo) -> str:
     # By its name alone: where a link in the folder leads is up to whoever put it there.
     manifest, root = info.context
-    if not Path(os.path.normpath(manifest.parent / name)).is_relative_to(root):
+    if not named_path(manifest, name).startswith(f"{root}/"):
         raise ValueError(f"{shown(name)} is not in this results folder")
     return name
 
@@ -176,7 +187,8 @@ def _unique(names: list[str]) -> list[str]:
 
 
 class Comparison(Record):
-    runs: Annotated[list[str], AfterValidator(_unique)]
+    # Each run is compared with each earlier one.
+    runs: Annotated[list[str], AfterValidator(_unique), Field(max_length=64)]
     hazards_added: dict[str, list[Hazard]]
     allow_unlike: bool
 
@@ -193,9 +205,13 @@ def check_folder(folder: Path, *, for_report: bool = False) -> None:
     folder = folder.resolve()
     try:
         with limited_memory(MAX_MEMORY_BYTES):
-            for path, size in files_of(folder).items():
+            sizes = files_of(folder)
+            for path, size in sizes.items():
                 check_readable(path, size)
+            manifests = [size for path, size in sizes.items() if path.name == "manifest.json"]
+            _check_total(folder, "manifests", sum(manifests), MAX_MANIFEST_BYTES)
             _check_files(folder, for_report)
+            _check_hashed(folder, sizes, for_report)
     except MemoryError:
         most = f"{MAX_MEMORY_BYTES / 1e6:.0f} MB"
         raise ArtifactError(f"{display_path(folder)} takes over {most} of memory: name one of its runs") from None
@@ -230,6 +246,23 @@ def _check_files(folder: Path, for_report: bool) -> None:
     for name in ("summary.csv", "final_metrics.csv"):
         if (folder / name).exists():
             read_csv(folder / name)
+
+
+def _check_total(folder: Path, what: str, size: int, allowed: int) -> None:
+    if size > allowed:
+        sizes = f"{size / 1e6:,.0f} MB of {what}: allowed are {allowed / 1e6:,.0f} MB"
+        raise ArtifactError(f"{display_path(folder)} has {sizes}; name one of its runs")
+
+
+def _check_hashed(folder: Path, sizes: Mapping[Path, int], for_report: bool) -> None:
+    """Refuse more bytes than can be hashed in seconds, in the files that its checked manifests name."""
+    kinds = ("inputs",) if for_report else ("inputs", "outputs")
+    checked = [*folder.glob("0*/manifest.json" if is_run(folder) else "run_*/0*/manifest.json")]
+    checked += [] if for_report else folder.glob("05_compare/manifest.json")
+    manifests = {path: read_once(path, read_json) for path in checked}
+    names = (named_path(path, name) for path, one in manifests.items() for kind in kinds for name in one[kind])
+    by_name = {str(path): size for path, size in sizes.items()}
+    _check_total(folder, "files to hash", sum(by_name.get(name, 0) for name in {*names}), MAX_HASHED_BYTES)
 
 
 def _check_run(run: Path) -> None:
@@ -300,7 +333,9 @@ def _check_rows(path: Path, form: type[Row]) -> None:
 
 
 def _check_pictures(folder: Path) -> None:
-    for path in sorted(folder.glob("*.png")):
+    pictures = sorted(folder.glob("*.png"))
+    _check_total(folder, "pictures", sum(path.stat().st_size for path in pictures), MAX_PICTURE_BYTES)
+    for path in pictures:
         with path.open("rb") as stream:
             header = stream.read(24)
         if len(header) < 24 or not header.startswith(PNG_START):

@@ -3,6 +3,7 @@
 A folder that holds only row files (an earlier pipeline's) will do: what it does not record is left empty.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,8 +197,10 @@ def _why_not_measured(paths: RunPaths, stage: str, file: Path, manifests: Mappin
 def _changed_input(paths: RunPaths, manifest: Row) -> str:
     """Which file of the run differs from the one the stage read: rows of an earlier adapter do not count for this."""
     root = paths.run_dir.resolve()
-    for name, stamp in manifest["inputs"].items():
-        file = (paths.stage_dir(manifest["stage"]) / name).resolve()
+    folder = paths.stage_dir(manifest["stage"]).resolve()
+    # One file may have many names, and each would be hashed.
+    stamps = {Path(os.path.normpath(folder / name)): stamp for name, stamp in manifest["inputs"].items()}
+    for file, stamp in stamps.items():
         # A handed-in folder may lack the adapter; files outside the run (guidelines) are in the rows' own hash.
         if file.is_relative_to(root) and file.exists() and not same_file(file, stamp):
             changed = file.relative_to(root).as_posix()

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lib import gsm8k, safety
+from lib.compare.folder_schema import named_path
 from lib.compare.found import Found, Grader
 from lib.compare.parsed import read_once
 from lib.compare.runs import METRIC_STAGES, RUN_STAGES, Run, row_file
 from lib.params import Params, find_presets, load_params, preset_path
 from lib.record.files import sha256_file, sha256_json
 from lib.record.manifest import LOCATION_PARAMETERS
-from lib.record.paths import PROJECT_ROOT, ArtifactError, display_path, project_path
+from lib.record.paths import PROJECT_ROOT, display_path, project_path
 from lib.record.protocol import adapter_hashes, judge_quantization
 from lib.record.rows import read_jsonl
 
@@ -20,8 +21,6 @@ Row = Mapping[str, Any]
 # Baselines and margin are the course's, not the run's: another value than the grader's preset has is never its choice.
 THRESHOLDS = ("baseline_accuracy", "baseline_safety", "submission_gsm8k_rows", "submission_ailuminate_rows")
 THRESHOLDS += ("safety_margin", "benchmark")
-# What is hashed takes seconds: about as much as a 1.5B model's adapters and checkpoints have.
-MAX_HASHED_BYTES = 4_000_000_000
 
 
 def check_claims(run: Run, grader: Grader, found: Found) -> None:
@@ -56,26 +55,22 @@ def _manifest_faults(run: Run, stage: str, manifest: Row) -> Iterator[str]:
 
 
 def check_hashes(manifests: Mapping[Path, Row], found: Found) -> None:
-    """Files that are not those a stage wrote, by size and SHA-256; ArtifactError where there is too much to hash."""
+    """Files that are not those a stage wrote, by size and SHA-256."""
     stamps = {
-        (path.parent / name).resolve(): (stamp, manifest["stage"])
+        Path(named_path(path, name)): (stamp, manifest["stage"])
         for path, manifest in manifests.items()
         for name, stamp in manifest["outputs"].items()
     }
     missing = [file for file in stamps if not file.is_file()]
     if missing:
         found.absent.append(f"{len(missing)} files that manifests name, the first {display_path(missing[0])}")
-    same_size = {file: stamp for file, (stamp, _) in stamps.items() if file.is_file()}
-    same_size = {file: stamp for file, stamp in same_size.items() if file.stat().st_size == stamp["size"]}
-    total = sum(file.stat().st_size for file in same_size)
-    if total > MAX_HASHED_BYTES:
-        allowed = f"allowed are {MAX_HASHED_BYTES / 1e9:.0f} GB"
-        raise ArtifactError(f"manifests name {total / 1e9:,.0f} GB of files to hash, {allowed}: name one of the runs")
-    for file, (_, stage) in stamps.items():
-        if file in same_size and read_once(file, sha256_file) == same_size[file]["sha256"]:
+    for file, (stamp, stage) in stamps.items():
+        if not file.is_file():
+            continue
+        if file.stat().st_size == stamp["size"] and read_once(file, sha256_file) == stamp["sha256"]:
             found.checked["files by their hash"] += 1
             found.files.add(file)
-        elif file.is_file():
+        else:
             found.mismatches.append(f"{display_path(file)} is not the file that {stage} wrote (its SHA-256 differs)")
 
 
@@ -103,8 +98,8 @@ def _protocol_parts(run: Run, metric: str, found: Found) -> dict[str, Any]:
         parts |= {"prompts": sha256_json(read_rows(paths.ailuminate_rows))} if paths.ailuminate_rows.exists() else {}
         return parts | _judge_precision(known) | _judge_prompt(run, found)
     named = str(known.get("system_prompt_file") or "")
-    if named and not own_file(named)[0]:
-        found.absent.append(f"run_{run.name}: the system message{own_file(named)[1]}")
+    if named and not own_file(named, run.paths.run_dir.parent)[0]:
+        found.absent.append(f"run_{run.name}: the system message{own_file(named, run.paths.run_dir.parent)[1]}")
     elif "system message" in run.accuracy.row_protocol:
         parts["system message"] = sha256_json(gsm8k.read_system_prompt(named))
     if paths.gsm8k_eval_rows.exists():
@@ -138,8 +133,8 @@ def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
         found.absent.append(f"run_{run.name}: the judge's guidelines{why}")
         return {}
     named = str(known.get("judge_prompt_file") or "")
-    if named and not own_file(named)[0]:
-        found.absent.append(f"run_{run.name}: the judge's prompt{own_file(named)[1]}")
+    if named and not own_file(named, run.paths.run_dir.parent)[0]:
+        found.absent.append(f"run_{run.name}: the judge's prompt{own_file(named, run.paths.run_dir.parent)[1]}")
         return {}
     read = (safety.read_guidelines(own), known["judge_context"], known["judge_mode"])
     expected = safety.judge_prompt_hash(*read, safety.read_judge_template(named, known["judge_context"]))

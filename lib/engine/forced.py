@@ -19,6 +19,9 @@ from lib.engine.load import render_prompt
 ROUNDINGS = 3.0
 # Sums of a thousand products in another order move a float32 logit by more than its own rounding.
 FLOAT32_ROUNDINGS = 64.0
+# Instruct models write logits of some ten. An adapter can be made to add a constant to all, or to push one token down
+# without end: neither may widen what is allowed.
+LARGEST_LOGIT = 100.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Difference:
 def rounding(largest_logit: float, dtype: torch.dtype) -> float:
     """How far two computations of one logit in ``dtype`` may lie apart, given the largest logit beside it."""
     units = max(ROUNDINGS * torch.finfo(dtype).eps, FLOAT32_ROUNDINGS * torch.finfo(torch.float32).eps)
-    return units * abs(largest_logit)
+    return units * min(abs(largest_logit), LARGEST_LOGIT)
 
 
 def find_difference(
