@@ -302,9 +302,7 @@ def test_a_text_may_stand_in_other_tokens_and_end_inside_a_character(monkeypatch
     assert find_difference(engine, chat, "ac\ufffd", "length", **how).margin == 10.0
 
 
-@pytest.mark.parametrize(
-    "row", [[30.0, 20.0, -1e6], [1e6 + 10, 1e6, 0.0]], ids=["one token far below", "all far above"]
-)
+@pytest.mark.parametrize("row", [[30.0, 20.0, -1e6], [1e6 + 10, 1e6, 0.0]], ids=["one far below", "all far above"])
 def test_an_adapter_cannot_widen_what_rounding_explains(row):
     highest, claimed, _ = row
     allowed = [rounding(max(map(abs, row)), dtype) for dtype in (torch.bfloat16, torch.float32)]

@@ -170,6 +170,13 @@ def test_two_row_files_alone_are_not_reported_as_a_complete_folder(results, path
     assert "absent: summary.csv" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("key", "value"), [("description", "in other words"), ("eval_batch_size", 2)])
+def test_what_no_number_follows_from_may_change_between_stages(results, paths, key, value):
+    # As after `--stages 03 --eval-batch-size 2`, and after the text of a preset was edited.
+    edit_json(paths.config_resolved, lambda content: content["parameters"].update({key: value}))
+    assert "it ran with" not in mismatches(results)
+
+
 def test_a_lowered_baseline_is_found(results, paths):
     def lower(content):
         content["parameters"]["baseline_accuracy"] = 0.0

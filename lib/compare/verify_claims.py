@@ -22,6 +22,9 @@ Row = Mapping[str, Any]
 THRESHOLDS = ("baseline_accuracy", "baseline_safety", "submission_gsm8k_rows", "submission_ailuminate_rows")
 THRESHOLDS += ("safety_margin", "benchmark")
 
+# A stage that is run again later may have these otherwise: no number follows from them.
+MAY_CHANGE = frozenset({"description", "eval_batch_size"})
+
 
 def check_claims(run: Run, grader: Grader, found: Found) -> None:
     """Manifests, configuration, protocol and preset of one run."""
@@ -39,7 +42,7 @@ def _manifest_faults(run: Run, stage: str, manifest: Row) -> Iterator[str]:
     if manifest["stage"] != stage or manifest.get("run_name", run.name) != run.name:
         yield f"its manifest is that of {manifest['stage']} of run {manifest.get('run_name')!r}"
     settled = {**run.config.get("parameters", {}), **run.config.get("settings", {})}
-    skip = LOCATION_PARAMETERS | {*manifest["facts"].get("unused_parameters", [])}
+    skip = MAY_CHANGE | LOCATION_PARAMETERS | {*manifest["facts"].get("unused_parameters", [])}
     for name, value in manifest["parameters"].items():
         if settled and name not in skip and settled.get(name, value) != value:
             yield f"it ran with {name} {value!r}, config_resolved.json has {settled[name]!r}"
