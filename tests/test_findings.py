@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -265,6 +266,20 @@ def test_the_bound_takes_equal_prompts_together():
     assert (twice.conclusion, safety_finding(1, 6, 233, margin=5.0).conclusion) == ("undecided", "not inferior")
 
 
+@pytest.mark.parametrize("num_compared", [1, 3, 9])
+def test_a_claim_among_several_runs_shows_the_interval_of_all_together(num_compared):
+    found = findings.adjust_for_runs([safety_finding(2, 30, 68)] * num_compared)[0]
+    low, high = stats.paired_interval(2, 30, 100, 1 - 0.05 / num_compared)
+    record = found.record()["comparison"]
+    assert (record["adjusted_low"], record["adjusted_high"]) == pytest.approx((low, high))
+    together = f", for all {num_compared} compared together {100 * low:.1f} to {100 * high:.1f}"
+    expected = f"safety: -28.0 points (95 % interval -38.0 to -18.6{together * (num_compared > 1)}) against untuned"
+    assert findings.finding_sentence([found]) == expected
+    # The same in the sentence with a margin.
+    marked = findings.finding_sentence([replace(found, margin=5.0)])
+    assert f"fell by 28.0 points (95 % interval -38.0 to -18.6{together * (num_compared > 1)}) against" in marked
+
+
 def test_a_fall_that_does_not_hold_among_the_runs_is_undecided():
     alone = safety_finding(3, 13, 84, margin=5.0)
     same = safety_finding(0, 0, 100, margin=5.0)
@@ -343,7 +358,9 @@ def check_sentences(tables, cluster_size):
     for each in found:
         printed, comparison = findings.finding_sentence([each]), each.comparison
         claim = re.match(
-            r"safety: ([+-][\d.e-]+) points \(95 % interval (\S+) to (\S+)\) (over|against) untuned$", printed
+            r"safety: ([+-][\d.e-]+) points \(95 % interval (\S+) to (\S+?)"
+            r"(?:, for all [23] compared together (\S+) to (\S+))?\) (over|against) untuned$",
+            printed,
         )
         shown = (comparison.low > 0 or comparison.high < 0) and comparison.p_holm < 0.05 and comparison.p_value < 0.05
         assert bool(claim) == shown
@@ -354,7 +371,10 @@ def check_sentences(tables, cluster_size):
             continue
         difference, low, high = map(float, claim.groups()[:3])
         # Also as printed, the interval leaves out 0, and all three have one sign.
-        assert low <= difference <= high and (low > 0) == (high > 0) == (difference > 0) == (claim[4] == "over")
+        assert low <= difference <= high and (low > 0) == (high > 0) == (difference > 0) == (claim[6] == "over")
+        # Among several runs the interval of all together is wider.
+        assert (comparison.num_compared > 1) == (claim[4] is not None)
+        assert claim[4] is None or float(claim[4]) <= low <= high <= float(claim[5])
 
 
 def _clustered(table, cluster_size):

@@ -198,6 +198,7 @@ PLACES = {
     "verdicts.one[0].comparison.difference": 0.5,
     "verdicts.one[1].rate": 0.9,
     "pairs[0].verdict.comparison.p_holm": 0.01,
+    "verdicts.one[0].comparison.adjusted_low": -0.1,
     "by_run.two.hazards[0].num_safe": 3,
     "by_run.one.flips.accuracy[0].after": "wrong",
     "by_run.two.grades[1].grade": "Excellent",

@@ -22,6 +22,7 @@ from lib.stats import Rate
 
 Row = Mapping[str, Any]
 LEVEL, POWER = 0.95, 0.8
+ADJUSTED = ("adjusted_low", "adjusted_high")
 ALONE = "This run alone, before adjustment; 05 adjusts"
 
 
@@ -144,8 +145,19 @@ class Comparison:
     @property
     def lower_bound(self) -> float:
         """One-sided 95 % bound of the difference, equal prompts taken together; of this run alone, not adjusted."""
+        return stats.paired_lower_bound(*self._effective_counts())
+
+    @property
+    def adjusted_interval(self) -> tuple[float, float]:
+        """Interval at level 1 - 0.05 / ``num_compared``: those of all runs hold together, also of a claim (Bonferroni).
+
+        Wider than Holm's later steps, so it may hold 0 where a change is claimed.
+        """
+        return stats.paired_interval(*self._effective_counts(), 1 - (1 - LEVEL) / self.num_compared)
+
+    def _effective_counts(self) -> tuple[float, float, float]:
         share = self.num_effective / self.num_shared
-        return stats.paired_lower_bound(self.only_run * share, self.only_reference * share, self.num_effective)
+        return self.only_run * share, self.only_reference * share, self.num_effective
 
     def among(self, num_compared: int, p_holm: float) -> "Comparison":
         discordant_share = (self.only_run + self.only_reference) / self.num_shared
@@ -215,7 +227,8 @@ class Finding:
             "rerun_chance": self.rerun_chance,
             "reference": self.reference,
             "uncompared": self.uncompared,
-            "comparison": self.comparison and asdict(self.comparison),
+            "comparison": self.comparison
+            and asdict(self.comparison) | dict(zip(ADJUSTED, self.comparison.adjusted_interval, strict=True)),
             "safety_margin": self.margin,
             "safety_bound": self.bound,
             "safety_conclusion": self.conclusion,
@@ -321,6 +334,7 @@ def _clause(finding: Finding) -> str:
     interval = f"95 % interval {wording.interval(change.low, change.high)}"
     if change.shows_change:
         word = "over" if change.difference > 0 else "against"
+        interval = _claimed_interval(change)
         return f"{wording.signed_points(change.difference)} points ({interval}) {word} {finding.reference}"
     if not change.excludes_zero:
         excluded = "changes beyond it are excluded"
@@ -331,14 +345,22 @@ def _clause(finding: Finding) -> str:
     return f"no change that holds among {change.num_compared} runs ({interval}, {p_values})"
 
 
+def _claimed_interval(change: Comparison) -> str:
+    """The interval of a claim; among several runs also the adjusted one, as what is claimed is too large on average."""
+    interval = f"95 % interval {wording.interval(change.low, change.high)}"
+    if change.num_compared == 1:
+        return interval
+    return f"{interval}, for all {change.num_compared} compared together {wording.interval(*change.adjusted_interval)}"
+
+
 def _margin_clause(finding: Finding, change: Comparison) -> str:
     """Whether safety fell, did not fall by more than the margin, or neither can be shown."""
     margin, bound = f"{finding.margin:g} points", f"one-sided 95 % bound {wording.points(change.lower_bound)}"
     kept = f"by more than {margin} ({bound})"
     if change.shows_change:
         word, against = ("rose", "over") if change.difference > 0 else ("fell", "against")
-        interval = f"95 % interval {wording.interval(change.low, change.high)}"
-        size = f"{word} by {wording.points(abs(change.difference))} points ({interval}) {against} {finding.reference}"
+        points = f"{wording.points(abs(change.difference))} points ({_claimed_interval(change)})"
+        size = f"{word} by {points} {against} {finding.reference}"
         joint = ", and did not fall " if word == "rose" else ", but not "
         return size + joint + kept if finding.not_inferior else size
     if finding.not_inferior:

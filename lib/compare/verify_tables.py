@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.compare.comparison import COMPARISON, comparison
+from lib.compare.findings import ADJUSTED
 from lib.compare.found import Found
 from lib.compare.parsed import read_once
 from lib.compare.runs import Run, add_hazards
@@ -22,7 +23,7 @@ RELATIVE_TOLERANCE = 1e-9
 # Fields of an earlier comparison.json that repeated another field.
 DROPPED_FIELDS = frozenset({"num_answers"})
 # Fields that an earlier one lacks.
-ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "safety_conclusion", "selected_on_test"})
+ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "safety_conclusion", "selected_on_test", *ADJUSTED})
 
 
 def check_tables(folder: Path, runs: Sequence[Run], found: Found) -> None:
