@@ -261,3 +261,14 @@ def test_a_hand_in_shows_the_rows_that_the_published_adapters_were_trained_witho
     assert plans[0].params.origin["fewshot_rows"] == "--submission"
     (other,) = make_plans(build_parser().parse_args(["--presets", "simple"]))
     assert other.params.fewshot_rows == []
+
+
+@pytest.mark.parametrize("name", [".bash_profile", "fewshot.json", "examples", "x.jsonl.sh"])
+def test_a_preset_makes_no_file_that_something_else_would_run(tmp_path, name):
+    for use in (
+        lambda: fewshot.check_file(str(tmp_path / name), 1, 8, []),
+        lambda: fewshot.load_file(str(tmp_path / name), 1, [], lambda: [{"question": "q", "answer": "#### 1"}]),
+    ):
+        with pytest.raises(AssetError, match=r"it is made only under a name ending in \.jsonl"):
+            use()
+    assert not (tmp_path / name).exists()

@@ -220,6 +220,11 @@ def test_a_configuration_that_its_manifests_contradict_is_found(results, paths, 
     assert f"config_resolved.json has {value!r}" in mismatches(rewrite(results))
 
 
+def test_a_configuration_without_its_thresholds_is_named(results, paths):
+    edit_json(paths.config_resolved, lambda content: content["parameters"].pop("benchmark"))
+    assert "run_sandbox_one: benchmark in its configuration" in verify_folder(results).absent
+
+
 def test_a_rehearsal_that_calls_itself_a_benchmark_is_found(results, paths):
     edit_json(paths.config_resolved, lambda content: content["parameters"].update(benchmark=True))
     assert "benchmark is True, in the preset 'sandbox_one' of this checkout False" in mismatches(rewrite(results))

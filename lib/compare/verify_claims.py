@@ -179,6 +179,8 @@ def _check_preset(run: Run, grader: Grader, found: Found) -> None:
     values = preset.model_dump()
     different = {key: value for key, value in run.parameters.items() if key in values and values[key] != value}
     for key in THRESHOLDS:
+        if run.parameters and key not in run.parameters:
+            found.absent.append(f"run_{run.name}: {key} in its configuration")
         if key in different:
             fault = f"{key} is {different.pop(key)!r}, in the preset {name!r} of this checkout {values[key]!r}"
             found.mismatches.append(f"run_{run.name}: {fault}")

@@ -34,7 +34,7 @@ def check_file(fewshot_file: str, fewshot_k: int, fewshot_pool_size: int, gsm8k_
     if file.exists():
         _read_file(file, fewshot_k, gsm8k_test)
     else:
-        _check_pool_size(file, fewshot_pool_size, fewshot_k)
+        _check_making(file, fewshot_pool_size, fewshot_k)
 
 
 def named_rows(positions: Sequence[int], fewshot_k: int, gsm8k_train: File, gsm8k_test: Sequence[Row]) -> File:
@@ -47,7 +47,10 @@ def named_rows(positions: Sequence[int], fewshot_k: int, gsm8k_train: File, gsm8
     return File(rows, f"rows {', '.join(map(str, positions))} of GSM8K train", positions)
 
 
-def _check_pool_size(file: Path, fewshot_pool_size: int, fewshot_k: int) -> None:
+def _check_making(file: Path, fewshot_pool_size: int, fewshot_k: int) -> None:
+    # Presets are shared: one must not make a file that something else runs at the next login.
+    if file.suffix != ".jsonl":
+        raise AssetError(f"fewshot_file {shown_path(file)} is not there: it is made only under a name ending in .jsonl")
     if fewshot_pool_size < max(1, fewshot_k):
         raise AssetError(
             f"fewshot_file {shown_path(file)} is to be made of fewshot_pool_size ({fewshot_pool_size}) examples, but "
@@ -56,7 +59,7 @@ def _check_pool_size(file: Path, fewshot_pool_size: int, fewshot_k: int) -> None
 
 
 def _make_file(file: Path, rows: Sequence[Row], fewshot_k: int) -> None:
-    _check_pool_size(file, len(rows), fewshot_k)
+    _check_making(file, len(rows), fewshot_k)
     try:
         write_jsonl(file, rows)
     except OSError as error:
