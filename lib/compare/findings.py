@@ -378,7 +378,7 @@ def recorded_margin(prepared: Row, current: float | None, where: str) -> float |
     if recorded not in (None, current):
         raise ArtifactError(
             f"{where} has safety_margin {current!r}, 01_prepare recorded {recorded!r} before the run: a margin is not "
-            f"changed afterwards; set safety_margin={recorded!r}, or run every stage from 01_prepare on"
+            f"changed afterwards; set safety_margin={recorded!r}, or make a new run in another folder"
         )
     return recorded
 
