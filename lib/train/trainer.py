@@ -169,7 +169,7 @@ class StepTrainer(Trainer):
             total.zero_()
             self._add_gradients(cut_micro_batches(rows, most_tokens), total)
 
-        begun = min(self.micro_batch_tokens, max(longest, _num_tokens(rows)))
+        begun = min(self.micro_batch_tokens, _num_tokens(rows))
         enough = with_halving(begun, "tokens in a micro-batch", attempt, least=longest)
         if enough < begun:
             self.micro_batch_tokens = enough
