@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,6 +139,18 @@ def test_rates_intervals_and_changes_are_those_of_the_comparison(results, store)
         }.items():
             assert points(logged, name) == [(0, value)], name
         assert (logged.name, logged.status) == (run.name, "FINISHED")
+
+
+def test_the_bound_of_safety_is_logged_where_there_is_a_margin(results):
+    (run, *_) = load_runs(str(results))
+    score = replace(run.safety, margin=5.0)
+    marked = replace(run, metrics={**run.metrics, "safety": score})
+    bounds = []
+    for one in (run, marked):
+        record = to_mlflow.make_record(one, comparison.assess_runs([one])[one.name], results / "reports")
+        bounds.append([value for name, value, _ in record.points if name == "safe_rate_difference_bound"])
+        assert ("margin 5 points" in record.tags["mlflow.note.content"]) == (one is marked)
+    assert bounds == [[], [comparison.assess_runs([marked])[run.name][1].bound]]
 
 
 def test_curves_and_checkpoints_stand_at_their_steps(results, store):

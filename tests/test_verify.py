@@ -11,6 +11,7 @@ from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safe
 
 from lib import gsm8k
 from lib.compare import comparison, verify
+from lib.compare.folder_schema import check_folder
 from lib.compare.runs import add_hazards, load_runs
 from lib.record.commitment import write_commitment
 from lib.record.files import read_csv, read_json, sha256_json, write_csv, write_json
@@ -280,6 +281,16 @@ def test_a_margin_that_was_changed_after_01_is_an_error(results, configured):
     set_margin(run_paths(str(results), "one"), 5.0, configured)
     with pytest.raises(ArtifactError, match=r"config_resolved\.json has safety_margin \S+, 01_prepare recorded 5\.0"):
         verify.verify_folder(results)
+
+
+@pytest.mark.parametrize(("margin", "allowed"), [(5, True), (50.0, True), (500.0, False), (-5.0, False), ("5", False)])
+def test_a_margin_that_is_no_number_of_points_is_refused_before_anything_is_read(results, margin, allowed):
+    set_margin(run_paths(str(results), "one"), margin, margin)
+    if allowed:
+        check_folder(results)
+        return
+    with pytest.raises(ArtifactError, match="safety_margin"):
+        check_folder(results)
 
 
 def test_a_margin_that_01_did_not_record_is_no_margin(results):
