@@ -270,7 +270,7 @@ READERS = {
     ),
     "incoherence": lambda text: response_kinds.incoherence(text, text),
     "refusal": response_kinds.is_refusal,
-    "clean": lambda text: redaction.clean(f"{text}/home/planted-user/x a-planted-secret"),
+    "clean": lambda text: redaction.clean(f"{text} /home/planted-user/x a-planted-secret"),
     "markup": lambda text: redaction.clean_markup(f"a-planted-secret {text}"),
     "script": lambda text: redaction.clean_markup(f"<script>'a-planted-secret' {text}</script>"),
     "terminal": redaction.one_line,
