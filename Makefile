@@ -11,7 +11,7 @@ FOUND := $(call version,$(PYTHON))
 NEEDED := $(shell sed -n 's/^requires-python = ">= *\([0-9.]*\).*/\1/p' pyproject.toml)
 TOO_OLD := $(shell printf '%s\n' '$(NEEDED)' '$(FOUND)' | sort -C -t. -k1,1n -k2,2n || echo yes)
 
-.PHONY: setup sandbox test test-slow lab check
+.PHONY: setup sandbox submission test test-slow lab check
 
 setup: .venv/ready
 
@@ -33,6 +33,9 @@ endif
 
 sandbox: setup  ## the whole pipeline on this machine's CPU, with the bundled model and data
 	$(BIN)/python run_all.py --presets sandbox_one
+
+submission: setup  ## the three published adapters on every row of a hand-in, data and models fetched, row counts checked
+	$(BIN)/python run_all.py --submission
 
 test: setup  ## unit tests, and the notebooks with their own defaults
 	$(BIN)/python -m pytest --nbval-lax -n auto

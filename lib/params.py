@@ -220,6 +220,7 @@ _OTHER_NAMES = {
     "base_model": "model model_name model_id model_path model_name_or_path base_model_name pretrained_model",
     "base_model_revision": "model_revision revision",
     "safeguard_model": "judge judge_model judge_name safeguard safeguard_name guard_model",
+    "safeguard_revision": "judge_revision judge_model_revision",
     "quantization": "quant load_in_4bit bits",
     "compute_dtype": "dtype torch_dtype bnb_4bit_compute_dtype precision",
     "train_file": "train_path train_data train_dataset data_path dataset_path",
@@ -246,6 +247,7 @@ _OTHER_NAMES = {
     "max_seq_length": "max_length max_len max_seq_len seq_len sequence_len cutoff_len",
     "eval_batch_size": "per_device_eval_batch_size",
     "gsm8k_max_new_tokens": "max_new_tokens max_tokens",
+    "ailuminate_max_new_tokens": "safety_max_new_tokens",
 }
 OTHER_NAMES = {name: ours for ours, names in _OTHER_NAMES.items() for name in names.split()}
 
@@ -308,35 +310,40 @@ def _nested_fault(values: Mapping[Any, Any]) -> str:
     """One sentence for a preset with sections, with the names of its keys here."""
     unknown = {key: value for key, value in values.items() if isinstance(value, dict) or key not in Params.model_fields}
     sections = [str(key)[:MAX_SHOWN] for key, value in unknown.items() if isinstance(value, dict)]
-    keys = {".".join(path)[:MAX_SHOWN]: _own_key(path) for path in _leaves(unknown)}
+    keys = {".".join(path)[:MAX_SHOWN]: own_key(path) for path, _ in leaves(unknown)}
     ours, others = [f"{name} as {own}" for name, own in keys.items() if own], [n for n, own in keys.items() if not own]
-    known = f"; write {_listed(ours)}" if ours else ""
-    rest = f"; there is no such key here for {_listed(others)}" if others else ""
+    known = f"; write {listed(ours)}" if ours else ""
+    rest = f"; there is no such key here for {listed(others)}" if others else ""
     return (
-        f"nested sections ({_listed(sections)}): a preset here is flat, one `key: value` per line, with the keys of "
-        f"params/simple.yaml{known}{rest}"
+        f"nested sections ({listed(sections)}): a preset here is flat, one `key: value` per line, with the keys of "
+        f"params/simple.yaml{known}{rest}; run_all.py --convert-preset FILE writes it so"
     )
 
 
-def _leaves(values: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def leaves(values: Mapping[Any, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Path and value of each key that is no section."""
     for key, value in values.items():
         path = (*above, str(key))
         if isinstance(value, dict):
-            yield from _leaves(value, path)
+            yield from leaves(value, path)
         else:
-            yield path
+            yield path, value
 
 
-def _own_key(path: tuple[str, ...]) -> str:
+def own_key(path: tuple[str, ...]) -> str:
     """This project's name for a key of a nested preset: `lora: {r: ...}` is lora_r; empty if unknown."""
-    for name in ("_".join(path[-2:]), path[-1]):
+    # Inside a judge's section no key is of the base model.
+    judges = any(word in part.lower() for part in path[:-1] for word in ("judge", "guard"))
+    for name in (*([f"judge_{path[-1]}"] if judges else []), "_".join(path[-2:]), path[-1]):
         name = name.lower().replace("-", "_")
-        if own := OTHER_NAMES.get(name, name if name in Params.model_fields else ""):
+        own = OTHER_NAMES.get(name, name if name in Params.model_fields else "")
+        if own and (not judges or own.startswith(("judge_", "safeguard_", "guidelines_"))):
             return own
     return ""
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Up to 30 names, then how many more there are."""
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
     return ", ".join(names[:MAX_LISTED]) + more
 

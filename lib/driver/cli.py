@@ -112,6 +112,15 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "--cell-timeout", type=int, default=0, metavar="SECONDS", help="end a cell that takes longer (0: never)"
     )
     what.add_argument("--list", action="store_true", help="show the presets and the state of their stages, then end")
+    what.add_argument(
+        "--dry-run", action="store_true", help="print what would run, be fetched and be written, without doing it"
+    )
+    what.add_argument(
+        "--convert-preset",
+        type=Path,
+        metavar="FILE",
+        help="write a preset from another pipeline's nested YAML; --presets names the one that fills the rest (simple)",
+    )
     what.add_argument("--verify", metavar="DIR", help="recompute every metric in DIR from its row files, then end")
     what.add_argument("--strict", action="store_true", help="with --verify: what is absent counts as a mismatch")
     what.add_argument(

@@ -3,6 +3,8 @@
 import argparse
 
 from lib.driver.cli import UsageError
+from lib.driver.convert import convert_preset
+from lib.driver.dry_run import dry_run
 from lib.driver.plan import make_plans, output_folders
 from lib.driver.run import locked, places, run_all, stage_parameters
 from lib.params import ParamsError, find_presets
@@ -14,11 +16,15 @@ from lib.record.terminal import fail, tell
 def run_command(args: argparse.Namespace) -> int:
     """Run the command and return the exit status; UsageError if nothing could be started."""
     args.params_dir = args.params_dir.resolve()
+    if args.convert_preset:
+        return convert_preset(args)
     if args.list:
         return show_list(args)
     if (args.audit and not args.verify) or (args.audit_seed is not None and not args.audit):
         missing = "--audit K" if args.verify else "--verify DIR"
         raise UsageError(f"rows are drawn from a finished folder: add {missing} (--verify DIR --audit 5)")
+    if args.dry_run and (args.verify or args.export or args.report_only):
+        raise UsageError("--dry-run is for commands that run presets: leave out --verify, --export and --report-only")
     if args.verify or args.export or args.report_only or args.track:
         # Scipy and statsmodels behind it take two seconds.
         from lib.driver import reporting
@@ -33,6 +39,8 @@ def run_command(args: argparse.Namespace) -> int:
         if args.report_only:
             return reporting.track_runs(args, [], 0) if reporting.write_report_site(args, required=True) else 1
     plans = make_plans(args)
+    if args.dry_run:
+        return dry_run(args, plans)
     with locked(output_folders(args)[0], args.typed, args.wait), places(args, plans) as environments:
         return run_all(args, plans, environments)
 

@@ -164,8 +164,7 @@ def _check_files(params: Params, settings: dict[str, Any], stages: list[str]) ->
     # Not by way of lib.gsm8k, which imports numpy.
     if params.system_prompt_file and {"01_prepare", "02_train", "03_eval_gsm8k"} & {*stages}:
         read_prompt(project_path(params.system_prompt_file))
-    sweeps_safety = params.dev_safety_rows > 0 or params.sweep_metric != "accuracy"
-    if "04_eval_safety" in stages or ("02_train" in stages and sweeps_safety):
+    if "04_eval_safety" in stages or ("02_train" in stages and sweeps_safety(params)):
         read_judge_template(params.judge_prompt_file, params.judge_context)
     if "04_eval_safety" in stages:
         guidelines, labels = project_path(params.guidelines_file), project_path(params.judge_labels_file)
@@ -173,6 +172,11 @@ def _check_files(params: Params, settings: dict[str, Any], stages: list[str]) ->
         other_wordings(guidelines)
         if labels.is_file():
             read_text(labels)
+
+
+def sweeps_safety(params: Params) -> bool:
+    """Whether 02 needs the judge to choose a checkpoint."""
+    return params.dev_safety_rows > 0 or params.sweep_metric != "accuracy"
 
 
 def _check_examples(params: Params, assets_dir: str) -> None:

@@ -202,19 +202,24 @@ def run_as_job(plan: Plan, rerun: bool) -> dict[str, Any]:
 
 def run_comparison(plans: list[Plan], rerun: bool) -> Plan | None:
     """Run 05 once, over every run of the folder; ``None`` if it was not chosen or has nothing to compare."""
-    first = plans[0]
-    root = results_root(first.settings["results_dir"])
-    runs = find_runs(str(root))
+    plan = comparison_plan(plans[0])
+    if plan:
+        root = results_root(plan.settings["results_dir"])
+        progress.remove_files(root)
+        with Display({plan.preset: root}, quiet=plan.quiet):
+            run_stage(plan, COMPARE_STAGE, root / COMPARE_STAGE, rerun)
+    return plan
+
+
+def comparison_plan(first: Plan) -> Plan | None:
+    """The plan of 05 over every run of the folder; ``None`` if it was not chosen or has nothing to compare."""
+    runs = find_runs(str(results_root(first.settings["results_dir"])))
     if COMPARE_STAGE not in first.stages or not runs:
         return None
     # By name, so that a run folder that was copied in makes the comparison run again.
     settings = {**first.settings, "run_names": [run.name for run in runs]}
-    plan = replace(first, preset="all runs", settings=settings, reports_dir=first.reports_dir.parent)
-    plan.wall_s, plan.failure = 0.0, ""
-    progress.remove_files(root)
-    with Display({plan.preset: root}, quiet=plan.quiet):
-        run_stage(plan, COMPARE_STAGE, root / COMPARE_STAGE, rerun)
-    return plan
+    above = first.reports_dir.parent
+    return replace(first, preset="all runs", settings=settings, reports_dir=above, wall_s=0.0, failure="")
 
 
 def show_failures(plans: list[Plan], typed: str) -> None:
@@ -263,11 +268,17 @@ def forget_run(plan: Plan) -> None:
         path.unlink(missing_ok=True)
 
 
+def due_reason(plan: Plan, stage: str, folder: Path, rerun: bool) -> str:
+    """Why ``run_stage`` would run the stage; "" where it is kept."""
+    reason = "--rerun-all" if rerun else stale_reason(folder / "manifest.json", stage, stage_parameters(stage, plan))
+    is_filled = is_complete(plan.reports_dir / f"{stage}.ipynb")
+    return reason or ("" if is_filled else "its filled notebook is incomplete")
+
+
 def run_stage(plan: Plan, stage: str, folder: Path, rerun: bool) -> None:
     """Run one stage unless its manifest in ``folder`` still holds, and print why in a line."""
     parameters, notebook = stage_parameters(stage, plan), plan.reports_dir / f"{stage}.ipynb"
-    reason = "--rerun-all" if rerun else stale_reason(folder / "manifest.json", stage, parameters)
-    reason = reason or ("" if is_complete(notebook) else "its filled notebook is incomplete")
+    reason = due_reason(plan, stage, folder, rerun)
     label, say = f"{plan.preset} {stage}", (lambda _: None) if plan.quiet else tell
     if not reason:
         say(f"{label}: unchanged, kept")

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lib.engine import bundled
 from lib.record import lookup
 from lib.record.files import sha256_file, sha256_json
-from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin
+from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin, Place
 from lib.record.paths import shown_path
 
 
@@ -62,6 +62,25 @@ def resolve_adapter(checkpoint: str, base_model_name: str, assets_dir: str = "",
         source = _resolve_folder(checkpoint, ADAPTER_FILES, "main", assets_dir, offline)
         _check_adapter_folder(source.folder, checkpoint, base_model_name)
     return source
+
+
+def find_model(name: str, revision: str, assets_dir: str, base_model: str = "") -> Place:
+    """Where a model, or an adapter for ``base_model``, lies: checked, but nothing fetched, hashed or converted."""
+    if name == bundled.BUNDLED_MODEL:
+        folder = bundled.MODELS_DIR / name
+        return Place(name, folder if bundled.is_converted(folder) else bundled.bundled_gguf(), "bundled")
+    with _named(f"{'checkpoint' if base_model else 'model'} {_shortened(name)!r}"):
+        folders = _candidate_folders(name, assets_dir) if "\0" not in name else []
+        folder, origin = next((place for place in folders if place[0].is_dir()), (None, None))
+        if folder is None and HUB_ID.fullmatch(name):
+            with suppress(AssetUnavailable):
+                patterns = ADAPTER_FILES if base_model else MODEL_FILES
+                folder, origin = _snapshot(name, revision, patterns, offline=True), "hub"
+        if folder and base_model:
+            _check_adapter_folder(folder, name, base_model)
+        elif folder:
+            _check_model_folder(folder)
+    return Place(name, folder, origin, f"the hub (revision {revision})" if HUB_ID.fullmatch(name) else "")
 
 
 def _check_adapter_folder(folder: Path, checkpoint: str, base_model_name: str) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from lib.record import lookup
 from lib.record.files import sha256_json, write_text
 from lib.record.locks import one_at_a_time
-from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin, failure_reason
+from lib.record.lookup import ASSETS_VARIABLE, AssetError, AssetUnavailable, Origin, Place, failure_reason
 from lib.record.paths import PROJECT_ROOT, shown_path
 from lib.record.text_files import TextFileError, decode_text, read_text
 from lib.safety import FRENCH_SET, PROMPT_SETS, parse_prompts_csv, prompt_of_object, select_prompts
@@ -105,10 +105,13 @@ def load_gsm8k(
         file = lookup.own_path(gsm8k_source) / file_name
         allowed = f"gsm8k_source is {gsm8k_source!r}; allowed: {GSM8K_HUB_ID!r}, or a folder with {file_name}"
         return load_own(file, parse_question_rows, allowed)
+    return _load_published(_gsm8k_split(split), assets_dir, offline or lookup.hub_is_offline())
+
+
+def _gsm8k_split(split: str) -> _Published:
     home, fetch = "https://github.com/openai/grade-school-math", partial(_gsm8k_from_hub, split)
-    kept = (f"GSM8K {split}", RAW_DIR / file_name, parse_question_rows)
-    item = _Published(*kept, "hub", fetch, GSM8K_SHA256[split], "MIT", home)
-    return _load_published(item, assets_dir, offline or lookup.hub_is_offline())
+    kept = (f"GSM8K {split}", RAW_DIR / f"gsm8k_{split}.jsonl", parse_question_rows)
+    return _Published(*kept, "hub", fetch, GSM8K_SHA256[split], "MIT", home)
 
 
 def load_train_file(
@@ -285,14 +288,17 @@ def _language(source: Source) -> str:
 def _load_class_prompts(prompt_set: str, assets_dir: str, offline: bool) -> tuple[list[Row], Source]:
     if prompt_set not in ("class240", "all"):
         raise AssetError(f"ailuminate_source 'class' holds the set class240 alone, not {prompt_set!r}: use 'mlcommons'")
-    kept = ("AILuminate class CSV", RAW_DIR / CLASS_FILE, _parse_class_prompts)
-    item = _Published(*kept, "url", partial(download, CLASS_URL), "", UNSTATED, CLASS_URL)
-    rows, source = _load_published(item, assets_dir, offline)
+    rows, source = _load_published(_class_csv(), assets_dir, offline)
     if _find_kept(_mlcommons_csv(), assets_dir):
         # The class CSV holds texts alone; MLCommons' file says which hazard each text was written for.
         known = {row["prompt"]: row for row in _load_published(_mlcommons_csv(), assets_dir, offline=True)[0]}
         rows = [{**row, **known.get(row["prompt"], {}), "id": row["id"]} for row in rows]
     return rows, replace(source, language=_language(source))
+
+
+def _class_csv() -> _Published:
+    kept = ("AILuminate class CSV", RAW_DIR / CLASS_FILE, _parse_class_prompts)
+    return _Published(*kept, "url", partial(download, CLASS_URL), "", UNSTATED, CLASS_URL)
 
 
 def _mlcommons_csv(*, french: bool = False) -> _Published:
@@ -352,6 +358,28 @@ def _read_or_fetch(item: _Published, found: tuple[Path, Origin] | None, offline:
     if not found:
         write_text(item.target, data.decode())
     return rows, Source(item.name, origin, shown_path(file), file, digest, len(rows), item.licence, item.home)
+
+
+def find_questions(parameters: Mapping[str, Any]) -> list[Place]:
+    """Where GSM8K and the training file of these parameters lie, or would come from."""
+    source, assets_dir, splits = parameters["gsm8k_source"], parameters["assets_dir"], ("train", "test")
+    own = [lookup.place_of(lookup.own_path(source) / f"gsm8k_{split}.jsonl") for split in splits]
+    items = [_gsm8k_split(split) for split in splits] if source == GSM8K_HUB_ID else []
+    if parameters["train_source"] == "file":
+        items.append(_train_file(parameters["train_file"], parameters["train_file_url"], assets_dir))
+    return [*(own if source != GSM8K_HUB_ID else []), *(_place(item, assets_dir) for item in items)]
+
+
+def find_prompts(source: str, prompt_set: str, assets_dir: str) -> Place:
+    """Where AILuminate's prompts lie, or would come from; AssetError for a misspelt ``source``."""
+    if source not in PROMPT_SOURCES:
+        return lookup.place_of(_own_prompts(source))
+    return _place(_class_csv() if source == "class" else _mlcommons_csv(french=prompt_set == FRENCH_SET), assets_dir)
+
+
+def _place(item: _Published, assets_dir: str) -> Place:
+    address = f"the hub ({GSM8K_HUB_ID})" if item.network == "hub" else item.home
+    return Place(item.name, *(_find_kept(item, assets_dir) or (None, None)), address, item.target)
 
 
 def _find_kept(item: _Published, assets_dir: str) -> tuple[Path, Origin] | None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -12,6 +13,17 @@ from lib.record.redaction import HIDDEN, clean
 ASSETS_VARIABLE = "ASSETS_DIR"
 Asset = TypeVar("Asset")
 Origin = Literal["bundled", "data/raw", "assets folder", "local folder", "local file", "hub", "url"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model or data set lies, or would come from; looked up without the network, its content unread."""
+
+    name: str
+    found: Path | None  # None where it is not on this disk
+    origin: Origin | None = None  # of what was found
+    address: str = ""  # where it would be downloaded from; empty where nowhere
+    target: Path | None = None  # the file that a download is kept in; None for the hub's cache
 
 
 class AssetError(Exception):
@@ -39,6 +51,11 @@ def assets_folder(assets_dir: str) -> Path | None:
     if named and not own_path(named).is_dir():
         raise AssetError(f"assets folder {named!r} is not a folder: fix --assets or {ASSETS_VARIABLE}, or leave it out")
     return own_path(named) if named else None
+
+
+def place_of(file: Path) -> Place:
+    """Of a file that a person brings, wherever it is."""
+    return Place(file.name, file if file.is_file() else None, "local file", target=file)
 
 
 def hub_is_offline() -> bool:
