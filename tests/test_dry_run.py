@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import run_all
+from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY
 from lib.prepare import datasets
 from lib.record.paths import PROJECT_ROOT
 from lib.record.rows import write_jsonl
@@ -80,7 +81,8 @@ def test_a_submission_names_its_adapters_row_counts_sources_and_files(dry):
         assert f"{questions} GSM8K questions, 240 AILuminate prompts" in part
     assert "gsm8k_train_self-instruct.jsonl: to be downloaded from https://www.csie.ntu.edu.tw/" in strong
     assert "gsm8k_train_self-instruct" not in medium.partition("\nstrong: ")[0]
-    for name in ("run_strong/ailuminate_safety_strong.jsonl", "final_metrics.json", "reports/index.html"):
+    tables = (SUMMARY, METRICS_JSON, METRICS_CSV)
+    for name in ("run_strong/ailuminate_safety_strong.jsonl", *tables, "reports/index.html"):
         assert f"submission_results/{name}" in printed
 
 
@@ -116,7 +118,7 @@ def test_what_is_found_is_named_with_its_place_and_what_is_missing_offline_is_sa
     (assets / datasets.MLCOMMONS_FILE).unlink()
     status, printed = dry(*argv)
     assert status == 0, printed
-    assert "Qwen/Qwen2.5-1.5B-Instruct: found in the cache of the hub (hub)" in printed
+    assert "Qwen/Qwen2.5-1.5B-Instruct: found in the hub cache (hub)" in printed
     assert f"Qwen/Qwen3-4B-SafeRL: found in {assets / 'models/Qwen__Qwen3-4B-SafeRL'} (assets folder)" in printed
     assert f"GSM8K train: found in {tmp_path / 'raw/gsm8k_train.jsonl'} (data/raw)" in printed
     for name in ("GSM8K test", "AILuminate 1.0 demo", "me/adapter"):
@@ -153,7 +155,10 @@ def test_a_faulty_command_line_is_refused_as_without_the_flag(dry, argv):
     assert dry(*argv)[0] == 2
 
 
-@pytest.mark.parametrize("command", [["--verify", "tests"], ["--export", "lm-eval"], ["--report-only"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--verify", "tests"], ["--export", "lm-eval"], ["--report-only"], ["--convert-preset", "params/x.yaml"]],
+)
 def test_commands_that_run_no_preset_are_refused(dry, command):
     status, printed = dry(*command)
     assert status == 2 and "--dry-run is for commands that run presets" in printed
@@ -185,3 +190,7 @@ def test_what_is_complete_runs_again_only_after_a_stage_that_runs(dry, monkeypat
     due.clear()
     printed = dry(*argv)[1]
     assert "base model" not in printed and "05_compare      no run has rows to compare" in printed
+    assert "final_metrics" not in printed
+    # Rows that are prepared are nothing to compare.
+    due["01_prepare"] = "not run yet"
+    assert "no run has rows to compare" in dry(*argv, "--stages", "01", "05")[1]

@@ -115,6 +115,16 @@ def test_changed_pins_are_installed_into_the_environment_that_is_there(project):
 
 
 @needs_make
+def test_a_submission_is_one_command_on_a_clean_clone(project):
+    done, calls = setup(project, "submission")
+    assert (done.returncode, calls[0], calls[-1]) == (
+        0,
+        "3.11.2 -m venv --clear .venv",
+        "3.11.2 run_all.py --submission",
+    )
+
+
+@needs_make
 def test_a_half_made_environment_is_made_again(project):
     (project / "no-network").touch()
     assert setup(project)[0].returncode == 2 and not (project / ".venv/ready").exists()

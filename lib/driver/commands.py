@@ -16,6 +16,9 @@ from lib.record.terminal import fail, tell
 def run_command(args: argparse.Namespace) -> int:
     """Run the command and return the exit status; UsageError if nothing could be started."""
     args.params_dir = args.params_dir.resolve()
+    if args.dry_run and (args.convert_preset or args.verify or args.export or args.report_only):
+        others = "--convert-preset, --verify, --export and --report-only"
+        raise UsageError(f"--dry-run is for commands that run presets: leave out {others}")
     if args.convert_preset:
         return convert_preset(args)
     if args.list:
@@ -23,8 +26,6 @@ def run_command(args: argparse.Namespace) -> int:
     if (args.audit and not args.verify) or (args.audit_seed is not None and not args.audit):
         missing = "--audit K" if args.verify else "--verify DIR"
         raise UsageError(f"rows are drawn from a finished folder: add {missing} (--verify DIR --audit 5)")
-    if args.dry_run and (args.verify or args.export or args.report_only):
-        raise UsageError("--dry-run is for commands that run presets: leave out --verify, --export and --report-only")
     if args.verify or args.export or args.report_only or args.track:
         # Scipy and statsmodels behind it take two seconds.
         from lib.driver import reporting

@@ -15,6 +15,8 @@ from lib.record.lookup import AssetError, Place, hub_is_offline, own_path, place
 from lib.record.paths import COMPARE_STAGE
 from lib.record.terminal import as_typed, tell
 
+# As lib.compare.tables names them; scipy behind it takes two seconds.
+TABLES = ("summary.csv", "final_metrics.json", "final_metrics.csv")
 FOLLOWS = "complete; runs again where an earlier stage changes its inputs"
 
 
@@ -29,12 +31,15 @@ def dry_run(args: argparse.Namespace, plans: list[Plan]) -> int:
         except AssetError as error:
             raise UsageError(f"preset {plan.preset!r}: {error}") from None
         tell("\n".join(f"  {line}" for line in lines))
+    files = [reports / "index.html"]
     if COMPARE_STAGE in plans[0].stages:
-        tell(f"all runs\n  {COMPARE_STAGE:<15} {_comparison(plans[0], args.rerun_all, any(map(_runs, due.values())))}")
-        files = [results / COMPARE_STAGE, results / "summary.csv", results / "final_metrics.json"]
-        files += [results / "final_metrics.csv", *_notebooks(reports, COMPARE_STAGE)]
-        tell("\n".join(_written(files)))
-    tell("\n".join(_written([reports / "index.html"])) + "\ndry run: nothing was run, fetched or written")
+        state, runs = _comparison(
+            plans[0], args.rerun_all, {stage for states in due.values() for stage in _runs(states)}
+        )
+        tell(f"all runs\n  {COMPARE_STAGE:<15} {state}")
+        tables = [results / name for name in TABLES]
+        files = [results / COMPARE_STAGE, *tables, *_notebooks(reports, COMPARE_STAGE), *files] if runs else files
+    tell("\n".join(_written(files, "  ")) + "\ndry run: nothing was run, fetched or written")
     return 0
 
 
@@ -52,12 +57,15 @@ def _runs(states: dict[str, str]) -> list[str]:
     return [stage for stage, state in states.items() if state != "complete"]
 
 
-def _comparison(first: Plan, rerun: bool, any_runs: bool) -> str:
+def _comparison(first: Plan, rerun: bool, before: Collection[str]) -> tuple[str, bool]:
+    """The state of 05 after the stages that run before, and whether it runs."""
     plan = comparison_plan(first)
-    if any_runs:
-        return "after the stages above, over every run of the folder"
-    folder = plan and plan.paths.run_dir.parent / COMPARE_STAGE
-    return (due_reason(plan, COMPARE_STAGE, folder, rerun) or "complete") if plan else "no run has rows to compare"
+    if {"03_eval_gsm8k", "04_eval_safety"} & {*before} or (plan and before):
+        return "after the stages above, over every run of the folder", True
+    if not plan:
+        return "no run has rows to compare", False
+    reason = due_reason(plan, COMPARE_STAGE, plan.paths.run_dir.parent / COMPARE_STAGE, rerun)
+    return reason or "complete", bool(reason)
 
 
 def _lines(plan: Plan, states: dict[str, str]) -> Iterator[str]:
@@ -69,7 +77,7 @@ def _lines(plan: Plan, states: dict[str, str]) -> Iterator[str]:
     for kind, place in _sources(plan, runs):
         yield f"{kind:<15} {place.name}: {_origin(place, plan.settings['offline'])}"
     files = [file for stage in runs for file in _stage_files(plan, stage)]
-    yield from _written([plan.paths.config_resolved, plan.paths.run_dir / COMMITMENT, *files], "")
+    yield from _written([plan.paths.config_resolved, plan.paths.run_dir / COMMITMENT, *files])
 
 
 def _sources(plan: Plan, runs: Collection[str]) -> Iterator[tuple[str, Place]]:
@@ -98,20 +106,14 @@ def _origin(place: Place, offline: bool) -> str:
     if place.found and place.found.suffix == ".gguf":
         return f"bundled, converted once into {as_typed(MODELS_DIR / place.name)}"
     if place.found:
-        return f"found in {'the cache of the hub' if place.origin == 'hub' else as_typed(place.found)} ({place.origin})"
+        return f"found in {'the hub cache' if place.origin == 'hub' else as_typed(place.found)} ({place.origin})"
     if not place.address:
-        return f"missing{_wanted(place)}; there is no address to download it from"
+        return (
+            f"missing{f' ({as_typed(place.target)})' if place.target else ''}; there is no address to download it from"
+        )
     if offline or (place.address.startswith("the hub") and hub_is_offline()):
         return f"missing, and the network is switched off (offline); it would come from {place.address}"
-    return f"to be downloaded from {place.address}, kept in {_kept_in(place)}"
-
-
-def _wanted(place: Place) -> str:
-    return f" ({as_typed(place.target)})" if place.target else ""
-
-
-def _kept_in(place: Place) -> str:
-    return as_typed(place.target) if place.target else "the cache of the hub"
+    return f"to be downloaded from {place.address} to {as_typed(place.target) if place.target else 'the hub cache'}"
 
 
 def _stage_files(plan: Plan, stage: str) -> Iterator[Path]:
@@ -133,5 +135,5 @@ def _notebooks(folder: Path, stage: str) -> list[Path]:
     return [folder / f"{stage}.ipynb", folder / f"{stage}.html"]
 
 
-def _written(files: list[Path], indent: str = "  ") -> list[str]:
+def _written(files: list[Path], indent: str = "") -> list[str]:
     return [f"{indent}{'would write':<15} {as_typed(file)}" for file in dict.fromkeys(files)]
