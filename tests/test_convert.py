@@ -3,7 +3,7 @@
 import pytest
 
 import run_all
-from lib.params import load_params, preset_path
+from lib.params import LORA_TARGETS, load_params, preset_path
 from lib.record.preset_yaml import read_mapping
 
 SIMPLE = read_mapping(preset_path("simple"))
@@ -109,6 +109,24 @@ def test_the_rest_may_come_from_another_preset(convert):
         "description": "",
     }
     assert "as in medium.yaml" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("model: {load_in_4bit: yes}", "quantization", "nf4"),
+        ("quant: {bits: 16}", "quantization", "none"),
+        ("lora: {target_modules: all-linear}", "lora_target_modules", list(LORA_TARGETS)),
+        ("train: {optim: paged_adamw_32bit}", "optimizer", "paged_adamw"),
+        ("train: {lr: 1E-05}", "learning_rate", 1e-5),
+        ("model: {dtype: BF16}", "compute_dtype", "bfloat16"),
+        ('model: {description: "größer\\n🙂 x # no: 1"}', "description", "größer\n🙂 ''x'' # no: 1"),
+        ("a: {seed: 3}\nb: {seed: 3}", "seed", 3),
+    ],
+)
+def test_values_are_written_as_they_are_meant_here(convert, text, key, value):
+    status, printed, path = convert(text)
+    assert status == 0 and load_params(path).model_dump()[key] == value, printed
 
 
 @pytest.mark.parametrize(

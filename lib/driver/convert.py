@@ -9,7 +9,18 @@ from typing import Any
 import yaml
 
 from lib.driver.cli import UsageError
-from lib.params import MAX_SHOWN, PARAMS_DIR, Params, find_faults, find_presets, leaves, listed, own_key, preset_path
+from lib.params import (
+    LORA_TARGETS,
+    MAX_SHOWN,
+    PARAMS_DIR,
+    Params,
+    find_faults,
+    find_presets,
+    leaves,
+    listed,
+    own_key,
+    preset_path,
+)
 from lib.record.files import write_text
 from lib.record.paths import ArtifactError, run_paths
 from lib.record.preset_yaml import ParamsError, read_mapping, read_value
@@ -17,8 +28,12 @@ from lib.record.terminal import as_typed, tell
 from lib.record.text_files import read_text
 
 # What other projects write as the value of a key, in lower case.
-OTHER_VALUES = {
-    "quantization": {"true": "nf4", "4": "nf4", "4bit": "nf4", "false": "none", "16": "none"},
+OTHER_VALUES: dict[str, dict[str, Any]] = {
+    "quantization": {
+        **dict.fromkeys(("true", "yes", "on", "4", "4bit"), "nf4"),
+        **dict.fromkeys(("false", "no", "off", "16"), "none"),
+    },
+    "lora_target_modules": {"all-linear": [*LORA_TARGETS]},
     "compute_dtype": {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"},
     "optimizer": {
         **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
