@@ -120,7 +120,7 @@ def test_the_rest_may_come_from_another_preset(convert):
         ("train: {optim: paged_adamw_32bit}", "optimizer", "paged_adamw"),
         ("train: {lr: 1E-05}", "learning_rate", 1e-5),
         ("model: {dtype: BF16}", "compute_dtype", "bfloat16"),
-        ('model: {description: "größer\\n🙂 x # no: 1"}', "description", "größer\n🙂 ''x'' # no: 1"),
+        ('model: {description: "größer\\n🙂 it\'s # no: 1"}', "description", "größer\n🙂 it's # no: 1"),
         ("a: {seed: 3}\nb: {seed: 3}", "seed", 3),
     ],
 )
