@@ -45,7 +45,7 @@ class Params(BaseModel):
     quantization: Literal["nf4", "none"]
     judge_quantization: Literal["none", "nf4", "same"] = "same"
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"]
-    device: Literal["auto", "cpu", "cuda"]
+    device: Literal["auto", "cpu", "cuda", "mps"]
 
     gsm8k_source: NonEmpty
     train_source: Literal["gsm8k", "file", "self_distilled"]
@@ -189,6 +189,16 @@ RULES: dict[str, Callable[[SimpleNamespace], bool]] = {
     ),
     "device is 'cpu' but compute_dtype is 'float16': allowed on a CPU are auto, bfloat16 and float32": lambda p: (
         p.device == "cpu" and p.compute_dtype == "float16"
+    ),
+    "device is 'mps' but compute_dtype is 'bfloat16', which not every Mac has: use auto or float16": lambda p: (
+        p.device == "mps" and p.compute_dtype == "bfloat16"
+    ),
+    "device is 'mps' but quantization is {quantization!r} and judge_quantization {judge_quantization!r}: 4-bit weights "
+    "are not supported there; set quantization: none and judge_quantization: none": lambda p: (
+        p.device == "mps" and "nf4" in (p.quantization, p.judge_quantization)
+    ),
+    "device is 'mps' but optimizer is {optimizer!r}, which bitsandbytes has for CUDA and CPUs: use adamw": lambda p: (
+        p.device == "mps" and p.optimizer != "adamw"
     ),
     "adapter_scales is {adapter_scales} but evaluate_untuned is false: the untuned model is scale 0 of "
     "the curve": lambda p: p.adapter_scales and not p.evaluate_untuned,

@@ -1,11 +1,13 @@
 """Worked examples that a person fixes: the file that is made once, rows named by position, and what is refused."""
 
 import json
+import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,6 +24,7 @@ from lib.record.protocol import answer_protocol
 from lib.reports import prepare_tables
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
+ASSETS = os.environ.get("ASSETS_DIR", "")
 PARAMETERS = SANDBOX | {"assets_dir": "", "offline": True}
 
 
@@ -207,6 +210,20 @@ def test_named_rows_take_the_place_of_the_pool():
     assert questions(drawn.dev) - questions(rows.pool) <= questions(rows.dev)
     shown = prepare_tables.run_rows(rows, rows.train, data, PARAMETERS).text
     assert "rows 20, 3, 11 of GSM8K train; 3 are shown" in shown and "few-shot examples" not in data.sources
+
+
+@pytest.mark.skipif(not ASSETS, reason="ASSETS_DIR names no folder with GSM8K")
+def test_named_rows_of_the_real_data_are_the_pool_and_nothing_else_is_asked_there():
+    real = {"assets_dir": ASSETS, "gsm8k_source": "openai/gsm8k", "fewshot_rows": SUBMISSION_FEWSHOT_ROWS}
+    data, rows = prepared(**real, fewshot_k=8, max_train_rows=0, dev_rows=300)
+    text = (Path(ASSETS) / "gsm8k_train.jsonl").read_text(encoding="utf-8")
+    train = [json.loads(line) for line in text.split("\n") if line]
+    positions = [5238, 912, 204, 6074, 2253, 2006, 1828, 1143]
+    assert len(train) == 7473 and rows.pool == rows.fewshot == [train[position] for position in positions]
+    assert len(rows.dev) == 300 and len(rows.train) > 7000
+    assert not questions(rows.pool) & questions([*rows.dev, *rows.train])
+    # Everything else is there to be drawn.
+    assert questions([*rows.pool, *rows.dev, *rows.train]) >= questions(train) - questions(data.gsm8k_test)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from lib.engine import load
 from lib.record.files import sha256_json
@@ -843,6 +844,22 @@ def test_each_key_changes_the_training_and_its_adapter_is_evaluated_as_trained(f
         beside = PeftModel.from_pretrained(base, str(result.adapter_dir)).eval()(ids).logits
         merged = load.load_dense(folder, FLOAT32, "nf4", result.adapter_dir)(ids).logits
     torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"use_rslora": True}, {"use_dora": True, "use_rslora": True}])
+def test_after_two_steps_plain_peft_and_the_evaluation_compute_the_same(folder, examples, tmp_path, kind):
+    settings = replace(SETTINGS, lora_dropout=0.0, learning_rate=2e-2, num_epochs=1, **kind)
+    result = run(folder, examples[:8], tmp_path, settings)
+    assert len(result.log) == 2
+    ids = torch.tensor([examples[0]["input_ids"]])
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        untuned = base(ids).logits
+        plain = PeftModel.from_pretrained(base, str(result.adapter_dir)).eval()(ids).logits
+        evaluated = load.load_dense(folder, FLOAT32, "none", result.adapter_dir)(ids).logits
+    torch.testing.assert_close(evaluated, plain, rtol=1e-5, atol=1e-4)
+    # Far above what is allowed: the adapter does something.
+    assert (plain - untuned).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("later", [{"use_dora": True, "neftune_noise_alpha": 5.0, "optimizer": "adamw_8bit"}], ids=str)

@@ -9,6 +9,7 @@ import atexit
 import ctypes
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -74,7 +75,9 @@ def preload() -> str:
     if torch.cuda.is_available():
         return "torch sees a GPU"
     for name in PRELOADED:
-        importlib.import_module(name)
+        # A machine may do without bitsandbytes.
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
     # The collector would write to every page that kernels share with their server.
     gc.collect()
     gc.freeze()

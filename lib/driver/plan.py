@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoint: str, seed: int
         "allow_unlike": args.allow_unlike,
     }
     stages = chosen_stages(args)
+    _check_packages(preset, params, stages)
     try:
         _check_files(params, settings, stages)
         run = run_paths(str(results), name)
@@ -148,6 +150,17 @@ def _make_plan(args: argparse.Namespace, preset: str, checkpoint: str, seed: int
         raise UsageError(f"preset {preset!r}: {error}") from None
     folder = reports / f"run_{name}"
     return Plan(name, preset, params, settings, run, folder, stages, args.cell_timeout, args.typed, args.quiet)
+
+
+def _check_packages(preset: str, params: Params, stages: list[str]) -> None:
+    if {"02_train", "03_eval_gsm8k", "04_eval_safety"}.isdisjoint(stages) or find_spec("bitsandbytes"):
+        return
+    needed = {"quantization": "none", "judge_quantization": "none", "optimizer": "adamw"}
+    four_bit = [key for key in needed if getattr(params, key) not in (needed[key], "same")]
+    if four_bit:
+        keys = ", ".join(f"{key} is {getattr(params, key)!r}" for key in four_bit)
+        remedy = " ".join(f"{key}={needed[key]}" for key in four_bit)
+        raise UsageError(f"preset {preset!r}: {keys}, but bitsandbytes is not installed; --set {remedy}")
 
 
 def _check_files(params: Params, settings: dict[str, Any], stages: list[str]) -> None:

@@ -73,7 +73,7 @@ def places(args: argparse.Namespace, plans: list[Plan]) -> Iterator[list[dict[st
     """The environment of each preset that runs at once: its GPU or share of the CPU; UsageError if no GPU is free."""
     most = min(args.jobs, len(plans))
     computes = bool(set(plans[0].stages) - {COMPARE_STAGE})
-    gpus = visible_gpus() if computes and any(plan.params.device != "cpu" for plan in plans) else []
+    gpus = visible_gpus() if computes and any(plan.params.device in ("auto", "cuda") for plan in plans) else []
     if not gpus:
         if computes and (note := devices.slow_cpu_note()):
             tell(note)

@@ -23,7 +23,7 @@ ATTENTION_NAME = "shared_prefix"
 CAPACITY_STEP = 32
 # Where scores are written out, for this many queries at a time: they then stay in a CPU's cache; on a GPU they are
 # large enough for its units, and small beside what is reserved for a pass.
-NUM_QUERIES = {"cpu": 192, "cuda": 4096}
+NUM_QUERIES = {"cpu": 192, "cuda": 4096, "mps": 192}
 
 
 @dataclass(frozen=True)

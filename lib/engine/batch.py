@@ -15,7 +15,7 @@ from lib.engine.generator import EngineStats, FinishReason
 # Entering rows are prefilled in portions of about this many tokens: enough to keep the matrix units busy, and few
 # enough that activations stay in the caches of a CPU, or leave most of a GPU's memory to slots. A GPU's number is an
 # estimate: no GPU was measured yet.
-PREFILL_TOKENS = {"cpu": 768, "cuda": 8192}
+PREFILL_TOKENS = {"cpu": 768, "cuda": 8192, "mps": 768}
 
 
 @dataclass

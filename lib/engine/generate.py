@@ -28,9 +28,9 @@ from lib.engine.plain import DrawProcessor, generate_batch, score_batch
 SUPPORTED_MODELS = (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 # A shorter prefix costs more in merging than it saves; on a GPU merging takes launches, and keys are read fast. Here
 # and below, a GPU's number is an estimate: no GPU was measured yet.
-MIN_PREFIX_TOKENS = {"cpu": 16, "cuda": 128}
+MIN_PREFIX_TOKENS = {"cpu": 16, "cuda": 128, "mps": 128}
 # Rows whose labels are scored in one go: the steps for a label's further tokens are then shared by so many.
-SCORED_ROWS = {"cpu": 16, "cuda": 64}
+SCORED_ROWS = {"cpu": 16, "cuda": 64, "mps": 16}
 MAX_ROWS = 256
 # What is free now is not all ours: the allocator fragments, and other processes move.
 MEMORY_SHARE = 0.7
@@ -120,7 +120,7 @@ class Engine:
         results: dict[int, list[float]] = {}
 
         def emit(index: int, log_probabilities: Tensor) -> None:
-            results[index] = torch.softmax(log_probabilities.double(), dim=-1).tolist()
+            results[index] = torch.softmax(log_probabilities.cpu().double(), dim=-1).tolist()
             if on_result is not None:
                 on_result(index, results[index])
 

@@ -31,10 +31,11 @@ def kernel_of(states: Tensor) -> Kernel:
     | GPU from 8.0 on, 16 bits          | varlen: FlashAttention over sequences of any length           |
     | older GPU (T4), float16           | efficient: the only fused one that it has                     |
     | GPU, float32 or an odd head size  | products                                                      |
+    | GPU of a Mac                      | products                                                      |
     """
     if states.device.type == "cpu":
         return "products" if states.dtype == torch.bfloat16 else "flash_cpu"
-    if states.shape[-1] % 8 or states.shape[-1] > LARGEST_HEAD:
+    if states.device.type == "mps" or states.shape[-1] % 8 or states.shape[-1] > LARGEST_HEAD:
         return "products"
     if is_ampere(states.device):
         return "varlen" if states.dtype in (torch.float16, torch.bfloat16) else "products"

@@ -9,15 +9,16 @@ loading, which equals the packed layers in train mode exactly, and the adapter i
 import math
 import re
 import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
-import bitsandbytes
 import torch
 from jinja2 import TemplateError
 from peft import PeftModel, get_peft_model_state_dict
@@ -36,8 +37,10 @@ from lib.record.gpus import nvidia_smi, visible_gpus
 from lib.record.paths import ArtifactError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "mps")
 QUANTIZATIONS = ("nf4", "none")
+# Of a machine without bitsandbytes.
+DENSE_REMEDY = "set quantization: none and judge_quantization: none"
 GIB = 2**30
 # Packed NF4: half a byte a weight, and a little for the double-quantised block scales.
 NF4_BYTES_PER_WEIGHT = 0.52
@@ -77,19 +80,24 @@ def resolve_runtime(device: str = "auto", compute_dtype: str = "auto") -> Runtim
     """Device and dtype of this machine, or ModelError for an unknown name or a combination that it does not have.
 
     ``auto`` takes CUDA where there is a GPU, and the fastest dtype of the hardware itself: bfloat16 on GPUs of compute
-    capability 8 and CPUs with AVX-512 or AMX bfloat16, float16 on older GPUs (T4), else float32.
+    capability 8 and CPUs with AVX-512 or AMX bfloat16, float16 on older GPUs (T4), else float32. A Mac's GPU (``mps``)
+    is used only where it is requested.
     """
     _require_one_of("device", device, ("auto", *DEVICES))
     _require_one_of("compute_dtype", compute_dtype, ("auto", *DTYPES))
-    if device != "cpu" and (why := _why_gpu_is_no_use()):
+    if device in ("auto", "cuda") and (why := _why_gpu_is_no_use()):
         raise ModelError(f"device is {device!r} and this machine has a GPU, but {why}; or use device: cpu, without it")
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("device is 'cuda' but torch sees no CUDA GPU here; use device: auto or cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ModelError("device is 'mps' but torch sees no GPU of a Mac here; use device: auto or cpu")
     chosen = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     found = "a GPU is there" if chosen == "cuda" else "no CUDA GPU here"
     name, why = _fastest_dtype(chosen) if compute_dtype == "auto" else (compute_dtype, "requested")
     if chosen == "cpu" and name == "float16":
         raise ModelError("compute_dtype is 'float16' on the CPU, where it is slow and overflows; use auto or float32")
+    if chosen == "mps" and name == "bfloat16":
+        raise ModelError("compute_dtype is 'bfloat16' on mps, where not every Mac has it; use auto or float16")
     why_device = "requested" if device != "auto" else found
     return Runtime(chosen, DTYPES[name], f"{_device_name(chosen)} ({why_device}), {name} ({why})")
 
@@ -139,6 +147,8 @@ def _fastest_dtype(device: str) -> tuple[str, str]:
         # torch.cuda.is_bf16_supported() also answers yes for GPUs that only emulate it, a T4 among them.
         major, minor = torch.cuda.get_device_capability()
         return ("bfloat16" if major >= 8 else "float16"), f"compute capability {major}.{minor}"
+    if device == "mps":
+        return "float32", "as exact as on a CPU; compute_dtype: float16 takes half the memory and can overflow"
     capabilities = torch.cpu.get_capabilities()
     found = [name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name, False)]
     return ("bfloat16", f"the CPU has {found[0]}") if found else ("float32", "the CPU has no bfloat16 instructions")
@@ -147,6 +157,8 @@ def _fastest_dtype(device: str) -> tuple[str, str]:
 def _device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
+    if device == "mps":
+        return "GPU of a Mac"
     num_threads = torch.get_num_threads()
     return f"CPU with {num_threads} {'thread' if num_threads == 1 else 'threads'}"
 
@@ -244,6 +256,8 @@ def load_base(folder: str | Path, runtime: Runtime, quantization: str) -> PreTra
     """The base model: ``nf4`` packed with double quantisation, for training only (module docstring), or plain."""
     _require_one_of("quantization", quantization, QUANTIZATIONS)
     _weight_files(Path(folder))
+    if quantization == "nf4":
+        four_bit_library(runtime.device)
     # A model that was here before may live on in cycles.
     release_memory()
     with quiet_loading():
@@ -296,6 +310,8 @@ def plan_judge(folder: str | Path, runtime: Runtime, quantization: str) -> tuple
 
     Packed NF4 weights are the same function up to rounding, slower, for where their dense copies do not fit.
     """
+    if quantization == "nf4":
+        four_bit_library(runtime.device, "judge_quantization is 'nf4'")
     free = free_memory_bytes(torch.device(runtime.device))
     for kind in ("dense", "packed") if quantization == "nf4" else ("dense",):
         need = _judging_bytes(Path(folder), runtime.dtype, quantization, kind)
@@ -303,7 +319,8 @@ def plan_judge(folder: str | Path, runtime: Runtime, quantization: str) -> tuple
         text += f"{need / GIB:.1f} GiB are needed at the peak, {free / GIB:.1f} GiB are free on {runtime.device}"
         if need <= free:
             return kind, text
-    remedy = "set judge_quantization=nf4, " if quantization == "none" else ""
+    can_pack = quantization == "none" and runtime.device != "mps"
+    remedy = "set judge_quantization=nf4, " if can_pack else ""
     raise ModelError(f"the judge does not fit: {text}; {remedy}free memory, or name a smaller safeguard_model")
 
 
@@ -325,6 +342,7 @@ def load_judge(folder: str | Path, runtime: Runtime, quantization: str) -> PreTr
     kind, _ = plan_judge(folder, runtime, quantization)
     if kind == "dense":
         return load_dense(folder, runtime, quantization)
+    bitsandbytes = four_bit_library(runtime.device)
     model = load_base(folder, runtime, quantization).eval()
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -344,8 +362,26 @@ def peak_memory_gib(device: str) -> float:
     if device == "cuda":
         # Reserved, with what lies between tensors: a GPU with less runs out of memory.
         return torch.cuda.max_memory_reserved() / GIB
-    # In KiB on Linux; it never falls again, so a notebook's number covers all that its kernel did.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    if device == "mps":
+        # What its driver holds now: it counts no peak, but keeps what was freed.
+        return torch.mps.driver_allocated_memory() / GIB
+    # It never falls again, so a notebook's number covers all that its kernel did.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def four_bit_library(device: str, wanted: str = "quantization is 'nf4'", remedy: str = DENSE_REMEDY) -> ModuleType:
+    """bitsandbytes, for what is ``wanted``; ModelError where it is missing or does not serve ``device``."""
+    if device == "mps":
+        raise ModelError(f"{wanted}, which is not supported on mps; {remedy}")
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ModelError(f"{wanted} but bitsandbytes cannot be imported here ({error}); {remedy}") from None
+    # Old versions name no devices and are for CUDA alone.
+    if device not in getattr(bitsandbytes, "supported_torch_devices", ("cuda",)):
+        raise ModelError(f"{wanted} but bitsandbytes {bitsandbytes.__version__} has no backend for {device}; {remedy}")
+    return bitsandbytes
 
 
 def nf4_config(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -371,6 +407,7 @@ def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreT
     """Dense weights, kept on disk for a CPU; a GPU packs faster than a disk reads."""
     if quantization != "nf4" or runtime.device != "cpu":
         return _dequantize(load_base(folder, runtime, quantization))
+    bitsandbytes = four_bit_library(runtime.device)
     files, versions = _weight_files(folder), {"bitsandbytes": bitsandbytes.__version__, "torch": torch.__version__}
     made_from = dense_cache.identity(
         [*files, folder / "config.json"], nf4=nf4_config(runtime.dtype).to_dict(), dtype=str(runtime.dtype), **versions

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lib.engine.attention import head_size
 
 # The CPU's allocator; the driver itself, under an error of the accelerator; cuBLAS, which takes its workspace late.
-OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED")
+OUT_OF_MEMORY_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "ALLOC_FAILED", "MPS backend out of memory")
 
 
 def free_memory_bytes(device: torch.device) -> int:
@@ -99,3 +99,5 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()

@@ -35,6 +35,8 @@ def pick_tokens(logits: Tensor) -> list[int]:
 
 def draw_tokens(logits: Tensor, uniforms: Sequence[float], temperature: float) -> list[int]:
     """A token per row, drawn from softmax(logits / temperature): the one at the share ``uniforms`` of its sum."""
+    if logits.device.type == "mps":
+        logits = logits.cpu()  # it has no float64
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     # In float64: over 150,000 tokens a float32 sum is off by more than the rarer tokens weigh.
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)

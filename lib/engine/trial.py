@@ -9,6 +9,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lib.record.files import read_json
 # A usual template takes a hundredth of a second.
 LIMIT_S = 10
 LIMIT_BYTES = 500_000_000
+# Only Linux has it: elsewhere time alone is limited.
+STATM = Path("/proc/self/statm")
 MAX_PATTERN_CHARACTERS = 100_000
 # As peft puts the strings of an adapter's configuration into regular expressions.
 PATTERN_KEYS = {
@@ -61,9 +64,10 @@ def within(seconds: float, function: Callable[..., object], *arguments: Any) -> 
 def _limited(seconds: float, function: Callable[..., object], *arguments: Any) -> None:
     status = 1
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1, int(seconds) + 1))
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + LIMIT_BYTES, used + LIMIT_BYTES))
+        _limit(resource.RLIMIT_CPU, int(seconds) + 1)
+        if STATM.exists():
+            used = int(STATM.read_text().split()[0]) * resource.getpagesize()
+            _limit(resource.RLIMIT_AS, used + LIMIT_BYTES)
         function(*arguments)
         status = 0
     except MemoryError:
@@ -73,6 +77,14 @@ def _limited(seconds: float, function: Callable[..., object], *arguments: Any) -
     finally:
         # Nothing of the parent's is flushed, closed or removed.
         os._exit(status)
+
+
+def _limit(kind: int, most: int) -> None:
+    # A limit that is lower already stays, and not every system has each: the trial runs anyway, and ends in time.
+    with suppress(ValueError, OSError):
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
 
 
 def try_template(render: Callable[..., object], template: str) -> None:

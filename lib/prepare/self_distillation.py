@@ -31,7 +31,7 @@ Choice = Literal["shortest", "random"]
 Fallback = Literal["drop", "gold"]
 
 # Rows per call by device: enough to fill a batch, few enough that a kill costs a minute at most.
-ROWS_PER_CALL = {"cpu": 64, "cuda": 256}
+ROWS_PER_CALL = {"cpu": 64, "cuda": 256, "mps": 64}
 # Right, but without an end of turn: training on it would teach to stop in the middle.
 CUT_OFF = "correct, cut off"
 OUTCOMES = (*get_args(gsm8k.Outcome), CUT_OFF)

@@ -14,7 +14,7 @@ from lib.train.packing import Example, pack_rows, supervised_loss
 from lib.train.settings import TrainSettings
 
 # More tokens at a time are no faster on a CPU (measured, 135M weights) and fall out of its caches.
-MOST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+MOST_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "mps": 2048}
 # Of the free memory, what activations kept for the backward pass may take; the rest is for what comes and goes.
 ACTIVATION_SHARE = 0.5
 

@@ -33,7 +33,7 @@ IGNORED_LABEL = -100
 # Scores of longer rows are too large to keep for the backward pass; torch's own kernel recomputes them.
 LONGEST_ROW_WITH_KEPT_SCORES = 1024
 # Float32 logits at a time, in elements: on a CPU they should stay in its last cache.
-LOSS_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+LOSS_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27, "mps": 2**22}
 # Relative difference up to which a loss counts as transformers' own, by the dtype of the weights.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
 

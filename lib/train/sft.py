@@ -19,7 +19,14 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from lib.engine.kernels import attention
-from lib.engine.load import Runtime, load_for_training, peak_memory_gib, quiet_loading, reset_peak_memory
+from lib.engine.load import (
+    Runtime,
+    four_bit_library,
+    load_for_training,
+    peak_memory_gib,
+    quiet_loading,
+    reset_peak_memory,
+)
 from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
 from lib.record.redaction import clean
@@ -149,11 +156,13 @@ def check_targets(model: PreTrainedModel, target_modules: Sequence[str]) -> None
 
 
 def _check_optimizer(device: str, optimizer: str) -> None:
-    if device == "cpu" and optimizer.startswith("paged"):
+    if device != "cuda" and optimizer.startswith("paged"):
         raise TrainingError(
             f"optimizer is {optimizer!r}, which moves its state between the memory of a GPU and the machine's, and no "
             "GPU is used here: take adamw or adamw_8bit"
         )
+    if optimizer != "adamw":
+        four_bit_library(device, f"optimizer is {optimizer!r}", "take adamw")
 
 
 @contextmanager

@@ -157,7 +157,7 @@ class StepTrainer(Trainer):
         self._started, self._step = time.perf_counter(), inputs["step"]
         model.train()
         rows = self._step.rows
-        generator = torch.cuda if self.model.device.type == "cuda" else torch
+        generator = {"cuda": torch.cuda, "mps": torch.mps}.get(self.model.device.type, torch)
         random_state = generator.get_rng_state()
         longest = max(len(example["input_ids"]) for example in rows)
         total = torch.zeros((), device=self.model.device)
