@@ -51,7 +51,7 @@ def bundled_gguf() -> Path:
 
 def convert_once(gguf: Path, folder: Path) -> None:
     """Convert beside ``folder`` and rename: a killed conversion leaves nothing under its name."""
-    from lib.engine.load import quiet_loading
+    from lib.engine.quiet import quiet_loading
 
     with one_at_a_time(folder):
         # Another process may have made it while this one waited.

@@ -10,9 +10,7 @@ import math
 import re
 import resource
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +26,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from lib.engine import dense_cache
 from lib.engine.memory import free_memory_bytes, release_memory
+from lib.engine.quiet import quiet_loading
 from lib.engine.trial import TrialError, try_patterns, try_template
 from lib.record.gpus import nvidia_smi, visible_gpus
 from lib.record.paths import ArtifactError
@@ -496,19 +494,3 @@ def _weight_shapes(folder: Path) -> dict[str, list[int]]:
         with safe_open(path, "pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.offset_keys()}
     return shapes
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No progress bars and no advice while a model loads: both flood a filled notebook. Errors are raised anyway."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lib import gsm8k
 from lib.compare.runs import METRIC_STAGES, Run, load_run
 from lib.compare.tables import score_text
-from lib.engine import load, sources
+from lib.engine import load, quiet, sources
 from lib.record import lookup
 from lib.record.files import folder_in_making, free_bytes, sha256_file, sha256_json, share
 from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home, require, results_root, run_paths
@@ -104,7 +104,7 @@ def save_plain(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=dense.generation_config.bos_token_id,
     )
-    with load.quiet_loading():
+    with quiet.quiet_loading():
         dense.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     for path in folder.iterdir():

@@ -19,14 +19,8 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from lib.engine.kernels import attention
-from lib.engine.load import (
-    Runtime,
-    four_bit_library,
-    load_for_training,
-    peak_memory_gib,
-    quiet_loading,
-    reset_peak_memory,
-)
+from lib.engine.load import Runtime, four_bit_library, load_for_training, peak_memory_gib, reset_peak_memory
+from lib.engine.quiet import quiet_loading
 from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
 from lib.record.redaction import clean
