@@ -88,16 +88,22 @@ def test_usual_templates_are_taken(template, tmp_path):
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
 def test_trying_a_real_template_costs_less_than_a_tenth_of_a_second(name):
     tokenizer = real_tokenizer(name)
-    costs = []
+    costs, forks = [], []
     for number in range(5):
         # Another text each time: a template that was compiled before is cached.
         template = f"{tokenizer.chat_template}{{# {number} #}}"
         render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
-        # Of this process and its children: the machine has other work.
-        started = sum(os.times()[:4])
-        trial.try_template(render, template)
-        costs.append(sum(os.times()[:4]) - started)
-    assert min(costs) < 0.1
+        costs.append(processor_seconds(lambda: trial.try_template(render, template)))  # noqa: B023 - called here
+        forks.append(processor_seconds(lambda: trial.within(1, int)))
+    # A process of many tests is larger than any that loads a tokenizer, and so is its fork.
+    assert min(costs) - min(forks) < 0.1
+
+
+def processor_seconds(function):
+    """Of this process and its children: the machine has other work."""
+    started = sum(os.times()[:4])
+    function()
+    return sum(os.times()[:4]) - started
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,23 @@ def test_what_no_number_follows_from_may_change_between_stages(results, paths, k
     assert "it ran with" not in mismatches(results)
 
 
+def test_rows_of_an_earlier_pipeline_are_compared_by_their_questions(results, paths):
+    rows = [
+        {key: row[key] for key in ("id", "question", "gold_answer", "model_output")}
+        for row in read_jsonl(paths.gsm8k_preds)
+    ]
+    shutil.rmtree(results / "untuned")
+    for file in paths.run_dir.rglob("*"):
+        if file.is_file() and file.name not in ("config_resolved.json", paths.gsm8k_preds.name):
+            file.unlink()
+    write_jsonl(paths.gsm8k_preds, [{**row, "id": place} for place, row in enumerate(reversed(rows))])
+    assert "questions" not in mismatches(results) and "gold answers" not in mismatches(results)
+    write_jsonl(paths.gsm8k_preds, [*rows[:3], {**rows[3], "gold_answer": "#### 3"}])
+    assert "1 questions and gold answers are not those of the data set, first gold_answer" in mismatches(results)
+    write_jsonl(paths.gsm8k_preds, rows[:3])
+    assert "its 3 questions are not the 4 that" in mismatches(results)
+
+
 def test_a_lowered_baseline_is_found(results, paths):
     def lower(content):
         content["parameters"]["baseline_accuracy"] = 0.0

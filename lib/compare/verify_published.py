@@ -34,19 +34,22 @@ def _check_questions(run: Run, known: Row, grader: Grader, found: Found) -> None
         found.absent.append(f"run_{run.name}: GSM8K's test questions to compare with{why}")
         return
     expected = _expected_indices(len(rows), known)
-    got = [row.get("test_index", row["id"]) for row in run.accuracy.rows]
+    # Rows of an earlier pipeline name no position: their question has one.
+    by_question = {row["question"]: index for index, row in enumerate(rows)}
+    answers = run.accuracy.rows
+    known_places = all(row.get("test_index") is not None for row in answers)
+    places = [row["test_index"] if known_places else by_question.get(row["question"]) for row in answers]
     if expected is None:
         found.absent.append(
             f"run_{run.name}: gsm8k_eval_fraction, data_seed or max_gsm8k_rows, which draw its questions"
         )
-        expected = [*dict.fromkeys(got)]
-    if got != expected:
-        found.mismatches.append(
-            f"run_{run.name}: its {len(got)} questions are not the {len(expected)} that gsm8k_eval_fraction, data_seed "
-            f"and max_gsm8k_rows draw"
-        )
+        expected = [*dict.fromkeys(places)]
+    # An earlier pipeline drew as many, in another way.
+    if places != expected if known_places else len({*places}) != len(expected):
+        draw = f"{len(expected)} that gsm8k_eval_fraction, data_seed and max_gsm8k_rows draw"
+        found.mismatches.append(f"run_{run.name}: its {len(places)} questions are not the {draw}")
     published = {index: {"question": row["question"], "gold_answer": row["answer"]} for index, row in enumerate(rows)}
-    _compare_columns(run, "questions and gold answers", run.accuracy.rows, got, published, found)
+    _compare_columns(run, "questions and gold answers", answers, places, published, found)
     # A file of examples may be edited: then the protocol's hash alone holds them.
     if not known.get("fewshot_file"):
         _check_fewshot(run, str(known["gsm8k_source"]), grader, found)
@@ -81,8 +84,10 @@ def _compare_columns(
 
 def _check_fewshot(run: Run, source: str, grader: Grader, found: Found) -> None:
     rows = read_rows(run.paths.fewshot_rows) if run.paths.fewshot_rows.exists() else []
-    train, why = _gsm8k("train", source, run.paths.run_dir.parent, grader.assets_dir) if rows else ([], "")
-    if rows and not train:
+    if not rows:
+        return
+    train, why = _gsm8k("train", source, run.paths.run_dir.parent, grader.assets_dir)
+    if not train:
         found.absent.append(f"run_{run.name}: GSM8K's training rows to compare the worked examples with{why}")
         return
     published = {(row["question"], row["answer"]) for row in train}
