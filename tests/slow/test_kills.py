@@ -23,6 +23,7 @@ from chaos import Driver
 from small_notebooks import copy_project, write_notebook
 
 from lib.record.paths import STAGES
+from lib.record.rows import write_jsonl
 
 NUM_KILLS = int(os.environ.get("CHAOS_KILLS", "0"))
 LIGHT_STAGES = ("03_eval_gsm8k", "05_compare")
@@ -46,12 +47,16 @@ for rows in (log, untuned):
             if number not in rows.rows:
                 time.sleep(0.03)
                 gold = f"{number}\\n#### {number}"
-                rows.append({"id": number, "question": "?", "gold_answer": gold, "model_output": f"#### {number % 7}",
-                             "parsed_final": str(number % 7), "correct": number < 7, "finish_reason": "stop",
-                             "num_output_tokens": 3})
+                rows.append({"id": number, "test_index": number, "question": f"{number}?", "gold_answer": gold,
+                             "model_output": f"#### {number % 7}", "parsed_final": str(number % 7),
+                             "correct": number < 7, "finish_reason": "stop", "num_output_tokens": 3})
     rows.finish(range(25))
 """
-FINISH = "record.finish(inputs=[], outputs=[log.path, untuned.path], facts={})['status']"
+FINISH = """
+from lib import gsm8k
+metrics = gsm8k.summarize(list(log.rows.values()))
+record.finish(inputs=[], outputs=[log.path, untuned.path], facts={}, metrics=metrics)["status"]
+"""
 # Counts what the stage before it wrote, as the real comparison does, and writes its manifest.
 COMPARE = """
 import time
@@ -83,7 +88,10 @@ def real(tmp_path_factory) -> Path:
 def light(tmp_path: Path) -> Path:
     """A copy of the project whose stage 03 writes 50 rows in about two seconds."""
     project = copy_project(tmp_path)
-    chaos.write_preset(project)
+    # `--verify` compares the rows with it.
+    rows = [{"question": f"{number}?", "answer": f"{number}\n#### {number}"} for number in range(25)]
+    write_jsonl(project / "questions" / "gsm8k_test.jsonl", rows)
+    chaos.write_preset(project, gsm8k_source="questions", max_gsm8k_rows=0)
     write_notebook(project / "notebooks" / "03_eval_gsm8k.ipynb", ROWS, FINISH, "print('summary')")
     names = 'results_dir: str = ""  # folder\nrun_names: list = []  # runs'
     write_notebook(project / "notebooks" / "05_compare.ipynb", COMPARE, parameters=names)
