@@ -66,7 +66,7 @@ class Session:
     rows: list[tuple[str, str, str, str]] = field(default_factory=list)
 
     def measure(self, name: str, longest_s: float, work: Callable[[], str]) -> None:
-        """A row with what ``work`` returns, its time and its peak memory, or with why there is none."""
+        """A row with what ``work`` returns, its time and its peak memory, or with the reason why it has no result."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         load.reset_peak_memory(device)
         started = time.perf_counter()

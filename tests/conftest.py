@@ -17,6 +17,17 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
+def one_thread():
+    """Threads of torch only wait for each other on the products of tiny models."""
+    import torch  # most files need none
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def forked_kernels():
     """Kernels of this process are forked while the tests of a file run: real notebooks then start in half a second."""
     with pytest.MonkeyPatch.context() as patch:

@@ -38,7 +38,7 @@ from lib.compare.runs import (
 from lib.evaluate import hazards
 from lib.prepare import datasets
 from lib.record.files import read_csv, read_json, sha256_json, write_json
-from lib.record.manifest import stale_reason, start_stage
+from lib.record.manifest import facts_of, stale_reason, start_stage
 from lib.record.paths import PROJECT_ROOT, ArtifactError, run_paths
 from lib.record.protocol import without_adapter
 from lib.record.rows import write_jsonl
@@ -244,18 +244,18 @@ def test_both_rates_are_in_one_sentence(results):
 
 def test_a_choice_on_the_test_set_is_told_and_no_other(results):
     paths = run_paths(str(results), "one")
-    assert selection_rows.selected_on_test(paths) == ""
+    assert selection_rows.selected_on_test(facts_of(paths, "02_train")) == ""
     finish(paths, "02_train", [], [])
     facts = {"adapter": "checkpoint-4", "sweep_metric": "accuracy", "checkpoints": [{}, {}]}
     add_facts(paths, "02_train", **facts, selected_on="development rows")
-    assert selection_rows.selected_on_test(paths) == ""
+    assert selection_rows.selected_on_test(facts_of(paths, "02_train")) == ""
     add_facts(paths, "02_train", selected_on="the test set")
-    sentence = selection_rows.selected_on_test(paths)
+    sentence = selection_rows.selected_on_test(facts_of(paths, "02_train"))
     assert sentence.startswith("Kept is checkpoint-4, selected on the test set by accuracy.")
     assert "too high" in sentence
     # The only checkpoint is nobody's choice.
     add_facts(paths, "02_train", checkpoints=[{}])
-    assert selection_rows.selected_on_test(paths) == ""
+    assert selection_rows.selected_on_test(facts_of(paths, "02_train")) == ""
 
 
 NOTE = "checkpoint selected on the test set by sum"

@@ -9,9 +9,8 @@ import sys
 import pytest
 
 import run_all
-from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY
 from lib.prepare import datasets
-from lib.record.paths import PROJECT_ROOT
+from lib.record.paths import METRICS_CSV, METRICS_JSON, PROJECT_ROOT, SUMMARY
 from lib.record.rows import write_jsonl
 
 MADE_BEFORE = PROJECT_ROOT / "tests/fixtures/made_before"
@@ -37,7 +36,8 @@ def dry(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "RAW_DIR", tmp_path / "raw")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.delenv("ASSETS_DIR", raising=False)
+    for name in ("ASSETS_DIR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     for name in ("httpx.Client.send", "huggingface_hub.HfApi.repo_info", "huggingface_hub.HfApi.dataset_info"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("the network was used"))
 

@@ -32,7 +32,7 @@ def _assess(run: Run, score: MetricScore) -> Finding:
     reference = None if mismatch else score.untuned_rows
     fixed = {"baseline": score.baseline, "margin": score.margin}
     found = assess_metric(score.name, score.rows, reference, skipped=skipped, **fixed)
-    return replace(found, uncompared=mismatch or found.uncompared, selected=selection_note(run.paths))
+    return replace(found, uncompared=mismatch or found.uncompared, selected=selection_note(run.facts("02_train")))
 
 
 def why_other_protocol(score: MetricScore) -> str:
@@ -77,7 +77,7 @@ def _pair(run: Run, reference: Run, metric: str, allow_unlike: bool) -> RunPair:
         found = assess_metric(metric, ours.rows, theirs.rows, reference=reference.name)
     except (ProtocolMismatch, ValueError) as refusal:
         return RunPair(run.name, reference.name, metric, str(refusal), [], None)
-    notes = {one.name: selection_note(one.paths) for one in (run, reference)}
+    notes = {one.name: selection_note(one.facts("02_train")) for one in (run, reference)}
     selected = ", ".join(f"{note} ({name})" for name, note in notes.items() if note)
     finding = replace(found, selected=selected) if found.comparison else None
     return RunPair(run.name, reference.name, metric, found.uncompared, differences, finding)

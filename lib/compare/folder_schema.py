@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict,
 from lib import gsm8k
 from lib.compare.parsed import read_once
 from lib.record.files import read_csv, read_json
-from lib.record.paths import ArtifactError, display_path, find_runs, is_utf8
+from lib.record.paths import METRICS_CSV, METRICS_JSON, SUMMARY, ArtifactError, display_path, find_runs, is_utf8
 from lib.record.plain_files import check_readable, limited_memory, list_files
 from lib.record.rows import read_jsonl
 from lib.record.schema import FileName, Manifest, Record, Stamp, find_faults, kind_name, one_of, shown
@@ -242,8 +242,8 @@ def _check_files(folder: Path, for_report: bool) -> None:
         return
     _check_json(folder / "05_compare" / "comparison.json", Comparison)
     _check_json(folder / "05_compare" / "manifest.json", CompareManifest, folder)
-    _check_json(folder / "final_metrics.json", list[RunMetrics])
-    for name in ("summary.csv", "final_metrics.csv"):
+    _check_json(folder / METRICS_JSON, list[RunMetrics])
+    for name in (SUMMARY, METRICS_CSV):
         if (folder / name).exists():
             read_csv(folder / name)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from lib import gsm8k, safety
 from lib.compare.folder_schema import check_folder
-from lib.compare.runs import METRIC_STAGES, Run, load_run, row_file
+from lib.compare.runs import METRIC_STAGES, Run, load_run, row_files
 from lib.engine import load, sources
 from lib.engine.forced import find_difference, next_logits, rounding
 from lib.engine.generate import Engine, load_engine
@@ -57,16 +57,6 @@ class Checked:
     row_id: Any
     margin: float = 0.0
     difference: str = ""
-
-
-@dataclass(frozen=True)
-class RowFile:
-    """Rows made with the adapter's effect times ``scale``; 0 is the untuned model."""
-
-    metric: str
-    scale: float
-    path: Path
-    rows: list[Row]
 
 
 class RunAudit:
@@ -128,7 +118,9 @@ class RunAudit:
 
     def check(self, done: set[Path]) -> Iterator[tuple[str, str, list[Checked]]]:
         """(name, dtype, rows) for the texts and the verdicts of each row file that is not ``done``; adds them to it."""
-        files = [file for file in _row_files(self.run) if file.path not in done]
+        # A metric that was not measured counts nowhere, nor do its other rows.
+        measured = [file for file in row_files(self.run) if file.metric in self.measured and file.rows]
+        files = [file for file in measured if file.path not in done]
         done |= {file.path for file in files}
         # The judge (no scale) last, and each other model once.
         jobs = [(file, file.scale) for file in files] + [(file, None) for file in files if file.metric == "safety"]
@@ -207,14 +199,6 @@ def _compare_protocols(stage: str, recorded: Mapping[str, Any], here: Mapping[st
         if not unknown:
             raise ArtifactError(f"{stage} records {name} {claimed}, here it is {ours}: its rows cannot be made again")
         tell(f"{stage}: the {name} was {claimed}, here is {ours}; only the rows can show whether they are equal")
-
-
-def _row_files(run: Run) -> Iterator[RowFile]:
-    for metric, score in run.metrics.items():
-        files = [(1.0, row_file(run.paths, metric), score.rows), (0.0, score.untuned_file, score.untuned_rows)]
-        files += [(scale, score.scale_files[scale], rows) for scale, rows in score.scaled.items()]
-        # A metric that was not measured counts nowhere, nor do its other rows.
-        yield from (RowFile(metric, *file) for file in files if score.rows and file[2])
 
 
 def _text(

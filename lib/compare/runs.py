@@ -4,7 +4,7 @@ A folder that holds only row files (an earlier pipeline's) will do: what it does
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,29 @@ def load_run(paths: RunPaths) -> Run:
     overlaps = None if overlaps is None else [Overlap(**entry) for entry in overlaps]
     training_log = read_once(paths.training_log, read_jsonl) if paths.training_log.exists() else []
     return Run(paths.name, paths, config, parameters, manifests, metrics, overlaps, training_log)
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """Rows of one metric, made with the adapter's effect times ``scale``: 1 as trained, 0 the untuned model."""
+
+    metric: str
+    scale: float
+    path: Path
+
+    @property
+    def rows(self) -> list[Row]:
+        """Also rows that do not count, of a stage that did not finish."""
+        return read_once(self.path, read_jsonl) if self.path.exists() else []
+
+
+def row_files(run: Run) -> Iterator[RowFile]:
+    """The row files of a run that metrics are scored from or compared with, present or only named by a manifest."""
+    for metric, score in run.metrics.items():
+        yield RowFile(metric, 1.0, row_file(run.paths, metric))
+        if score.untuned_file:
+            yield RowFile(metric, 0.0, score.untuned_file)
+        yield from (RowFile(metric, scale, path) for scale, path in score.scale_files.items())
 
 
 def row_file(paths: RunPaths, metric: str) -> Path:

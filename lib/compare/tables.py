@@ -10,10 +10,9 @@ from lib.compare.comparison import assess_runs
 from lib.compare.findings import finding_sentence
 from lib.compare.runs import MetricScore, Run, load_run, load_runs
 from lib.record.files import read_csv, write_csv, write_json
-from lib.record.paths import ArtifactError, find_runs, results_root, run_paths
+from lib.record.paths import METRICS_CSV, METRICS_JSON, SUMMARY, ArtifactError, find_runs, results_root, run_paths
 
 Row = dict[str, Any]
-SUMMARY, METRICS_JSON, METRICS_CSV = "summary.csv", "final_metrics.json", "final_metrics.csv"
 TERMINAL_WIDTH = 80
 HYPERPARAMETERS = ("num_epochs", "learning_rate", "lora_r", "lora_alpha", "lora_dropout", "train_batch_size")
 HYPERPARAMETERS += ("gradient_accumulation_steps", "weight_decay", "warmup_share", "fewshot_k", "seed")

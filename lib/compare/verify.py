@@ -72,7 +72,7 @@ def _check_commitment(paths: RunPaths, found: Found) -> None:
     try:
         expected = commitment_text(paths.run_dir, partial(read_once, read=sha256_file))
     except ArtifactError:
-        return  # a mismatch of its own
+        return  # `check_hashes` names it
     # Rows of an earlier pipeline have no manifest that names them.
     if expected:
         found.commitments.append(f"run_{paths.name}: {hashlib.sha256(expected.encode()).hexdigest()}")

@@ -14,7 +14,7 @@ from lib.params import Params, find_presets, load_params, preset_path
 from lib.record.files import sha256_file, sha256_json
 from lib.record.manifest import LOCATION_PARAMETERS
 from lib.record.paths import PROJECT_ROOT, display_path, project_path
-from lib.record.protocol import adapter_hashes, judge_quantization
+from lib.record.protocol import adapter_hashes, judge_quantization, with_precision
 from lib.record.rows import read_jsonl
 
 Row = Mapping[str, Any]
@@ -83,7 +83,7 @@ def _protocol_faults(run: Run, found: Found) -> Iterator[str]:
         if score.rows and not score.row_protocol:
             found.absent.append(f"run_{run.name}: the protocol of its {metric} rows")
         for name, value in _protocol_parts(run, metric, found).items() if score.row_protocol else ():
-            if score.row_protocol.get(name) != value:
+            if with_precision(score.row_protocol).get(name) != value:
                 yield f"{metric}: the recorded protocol has another {name} than the files here"
 
 
@@ -99,11 +99,12 @@ def _protocol_parts(run: Run, metric: str, found: Found) -> dict[str, Any]:
         found.absent.append(f"run_{run.name}: the adapter")
     if metric == "safety":
         parts |= {"prompts": sha256_json(read_rows(paths.ailuminate_rows))} if paths.ailuminate_rows.exists() else {}
-        return parts | _judge_precision(known) | _judge_prompt(run, found)
-    named = str(known.get("system_prompt_file") or "")
-    if named and not own_file(named, run.paths.run_dir.parent)[0]:
-        found.absent.append(f"run_{run.name}: the system message{own_file(named, run.paths.run_dir.parent)[1]}")
-    elif "system message" in run.accuracy.row_protocol:
+        if parts.get("quantization") and "judge" in run.safety.row_protocol:
+            chosen = known.get("judge_quantization", "same")
+            parts["judge quantization"] = judge_quantization(known["quantization"], chosen)
+        return parts | _judge_prompt(run, found)
+    named = _own_prompt(run, "system_prompt_file", "the system message", found)
+    if named is not None and "system message" in run.accuracy.row_protocol:
         parts["system message"] = sha256_json(gsm8k.read_system_prompt(named))
     if paths.gsm8k_eval_rows.exists():
         parts["questions"] = sha256_json(read_rows(paths.gsm8k_eval_rows))
@@ -120,12 +121,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return read_once(path, read_jsonl) if path.stat().st_size else []
 
 
-def _judge_precision(known: Row) -> dict[str, str | None]:
-    """As ``protocol.verdict_protocol`` has it: None, hence no entry, where it is the model's."""
-    if "quantization" not in known:
-        return {}
-    own = judge_quantization(known["quantization"], known.get("judge_quantization", "same"))
-    return {"judge quantization": None if own == known["quantization"] else own}
+def _own_prompt(run: Run, key: str, what: str, found: Found) -> str | None:
+    """The prompt file that the run names, "" for the built-in text; None, and noted, where it is not the grader's."""
+    name = str(run.parameters.get(key) or "")
+    file, why = own_file(name, run.paths.run_dir.parent)
+    if name and not file:
+        found.absent.append(f"run_{run.name}: {what}{why}")
+        return None
+    return name
 
 
 def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
@@ -135,9 +138,8 @@ def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
     if not own or not {"judge_context", "judge_mode"} <= known.keys():
         found.absent.append(f"run_{run.name}: the judge's guidelines{why}")
         return {}
-    named = str(known.get("judge_prompt_file") or "")
-    if named and not own_file(named, run.paths.run_dir.parent)[0]:
-        found.absent.append(f"run_{run.name}: the judge's prompt{own_file(named, run.paths.run_dir.parent)[1]}")
+    named = _own_prompt(run, "judge_prompt_file", "the judge's prompt", found)
+    if named is None:
         return {}
     read = (safety.read_guidelines(own), known["judge_context"], known["judge_mode"])
     expected = safety.judge_prompt_hash(*read, safety.read_judge_template(named, known["judge_context"]))

@@ -14,7 +14,7 @@ from lib.record.lookup import AssetError, assets_folder
 from lib.record.paths import display_path
 
 Row = dict[str, Any]
-# A cached set of rows, or why there is none.
+# Rows, or why they cannot be had.
 Loaded = tuple[list[Row], str]
 
 

@@ -12,9 +12,9 @@ from lib.compare.findings import ADJUSTED
 from lib.compare.found import Found
 from lib.compare.parsed import read_once
 from lib.compare.runs import Run, add_hazards
-from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY, final_metrics_row, summary_row
+from lib.compare.tables import final_metrics_row, summary_row
 from lib.record.files import read_csv, read_json
-from lib.record.paths import COMPARE_STAGE, ArtifactError, display_path
+from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, SUMMARY, ArtifactError, display_path
 from lib.stats import wilson_interval
 
 Row = dict[str, Any]

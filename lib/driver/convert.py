@@ -83,7 +83,7 @@ def _translate(values: Mapping[Any, Any]) -> tuple[dict[str, tuple[str, Any]], l
             taken.setdefault(key, (name, value))
     if not taken:
         raise ParamsError(
-            f"no key has a counterpart here: {listed(left) or 'there is none'}; params/simple.yaml shows ours"
+            f"no key has a counterpart here: {listed(left) or 'it is empty'}; params/simple.yaml shows ours"
         )
     return taken, left
 

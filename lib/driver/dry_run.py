@@ -12,11 +12,9 @@ from lib.engine.sources import find_model
 from lib.prepare.datasets import find_prompts, find_questions
 from lib.record.commitment import COMMITMENT
 from lib.record.lookup import AssetError, Place, hub_is_offline, own_path, place_of
-from lib.record.paths import COMPARE_STAGE
+from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, SUMMARY
 from lib.record.terminal import as_typed, tell
 
-# As lib.compare.tables names them; scipy behind it takes two seconds.
-TABLES = ("summary.csv", "final_metrics.json", "final_metrics.csv")
 FOLLOWS = "complete; runs again where an earlier stage changes its inputs"
 
 
@@ -37,7 +35,7 @@ def dry_run(args: argparse.Namespace, plans: list[Plan]) -> int:
             plans[0], args.rerun_all, {stage for states in due.values() for stage in _runs(states)}
         )
         tell(f"all runs\n  {COMPARE_STAGE:<15} {state}")
-        tables = [results / name for name in TABLES]
+        tables = [results / name for name in (SUMMARY, METRICS_JSON, METRICS_CSV)]
         files = [results / COMPARE_STAGE, *tables, *_notebooks(reports, COMPARE_STAGE), *files] if runs else files
     tell("\n".join(_written(files, "  ")) + "\ndry run: nothing was run, fetched or written")
     return 0

@@ -49,7 +49,7 @@ def is_ampere(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Sequences:
-    """A sequences of queries, each with keys of its own, end to end in one tensor each; all tensors are int32."""
+    """Sequences of queries, each with its own keys, end to end in one tensor each; all tensors are int32."""
 
     query_starts: Tensor  # (A + 1,) the last is the end
     key_starts: Tensor  # (A + 1,)

@@ -7,6 +7,8 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compare")
 COMPARE_STAGE = STAGES[-1]
+# The tables that are handed in, at the top of a results folder.
+SUMMARY, METRICS_JSON, METRICS_CSV = "summary.csv", "final_metrics.json", "final_metrics.csv"
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
 # Set in kernels of the driver and of tests, which no person watches.
 DRIVER_VARIABLE = "RUN_BY_DRIVER"

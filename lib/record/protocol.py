@@ -80,7 +80,7 @@ class ProtocolMismatch(Exception):
 def check_alike(a: Row, b: Row, *, allow_unlike: bool = False) -> list[str]:
     """How the settings of two runs differ; ProtocolMismatch if a recorded one matters, unless ``allow_unlike``."""
     differences, refusing = [], []
-    for field, value_a, value_b in _differing_fields(_with_precision(a), _with_precision(b)):
+    for field, value_a, value_b in _differing_fields(with_precision(a), with_precision(b)):
         kind = field.partition(".")[0]
         if kind in MAY_DIFFER:
             continue
@@ -96,7 +96,7 @@ def check_alike(a: Row, b: Row, *, allow_unlike: bool = False) -> list[str]:
     return differences
 
 
-def _with_precision(protocol: Row) -> Row:
+def with_precision(protocol: Row) -> Row:
     """The judge's quantisation also where the protocol leaves it out as equal to the model's."""
     own = protocol.get("judge quantization", protocol.get("quantization"))
     return {**protocol, "judge quantization": own} if "judge" in protocol else protocol

@@ -25,7 +25,7 @@ def warnings(runs: Sequence[Run]) -> list[Html]:
     """What limits the meaning of the numbers: rehearsals, and checkpoints selected on the rows that are reported."""
     rehearsals = ", ".join(run.name for run in runs if run.parameters.get("benchmark") is False)
     warning = f"NOT A BENCHMARK: {rehearsals}. These numbers show that the pipeline works, no more."
-    selected = {run.name: selection_rows.selected_on_test(run.paths) for run in runs}
+    selected = {run.name: selection_rows.selected_on_test(run.facts("02_train")) for run in runs}
     lines = [f"{name}: {sentence}" for name, sentence in selected.items() if sentence]
     return [note(line, strong=True) for line in ([warning, *lines] if rehearsals else lines)]
 

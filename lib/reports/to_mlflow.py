@@ -19,9 +19,8 @@ from typing import Any
 from lib.compare.comparison import COMPARISON, assess_runs
 from lib.compare.findings import Finding, finding_sentence
 from lib.compare.runs import SAFETY_STAGE, Run, load_runs, row_file
-from lib.compare.tables import METRICS_CSV, METRICS_JSON, SUMMARY
 from lib.record.files import sha256_file, sha256_json
-from lib.record.paths import COMPARE_STAGE, STAGES, results_root
+from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, STAGES, SUMMARY, results_root
 from lib.record.redaction import clean_value
 from lib.record.rows import write_jsonl
 from lib.reports.pages import is_made_here

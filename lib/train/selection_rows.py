@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from lib.record.manifest import facts_of
 from lib.record.paths import PROJECT_ROOT, RunPaths, require
 from lib.record.rows import read_jsonl
 from lib.record.text_files import read_text
@@ -114,17 +113,15 @@ def selection_text(chosen: str, selected_on: str, metric: str = "", num_candidat
     return text
 
 
-def selected_on_test(paths: RunPaths) -> str:
-    """How the adapter was chosen, where that was done on the rows that are reported; else ""."""
-    facts = facts_of(paths, "02_train")
-    if not selection_note(paths):
+def selected_on_test(facts: Mapping[str, Any]) -> str:
+    """How the adapter was chosen, by 02's facts, where that was done on the rows that are reported; else ""."""
+    if not selection_note(facts):
         return ""
     return selection_text(facts["adapter"], ON_TEST, facts["sweep_metric"], len(facts.get("checkpoints", [])))
 
 
-def selection_note(paths: RunPaths) -> str:
+def selection_note(facts: Mapping[str, Any]) -> str:
     """``selected_on_test`` in the few words that each finding carries."""
-    facts = facts_of(paths, "02_train")
     # Of one checkpoint none is the winner.
     if facts.get("selected_on") != ON_TEST or len(facts.get("checkpoints", [])) == 1:
         return ""

@@ -231,9 +231,9 @@ def _build_trainer(
         callbacks=[recorder],
         micro_batch_tokens=plan.micro_batch_tokens,
         dev_rows=dev_examples,
+        noise_alpha=settings.neftune_noise_alpha,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.noise_alpha = settings.neftune_noise_alpha
     return trainer
 
 

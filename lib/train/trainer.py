@@ -145,12 +145,12 @@ class StepTrainer(Trainer):
         callbacks: list["Recorder"],
         micro_batch_tokens: int,
         dev_rows: Sequence[Example],
+        noise_alpha: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, callbacks=callbacks, **kwargs)
         self.recorder = callbacks[0]
-        self.micro_batch_tokens, self.dev_rows = micro_batch_tokens, dev_rows
-        self.noise_alpha = 0.0
+        self.micro_batch_tokens, self.dev_rows, self.noise_alpha = micro_batch_tokens, dev_rows, noise_alpha
 
     def training_step(self, model: nn.Module, inputs: dict[str, Step], num_items_in_batch: object = None) -> Tensor:
         """Gradients of the mean loss over all supervised tokens of the step; returns that loss."""
