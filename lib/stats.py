@@ -11,12 +11,14 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, signal, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 # Either end of a 90 % interval is a one-sided 95 % bound.
 ONE_SIDED = 0.9
+# Weight of the observed split in a mid-p.
+MID_P = 0.5
 
 
 def wilson_interval(successes: float, total: float, level: float = 0.95) -> tuple[float, float]:
@@ -93,7 +95,7 @@ def _check_pairs(name_a: str, a: Sequence[object], name_b: str, b: Sequence[obje
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Rows that only one of two runs gets right, the difference rate(a) - rate(b) with its interval, the exact test."""
+    """Rows that only one of two runs gets right, the difference rate(a) - rate(b) with its interval, the tests' p."""
 
     only_a: int
     only_b: int
@@ -101,14 +103,18 @@ class PairedTest:
     low: float
     high: float
     p_value: float
+    mid_p: float
 
 
 def paired_test(
     a: Sequence[bool], b: Sequence[bool], level: float = 0.95, clusters: Sequence[Hashable] | None = None
 ) -> PairedTest:
-    """Exact McNemar test and Tango's score interval for two runs on the same rows, in the same order.
+    """McNemar's test, exact and mid-p, and Tango's score interval for two runs on the same rows, in the same order.
 
-    With ``clusters`` the test flips entire clusters, exact too, and the interval counts effective rows.
+    With ``clusters`` the test flips the signs of entire clusters, as Fisher did, and the interval counts effective
+    rows. The mid-p gives half the weight to the observed sum: its size is nearer to the level and its power higher,
+    and it agrees with the interval but for rare tables (Fagerland, Lydersen, Laake 2013, BMC Med. Res. Methodol. 13,
+    91): of those with 263 rows, in 1 of 700 or fewer.
     """
     _check_pairs("a", a, "b", b)
     clusters = range(len(a)) if clusters is None else clusters
@@ -117,7 +123,8 @@ def paired_test(
     only_a, only_b = differences.count(1), differences.count(-1)
     share = effective_size(clusters) / len(a)
     low, high = paired_interval(only_a * share, only_b * share, len(a) * share, level)
-    return PairedTest(only_a, only_b, (only_a - only_b) / len(a), low, high, _sign_flip_p(differences, clusters))
+    p_values = _sign_flip_p(differences, clusters)
+    return PairedTest(only_a, only_b, (only_a - only_b) / len(a), low, high, *p_values)
 
 
 def mcnemar_p(only_a: int, only_b: int) -> float:
@@ -127,22 +134,35 @@ def mcnemar_p(only_a: int, only_b: int) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue)
 
 
-def _sign_flip_p(differences: Sequence[int], clusters: Sequence[Hashable]) -> float:
-    """Exact two-sided test that flips the sign of entire clusters, as Fisher did; McNemar's when each is one row."""
+def mcnemar_mid_p(only_a: int, only_b: int) -> float:
+    """Two-sided mid-p McNemar test: ``mcnemar_p`` less half the probability of the observed split or its mirror."""
+    number = only_a + only_b
+    if number == 0:
+        return 1.0
+    # An even split is its own mirror.
+    observed = stats.binom.pmf(only_a, number, 0.5) * (1 if only_a == only_b else 2)
+    return float(mcnemar_p(only_a, only_b) - observed / 2)
+
+
+def _sign_flip_p(differences: Sequence[int], clusters: Sequence[Hashable]) -> tuple[float, float]:
+    """Exact p and mid-p of the test that flips the sign of entire clusters; McNemar's where all have one size."""
     sums: dict[Hashable, int] = defaultdict(int)
     for difference, cluster in zip(differences, clusters, strict=True):
         sums[cluster] += difference
-    sizes = [abs(total) for total in sums.values() if total]
-    if max(sizes, default=1) == 1:
-        return mcnemar_p(sum(total > 0 for total in sums.values()), sum(total < 0 for total in sums.values()))
-    # Distribution of the sum of all clusters with coin-flip signs, shifted to start at 0.
+    sizes = Counter(abs(total) for total in sums.values() if total)
+    if len(sizes) <= 1:
+        split = sum(total > 0 for total in sums.values()), sum(total < 0 for total in sums.values())
+        return mcnemar_p(*split), mcnemar_mid_p(*split)
+    # Distribution of the rows in clusters with a positive sign, size by size: as many as there are, like coins.
     chances = np.ones(1)
-    for size in sizes:
-        coin = np.zeros(2 * size + 1)
-        coin[[0, -1]] = 0.5
-        chances = np.convolve(chances, coin)
-    reached = np.abs(np.arange(len(chances)) - sum(sizes)) >= abs(sum(sums.values()))
-    return min(1.0, float(chances[reached].sum()))
+    for size, number in sorted(sizes.items()):
+        coins = np.zeros(size * number + 1)
+        coins[::size] = stats.binom.pmf(np.arange(number + 1), number, 0.5)
+        # By FFT where that is faster: to 1e-15 absolutely, so never below 0 but for rounding.
+        chances = signal.convolve(chances, coins)
+    flipped, observed = np.abs(2 * np.arange(len(chances)) - (len(chances) - 1)), abs(sum(sums.values()))
+    beyond, at = (max(0.0, float(chances[some].sum())) for some in (flipped > observed, flipped == observed))
+    return min(1.0, beyond + at), min(1.0, beyond + at / 2)
 
 
 def paired_interval(only_a: float, only_b: float, total: float, level: float = 0.95) -> tuple[float, float]:
@@ -205,13 +225,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def minimum_detectable_difference(
-    total: int, discordant_share: float, power: float = 0.8, level: float = 0.95
+    total: int, discordant_share: float, power: float = 0.8, level: float = 0.95, observed: float = MID_P
 ) -> float | None:
-    """Smallest true difference that the exact McNemar test on ``total`` rows finds with probability ``power``.
+    """Smallest true difference that McNemar's test on ``total`` rows finds with probability ``power``.
 
-    The power is exact, over the binomial number of discordant rows and their split; a difference above
-    ``discordant_share`` (rows that just one run gets right) takes its place. None where not even 1 would be found
-    so often.
+    ``observed`` as in ``mcnemar_power``. The power is exact, over the binomial number of discordant rows and their
+    split; a difference above ``discordant_share`` (rows that just one run gets right) takes its place. None where not
+    even 1 would be found so often.
     """
     _check_share("power", power)
     _check_share("level", level)
@@ -221,18 +241,23 @@ def minimum_detectable_difference(
         )
 
     def shortfall(difference: float) -> float:
-        return power - mcnemar_power(total, max(discordant_share, difference), difference, level)
+        return power - mcnemar_power(total, max(discordant_share, difference), difference, level, observed)
 
     if shortfall(1.0) > 0:
         return None
     return float(optimize.brentq(shortfall, 0.0, 1.0, xtol=1e-9))
 
 
-def mcnemar_power(total: int, discordant_share: float, difference: float, level: float = 0.95) -> float:
-    """Probability that the exact McNemar test rejects, for a true ``difference`` up to ``discordant_share``."""
+def mcnemar_power(
+    total: int, discordant_share: float, difference: float, level: float = 0.95, observed: float = MID_P
+) -> float:
+    """Probability that McNemar's test rejects, for a true ``difference`` up to ``discordant_share``.
+
+    ``observed`` is the weight of the observed split in the p-value: 1/2 for the mid-p, 1 for the exact test.
+    """
     if discordant_share == 0:
         return 0.0
-    num_discordant, largest = np.arange(total + 1), _largest_minority(total, level)
+    num_discordant, largest = np.arange(total + 1), _largest_minority(total, level, observed)
     chances = stats.binom.pmf(num_discordant, total, discordant_share)
     # What is left out sums to less than rounding.
     likely = chances > 1e-17
@@ -245,11 +270,11 @@ def mcnemar_power(total: int, discordant_share: float, difference: float, level:
 
 # A search over differences needs the same limits at each step.
 @lru_cache(maxsize=64)
-def _largest_minority(total: int, level: float) -> np.ndarray:
+def _largest_minority(total: int, level: float, observed: float) -> np.ndarray:
     """The largest smaller side of 0 to ``total`` discordant rows at which the test rejects; -1 where none does."""
-    num_discordant, alpha = np.arange(total + 1), 1 - level
-    largest = stats.binom.ppf(alpha / 2, num_discordant, 0.5)
-    return largest - (stats.binom.cdf(largest, num_discordant, 0.5) > alpha / 2)
+    coins, half_alpha = stats.binom(np.arange(total + 1), 0.5), (1 - level) / 2
+    largest = coins.ppf(half_alpha)
+    return largest - (coins.cdf(largest) - (1 - observed) * coins.pmf(largest) > half_alpha)
 
 
 def noninferiority_power(total: int, discordant_share: float, margin: float) -> float:

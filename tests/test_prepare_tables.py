@@ -32,7 +32,7 @@ def test_planning_says_before_the_run_what_so_many_rows_can_show():
     # Discordant rows, detectable for one preset and for three, power at the margin.
     assert [line[-7:] for line in lines if line[:1] == ["240"]] == [
         ["prompts", *f"{share} % {alone} {among} {power} %".split()]
-        for share, alone, among, power in (("5.0", 4.3, 4.7, 91.3), ("10.0", 6.2, 7.0, 72.6), ("15.0", 7.6, 8.6, 58.8))
+        for share, alone, among, power in (("5.0", 4.0, 4.4, 91.3), ("10.0", 5.8, 6.7, 72.6), ("15.0", 7.2, 8.2, 58.8))
     ]
     assert sum(line[:2] == ["1,200", "AILuminate"] for line in lines) == sum(line[:1] == ["263"] for line in lines) == 3
 

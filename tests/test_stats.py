@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -205,11 +206,84 @@ def test_cluster_test_agrees_with_trying_every_sign(rows):
     b = [difference == -1 for difference, _ in rows]
     clusters = [cluster for _, cluster in rows]
     sums = [sum(d for d, c in rows if c == cluster) for cluster in sorted(set(clusters))]
-    reached = [
-        abs(sum(sign * abs(total) for sign, total in zip(signs, sums, strict=True))) >= abs(sum(sums))
+    flipped = [
+        abs(sum(sign * abs(total) for sign, total in zip(signs, sums, strict=True)))
         for signs in itertools.product((-1, 1), repeat=len(sums))
     ]
-    assert stats.paired_test(a, b, clusters=clusters).p_value == pytest.approx(np.mean(reached))
+    test, reached = stats.paired_test(a, b, clusters=clusters), np.array(flipped) >= abs(sum(sums))
+    assert test.p_value == pytest.approx(np.mean(reached))
+    # Without any discordant cluster there is nothing to weigh.
+    observed = np.mean(np.array(flipped) == abs(sum(sums))) if any(sums) else 0.0
+    assert test.mid_p == pytest.approx(test.p_value - observed / 2)
+
+
+# Number of single prompts and of doubled ones that only the first run gets right; both must be exact.
+@pytest.mark.parametrize(("singles", "doubles"), [(0, 5), (7, 0), (300, 200), (20_000, 20_000)])
+@pytest.mark.parametrize("turned", [0, 3, 100])
+def test_cluster_test_of_many_rows_agrees_with_a_sum_of_binomials(singles, doubles, turned):
+    clusters = [*range(singles), *range(-doubles, 0), *range(-doubles, 0)]
+    a = [number >= min(turned, singles) for number in range(len(clusters))]
+    test = stats.paired_test(a, [not right for right in a], clusters=clusters)
+    ends = [abs(a.count(True) - a.count(False)) + offset for offset in (0, 1)]
+    # Sum of k positive doubles is 4 k - 2 doubles; the singles do the rest.
+    positive = np.arange(doubles + 1)
+    rest = [(end - 4 * positive + 2 * doubles + singles) / 2 for end in ends]
+    chances = scipy_stats.binom.pmf(positive, doubles, 0.5)
+    tails = [2 * np.sum(chances * scipy_stats.binom.sf(np.ceil(one) - 1, singles, 0.5)) for one in rest]
+    assert test.p_value == pytest.approx(min(1, tails[0]), abs=1e-12)
+    assert test.mid_p == pytest.approx(min(1, np.mean(tails)), abs=1e-12)
+
+
+def test_clusters_of_many_sizes_take_no_time_that_grows_with_their_square():
+    # 60,000 rows: one by one, the convolutions took 5 s.
+    clusters = [number // 2 if number < 40_000 else number for number in range(60_000)]
+    started = time.process_time()
+    assert stats.paired_test([True] * 60_000, [False] * 60_000, clusters=clusters).mid_p < 1e-12
+    assert time.process_time() - started < 2
+
+
+# Airway reactivity of 21 children, in Fagerland, Lydersen, Laake 2013; an earlier comparison of two presets.
+@pytest.mark.parametrize(("only_a", "only_b", "exact", "mid_p"), [(1, 7, 0.070, 0.039), (42, 25, 0.0498, 0.0385)])
+def test_mid_p_is_as_published(only_a, only_b, exact, mid_p):
+    assert stats.mcnemar_p(only_a, only_b) == pytest.approx(exact, abs=5e-4)
+    both = stats.mcnemar_mid_p(only_a, only_b), stats.mcnemar_mid_p(only_b, only_a)
+    assert both == pytest.approx((mid_p, mid_p), abs=5e-4)
+
+
+def test_mid_p_of_no_and_of_an_even_split():
+    assert (stats.mcnemar_mid_p(0, 0), stats.mcnemar_mid_p(1, 1)) == (1.0, pytest.approx(0.75))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.25, 0.5])
+@pytest.mark.parametrize("total", [20, 60, 218, 263, 1200, 1319])
+def test_mid_p_keeps_its_level_where_it_may_be_used(total, share):
+    # Exact sizes; of all rows discordant it may be a little more: at most 6.5 % of 50 rows.
+    size = stats.mcnemar_power(total, share, 0.0)
+    assert stats.mcnemar_power(total, share, 0.0, observed=1.0) <= size <= 0.05
+    assert size >= 0.042 or total * share < 11
+
+
+@pytest.mark.parametrize(("total", "parted"), [(10, 2), (20, 2), (40, 8), (60, 8)])
+def test_interval_and_mid_p_test_agree_on_nearly_every_table(total, parted):
+    tables = [(a, b) for a in range(total + 1) for b in range(total + 1 - a)]
+    differ = []
+    for only_a, only_b in tables:
+        low, high = stats.paired_interval(only_a, only_b, total)
+        if (low > 0 or high < 0) != (stats.mcnemar_mid_p(only_a, only_b) < 0.05):
+            differ.append((only_a, only_b))
+    assert len(differ) == parted and parted <= 0.031 * len(tables)
+
+
+def test_interval_and_mid_p_test_part_in_at_most_1_of_700_tables_of_263_rows():
+    # The interval leaves out 0 exactly where the score test rejects, see above.
+    a, b = np.triu_indices(264)
+    a, b = a, b - a
+    number, critical = a + b, scipy_stats.norm.ppf(0.975) ** 2
+    least = np.minimum(a, b)
+    coins = scipy_stats.binom(number, 0.5)
+    mid_p = np.where(a == b, 1.0, 2 * coins.cdf(least) - coins.pmf(least))
+    differ = ((a - b) ** 2 > critical * number) != (mid_p < 0.05)
+    assert 0 < differ.sum() <= len(a) / 700
 
 
 def test_holm_adjusts_step_by_step():
@@ -228,12 +302,12 @@ def test_detectable_difference_is_found_as_often_as_promised(total, share):
     difference = stats.minimum_detectable_difference(total, share)
     rng = np.random.default_rng(1)
     cells = [(share + difference) / 2, (share - difference) / 2, 1 - share]
-    found = [stats.mcnemar_p(int(a), int(b)) <= 0.05 for a, b, _ in rng.multinomial(total, cells, size=1500)]
+    found = [stats.mcnemar_mid_p(int(a), int(b)) <= 0.05 for a, b, _ in rng.multinomial(total, cells, size=1500)]
     assert np.mean(found) == pytest.approx(0.8, abs=0.04)
 
 
 def test_detectable_difference_is_close_to_the_normal_formula():
-    # Connor 1987 (Biometrics 43, 207-211), for the test without correction: a little smaller than the exact one's.
+    # Connor 1987 (Biometrics 43, 207-211), for the test without correction: as the mid-p's, below the exact one's.
     total, share = 1319, 0.25
     z_alpha, z_power = scipy_stats.norm.ppf([0.975, 0.8])
 
@@ -241,11 +315,18 @@ def test_detectable_difference_is_close_to_the_normal_formula():
         return ((z_alpha * math.sqrt(share) + z_power * math.sqrt(share - difference**2)) / difference) ** 2 - total
 
     approximate = optimize.brentq(needed, 0.001, share)
-    assert approximate < stats.minimum_detectable_difference(total, share) < 1.05 * approximate
+    assert stats.minimum_detectable_difference(total, share) == pytest.approx(approximate, rel=0.005)
+    assert approximate < stats.minimum_detectable_difference(total, share, observed=1.0) < 1.05 * approximate
 
 
 def test_power_is_the_size_of_the_test_where_there_is_no_difference():
     assert 0.02 < stats.mcnemar_power(240, 0.14, 0.0) <= 0.05
+
+
+@pytest.mark.parametrize(("share", "difference", "exact", "mid_p"), [(0.05, 3, 0.454, 0.550), (0.02, 2, 0.349, 0.525)])
+def test_power_of_both_tests_is_what_was_computed_elsewhere(share, difference, exact, mid_p):
+    power = [stats.mcnemar_power(240, share, difference / 100, observed=weight) for weight in (1.0, 0.5)]
+    assert power == pytest.approx([exact, mid_p], abs=5e-4)
 
 
 def test_more_rows_or_less_noise_show_smaller_differences():
@@ -255,10 +336,12 @@ def test_more_rows_or_less_noise_show_smaller_differences():
     assert detectable(240, 0.1, power=0.5) < detectable(240, 0.1, power=0.9)
 
 
-def test_five_rows_show_nothing_and_six_hardly():
-    # Six rows on one side give p = 2 / 2**6 = 0.031, five 0.063: no difference can be shown on five.
-    assert stats.minimum_detectable_difference(5, 0.5) is None
-    assert stats.minimum_detectable_difference(6, 0.5) == pytest.approx(0.8 ** (1 / 6), abs=1e-6)
+# The smallest number of rows that can all be on one side with p < 0.05: 2 / 2**6 = 0.031, and half of 2 / 2**5.
+@pytest.mark.parametrize(("observed", "needed"), [(1.0, 6), (0.5, 5)])
+def test_a_row_fewer_than_needed_shows_nothing(observed, needed):
+    assert stats.minimum_detectable_difference(needed - 1, 0.5, observed=observed) is None
+    found = stats.minimum_detectable_difference(needed, 0.5, observed=observed)
+    assert found == pytest.approx(0.8 ** (1 / needed), abs=1e-6)
 
 
 @pytest.mark.parametrize("arguments", [(0, 0.1), (10, -0.1), (10, 1.1)])
