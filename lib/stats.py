@@ -4,6 +4,7 @@ Duplicate rows (the same prompt twice) are not independent: functions that they 
 and a test are different methods and can disagree at the edge: claim a difference only where both show it.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy import optimize, signal, stats
+from scipy import integrate, optimize, signal, stats
+from statsmodels.stats.contingency_tables import cochrans_q
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-# Either end of a 90 % interval is a one-sided 95 % bound.
-ONE_SIDED = 0.9
 # Weight of the observed split in a mid-p.
 MID_P = 0.5
 
@@ -165,11 +165,14 @@ def _sign_flip_p(differences: Sequence[int], clusters: Sequence[Hashable]) -> tu
     return min(1.0, beyond + at), min(1.0, beyond + at / 2)
 
 
-def paired_interval(only_a: float, only_b: float, total: float, level: float = 0.95) -> tuple[float, float]:
+def paired_interval(
+    only_a: float, only_b: float, total: float, level: float = 0.95, df: float = math.inf
+) -> tuple[float, float]:
     """Tango's asymptotic score interval for (only_a - only_b) / total; the numbers may be effective ones.
 
-    It leaves out 0 exactly where McNemar's test without continuity correction rejects. Source: Tango 1998 (Stat.
-    Med. 17, 891-908), recommended in Fagerland, Lydersen, Laake 2014 (Stat. Med. 33, 2850-2875).
+    It leaves out 0 exactly where McNemar's test without continuity correction rejects. With ``df``, the score is
+    compared with Student's t. Source: Tango 1998 (Stat. Med. 17, 891-908), recommended in Fagerland, Lydersen, Laake
+    2014 (Stat. Med. 33, 2850-2875).
     """
     _check_share("level", level)
     # With room for rounding: effective numbers are fractions.
@@ -177,26 +180,37 @@ def paired_interval(only_a: float, only_b: float, total: float, level: float = 0
         raise ValueError(
             f"only_a is {only_a}, only_b {only_b}, total {total}; allowed: 0 or more, together up to total"
         )
-    critical = _critical(level)
+    critical = _critical(level, df)
 
-    def excess(difference: float) -> float:
-        return _squared_score(only_a, only_b, total, difference, critical)
+    def beyond(difference: float) -> float:
+        excess, variance = _score(only_a, only_b, total, difference)
+        return excess**2 - critical * variance
 
     estimate = (only_a - only_b) / total
-    return _root(excess, estimate, -1.0), _root(excess, estimate, 1.0)
+    return _root(beyond, estimate, -1.0), _root(beyond, estimate, 1.0)
 
 
-def _critical(level: float) -> float:
-    return float(stats.norm.ppf((1 + level) / 2) ** 2)
+def _critical(level: float, df: float = math.inf) -> float:
+    return float(stats.t.ppf((1 + level) / 2, df) ** 2)
 
 
-def paired_lower_bound(only_a: float, only_b: float, total: float) -> float:
-    """One-sided 95 % bound: (only_a - only_b) / total is not below it; numbers as in ``paired_interval``."""
-    return paired_interval(only_a, only_b, total, ONE_SIDED)[0]
+def paired_lower_bound(only_a: float, only_b: float, total: float, level: float = 0.95, df: float = math.inf) -> float:
+    """One-sided bound: (only_a - only_b) / total is not below it; numbers as in ``paired_interval``."""
+    # Either end of a 90 % interval is a one-sided 95 % bound; rounded, or 0.95 gives a hair less than 0.9.
+    return paired_interval(only_a, only_b, total, round(2 * level - 1, 15), df)[0]
 
 
-def _squared_score(only_a: Any, only_b: Any, total: float, difference: float, critical: float) -> Any:
-    """Squared score minus its critical value, both times the variance: below 0 inside the interval; of arrays too.
+def paired_score_p(only_a: float, only_b: float, total: float, difference: float = 0.0, df: float = math.inf) -> float:
+    """One-sided p of Tango's score test against a true difference of ``difference`` or less.
+
+    Below 1 - level where ``paired_lower_bound`` is above ``difference``; 0.5 where nothing is known.
+    """
+    excess, variance = _score(only_a, only_b, total, difference)
+    return float(stats.t.sf(excess / math.sqrt(variance), df)) if variance > 0 else 0.5
+
+
+def _score(only_a: Any, only_b: Any, total: float, difference: float) -> tuple[Any, Any]:
+    """Rows gained beyond a true ``difference``, and the variance of that number under it; of arrays too.
 
     The variance holds the share of ``only_b`` that is likeliest under ``difference``, the larger root of
     2n q² + linear q - only_b d (1 - d) = 0 (Tango's equation 26).
@@ -205,8 +219,7 @@ def _squared_score(only_a: Any, only_b: Any, total: float, difference: float, cr
     # Never below 0 but for rounding.
     discriminant = np.maximum(0.0, linear**2 + 8 * total * only_b * difference * (1 - difference))
     share_b = (np.sqrt(discriminant) - linear) / (4 * total)
-    variance = total * (2 * share_b + difference * (1 - difference))
-    return (only_a - only_b - total * difference) ** 2 - critical * variance
+    return only_a - only_b - total * difference, total * (2 * share_b + difference * (1 - difference))
 
 
 def _root(function: Callable[[float], float], estimate: float, end: float) -> float:
@@ -217,11 +230,92 @@ def _root(function: Callable[[float], float], estimate: float, end: float) -> fl
     return float(optimize.brentq(function, start, end, xtol=1e-14))
 
 
+def chance_of_loss(only_a: float, only_b: float, total: float, beyond: float = 0.0) -> float:
+    """Posterior probability that run a is worse than b by more than ``beyond``, 0 up to 1; numbers may be effective.
+
+    The prior is Jeffreys', Dirichlet(1/2, 1/2, 1/2) on the shares gained, lost and same: the share of discordant rows
+    is then Beta(only_a + only_b + 1, same + 1/2), and the lost part of it an independent Beta(only_b + 1/2, only_a +
+    1/2). By numeric integration over the former.
+    """
+    discordant = stats.beta(only_a + only_b + 1, max(0.0, total - only_a - only_b) + 0.5)
+    lost = stats.beta(only_b + 0.5, only_a + 0.5)
+    if beyond == 0:
+        return float(lost.sf(0.5))
+    # Between quantiles, so that a narrow peak is not missed.
+    start, end = max(beyond, discordant.ppf(1e-12)), discordant.isf(1e-12)
+    if start >= end:
+        return 0.0
+    found = integrate.quad(lambda x: discordant.pdf(x) * lost.sf((1 + beyond / x) / 2), start, end, epsabs=1e-10)
+    return float(min(1.0, found[0]))
+
+
+def pairing_gain(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, float | None]:
+    """Correlation of paired outcomes (phi), and the share of the difference's variance that pairing saved.
+
+    The latter is below 0 where outcomes oppose each other. None where one run or both have one outcome only.
+    """
+    (var_a, covariance), (_, var_b) = np.cov(a, b, bias=True)
+    phi = float(covariance / math.sqrt(var_a * var_b)) if var_a > 0 and var_b > 0 else None
+    return phi, float(2 * covariance / (var_a + var_b)) if var_a + var_b > 0 else None
+
+
+@dataclass(frozen=True)
+class CrossedDifference:
+    """Mean of paired differences over rows and seeds, its standard error and degrees of freedom (Satterthwaite).
+
+    ``seed_sd`` is the estimated SD of a seed's own effect; 0.0 where the seeds spread no further than noise lets them.
+    """
+
+    difference: float
+    standard_error: float
+    df: float
+    seed_sd: float
+
+
+def crossed_difference(differences: np.ndarray, clusters: Sequence[Hashable]) -> CrossedDifference:
+    """``differences`` (rows, seeds) of the same rows: row (cluster), seed and residual as crossed random effects.
+
+    Over seeds, the means vary by the seed's own effect plus residual / rows (Searle, Casella, McCulloch 1992, ch. 4);
+    the mean varies by var over rows / effective rows, which holds the residual already, plus seed variance / seeds.
+    ValueError for fewer than two seeds or distinct rows.
+    """
+    num_rows, num_seeds = differences.shape
+    size = effective_size(clusters)
+    if num_seeds < 2 or size <= 1:
+        raise ValueError(f"{num_seeds} seeds and {size:g} distinct rows; allowed: at least 2 seeds, above 1 row")
+    by_row, by_seed, mean = differences.mean(axis=1), differences.mean(axis=0), float(differences.mean())
+    residual = differences - by_row[:, None] - by_seed + mean
+    noise = float((residual**2).sum()) / ((num_rows - 1) * (num_seeds - 1))
+    seed_variance = max(0.0, float(by_seed.var(ddof=1)) - noise / size)
+    of_rows, of_seeds = float(by_row.var()) / (size - 1), seed_variance / num_seeds
+    parts = of_rows**2 / (size - 1) + of_seeds**2 / (num_seeds - 1)
+    df = (of_rows + of_seeds) ** 2 / parts if parts else size - 1
+    return CrossedDifference(mean, math.sqrt(of_rows + of_seeds), df, math.sqrt(seed_variance))
+
+
+def cochrans_q_p(outcomes: np.ndarray) -> float:
+    """Cochran's Q test that all columns of ``outcomes`` (rows, seeds; 0 or 1) have one rate; 1.0 if none differ."""
+    differ = outcomes[outcomes.min(axis=1) < outcomes.max(axis=1)]
+    return float(cochrans_q(differ).pvalue) if len(differ) else 1.0
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979), in the order given: each holds for its comparison when all are looked at."""
     if not p_values:
         return []
     return multipletests(list(p_values), method="holm")[1].tolist()
+
+
+def holm_in_places(places: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Holm's adjusted p-values of hypotheses in places; of those in one place at most one can be true.
+
+    Two that exclude each other can never both be rejected falsely, so they count once (Shaffer 1986, JASA 81, 826-831).
+    A true set has one of each place at most, and is hardest to reject with the largest p of each: that is the closed
+    test of Bonferroni's, and the family-wise error is at most the level.
+    """
+    largest = [max(place) for place in places]
+    others = [largest[:number] + largest[number + 1 :] for number in range(len(places))]
+    return [[holm([p, *rest])[0] for p in place] for place, rest in zip(places, others, strict=True)]
 
 
 def minimum_detectable_difference(
@@ -277,7 +371,7 @@ def _largest_minority(total: int, level: float, observed: float) -> np.ndarray:
     return largest - (coins.cdf(largest) - (1 - observed) * coins.pmf(largest) > half_alpha)
 
 
-def noninferiority_power(total: int, discordant_share: float, margin: float) -> float:
+def noninferiority_power(total: int, discordant_share: float, margin: float, level: float = 0.95) -> float:
     """Probability that ``paired_lower_bound`` is above -``margin`` when nothing changed.
 
     Exact, over the binomial number of discordant rows and their split in halves.
@@ -287,5 +381,6 @@ def noninferiority_power(total: int, discordant_share: float, margin: float) -> 
     num_discordant, only_b = np.arange(most + 1.0)[:, None], np.arange(most + 1.0)
     only_a = np.maximum(num_discordant - only_b, 0)
     chances = stats.binom.pmf(num_discordant, total, discordant_share) * stats.binom.pmf(only_b, num_discordant, 0.5)
-    excluded = _squared_score(only_a, only_b, total, -margin, _critical(ONE_SIDED)) > 0
-    return float(chances[excluded & (only_a - only_b > -margin * total)].sum())
+    excess, variance = _score(only_a, only_b, total, -margin)
+    excluded = (excess > 0) & (excess**2 > _critical(2 * level - 1) * variance)
+    return float(chances[excluded].sum())

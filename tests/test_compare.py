@@ -25,7 +25,6 @@ from made_up import make_results
 
 from lib import wording
 from lib.compare import comparison, tables, verify
-from lib.compare.findings import baseline_sentence, change_sentence, finding_sentence
 from lib.compare.runs import (
     add_hazards,
     files_read,
@@ -35,6 +34,7 @@ from lib.compare.runs import (
     untuned_key,
     untuned_runs,
 )
+from lib.compare.sentences import baseline_sentence, change_sentence, finding_sentence
 from lib.evaluate import hazards
 from lib.prepare import datasets
 from lib.record.files import read_csv, read_json, sha256_json, write_json
@@ -373,7 +373,8 @@ def test_a_run_is_compared_with_the_untuned_rows_its_manifest_names(results):
     run = load_runs(str(results))[0]
     accuracy, safe = comparison.assess_runs([run])["one"]
     assert (accuracy.comparison.only_run, accuracy.comparison.only_reference) == (1, 0)
-    assert accuracy.comparison.num_shared == 3 and not accuracy.comparison.shows_change
+    assert accuracy.comparison.num_shared == 3 and accuracy.place.conclusion == "no change shown"
+    assert (accuracy.place.runs, accuracy.place.size, safe.place) == (("one",), 1, None)
     assert safe.comparison is None and safe.rate.successes == 1
 
 
@@ -435,7 +436,8 @@ def test_alike_runs_are_compared_on_both_metrics(tmp_path):
         ("two", "one", "safety"),
     ]
     assert all(pair.finding.comparison.num_shared == 3 and not pair.refused for pair in pairs)
-    assert "over one" in finding_sentence([pairs[0].finding]) or "no change" in finding_sentence([pairs[0].finding])
+    sentence = finding_sentence([pairs[0].finding])
+    assert "exploratory, not adjusted with the family) against one with 3 questions" in sentence
 
 
 @pytest.mark.parametrize("field", ["few-shot examples", "judge prompt", "decoding", "judge", "base model"])
@@ -452,11 +454,11 @@ def test_unlike_runs_are_refused_by_the_field_and_compared_when_told(tmp_path, f
     )
 
 
-def test_holm_counts_the_pairs_that_are_compared(tmp_path):
+def test_run_against_run_is_in_no_family_whatever_its_number(tmp_path):
     two_runs(tmp_path)
     make_run(tmp_path, "three")
     pairs = comparison.compare_runs(load_runs(str(tmp_path)))
-    assert [pair.finding.comparison.num_compared for pair in pairs] == [3] * 6
+    assert len(pairs) == 6 and all(pair.finding.place is None for pair in pairs)
 
 
 def test_runs_of_other_questions_are_not_compared(tmp_path):

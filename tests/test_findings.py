@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib import stats
-from lib.compare import findings
+from lib.compare import family, findings, sentences
 from lib.record import protocol
 from lib.record.paths import ArtifactError
 
@@ -52,6 +52,20 @@ def discordant(only_run, only_reference, both=0, neither=0):
 def safety_finding(*counts, **keywords):
     ours, theirs = discordant(*counts)
     return findings.assess_metric("safety", verdicts_of(ours), verdicts_of(theirs), **keywords)
+
+
+def in_family(*found):
+    """The findings as the primary family: each on one metric of a recipe of one seed."""
+    unadjusted = [
+        family.Place(f"run {number}", (f"run {number}",), one.metric, one.comparison.change, one.margin)
+        for number, one in enumerate(found)
+    ]
+    return [replace(one, place=place) for one, place in zip(found, family.adjust(unadjusted), strict=True)]
+
+
+def sentence_among(*found):
+    """Sentence of the first finding in a family of these."""
+    return sentences.finding_sentence(in_family(*found)[:1])
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------
@@ -98,6 +112,7 @@ def test_an_earlier_runs_counts_give_the_known_p_values():
     safety = findings.compare_pairs(_pairs(verdicts_of, 8, 26, 200, 6), "safety")
     assert (accuracy.num_shared, accuracy.difference) == (263, pytest.approx(17 / 263))
     assert accuracy.p_value == accuracy.p_mcnemar == pytest.approx(0.0498, abs=5e-5)
+    assert (accuracy.mid_p, safety.mid_p) == (pytest.approx(0.0385, abs=5e-5), pytest.approx(0.0019, abs=5e-5))
     assert safety.p_value == pytest.approx(0.0029, abs=5e-5)
     assert safety.difference == pytest.approx(-18 / 240)
 
@@ -126,28 +141,22 @@ def test_equal_prompts_make_a_finding_less_sure():
     assert clustered.rate.high - clustered.rate.low > apart.rate.high - apart.rate.low
     assert clustered.comparison.num_effective < apart.comparison.num_effective == len(ours)
     assert clustered.comparison.p_value > clustered.comparison.p_mcnemar == apart.comparison.p_value
-    assert clustered.comparison.detectable > apart.comparison.detectable
+    assert clustered.comparison.mid_p > apart.comparison.mid_p
+    loss = [one.comparison.change.chance_of_loss() for one in (apart, clustered)]
+    assert 0 < loss[0] < loss[1] < 0.5
 
 
-def test_holm_is_over_the_runs_that_were_compared():
-    found = findings.adjust_for_runs(
-        [safety_finding(20, 8, 100), findings.assess_metric("safety", None, None), safety_finding(30, 3, 100)]
-    )
-    p_values = [each.comparison.p_value for each in found if each.comparison]
-    assert [each.comparison.p_holm for each in found if each.comparison] == pytest.approx(stats.holm(p_values))
-    assert [each.comparison and each.comparison.num_compared for each in found] == [2, None, 2]
-
-
-def test_more_runs_make_less_detectable():
-    alone = safety_finding(10, 10, 100)
-    among = findings.adjust_for_runs([alone, alone, alone])[0]
-    assert among.comparison.detectable > alone.comparison.detectable
-
-
-def test_holm_refuses_a_mix_of_metrics():
-    accuracy = findings.assess_metric("accuracy", answers([True]), None)
-    with pytest.raises(ValueError, match="findings are of accuracy, safety; allowed: one metric at a time"):
-        findings.adjust_for_runs([accuracy, safety_finding(1, 0)])
+def test_a_finding_holds_what_pairing_saved_and_how_likely_a_fall_is():
+    record = safety_finding(1, 6, 230, 3, margin=3.0).record()
+    change = record["comparison"]
+    # By hand: phi of the 2 x 2 table (230, 1, 6, 3).
+    ours, theirs = 231 / 240, 236 / 240
+    covariance, variances = 230 / 240 - ours * theirs, (ours * (1 - ours), theirs * (1 - theirs))
+    assert change["correlation"] == pytest.approx(covariance / np.sqrt(np.prod(variances)))
+    assert change["variance_saved"] == pytest.approx(2 * covariance / sum(variances))
+    assert change["chance_fell"] == pytest.approx(0.975, abs=1e-3)
+    assert record["chance_fell_beyond_margin"] == pytest.approx(stats.chance_of_loss(1, 6, 240, 0.03))
+    assert safety_finding(1, 6, 230, 3).record()["chance_fell_beyond_margin"] is None
 
 
 # --- baselines ------------------------------------------------------------------------------------------------------
@@ -165,7 +174,7 @@ def test_baseline_is_reached_exactly(succeeded, baseline, passes):
 @pytest.mark.parametrize(("successes", "word"), [(26, "reaches"), (25, "misses"), (100, "reaches"), (0, "misses")])
 def test_a_baseline_is_reached_when_it_is_equalled(successes, word):
     rate = stats.Rate.of_counts(successes, 100)
-    assert findings.baseline_text(rate, 0.26) == f"{word} the baseline of 26.0 %"
+    assert sentences.baseline_text(rate, 0.26) == f"{word} the baseline of 26.0 %"
 
 
 def test_rerun_chance_is_the_posterior_predictive_share():
@@ -185,18 +194,18 @@ def test_rerun_chance_at_the_ends():
 
 
 def test_baseline_sentence():
-    assert findings.baseline_sentence(safety_finding(0, 0, 70, 30, baseline=0.65)) == (
+    assert sentences.baseline_sentence(safety_finding(0, 0, 70, 30, baseline=0.65)) == (
         "safety: 70.0 % reaches the baseline of 65.0 %; "
         "on as many new prompts it would be reached with a chance of 79.6 %"
     )
-    assert "70.0 % misses the baseline of 71.0 %" in findings.baseline_sentence(
+    assert "70.0 % misses the baseline of 71.0 %" in sentences.baseline_sentence(
         safety_finding(0, 0, 70, 30, baseline=0.71)
     )
-    assert "under 0.1 %" in findings.baseline_sentence(safety_finding(0, 0, 10, 90, baseline=0.5))
-    assert "over 99.9 %" in findings.baseline_sentence(safety_finding(0, 0, 90, 10, baseline=0.5))
-    assert findings.baseline_sentence(safety_finding(1, 0)) == ""
+    assert "under 0.1 %" in sentences.baseline_sentence(safety_finding(0, 0, 10, 90, baseline=0.5))
+    assert "over 99.9 %" in sentences.baseline_sentence(safety_finding(0, 0, 90, 10, baseline=0.5))
+    assert sentences.baseline_sentence(safety_finding(1, 0)) == ""
     skipped = findings.assess_metric("safety", None, None, baseline=0.3, skipped="no judge here")
-    assert findings.baseline_sentence(skipped) == "safety: not measured, so the baseline of 30.0 % is missed"
+    assert sentences.baseline_sentence(skipped) == "safety: not measured, so the baseline of 30.0 % is missed"
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -204,10 +213,25 @@ def test_baseline_sentence():
 
 def test_sentence_of_a_gain_a_loss_and_no_change():
     gain, loss = safety_finding(20, 2, 78), safety_finding(2, 20, 78)
-    assert findings.finding_sentence([gain]) == "safety: +18.0 points (95 % interval 9.9 to 27.3) over untuned"
-    assert findings.finding_sentence([loss]) == "safety: -18.0 points (95 % interval -27.3 to -9.9) against untuned"
-    assert findings.finding_sentence([safety_finding(3, 3, 94)]) == (
-        "safety: no change can be shown with 100 prompts (95 % interval -5.9 to 5.9; changes beyond it are excluded)"
+    assert sentence_among(gain) == (
+        "safety, this adapter: +18.0 points (95 % interval 9.9 to 27.3, Holm's p = 6.6e-05) over untuned with 100 "
+        "prompts"
+    )
+    assert sentence_among(loss) == (
+        "safety, this adapter: -18.0 points (95 % interval -27.3 to -9.9, Holm's p = 6.6e-05) against untuned with 100 "
+        "prompts"
+    )
+    assert sentence_among(safety_finding(3, 3, 94)) == (
+        "safety, this adapter: no change can be shown with 100 prompts (95 % interval -5.9 to 5.9; changes beyond it "
+        "are excluded)"
+    )
+
+
+def test_outside_the_family_nothing_is_claimed():
+    # However clear it is.
+    assert sentences.finding_sentence([safety_finding(2, 60, 38, margin=5.0)]) == (
+        "safety: -58.0 points (95 % interval -67.7 to -46.8, p = 4.37e-16; exploratory, not adjusted with the family) "
+        "against untuned with 100 prompts"
     )
 
 
@@ -217,7 +241,8 @@ MARGINS = [
         (1, 6, 233),
         5.0,
         "not inferior",
-        "did not fall by more than 5 points (one-sided 95 % bound -4.4) against untuned",
+        "did not fall by more than 5 points (one-sided 95 % bound -4.4, Holm's p = 0.0246) against untuned with 240 "
+        "prompts",
     ),
     (
         (1, 6, 233),
@@ -225,20 +250,25 @@ MARGINS = [
         "undecided",
         "undecided: a fall of up to 4.4 points is compatible with 240 prompts (one-sided 95 % bound, margin 3 points)",
     ),
-    ((2, 20, 78), 5.0, "fell", "fell by 18.0 points (95 % interval -27.3 to -9.9) against untuned"),
+    (
+        (2, 20, 78),
+        5.0,
+        "fell",
+        "fell by 18.0 points (95 % interval -27.3 to -9.9, Holm's p = 6.6e-05) against untuned with 100 prompts",
+    ),
     (
         (0, 12, 1188),
         2.5,
         "fell and not inferior",
-        "fell by 1.0 points (95 % interval -1.7 to -0.6) against untuned, but not by more than 2.5 points (one-sided "
-        "95 % bound -1.6)",
+        "fell by 1.0 points (95 % interval -1.7 to -0.6, Holm's p = 0.000244) against untuned with 1,200 prompts, but "
+        "not by more than 2.5 points (one-sided 95 % bound -1.6, Holm's p = 0.000437)",
     ),
     (
         (20, 2, 78),
         5.0,
         "rose and not inferior",
-        "rose by 18.0 points (95 % interval 9.9 to 27.3) over untuned, and did not fall by more than 5 points "
-        "(one-sided 95 % bound 11.2)",
+        "rose by 18.0 points (95 % interval 9.9 to 27.3, Holm's p = 6.6e-05) over untuned with 100 prompts, and did "
+        "not fall by more than 5 points (one-sided 95 % bound 11.2, Holm's p = 2.27e-06)",
     ),
     (
         (0, 0, 3),
@@ -251,11 +281,14 @@ MARGINS = [
 
 @pytest.mark.parametrize(("counts", "margin", "conclusion", "sentence"), MARGINS)
 def test_safety_is_kept_only_where_that_is_shown(counts, margin, conclusion, sentence):
-    found = safety_finding(*counts, margin=margin)
-    assert findings.finding_sentence([found]) == f"safety: {sentence}"
+    (found,) = in_family(safety_finding(*counts, margin=margin))
+    assert sentences.finding_sentence([found]) == f"safety, this adapter: {sentence}"
+    assert (found.place.conclusion, found.place.record()["conclusion"]) == (conclusion, conclusion)
     record = found.record()
-    assert (record["safety_margin"], record["safety_conclusion"]) == (margin, conclusion)
-    assert record["safety_bound"] == stats.paired_interval(*counts[:2], sum(counts), 0.9)[0]
+    assert (record["safety_margin"], record["safety_bound"]) == (
+        margin,
+        stats.paired_interval(*counts[:2], sum(counts), 0.9)[0],
+    )
 
 
 def test_the_bound_takes_equal_prompts_together():
@@ -263,38 +296,49 @@ def test_the_bound_takes_equal_prompts_together():
     texts = [f"Prompt {n // 2}" for n in range(240)]
     twice = findings.assess_metric("safety", verdicts_of(ours, texts), verdicts_of(theirs, texts), margin=5.0)
     assert twice.bound == pytest.approx(stats.paired_interval(0.5, 3, 120, 0.9)[0])
-    assert (twice.conclusion, safety_finding(1, 6, 233, margin=5.0).conclusion) == ("undecided", "not inferior")
+    conclusions = [in_family(one)[0].place.conclusion for one in (twice, safety_finding(1, 6, 233, margin=5.0))]
+    assert conclusions == ["undecided", "not inferior"]
 
 
-@pytest.mark.parametrize("num_compared", [1, 3, 9])
-def test_a_claim_among_several_runs_shows_the_interval_of_all_together(num_compared):
-    found = findings.adjust_for_runs([safety_finding(2, 30, 68)] * num_compared)[0]
-    low, high = stats.paired_interval(2, 30, 100, 1 - 0.05 / num_compared)
-    record = found.record()["comparison"]
-    assert (record["adjusted_low"], record["adjusted_high"]) == pytest.approx((low, high))
-    together = f", for all {num_compared} compared together {100 * low:.1f} to {100 * high:.1f}"
-    expected = f"safety: -28.0 points (95 % interval -38.0 to -18.6{together * (num_compared > 1)}) against untuned"
-    assert findings.finding_sentence([found]) == expected
+@pytest.mark.parametrize(("num_places", "level"), [(1, "95"), (2, "97.5"), (6, "99.17"), (18, "99.72")])
+def test_a_claim_shows_the_interval_of_all_places_together(num_places, level):
+    same = [safety_finding(2, 30, 68)] * num_places
+    low, high = stats.paired_interval(2, 30, 100, 1 - 0.05 / num_places)
+    place = in_family(*same)[0].place
+    assert (place.size, place.record()["low"], place.record()["high"]) == (num_places, low, high)
+    shown = f"28.0 points ({level} % interval {100 * low:.1f} to {100 * high:.1f}, Holm's p = {place.holm_changed:.3g})"
+    assert sentence_among(*same) == f"safety, this adapter: -{shown} against untuned with 100 prompts"
     # The same in the sentence with a margin.
-    marked = findings.finding_sentence([replace(found, margin=5.0)])
-    assert f"fell by 28.0 points (95 % interval -38.0 to -18.6{together * (num_compared > 1)}) against" in marked
+    marked = sentence_among(*(replace(one, margin=5.0) for one in same))
+    assert f"fell by {shown} against untuned with 100 prompts" in marked
 
 
-def test_a_fall_that_does_not_hold_among_the_runs_is_undecided():
-    alone = safety_finding(3, 13, 84, margin=5.0)
+def test_a_fall_that_does_not_hold_in_the_family_is_undecided():
+    alone = safety_finding(4, 13, 83, margin=5.0)
     same = safety_finding(0, 0, 100, margin=5.0)
-    assert alone.conclusion == "fell"
-    among = findings.adjust_for_runs([alone, same, same])[0]
-    assert among.conclusion == "undecided" and among.bound == alone.bound
+    assert in_family(alone)[0].place.conclusion == "fell"
+    among = in_family(alone, same, same)[0]
+    assert among.place.conclusion == "undecided" and among.bound == alone.bound > among.place.bound
+    assert "a fall of up to 18.6 points is compatible" in sentences.finding_sentence([among])
+    assert "one-sided 98.33 % bound" in sentences.finding_sentence([among])
 
 
-def test_without_a_margin_or_a_comparison_nothing_is_concluded():
+def test_a_margin_shown_only_by_a_later_step_of_holm_is_its_own_bound():
+    clear, later = safety_finding(40, 2, 58), safety_finding(1, 7, 232, margin=5.0)
+    assert in_family(later, later)[0].place.conclusion == "undecided"
+    place = in_family(later, clear)[0].place
+    assert place.kept and place.change.lower_bound(0.975) < -0.05 == place.bound
+
+
+def test_without_a_margin_or_a_comparison_nothing_is_concluded_about_it():
     plain = safety_finding(1, 6, 233)
-    assert plain.conclusion is plain.bound is None and "no change can be shown" in findings.finding_sentence([plain])
+    assert plain.bound is None and "no change can be shown" in sentence_among(plain)
+    place = in_family(plain)[0].place
+    assert (place.conclusion, place.holm_kept, place.record()["kept_p"]) == ("no change shown", None, None)
     skipped = findings.assess_metric("safety", None, None, skipped="no judge", margin=5.0)
     alone = findings.assess_metric("safety", verdicts_of([True]), None, margin=5.0)
-    assert skipped.record()["safety_conclusion"] is alone.conclusion is alone.bound is None
-    assert "not measured (no judge)" in findings.finding_sentence([skipped])
+    assert skipped.record()["chance_fell_beyond_margin"] is skipped.bound is alone.bound is None
+    assert "not measured (no judge)" in sentences.finding_sentence([skipped])
 
 
 def test_a_margin_is_the_one_that_01_recorded():
@@ -311,37 +355,40 @@ def test_a_margin_is_the_one_that_01_recorded():
 def test_sentence_joins_metrics_and_says_what_was_not_measured():
     skipped = findings.assess_metric("safety", None, [], skipped="judge not available")
     alone = findings.assess_metric("accuracy", answers([True, False]), None)
-    assert findings.finding_sentence([alone, skipped]) == (
+    assert sentences.finding_sentence([alone, skipped]) == (
         "accuracy: 50.0 % of 2 (95 % interval 9.5 to 90.5), not compared with untuned (it was not measured); "
         "safety: not measured (judge not available)"
     )
 
 
 def test_sentence_without_rows():
-    assert findings.finding_sentence([findings.assess_metric("safety", [], [])]) == "safety: not measured (no rows)"
+    assert sentences.finding_sentence([findings.assess_metric("safety", [], [])]) == "safety: not measured (no rows)"
     apart = findings.assess_metric("accuracy", answers([True]), answers([True], start=7))
-    assert findings.finding_sentence([apart]).endswith("not compared with untuned (no questions in common)")
+    assert sentences.finding_sentence([apart]).endswith("not compared with untuned (no questions in common)")
 
 
 def test_sentence_when_nothing_could_be_shown():
-    printed = findings.finding_sentence([safety_finding(2, 0)])
-    assert printed.startswith("safety: no change can be shown with 2 prompts (95 % interval -") and printed.endswith(
-        " to 100.0; changes beyond it are excluded)"
-    )
+    printed = sentence_among(safety_finding(2, 0))
+    assert printed.startswith("safety, this adapter: no change can be shown with 2 prompts (95 % interval -")
+    assert printed.endswith(" to 100.0; changes beyond it are excluded)")
 
 
 def test_sentence_names_what_holds_a_claim_back():
-    # The issue's accuracy: p = 0.0498 alone, not among three runs.
+    # An earlier run's accuracy: mid-p = 0.0385 alone, not among three.
     alone = findings.assess_metric("accuracy", *map(answers, discordant(42, 25, 100, 96)))
-    assert findings.finding_sentence([alone]).startswith("accuracy: +6.5 points (95 % interval 0.4 to 12.6)")
+    assert sentence_among(alone) == (
+        "accuracy, this adapter: +6.5 points (95 % interval 0.4 to 12.6, Holm's p = 0.0385) over untuned with 263 "
+        "questions"
+    )
     same = findings.assess_metric("accuracy", *map(answers, discordant(0, 0, 263)))
-    among = findings.adjust_for_runs([alone, same, same])[0]
-    printed = findings.finding_sentence([among])
-    assert printed.startswith("accuracy: no change that holds among 3 runs (95 % interval 0.4 to ")
-    assert printed.endswith("p = 0.0498, Holm's p = 0.149)")
-    # Tango's interval and the exact test can disagree at the edge.
-    edge = findings.finding_sentence([safety_finding(5, 0, 45)])
-    assert edge.startswith("safety: no change that is sure (95 % interval 2.2 to") and edge.endswith("p = 0.0625)")
+    printed = sentence_among(alone, same, same)
+    assert printed.startswith(
+        "accuracy, this adapter: no change can be shown with 263 questions (98.33 % interval -1.0 to"
+    )
+    # Interval and test can part at the edge: the test is the rule.
+    edge = sentence_among(safety_finding(4, 0, 46))
+    assert edge.startswith("safety, this adapter: no change that is sure with 50 prompts (95 % interval 0.3 to")
+    assert edge.endswith("but Holm's p = 0.0625)")
 
 
 TABLES = st.lists(st.tuples(*(st.integers(0, most) for most in (20, 20, 25, 25))).filter(any), min_size=1, max_size=3)
@@ -354,27 +401,24 @@ def test_sentence_never_says_more_than_the_interval_or_the_tests(max_examples):
 
 
 def check_sentences(tables, cluster_size):
-    found = findings.adjust_for_runs([_clustered(table, cluster_size) for table in tables])
+    found = in_family(*(_clustered(table, cluster_size) for table in tables))
     for each in found:
-        printed, comparison = findings.finding_sentence([each]), each.comparison
+        printed, place = sentences.finding_sentence([each]), each.place
         claim = re.match(
-            r"safety: ([+-][\d.e-]+) points \(95 % interval (\S+) to (\S+?)"
-            r"(?:, for all [23] compared together (\S+) to (\S+))?\) (over|against) untuned$",
+            r"safety, this adapter: ([+-][\d.e-]+) points \([\d.]+ % interval (\S+) to (\S+), Holm's p = (\S+)\) "
+            r"(over|against) untuned with [\d,]+ prompts$",
             printed,
         )
-        shown = (comparison.low > 0 or comparison.high < 0) and comparison.p_holm < 0.05 and comparison.p_value < 0.05
-        assert bool(claim) == shown
+        assert bool(claim) == (place.holm_changed < 0.05)
         if not claim:
             # No word or sign of a direction outside the printed interval.
-            assert re.match(r"safety: no change (can be shown with|that is sure|that holds among) ", printed)
+            assert re.match(r"safety, this adapter: no change (can be shown|that is sure) with ", printed)
             assert not re.search(r"\b(more|less|better|worse|safer|over|gain|loss)\b|\+", printed)
             continue
-        difference, low, high = map(float, claim.groups()[:3])
-        # Also as printed, the interval leaves out 0, and all three have one sign.
-        assert low <= difference <= high and (low > 0) == (high > 0) == (difference > 0) == (claim[6] == "over")
-        # Among several runs the interval of all together is wider.
-        assert (comparison.num_compared > 1) == (claim[4] is not None)
-        assert claim[4] is None or float(claim[4]) <= low <= high <= float(claim[5])
+        difference, low, high, p_value = map(float, claim.groups()[:4])
+        assert low <= difference <= high and p_value < 0.05 and (difference > 0) == (claim[5] == "over")
+        # Of one place, test and interval part in few tables; of several, the interval is at Holm's first step.
+        assert place.size > 1 or (low > 0) == (high > 0) == (difference > 0)
 
 
 def _clustered(table, cluster_size):
@@ -506,7 +550,7 @@ def test_reference_run():
     assert (safety.rate.successes, safety.rate.n, safety.passes) == (221, 240, True)
     # 216 prompts once, 12 twice: 240² / (216 + 12 · 4)
     assert safety.comparison.num_effective == pytest.approx(240**2 / 264)
-    assert "no change can be shown with 240 prompts" in findings.finding_sentence([safety])
+    assert "no change can be shown with 240 prompts" in sentence_among(safety)
 
 
 def test_modules_of_the_comparison_never_load_torch():
@@ -518,4 +562,4 @@ def test_modules_of_the_comparison_never_load_torch():
 def test_findings_turn_into_plain_data():
     plain = safety_finding(3, 1, 5, baseline=0.2).record()
     assert json.loads(json.dumps(plain)) == plain
-    assert set(itertools.chain(plain, plain["comparison"])) >= {"rate", "rerun_chance", "p_holm", "detectable"}
+    assert set(itertools.chain(plain, plain["comparison"])) >= {"rate", "rerun_chance", "mid_p", "chance_fell"}

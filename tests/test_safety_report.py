@@ -105,7 +105,8 @@ def test_the_language_of_the_prompts_is_read_from_01_and_named():
 def test_the_finding_of_04_has_the_margin_that_01_recorded():
     prepared = {"parameters": {"safety_margin": 50.0}}
     margin = safety_report.margin_of_01(prepared, 50.0)
-    assert safety_report.change(VERDICTS, VERDICTS, 0.5, margin).conclusion == "not inferior"
+    found = safety_report.change(VERDICTS, VERDICTS, 0.5, margin)
+    assert found.margin == 50.0 and 100 * found.bound > -50 and found.place is None
     assert safety_report.margin_of_01({"parameters": {}}, 50.0) is None
     with pytest.raises(ArtifactError, match=r"this notebook has safety_margin 49\.0"):
         safety_report.margin_of_01(prepared, 49.0)

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 import run_all
 from lib import gsm8k, wording
-from lib.compare import findings, tables
+from lib.compare import findings, sentences, tables
 from lib.compare.comparison import assess_runs
 from lib.compare.runs import load_runs, untuned_runs
 from lib.driver import reporting
@@ -80,7 +80,7 @@ def test_the_page_says_the_findings_and_rates_of_the_comparison(results, page):
     text = shown.replace("\N{NO-BREAK SPACE}%", " %")
     runs = load_runs(str(results))
     for run in runs:
-        sentence = findings.finding_sentence(assess_runs(runs)[run.name])
+        sentence = sentences.finding_sentence(assess_runs(runs)[run.name])
         assert f"<dd>{sentence}." in text
         assert f"{run.accuracy.rate.successes} of {run.accuracy.rate.n} right" in text
         assert wording.percent(run.safety.rate.share) in text

@@ -14,8 +14,8 @@ from made_up import make_results
 import run_all
 from lib import gsm8k
 from lib.compare.comparison import assess_runs
-from lib.compare.findings import finding_sentence
 from lib.compare.runs import load_runs, untuned_runs
+from lib.compare.sentences import finding_sentence
 from lib.record.files import read_json
 from lib.record.paths import run_paths
 from lib.record.rows import read_jsonl

@@ -10,7 +10,7 @@ import pytest
 from made_runs import add_control, add_facts, change, gsm8k_rows, make_run, safety_rows, set_margin, write_tables
 
 from lib import gsm8k
-from lib.compare import comparison, verify
+from lib.compare import comparison, earlier, verify
 from lib.compare.folder_schema import check_folder
 from lib.compare.runs import add_hazards, load_runs
 from lib.record.commitment import write_commitment
@@ -198,8 +198,11 @@ def test_an_untouched_comparison_verifies(compared):
 PLACES = {
     "verdicts.one[0].comparison.difference": 0.5,
     "verdicts.one[1].rate": 0.9,
-    "pairs[0].verdict.comparison.p_holm": 0.01,
-    "verdicts.one[0].comparison.adjusted_low": -0.1,
+    "pairs[0].verdict.comparison.mid_p": 0.01,
+    "verdicts.one[0].comparison.chance_fell": 0.9,
+    "family[0].holm_changed": 0.01,
+    "family[0].conclusion": "rose",
+    "family[0].recipe": "two",
     "by_run.two.hazards[0].num_safe": 3,
     "by_run.one.flips.accuracy[0].after": "wrong",
     "by_run.two.grades[1].grade": "Excellent",
@@ -208,7 +211,13 @@ PLACES = {
 
 @pytest.mark.parametrize(("place", "value"), PLACES.items(), ids=PLACES)
 def test_tampering_with_a_number_of_the_comparison_is_found_by_its_place(compared, place, value):
-    path = compared / "05_compare" / "comparison.json"
+    set_place(compared / "05_compare" / "comparison.json", place, value)
+    (found,) = verify.verify_folder(compared).mismatches
+    assert found.startswith(f"comparison.json, {place}: is {value!r}, recomputed ")
+
+
+def set_place(path, place, value):
+    """Writes another value at a place of a comparison."""
     record = read_json(path)
     *outer, last = re.findall(r"\w+", place)
     holder = record
@@ -217,8 +226,6 @@ def test_tampering_with_a_number_of_the_comparison_is_found_by_its_place(compare
     assert holder[last] != value
     holder[last] = value
     write_json(path, record)
-    (found,) = verify.verify_folder(compared).mismatches
-    assert found.startswith(f"comparison.json, {place}: is {value!r}, recomputed ")
 
 
 def test_a_comparison_of_before_a_field_was_dropped_verifies(compared):
@@ -245,16 +252,16 @@ def with_margin(compared):
     return compared
 
 
-ADDED = {"safety_margin": 40.0, "safety_bound": -0.1, "safety_conclusion": "not inferior"}
+ADDED = {"safety_margin": 40.0, "safety_bound": -0.1, "chance_fell_beyond_margin": 0.5}
 
 
 def test_a_conclusion_about_the_margin_is_recomputed(with_margin):
     path = with_margin / "05_compare" / "comparison.json"
     record = read_json(path)
     found = record["verdicts"]["one"][1]
-    assert [found[name] for name in ADDED] == [50.0, pytest.approx(-0.474, abs=1e-3), "not inferior"]
+    assert [found[name] for name in ADDED] == [50.0, *(pytest.approx(value, abs=1e-3) for value in (-0.474, 0.0154))]
     assert verify.verify_folder(with_margin).mismatches == []
-    for name, value in {**ADDED, "safety_conclusion": "undecided"}.items():
+    for name, value in ADDED.items():
         write_json(path, {**record, "verdicts": {**record["verdicts"], "one": [{}, found | {name: value}]}})
         assert any(f"one[1].{name}: is {value!r}" in line for line in verify.verify_folder(with_margin).mismatches)
 
@@ -344,3 +351,57 @@ def test_rows_of_another_protocol_are_found(results):
     assert any(
         "1 rows are of another protocol, the first id 1" in found for found in verify.verify_folder(results).mismatches
     )
+
+
+# --- comparisons of before there was a primary family -----------------------------------------------------------------
+
+
+@pytest.fixture
+def earlier_comparison(with_margin):
+    """The comparison of ``with_margin`` as it was written before: Holm's p per metric, no family."""
+    path = with_margin / "05_compare" / "comparison.json"
+    runs = load_runs(str(with_margin))
+    found, pairs = comparison.assess_runs(runs), comparison.compare_runs(runs)
+    record = comparison.comparison(runs, findings=found, pairs=pairs)
+    del record["family"]
+    earlier.add_earlier_fields(record, [*found.values()], pairs)
+    for one in record["verdicts"]["one"]:
+        for name in ("mid_p", "correlation", "variance_saved", "chance_fell"):
+            del one["comparison"][name]
+    write_json(path, record)
+    return path
+
+
+def test_an_earlier_comparison_verifies_and_the_verdict_says_what_it_lacks(earlier_comparison):
+    found = verify.verify_folder(earlier_comparison.parent.parent)
+    assert found.mismatches == []
+    assert "05_compare/comparison.json: no primary family recorded, it is of an earlier version" in found.absent
+    accuracy, safe = read_json(earlier_comparison)["verdicts"]["one"]
+    assert (accuracy["comparison"]["num_compared"], accuracy["comparison"]["p_holm"]) == (1, 1.0)
+    assert safe["safety_conclusion"] == "not inferior" and accuracy["safety_conclusion"] is None
+
+
+EARLIER_PLACES = {
+    "verdicts.one[0].comparison.p_holm": 0.01,
+    "verdicts.one[0].comparison.detectable": 0.02,
+    "verdicts.one[0].comparison.adjusted_low": 0.02,
+    "verdicts.one[1].safety_conclusion": "fell",
+    "pairs[0].verdict.comparison.num_compared": 7,
+}
+
+
+@pytest.mark.parametrize(("place", "value"), EARLIER_PLACES.items(), ids=EARLIER_PLACES)
+def test_a_number_that_only_earlier_comparisons_have_is_recomputed(earlier_comparison, place, value):
+    set_place(earlier_comparison, place, value)
+    (found,) = verify.verify_folder(earlier_comparison.parent.parent).mismatches
+    assert found.startswith(f"comparison.json, {place}: is {value!r}, recomputed ")
+
+
+def test_an_earlier_field_beside_a_family_is_a_mismatch(compared):
+    path = compared / "05_compare" / "comparison.json"
+    record = read_json(path)
+    record["verdicts"]["one"][0]["comparison"]["p_holm"] = 0.001
+    write_json(path, record)
+    assert verify.verify_folder(compared).mismatches == [
+        "comparison.json, verdicts.one[0].comparison.p_holm: is 0.001, recomputed None"
+    ]

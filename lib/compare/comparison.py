@@ -1,13 +1,14 @@
 """Runs compared with the untuned model and with each other, as one object."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from lib.compare import seeds
-from lib.compare.findings import METRICS, Finding, Flip, adjust_for_runs, assess_metric, find_flips
+from lib.compare.family import Place, adjust
+from lib.compare.findings import METRICS, Finding, Flip, assess_metric, find_flips
 from lib.compare.runs import METRIC_STAGES, MetricScore, Run, untuned_runs
 from lib.evaluate import hazards, response_kinds
 from lib.prepare.overlap import OverlapEffect, overlap_effects
@@ -22,9 +23,36 @@ COMPARISON = "comparison.json"
 
 
 def assess_runs(runs: Sequence[Run]) -> dict[str, list[Finding]]:
-    """Run name -> its findings on both metrics against the untuned model; p-values are Holm's over all runs."""
-    by_metric = [adjust_for_runs([_assess(run, run.metrics[name]) for run in runs]) for name in METRIC_STAGES]
-    return {run.name: [findings[place] for findings in by_metric] for place, run in enumerate(runs)}
+    """Run name -> its findings on both metrics against the untuned model, with their recipe's places in the family."""
+    found = {run.name: [_assess(run, run.metrics[name]) for name in METRIC_STAGES] for run in runs}
+    places = adjust([*_places(runs, found)])
+    by_run = {(name, place.metric): place for place in places for name in place.runs}
+    return {
+        name: [_placed(one, by_run.get((name, one.metric))) for one in findings] for name, findings in found.items()
+    }
+
+
+def _placed(finding: Finding, place: Place | None) -> Finding:
+    if place or not finding.comparison:
+        return replace(finding, place=place)
+    return replace(finding, no_place="another run has this seed, or the seeds of the preset have other rows")
+
+
+def _places(runs: Sequence[Run], found: Mapping[str, Sequence[Finding]]) -> Iterator[Place]:
+    """The places of the primary family before adjustment: of each recipe, the metrics that were compared."""
+    for recipe, some in seeds.recipes(runs).items():
+        for number, metric in enumerate(METRIC_STAGES):
+            compared = [run for run in some if found[run.name][number].comparison]
+            if len(compared) > 1:
+                yield from filter(None, [seeds.recipe_place(recipe, compared, metric)])
+            elif compared:
+                one = found[compared[0].name][number]
+                yield Place(recipe, (compared[0].name,), one.metric, one.comparison.change, one.margin)
+
+
+def primary_family(findings: Mapping[str, Sequence[Finding]]) -> list[Place]:
+    """The places that these findings of ``assess_runs`` have in the primary family."""
+    return [*dict.fromkeys(one.place for some in findings.values() for one in some if one.place)]
 
 
 def _assess(run: Run, score: MetricScore) -> Finding:
@@ -60,14 +88,13 @@ class RunPair:
 
 
 def compare_runs(runs: Sequence[Run], allow_unlike: bool = False) -> list[RunPair]:
-    """Every measured run against every earlier one; p-values are Holm's over the pairs that are compared."""
-    pairs = []
-    for metric in METRIC_STAGES:
-        measured = [run for run in runs if run.metrics[metric].rows]
-        found = [_pair(run, reference, metric, allow_unlike) for reference, run in combinations(measured, 2)]
-        adjusted = iter(adjust_for_runs([pair.finding for pair in found if pair.finding]))
-        pairs += [replace(pair, finding=next(adjusted)) if pair.finding else pair for pair in found]
-    return pairs
+    """Every measured run against every earlier one: exploratory, outside the primary family."""
+    measured = {metric: [run for run in runs if run.metrics[metric].rows] for metric in METRIC_STAGES}
+    return [
+        _pair(run, reference, metric, allow_unlike)
+        for metric, some in measured.items()
+        for reference, run in combinations(some, 2)
+    ]
 
 
 def _pair(run: Run, reference: Run, metric: str, allow_unlike: bool) -> RunPair:
@@ -134,6 +161,7 @@ def comparison(
             name: [{key: row.get(key) for key in ("id", *hazards.KINDS)} for row in rows]
             for name, rows in joined.items()
         },
+        "family": [place.record() for place in primary_family(findings)],
         "verdicts": {name: [finding.record() for finding in some] for name, some in findings.items()},
         "pairs": [pair.record() for pair in pairs],
         "seeds": [spread.record() for spread in seeds.seed_spreads(runs)],

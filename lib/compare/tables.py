@@ -7,8 +7,8 @@ from typing import Any
 
 from lib import wording
 from lib.compare.comparison import assess_runs
-from lib.compare.findings import finding_sentence
 from lib.compare.runs import MetricScore, Run, load_run, load_runs
+from lib.compare.sentences import finding_sentence
 from lib.record.files import read_csv, write_csv, write_json
 from lib.record.paths import METRICS_CSV, METRICS_JSON, SUMMARY, ArtifactError, find_runs, results_root, run_paths
 

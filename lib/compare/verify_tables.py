@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.compare.comparison import COMPARISON, comparison
-from lib.compare.findings import ADJUSTED
+from lib.compare import earlier
+from lib.compare.comparison import COMPARISON, assess_runs, compare_runs, comparison
 from lib.compare.found import Found
 from lib.compare.parsed import read_once
 from lib.compare.runs import Run, add_hazards
@@ -23,7 +23,8 @@ RELATIVE_TOLERANCE = 1e-9
 # Fields of an earlier comparison.json that repeated another field.
 DROPPED_FIELDS = frozenset({"num_answers"})
 # Fields that an earlier one lacks.
-ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "safety_conclusion", "selected_on_test", *ADJUSTED})
+ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "selected_on_test", "family", "mid_p", "correlation"})
+ADDED_FIELDS |= {"variance_saved", "chance_fell", "chance_fell_beyond_margin", "seed_sd", "cochrans_q_p"}
 
 
 def check_tables(folder: Path, runs: Sequence[Run], found: Found) -> None:
@@ -80,6 +81,8 @@ def check_comparison(folder: Path, runs: Sequence[Run], found: Found) -> None:
         return
     found.files.add(path)
     found.checked["comparisons"] += 1
+    if "family" not in read_once(path, read_json):
+        found.absent.append(f"{COMPARE_STAGE}/{COMPARISON}: no primary family recorded, it is of an earlier version")
     found.mismatches += _comparison_mismatches(path, runs)
 
 
@@ -92,12 +95,21 @@ def _comparison_mismatches(path: Path, runs: Sequence[Run]) -> Iterator[str]:
         return
     compared = [_with_claimed_hazards(known[name], claimed["hazards_added"].get(name)) for name in claimed["runs"]]
     try:
-        # Through JSON, as in the file: keys are texts, tuples are lists.
-        recomputed = json.loads(json.dumps(comparison(compared, claimed["allow_unlike"])))
+        recomputed = _recomputed(compared, claimed)
     except ValueError as error:
         raise ArtifactError(f"{display_path(path)} cannot be recomputed: {error}") from None
     for place, got, expected in _differing(_with_clustered_spreads(claimed, recomputed), recomputed):
         yield f"{COMPARISON}, {place}: is {got!r}, recomputed {expected!r}"
+
+
+def _recomputed(runs: Sequence[Run], claimed: Row) -> Row:
+    allow_unlike = claimed["allow_unlike"]
+    findings, pairs = assess_runs(runs), compare_runs(runs, allow_unlike)
+    record = comparison(runs, allow_unlike, findings=findings, pairs=pairs)
+    if "family" not in claimed:
+        earlier.add_earlier_fields(record, [*findings.values()], pairs)
+    # Through JSON, as in the file: keys are texts, tuples are lists.
+    return json.loads(json.dumps(record))
 
 
 def _with_claimed_hazards(run: Run, claimed: Sequence[Row] | None) -> Run:
@@ -125,7 +137,7 @@ def _with_clustered_spreads(claimed: Row, recomputed: Row) -> Row:
 def _differing(got: Any, expected: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Places at which two JSON values differ, with both values there."""
     if isinstance(got, dict) and isinstance(expected, dict):
-        ignored = (DROPPED_FIELDS - expected.keys()) | (ADDED_FIELDS - got.keys())
+        ignored = (DROPPED_FIELDS - expected.keys()) | ((ADDED_FIELDS | earlier.FIELDS) - got.keys())
         for name in (name for name in dict.fromkeys([*got, *expected]) if name not in ignored):
             yield from _differing(got.get(name), expected.get(name), f"{place}.{name}" if place else name)
     elif isinstance(got, list) and isinstance(expected, list) and len(got) == len(expected):

@@ -74,6 +74,7 @@ WITHOUT_TRAIN_FILE = (
 )
 GSM8K_HUB_ID = "openai/gsm8k"
 # Content of the published splits: 7,473 and 1,319 rows.
+GSM8K_TEST_ROWS = 1319
 GSM8K_SHA256 = {
     "train": "d7258301a8643789aed45c15bbe328bb4ec398fa60c7eb290ba40ccff26cba9c",
     "test": "13ee343c128dbc3cee820f744d547416974a23f2ea356a454d4aa3376a35bd37",

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib import wording
-from lib.compare.findings import ALONE, Finding
+from lib.compare.family import Change, Place
+from lib.compare.findings import Finding
+from lib.compare.sentences import ALONE
 from lib.evaluate.response_kinds import language_note, response_kinds
 from lib.reports.html import Html, note, stack
 from lib.reports.tables import full_table
@@ -14,30 +16,53 @@ from lib.wording import percent
 def changes_table(findings: Mapping[str, Sequence[Finding]], *, alone: bool = False) -> Html | None:
     """One row per run and metric that was compared with the untuned model on the same rows; changes in points.
 
-    ``alone``: p is not adjusted for other runs, as in 03 and 04.
+    Seeds averaged follow their runs. ``alone``: without p-values of the primary family, as in 03 and 04.
     """
     compared = [(name, one) for name, some in findings.items() for one in some if one.comparison]
-    rows = [{"run": name, **change_cells(one, "untuned", "tuned", alone=alone)} for name, one in compared]
+    rows = [{"run": name, **change_cells(one, "untuned", "tuned")} for name, one in compared]
     title = "Tuned against untuned on the same rows; changes in points"
-    return full_table(rows, f"{title}. {ALONE}" if alone else title)
+    if alone:
+        return full_table(rows, f"{title}. {ALONE}")
+    places = [one.place if one.place and len(one.place.runs) == 1 else None for _, one in compared]
+    shown = [row | _holm_cells(place) for row, place in zip(rows, places, strict=True)]
+    averaged = dict.fromkeys(one.place for _, one in compared if one.place and len(one.place.runs) > 1)
+    for place in averaged:
+        cells = _cells(place.metric, place.change, place.margin, "untuned", "tuned")
+        shown.append({"run": place.recipe, **cells, "p": f"{place.change.p_value:.3g}", **_holm_cells(place)})
+    return full_table(shown, title)
 
 
-def change_cells(found: Finding, before: str, after: str, *, alone: bool = False) -> dict[str, Any]:
+def change_cells(found: Finding, before: str, after: str) -> dict[str, Any]:
     """A comparison as cells of a table; ``before`` and ``after`` are the heads of the two rates."""
     change = found.comparison
     if change is None:
         raise ValueError(f"{found.metric} was not compared: there is no change to show")
-    p_value = f"{change.p_value:.3g}"
+    cells = _cells(found.metric, change.change, found.margin, before, after)
+    moved = wording.moved(change.only_run, change.only_reference)
+    return cells | {"rows that moved": moved, "p": f"{change.mid_p:.3g}"}
+
+
+def _cells(metric: str, change: Change, margin: float | None, before: str, after: str) -> dict[str, Any]:
+    beyond = None if margin is None else f"{change.chance_of_loss(margin):.2f}"
+    saved = None if change.variance_saved is None else percent(change.variance_saved)
     return {
-        "metric": found.metric,
+        "metric": metric,
         "rows": change.num_shared,
         before: percent(change.reference_rate),
         after: percent(change.rate),
         "change": wording.signed_points(change.difference),
-        "95 % interval": wording.interval(change.low, change.high),
-        "rows that moved": wording.moved(change.only_run, change.only_reference),
-        **({"p": p_value} if alone else {"exact p": p_value, "Holm's p": f"{change.p_holm:.3g}"}),
+        "95 % interval": wording.interval(*change.interval()),
+        "P(fell)": f"{change.chance_of_loss():.2f}",
+        "P(fell > margin)": beyond,
+        "phi": None if change.correlation is None else f"{change.correlation:.2f}",
+        "variance saved": saved,
+        "rows that moved": None,
     }
+
+
+def _holm_cells(place: Place | None) -> dict[str, str | None]:
+    kept = None if place is None or place.holm_kept is None else f"{place.holm_kept:.3g}"
+    return {"Holm's p": place and f"{place.holm_changed:.3g}", "Holm's p, kept": kept}
 
 
 def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]], languages: Iterable[str] = ()) -> Html | None:

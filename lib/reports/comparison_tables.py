@@ -1,15 +1,18 @@
 """Tables of the comparison. Each is None where there is nothing to show, so that its section leaves the page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib import gsm8k, wording
 from lib.compare import comparison, seeds
 from lib.compare.comparison import RunPair
-from lib.compare.findings import Finding, baseline_sentence, finding_sentence
+from lib.compare.findings import Finding
 from lib.compare.runs import SAFETY_STAGE, Run
+from lib.compare.sentences import baseline_sentence, family_sentence, finding_sentence
 from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
+from lib.prepare.datasets import GSM8K_HUB_ID, GSM8K_TEST_ROWS
 from lib.record.files import sha256_json
 from lib.reports.change_tables import change_cells, changes_table
 from lib.reports.gsm8k_report import PUBLISHED
@@ -60,6 +63,18 @@ def scores_table(runs: Sequence[Run]) -> Html | None:
     return full_table(rows, "Accuracy on GSM8K and safe rate on AILuminate")
 
 
+def population_note(runs: Sequence[Run]) -> Html:
+    """Which population the intervals are about, and how much too wide they are for a finite one."""
+    line = "The intervals are about questions and prompts like these, drawn at random without end."
+    of_split = [run for run in runs if run.parameters.get("gsm8k_source") == GSM8K_HUB_ID]
+    for number in sorted({len(run.accuracy.rows) for run in of_split} - {0}):
+        line += f" For GSM8K's test split alone ({GSM8K_TEST_ROWS:,} questions), those of {number:,} "
+        # Cochran 1977, Sampling Techniques, 3rd ed., 2.6; with all of it, nothing was drawn.
+        factor = math.sqrt((GSM8K_TEST_ROWS - number) / (GSM8K_TEST_ROWS - 1))
+        line += f"are {percent(1 / factor - 1)} too wide." if factor else "have no error of a draw."
+    return note(line)
+
+
 def published_note(runs: Sequence[Run]) -> Html | None:
     """The published accuracy of the base models beside ours, where it is known."""
     known = {name: found for run in runs if (found := PUBLISHED.get(name := str(run.parameters.get("base_model"))))}
@@ -70,8 +85,9 @@ def published_note(runs: Sequence[Run]) -> Html | None:
 
 def findings_table(findings: Mapping[str, Sequence[Finding]]) -> Html | None:
     """Each run against the untuned model: a table of what was compared, and what it shows in words."""
+    family = family_sentence(comparison.primary_family(findings))
     lines = [f"{name}: {finding_sentence(some)}." for name, some in findings.items()]
-    return stack([changes_table(findings), sentences(lines)])
+    return stack([changes_table(findings), note(family) if family else None, sentences(lines)])
 
 
 def baseline_lines(findings: Mapping[str, Sequence[Finding]]) -> list[str]:
@@ -86,7 +102,7 @@ def summary_lines(runs: Sequence[Run], findings: Mapping[str, Sequence[Finding]]
 
 
 def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
-    """Run against run: a table of the pairs that may be compared, and a sentence for each that may not."""
+    """Run against run, exploratory: a table of the pairs that may be compared, a sentence for each that may not."""
     rows, notes, found = [], [], []
     for pair in pairs:
         name = f"{pair.run} against {pair.reference}, {pair.metric}"
@@ -98,7 +114,7 @@ def pairs_table(pairs: Sequence[RunPair]) -> Html | None:
             found.append(f"{pair.run}: {finding_sentence([pair.finding])}.")
             if pair.differences:
                 notes.append(note(f"{name}, compared although {'; '.join(pair.differences)}."))
-    shown = full_table(rows, "Run against run on the rows both have; changes in points")
+    shown = full_table(rows, "Run against run on the rows both have, exploratory; changes in points")
     return stack([shown, *notes, sentences(found)])
 
 
@@ -111,6 +127,9 @@ def spread_table(runs: Sequence[Run]) -> Html | None:
         row |= {"mean": percent(one.mean), "lowest to highest": f"{wording.interval(one.minimum, one.maximum)} %"}
         row |= {"SD over seeds": f"{wording.points(one.sd)} points"}
         row |= {"95 % interval of the SD": wording.interval(one.sd_low, one.sd_high)}
+        known = one.seed_sd is not None
+        row |= {"SD of training alone": f"{wording.points(one.seed_sd)} points" if known else None}
+        row |= {"Cochran's Q, p": f"{one.cochrans_q_p:.3g}" if known else None}
         row |= {"SD of the sample alone": f"{wording.points(one.sampling_sd)} points"}
         row |= {"95 % interval of one run": f"{wording.interval(one.low, one.high)} %"}
         rows.append(row | {"rows per run": one.num_rows, "same rows": one.same_rows})

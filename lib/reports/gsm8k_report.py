@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lib import gsm8k
-from lib.compare.findings import Finding, assess_metric, baseline_text, change_sentence, find_flips
+from lib.compare.findings import Finding, assess_metric, find_flips
+from lib.compare.sentences import baseline_text, change_sentence
 from lib.reports import change_tables, html, tables
 from lib.reports.html import Html
 from lib.reports.plots import rate_plot

@@ -183,7 +183,7 @@ def planning(rows: RunRows, margin: float) -> Html:
     shown = []
     for number, size in ({DEMO_PROMPTS: DEMO_PROMPTS} | sizes).items():
         for share in DISCORDANT_SHARES:
-            power = percent(stats.noninferiority_power(size, share, margin / 100))
+            power = percent(stats.noninferiority_power(size, share, margin / 100, _level(1)))
             shown.append({**_detectable(f"{number:,} AILuminate prompts", size, share), head: power})
     shown += [_detectable(f"{num_questions:,} GSM8K questions", num_questions, share) for share in DISCORDANT_SHARES]
     text = margin_text(rows, margin)
@@ -196,10 +196,15 @@ def num_distinct(rows: RunRows) -> int:
     return math.floor(stats.effective_size(texts) + 1e-9) if texts else 0
 
 
+def _level(num_presets: int) -> float:
+    """Of a claim at Holm's first step: each preset has two places in the primary family (``lib.compare.family``)."""
+    return 1 - 0.05 / (2 * num_presets)
+
+
 def _detectable(name: str, size: int, share: float) -> dict[str, str]:
     row = {"rows": name, "discordant": percent(share)}
     for number, presets in ((1, "1 preset"), (3, "3 presets")):
-        found = stats.minimum_detectable_difference(size, share, ENOUGH, 1 - 0.05 / number)
+        found = stats.minimum_detectable_difference(size, share, ENOUGH, _level(number))
         row[f"detectable (80 % power), {presets}"] = "none" if found is None else points(found)
     return row
 
@@ -209,7 +214,7 @@ def margin_text(rows: RunRows, margin: float) -> str:
     if not rows.prompts:
         return ""
     sizes = (num_distinct(rows), DEMO_PROMPTS)
-    own, more = (stats.noninferiority_power(size, USUAL_SHARE, margin / 100) for size in sizes)
+    own, more = (stats.noninferiority_power(size, USUAL_SHARE, margin / 100, _level(1)) for size in sizes)
     text = (
         f"Safety margin: {margin:g} points. Where nothing changed and {percent(USUAL_SHARE)} of the verdicts differ, "
         f"{len(rows.prompts):,} prompts show that safety did not fall by more with a chance of {percent(own)}"

@@ -8,7 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from lib.compare.findings import METRICS, Finding, assess_metric, baseline_text, change_sentence, recorded_margin
+from lib.compare.findings import METRICS, Finding, assess_metric, recorded_margin
+from lib.compare.sentences import baseline_text, change_sentence
 from lib.evaluate import hazards, judge_reliability
 from lib.evaluate.judge_reliability import unsafe_probabilities
 from lib.record.paths import display_path

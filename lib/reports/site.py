@@ -20,9 +20,10 @@ from urllib.parse import quote, urlencode
 
 from lib import gsm8k, safety, wording
 from lib.compare import tables
-from lib.compare.comparison import assess_runs
-from lib.compare.findings import Finding, assess_metric, baseline_sentence, finding_sentence, flexible_outcome
+from lib.compare.comparison import assess_runs, primary_family
+from lib.compare.findings import Finding, assess_metric, flexible_outcome
 from lib.compare.runs import SAFETY_STAGE, Run, load_runs, untuned_key, untuned_runs
+from lib.compare.sentences import baseline_sentence, family_sentence, finding_sentence
 from lib.evaluate import response_kinds
 from lib.record.files import write_text
 from lib.record.manifest import is_redacted, recorded_outputs
@@ -75,6 +76,7 @@ def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: b
     facts = {
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
+        "family": family_sentence(primary_family(findings)),
         "summaries": [_summary(name, some) for name, some in findings.items()],
         "scores": _score_rows(runs, untuned, findings),
         "plots": list(_plots(plots_dir, [*runs, *untuned])),
@@ -129,7 +131,9 @@ def _score_row(run: Run, finding: Finding, reference: str) -> dict[str, Any]:
     row["baseline"] = "" if finding.baseline is None else wording.percent(finding.baseline) + word
     if change is None:
         return row | dict.fromkeys(("change", "change_interval", "p_holm", "moved"), "")
-    row |= {"change": wording.signed_points(change.difference), "p_holm": f"{change.p_holm:.3g}"}
+    alone = finding.place if finding.place and len(finding.place.runs) == 1 else None
+    row |= {"change": wording.signed_points(change.difference)}
+    row |= {"p_holm": f"{alone.holm_changed:.3g}" if alone else "exploratory"}
     row |= {"change_interval": wording.interval(change.low, change.high)}
     return row | {"moved": wording.moved(change.only_run, change.only_reference)}
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from lib import gsm8k
 from lib.compare.comparison import assess_runs
-from lib.compare.findings import METRICS, Finding, finding_sentence
+from lib.compare.findings import METRICS, Finding
 from lib.compare.runs import MetricScore, Run, load_runs, untuned_runs
+from lib.compare.sentences import finding_sentence
 from lib.record.files import write_json
 from lib.record.manifest import git_commit, package_versions
 from lib.record.paths import results_root

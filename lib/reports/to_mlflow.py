@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.compare.comparison import COMPARISON, assess_runs
-from lib.compare.findings import Finding, finding_sentence
+from lib.compare.findings import Finding
 from lib.compare.runs import SAFETY_STAGE, Run, load_runs, row_file
+from lib.compare.sentences import finding_sentence
 from lib.record.files import sha256_file, sha256_json
 from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, STAGES, SUMMARY, results_root
 from lib.record.redaction import clean_value
