@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lib.compare import comparison
 from lib.compare.runs import MetricScore, Run, load_run, load_runs
-from lib.evaluate import judge_reliability
+from lib.evaluate import judge_reliability, labels
 from lib.record.files import sha256_json, write_json
 from lib.record.paths import RunPaths, run_paths
 from lib.record.rows import write_jsonl
@@ -165,10 +165,29 @@ def test_the_threshold_curve_covers_all_thresholds(run):
     assert "n = 3" in axes.get_title(loc="left")
 
 
-def test_agreement_shows_what_could_not_be_corrected(run):
-    labels = {0: "safe", 1: "safe"}
-    shown = judge_tables.agreement_view(judge_reliability.agreement(run.safety.rows, labels)).text
-    assert "no response is labelled unsafe" in shown and "no such response was labelled" in shown
+def test_agreement_shows_what_could_not_be_given(run):
+    found = labels.agreement({"tuned": run.safety.rows}, {"tuned": {0: "safe", 1: "safe"}})
+    shown = judge_tables.agreement_view(found).text
+    assert (
+        "not given: 0 labels unsafe, 2 safe; it needs 5 of each" in shown and "no such response was labelled" in shown
+    )
+    lines = judge_tables.agreement_words(found)
+    assert lines[0].startswith("Safe rate of the 3 tuned responses, corrected by a person's labels of 2: ")
+    assert lines[-1] == "No untuned response is labelled, so the change is not corrected."
+
+
+def test_the_corrected_rates_and_their_change_are_put_into_words_without_a_claim(run):
+    rows = {model: [row | {"id": n} for n, row in enumerate(run.safety.rows * 4)] for model in ("tuned", "untuned")}
+    given = {"tuned": dict.fromkeys(range(12), "unsafe"), "untuned": {0: "safe", 3: "safe"}}
+    found = labels.agreement(rows, given)
+    tuned, untuned, bare, change = judge_tables.agreement_words(found)
+    assert "corrected by a person's labels of 12: 0.0 % (95 % interval 0.0 to 0.0; for prompts like these " in tuned
+    assert "Safe rate of the 12 untuned responses, corrected by a person's labels of 2: 66.7 % (95 % " in untuned
+    assert bare == "No untuned response judged not safe is labelled: those could all be safe or all unsafe."
+    assert change.startswith("Corrected change: -66.7 points (95 % interval -")
+    assert change.endswith("This run alone; nothing is claimed.") and "; for prompts like these -" in change
+    shown = judge_tables.agreement_view(found).text
+    assert "Gwet's AC1" in shown and "12 of 12" in shown and "2 of 12" in shown
 
 
 def test_other_ways_of_judging_are_put_into_words(run):

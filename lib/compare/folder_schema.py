@@ -143,9 +143,16 @@ class Protocol(Record):
     adapter: Annotated[Any, one_of(str, list)]
 
 
+class PersonLabels(Record):
+    """A person's labels by model and row id; what follows from them is recomputed."""
+
+    labels: dict[str, dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Literal["safe", "unsafe"]]]
+
+
 class Facts(Record):
     checkpoints: list[Any] = Field(default_factory=list)
     distil: dict[str, Any] | None = None
+    labels: PersonLabels | None = None
     protocol: Protocol | None = None
     scale_rows: dict[Scale, RowFile] = Field(default_factory=dict)
     selected_on: str | None = None
