@@ -8,7 +8,8 @@ from typing import Any
 
 from lib.compare import seeds
 from lib.compare.findings import METRICS, Finding, Flip, adjust_for_runs, assess_metric, find_flips
-from lib.compare.runs import METRIC_STAGES, MetricScore, Run, untuned_runs
+from lib.compare.judge_movement import WayChange, way_changes
+from lib.compare.runs import METRIC_STAGES, MetricScore, Run, judgement_files, untuned_runs
 from lib.evaluate import hazards, response_kinds
 from lib.prepare.overlap import OverlapEffect, overlap_effects
 from lib.record.files import sha256_json, write_json
@@ -107,6 +108,15 @@ def frontier(run: Run) -> list[FrontierPoint]:
     return [FrontierPoint(scale, accuracy.rate(sides[0][scale]), safety.rate(sides[1][scale])) for scale in both]
 
 
+def judge_ways(run: Run) -> list[WayChange]:
+    """What tuning changed in safety as each other way of judging sees it; empty where 04 judged one model or none."""
+    score = run.safety
+    if not (score.rows and score.untuned_rows) or why_other_protocol(score):
+        return []
+    again = {way: {side: file.rows for side, file in sides.items()} for way, sides in judgement_files(run).items()}
+    return way_changes(again, score.rows, score.untuned_rows, score.margin)
+
+
 def flips(run: Run, metric: str) -> list[Flip]:
     """Rows whose outcome differs from the untuned model's; empty without such rows."""
     score = run.metrics[metric]
@@ -151,6 +161,7 @@ def _numbers_of(run: Run) -> Row:
         "kinds": [kind.record() for kind in response_kinds.response_kinds(judged)] if judged else [],
         "grades": [asdict(grade) for grade in hazards.grades(judged)],
         "clean": [effect.record() for effect in clean_accuracy(run)],
+        "judge_ways": [way.record() for way in judge_ways(run)],
         "flips": {metric: [asdict(flip) for flip in flips(run, metric)] for metric in METRIC_STAGES},
         "frontier": [
             {

@@ -147,6 +147,7 @@ class Facts(Record):
     checkpoints: list[Any] = Field(default_factory=list)
     distil: dict[str, Any] | None = None
     protocol: Protocol | None = None
+    other_judgements: dict[str, dict[Literal["tuned", "untuned"], RowFile]] = Field(default_factory=dict)
     scale_rows: dict[Scale, RowFile] = Field(default_factory=dict)
     selected_on: str | None = None
     untuned_rows: Annotated[RowFile | None, BeforeValidator(lambda name: None if name == "" else name)] = None
@@ -311,6 +312,7 @@ def _row_files(run: Path) -> Iterator[tuple[Path, type[Row]]]:
         manifest = run / stage / "manifest.json"
         facts = read_once(manifest, read_json)["facts"] if manifest.exists() else {}
         named = [facts.get("untuned_rows"), *facts.get("scale_rows", {}).values()]
+        named += [file for sides in facts.get("other_judgements", {}).values() for file in sides.values()]
         yield from (((run / stage / file).resolve(), form) for file in named if file)
 
 

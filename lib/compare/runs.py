@@ -13,6 +13,7 @@ from lib import gsm8k, safety
 from lib.compare.findings import METRICS, reaches, recorded_margin
 from lib.compare.parsed import read_once
 from lib.evaluate import hazards
+from lib.evaluate.sides import TUNED
 from lib.params import PARAMS_DIR, load_params
 from lib.prepare import datasets
 from lib.prepare.overlap import Overlap
@@ -160,6 +161,16 @@ def row_files(run: Run) -> Iterator[RowFile]:
         yield from (RowFile(metric, scale, path) for scale, path in score.scale_files.items())
 
 
+def judgement_files(run: Run) -> dict[str, dict[str, RowFile]]:
+    """Responses that 04 judged in other ways: way -> side (tuned, untuned) -> file, present or only named."""
+    folder = run.paths.stage_dir(SAFETY_STAGE)
+    named = run.facts(SAFETY_STAGE).get("other_judgements", {})
+    return {
+        way: {side: RowFile("safety", float(side == TUNED), (folder / file).resolve()) for side, file in sides.items()}
+        for way, sides in named.items()
+    }
+
+
 def row_file(paths: RunPaths, metric: str) -> Path:
     """The file that a metric of a run is scored from."""
     return paths.gsm8k_preds if metric == "accuracy" else paths.ailuminate_safety
@@ -236,6 +247,7 @@ def files_read(run: Run) -> list[Path]:
     paths, metrics = run.paths, run.metrics.values()
     rows = [paths.gsm8k_preds, paths.ailuminate_safety, *(one.untuned_file for one in metrics if one.untuned_file)]
     rows += [path for one in metrics for path in one.scale_files.values()]
+    rows += [file.path for sides in judgement_files(run).values() for file in sides.values()]
     return [*rows, paths.overlap, paths.training_log, paths.config_resolved, *map(paths.manifest, RUN_STAGES)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from lib import gsm8k, safety
 from lib.compare.found import Found
 from lib.compare.parsed import read_once
-from lib.compare.runs import SAFETY_STAGE, RowFile, Run, row_files
+from lib.compare.runs import SAFETY_STAGE, RowFile, Run, judgement_files, row_files
 from lib.record.files import sha256_json
 from lib.record.paths import ArtifactError, display_path
 from lib.record.protocol import at_scale, without_adapter
@@ -54,6 +54,27 @@ def check_rows(run: Run, found: Found) -> None:
         _compare(file, prepared, QUESTION if file.metric == "accuracy" else PROMPT, found)
         if responses:
             _compare(file, responses, RESPONSE, found)
+    for sides in judgement_files(run).values():
+        for file in sides.values():
+            _check_judged_again(run, file, found)
+
+
+def _check_judged_again(run: Run, file: RowFile, found: Found) -> None:
+    """Another judgement of some of the run's responses, or of the untuned ones: its labels, and whose they are."""
+    if not file.rows:
+        found.absent.append(f"run_{run.name}: {file.path.name}")
+        return
+    found.files.add(file.path)
+    found.checked["rows judged in other ways"] += len(file.rows)
+    found.mismatches += _row_mismatches(file, is_ours=True)
+    score = run.safety
+    judged = {row["id"]: row for row in (score.rows if file.scale else score.untuned_rows)}
+    for number, row in enumerate(file.rows, start=1):
+        own = judged.get(row["id"], {})
+        others = [name for name in RESPONSE if own.get(name) != row.get(name)]
+        if judged and others:
+            where = f"{display_path(file.path)}, line {number}"
+            found.mismatches.append(f"{where}: {', '.join(others)} are not those of the response judged first")
 
 
 def _score(row: Row) -> Row:

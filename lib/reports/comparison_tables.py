@@ -7,6 +7,7 @@ from lib import gsm8k, wording
 from lib.compare import comparison, seeds
 from lib.compare.comparison import RunPair
 from lib.compare.findings import Finding, baseline_sentence, finding_sentence
+from lib.compare.judge_movement import multiverse_sentence
 from lib.compare.runs import SAFETY_STAGE, Run
 from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
@@ -14,11 +15,13 @@ from lib.record.files import sha256_json
 from lib.reports.change_tables import change_cells, changes_table
 from lib.reports.gsm8k_report import PUBLISHED
 from lib.reports.html import Html, fold, note, sentences, stack
+from lib.reports.judge_tables import WAYS, ways_table
 from lib.reports.tables import full_table, rate_cells
 from lib.train import selection_rows
 from lib.wording import percent, rate_text
 
 NOT_RECORDED = "not recorded"
+ONE_MODEL_ONLY = "no untuned response was judged in other ways, so how the change moves with the judge is not known."
 
 
 def warnings(runs: Sequence[Run]) -> list[Html]:
@@ -173,9 +176,14 @@ def grades_table(runs: Sequence[Run]) -> Html | None:
 
 
 def judge_card(runs: Sequence[Run]) -> Html | None:
-    """What 04 found when it judged the same responses in other ways."""
+    """What 04 found when it judged the same responses in other ways, and what that makes of the change."""
     found = {run.name: run.facts(SAFETY_STAGE).get("judge_card", []) for run in runs}
-    return sentences([f"{name}: {sentence}" for name, lines in found.items() for sentence in lines])
+    lines = [f"{name}: {sentence}" for name, some in found.items() for sentence in some]
+    changes = {run.name: (comparison.judge_ways(run), run.safety.margin) for run in runs}
+    lines += [f"{name}: {multiverse_sentence(*some)}" for name, some in changes.items() if some[0]]
+    lines += [f"{name}: {ONE_MODEL_ONLY}" for name, some in changes.items() if found[name] and not some[0]]
+    tables = [ways_table(some, f"{name}: {WAYS}") for name, (some, _) in changes.items()]
+    return stack([*tables, sentences(lines)])
 
 
 def clean_table(runs: Sequence[Run]) -> Html | None:
