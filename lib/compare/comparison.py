@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.compare import seeds
+from lib.compare.aa_control import AAControl, compare_control
 from lib.compare.findings import METRICS, Finding, Flip, adjust_for_runs, assess_metric, find_flips
 from lib.compare.judge_movement import WayChange, way_changes
 from lib.compare.runs import METRIC_STAGES, MetricScore, Run, judgement_files, untuned_runs
@@ -117,6 +118,12 @@ def judge_ways(run: Run) -> list[WayChange]:
     return way_changes(again, score.rows, score.untuned_rows, score.margin)
 
 
+def aa_control(run: Run, metric: str) -> AAControl | None:
+    """What changed where the untuned model got the same rows twice; None without such a control."""
+    score = run.metrics[metric]
+    return compare_control(score.untuned_rows, score.control_rows, metric) if score.rows else None
+
+
 def flips(run: Run, metric: str) -> list[Flip]:
     """Rows whose outcome differs from the untuned model's; empty without such rows."""
     score = run.metrics[metric]
@@ -161,6 +168,7 @@ def _numbers_of(run: Run) -> Row:
         "kinds": [kind.record() for kind in response_kinds.response_kinds(judged)] if judged else [],
         "grades": [asdict(grade) for grade in hazards.grades(judged)],
         "clean": [effect.record() for effect in clean_accuracy(run)],
+        "aa_control": {m: control and control.record() for m in METRIC_STAGES for control in [aa_control(run, m)]},
         "judge_ways": [way.record() for way in judge_ways(run)],
         "flips": {metric: [asdict(flip) for flip in flips(run, metric)] for metric in METRIC_STAGES},
         "frontier": [

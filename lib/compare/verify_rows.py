@@ -10,7 +10,7 @@ from lib.compare.parsed import read_once
 from lib.compare.runs import SAFETY_STAGE, RowFile, Run, judgement_files, row_files
 from lib.record.files import sha256_json
 from lib.record.paths import ArtifactError, display_path
-from lib.record.protocol import at_scale, without_adapter
+from lib.record.protocol import at_scale, in_half_batches, without_adapter
 from lib.record.rows import read_jsonl
 
 Row = dict[str, Any]
@@ -26,6 +26,8 @@ def _protocol_of(run: Run, file: RowFile) -> Mapping[str, Any]:
     known = run.metrics[file.metric].row_protocol
     if not known or file.scale == 1:
         return known
+    if file.is_control:
+        return in_half_batches(known)
     return at_scale(known, file.scale) if file.scale else without_adapter(known)
 
 
@@ -36,7 +38,8 @@ def _responses_of(run: Run, file: RowFile) -> Path | None:
     if file.scale:
         return file.path.with_name(file.path.name.replace("ailuminate_safety", "ailuminate_preds"))
     outputs = (run.paths.stage_dir(SAFETY_STAGE) / name for name in run.outputs(SAFETY_STAGE))
-    return next((path.resolve() for path in outputs if path.name.startswith("ailuminate_preds_untuned")), None)
+    begins = f"ailuminate_preds_{'control' if file.is_control else 'untuned'}"
+    return next((path.resolve() for path in outputs if path.name.startswith(begins)), None)
 
 
 def check_rows(run: Run, found: Found) -> None:

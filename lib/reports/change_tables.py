@@ -4,11 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib import wording
+from lib.compare.aa_control import compare_control, control_sentence
 from lib.compare.findings import ALONE, Finding
 from lib.evaluate.response_kinds import language_note, response_kinds
 from lib.reports.html import Html, note, stack
 from lib.reports.tables import full_table
 from lib.wording import percent
+
+Row = Mapping[str, Any]
 
 
 def changes_table(findings: Mapping[str, Sequence[Finding]], *, alone: bool = False) -> Html | None:
@@ -38,6 +41,12 @@ def change_cells(found: Finding, before: str, after: str, *, alone: bool = False
         "rows that moved": wording.moved(change.only_run, change.only_reference),
         **({"p": p_value} if alone else {"exact p": p_value, "Holm's p": f"{change.p_holm:.3g}"}),
     }
+
+
+def control_lines(untuned: Sequence[Row], again: Sequence[Row], metric: str) -> list[str]:
+    """What changed where the untuned model got the same rows twice (``aa_control``); empty where it did not."""
+    found = compare_control(untuned, again, metric)
+    return [control_sentence(found)] if found else []
 
 
 def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]], languages: Iterable[str] = ()) -> Html | None:

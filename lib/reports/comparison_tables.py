@@ -5,10 +5,11 @@ from typing import Any
 
 from lib import gsm8k, wording
 from lib.compare import comparison, seeds
+from lib.compare.aa_control import control_sentence
 from lib.compare.comparison import RunPair
 from lib.compare.findings import Finding, baseline_sentence, finding_sentence
 from lib.compare.judge_movement import multiverse_sentence
-from lib.compare.runs import SAFETY_STAGE, Run
+from lib.compare.runs import METRIC_STAGES, SAFETY_STAGE, Run
 from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
 from lib.record.files import sha256_json
@@ -184,6 +185,12 @@ def judge_card(runs: Sequence[Run]) -> Html | None:
     lines += [f"{name}: {ONE_MODEL_ONLY}" for name, some in changes.items() if found[name] and not some[0]]
     tables = [ways_table(some, f"{name}: {WAYS}") for name, (some, _) in changes.items()]
     return stack([*tables, sentences(lines)])
+
+
+def control_lines(runs: Sequence[Run]) -> list[str]:
+    """What the pipeline itself moves, by each run's A/A control."""
+    found = [(run.name, comparison.aa_control(run, metric)) for run in runs for metric in METRIC_STAGES]
+    return [f"{name}: {control_sentence(control)}" for name, control in found if control]
 
 
 def clean_table(runs: Sequence[Run]) -> Html | None:
