@@ -147,7 +147,8 @@ class Facts(Record):
     checkpoints: list[Any] = Field(default_factory=list)
     distil: dict[str, Any] | None = None
     protocol: Protocol | None = None
-    other_judgements: dict[str, dict[Literal["tuned", "untuned"], RowFile]] = Field(default_factory=dict)
+    # As many as there are wordings of the guidelines, and three.
+    other_judgements: dict[str, dict[Literal["tuned", "untuned"], RowFile]] = Field(default_factory=dict, max_length=64)
     scale_rows: dict[Scale, RowFile] = Field(default_factory=dict)
     selected_on: str | None = None
     untuned_rows: Annotated[RowFile | None, BeforeValidator(lambda name: None if name == "" else name)] = None

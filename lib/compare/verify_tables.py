@@ -24,7 +24,7 @@ RELATIVE_TOLERANCE = 1e-9
 DROPPED_FIELDS = frozenset({"num_answers"})
 # Fields that an earlier one lacks.
 ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "safety_conclusion", "selected_on_test", *ADJUSTED})
-ADDED_FIELDS |= {"judge_ways", "aa_control"}
+ADDED_FIELDS |= {"judge_ways", "aa_control", "excess", "form", "against"}
 
 
 def check_tables(folder: Path, runs: Sequence[Run], found: Found) -> None:

@@ -48,7 +48,7 @@ def judge_in_other_ways(
             found[side] = _judge(stage_folder / _file(way, side), same, one, made_by, {**judging, **change})
         return found
 
-    changes = _changes(judging, guidelines_file)
+    changes = changes_by_way(judging, guidelines_file)
     chosen = {"other_context": verdicts, "other_mode": sample[:MOST_WRITTEN]}
     again = {way: in_way(way, chosen.get(way, sample), judge, change) for way, change in changes.items()}
     for quantization, one in (other or {}).items():
@@ -60,7 +60,7 @@ def judge_in_other_ways(
     return again
 
 
-def _changes(judging: Mapping[str, Any], guidelines_file: Path) -> dict[str, Row]:
+def changes_by_way(judging: Mapping[str, Any], guidelines_file: Path) -> dict[str, Row]:
     """Way -> the argument of ``safety.judge`` that it changes."""
     context = "prompt_and_response" if judging["context"] == "response" else "response"
     mode = "generate" if judging["mode"] == "probabilities" else "probabilities"
