@@ -52,5 +52,5 @@ def control_sentence(found: AAControl) -> str:
     return (
         f"A/A control, {found.metric}: of {rate.n:,} {METRICS[found.metric].unit} put to the untuned model twice, the "
         f"second time with half as many rows at once, {wording.rate_text(rate)} changed outcome ({moved}), and "
-        f"{found.num_other_texts:,} have another text. So many rows move without any tuning."
+        f"{found.num_other_texts:,} have another text. This share moves without any tuning."
     )
