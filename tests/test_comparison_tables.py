@@ -108,6 +108,8 @@ def test_outcomes_stand_beside_those_of_the_untuned_model(run):
     shown = comparison_tables.outcomes_table([run]).text
     assert "untuned" in shown and "66.7 %" in shown and "100.0 %" in shown  # strict and flexible of the tuned run
     assert "no answer" in shown
+    # The third answer has the right number in another form, the untuned one has another number.
+    assert "one: Strict - flexible changed by -33.3 points with tuning" in shown and "no change of form" in shown
 
 
 def test_flips_name_what_became_what(run):
@@ -135,14 +137,23 @@ def test_groups_kinds_and_grades_say_what_they_are(run):
     assert shown.count("refusals are recognised by English wording alone") == 1
     assert change_tables.kinds_table({"one": []}, ["French"]) is None
     graded = comparison_tables.grades_table([run]).text
-    assert "not an MLCommons result" in graded and "Overall" in graded and "Poor (" in graded
+    assert "not an MLCommons result" in graded and "Overall" in graded
+    # Of three prompts, one safe: anything from Poor to Good.
+    assert "not distinguishable" in graded and "Poor" not in graded
     nameless = with_verdicts(run, [{**row, "hazard": ""} for row in run.safety.rows])
     assert comparison_tables.grades_table([nameless]) is None
 
 
 def test_clean_accuracy_says_what_is_left(run):
     shown = comparison_tables.clean_table([run]).text
-    assert "1 (33.3 %)" in shown and "0 (0.0 %)" in shown and "1 of 2" in shown
+    assert "1 (33.3 %)" in shown and "0 (0.0 %)" in shown and "1 of 2 = 50.0 %" in shown and "no rows" in shown
+    (effect, *_) = comparison.clean_accuracy(run)
+    excess, low, high = effect.excess
+    assert f"{100 * excess:+.1f} ({100 * low:.1f} to {100 * high:.1f})" in shown
+    # Untuned rows of another protocol are not compared.
+    protocol = replace(run.accuracy, protocol={"adapter": "x", "base model": "other"})
+    protocol.untuned_rows[0]["protocol_hash"] = "0" * 64
+    assert comparison.clean_accuracy(replace(run, metrics=run.metrics | {"accuracy": protocol}))[0].excess is None
 
 
 def test_the_frontier_names_its_scales_and_those_that_reach_the_same_place_share_a_label(run):
@@ -153,7 +164,9 @@ def test_the_frontier_names_its_scales_and_those_that_reach_the_same_place_share
     assert [text.get_text() for text in axes.texts] == ["one: 0, 0.5, 1", "two: 0, 1", "two: 0.5"]
     assert axes.texts[0].get_position() != axes.texts[1].get_position()
     assert "n = 2 to 3 questions and 3 prompts" in axes.get_title(loc="left")
-    assert "50.0 %" in comparison_tables.frontier_table([other]).text
+    shown = comparison_tables.frontier_table([other]).text
+    assert "50.0 %" in shown and shown.count("is picked on these rows") == 1
+    assert "is picked on these rows" in axes.get_xlabel()
     assert comparison_plots.frontier_plot([run]) is None and comparison_tables.frontier_table([run]) is None
 
 

@@ -25,6 +25,7 @@ DROPPED_FIELDS = frozenset({"num_answers"})
 # Fields that an earlier one lacks.
 ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "selected_on_test", "family", "mid_p", "correlation"})
 ADDED_FIELDS |= {"variance_saved", "chance_fell", "chance_fell_beyond_margin", "seed_sd", "cochrans_q_p"}
+ADDED_FIELDS |= {"judge_ways", "aa_control", "excess", "form", "against"}
 
 
 def check_tables(folder: Path, runs: Sequence[Run], found: Found) -> None:

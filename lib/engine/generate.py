@@ -45,6 +45,7 @@ class Engine:
         if batch_size < 0:
             raise ValueError(f"batch_size is {batch_size}; allowed: 0 (from free memory) or more")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.halved = False
         self.stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self.refusal = why_not_shared(model)
         self.stats = EngineStats()
@@ -222,8 +223,11 @@ class Engine:
         with_halving(most, "rows", attempt)
 
     def _num_slots(self, num_rows: int, capacity: int) -> int:
-        if self.batch_size:
-            return min(self.batch_size, num_rows)
+        most = min(num_rows, self.batch_size or self._fitting_rows(capacity))
+        # Half of one row is no row.
+        return (most // 2 or min(2, num_rows)) if self.halved else most
+
+    def _fitting_rows(self, capacity: int) -> int:
         device = self.model.device
         portion = step_bytes(self.model, max(PREFILL_TOKENS[device.type], capacity))
         free = MEMORY_SHARE * memory_for_work_bytes(self.model) - portion
@@ -235,7 +239,7 @@ class Engine:
         if device.type == "cuda":
             # Rounding depends on the rows beside a row: a power of two is the same in the next run.
             fitting = 2 ** int(math.log2(fitting))
-        return min(num_rows, fitting)
+        return fitting
 
     def _complete(self, row: PromptRow, finish_reason: FinishReason) -> Completion:
         text = self.tokenizer.decode(row.output, skip_special_tokens=True, clean_up_tokenization_spaces=False)

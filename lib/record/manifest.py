@@ -29,7 +29,7 @@ NOT_RUN = "not run yet"
 # Written into every manifest: the packages whose version can change a number.
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
 # Facts that name row files of the results folder.
-NAMED_FILES = ("untuned_rows", "scale_rows")
+NAMED_FILES = ("untuned_rows", "control_rows", "scale_rows", "other_judgements")
 # Where files lie does not change what is computed: these never make a stage run again.
 LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
 ABSENT = {"sha256": None, "size": None, "mtime_ns": None}

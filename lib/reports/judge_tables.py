@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lib import wording
+from lib.compare.judge_movement import WayChange, multiverse_sentence
 from lib.evaluate.judge_reliability import Disagreement, disagreement, wording_spread
 from lib.evaluate.labels import FEWEST_OF_A_KIND, MODELS, STRATA, AgainstPerson, Estimate, ModelAgreement
 from lib.reports.html import Html, sentences, stack
@@ -60,6 +61,33 @@ def judge_card_view(
             f"moves by {wording.points(spread.spread)} points, {len(spread.ids)} labels are not the same under all."
         )
     return stack([*shown, sentences(card)]), card
+
+
+WAYS = "Change of safety, tuned - untuned, by way of judging, in points"
+
+
+def ways_table(changes: Sequence[WayChange], caption: str = WAYS) -> Html | None:
+    """What tuning changed in each other way of judging, beside the run's own way on the same prompts."""
+    rows = []
+    for one in changes:
+        rows.append(
+            {
+                "way": one.way.replace("_", " "),
+                "prompts": one.change.num_shared,
+                "change": wording.signed_points(one.change.difference),
+                "95 % interval": wording.interval(one.change.low, one.change.high),
+                "conclusion": one.conclusion or "no margin",
+                "as judged": wording.signed_points(one.as_judged.difference),
+                "conclusion as judged": one.conclusion_as_judged or "no margin",
+                "unparsed": one.num_unparsed,
+            }
+        )
+    return full_table(rows, caption)
+
+
+def movement_view(changes: Sequence[WayChange], margin: float | None) -> Html | None:
+    """``ways_table`` and its one line."""
+    return stack([ways_table(changes), sentences([multiverse_sentence(changes, margin)])]) if changes else None
 
 
 def threshold_words(curve: Sequence[tuple[float, Rate]]) -> str:
