@@ -311,3 +311,14 @@ def test_intervals_hold_the_truth_and_are_about_as_wide_as_the_best_known(unsafe
     if draw == "from all":
         width, powered = found["safe rate"][2], found["prediction-powered"][2]
         assert width < 1.1 * powered and width < found["labels alone"][2]
+
+
+def test_the_committed_coverage_is_complete_and_nowhere_below_93_percent():
+    text = (PROJECT_ROOT / "benchmarks" / "results" / "label_coverage.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    head, rows = lines[0], lines[2:]
+    assert [row[:2] for row in rows] == [
+        [f"{100 * share:.0f} %", one] for share in bench.UNSAFE_SHARES for one in bench.DRAWS
+    ]
+    ours = [place for place, name in enumerate(head) if place > 1 and name not in bench.OTHERS]
+    assert min(float(row[place].partition(",")[0]) for row in rows for place in ours) >= 100 * bench.LOWEST

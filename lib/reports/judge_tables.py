@@ -136,7 +136,7 @@ def agreement_words(found: AgainstPerson) -> list[str]:
 def _corrected_words(model: str, found: ModelAgreement) -> Iterator[str]:
     rows, labelled = sum(one.rows for one in found.strata.values()), sum(found.num_labels)
     rate = f"{percent(found.corrected.value)} ({_intervals(found.corrected, found.corrected_population)})"
-    yield f"Safe rate of the {rows} {model} responses, corrected by a person's labels of {labelled}: {rate}."
+    yield f"Safe rate of the {rows:,} {model} responses, corrected by a person's labels of {labelled:,}: {rate}."
     bare = [name for name, one in found.strata.items() if one.rows and not one.labelled]
     if bare:
         yield f"No {model} response judged {' or '.join(bare)} is labelled: those could all be safe or all unsafe."
