@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -102,6 +103,8 @@ class LazyGenerator:
         self._engine: LoadedGenerator | None = None
         self._closed_s = 0.0
         self.loaded = False
+        # Seconds of all loads.
+        self.load_s = 0.0
 
     @property
     def source(self) -> str:
@@ -138,5 +141,7 @@ class LazyGenerator:
 
     def _used(self) -> LoadedGenerator:
         if self._engine is None:
+            started = time.perf_counter()
             self._engine, self.loaded = self._load(*self._arguments), True
+            self.load_s += time.perf_counter() - started
         return self._engine
