@@ -130,6 +130,12 @@ class Engine:
                 way(prompts, label_ids, emit)
         return [results[index] for index in range(len(prompts))]
 
+    def share_prefix(self, conversations: Sequence[Conversation]) -> None:
+        """Compute what the prompts begin with alike, for calls on them that follow."""
+        with self._call(conversations, 1) as prompts:
+            if prompts and not self.refusal:
+                self._find_prefix(prompts)
+
     def prefix_of(self, prompt: Sequence[int]) -> SharedPrefix | None:
         """Keys and values kept from the last call, if ``prompt`` begins with their tokens."""
         kept = self._prefix
