@@ -256,6 +256,18 @@ def test_seconds_have_one_decimal_and_stand_right(run):
     assert re.search(r"td\.col2 \{\s*text-align: right", shown.html)
 
 
+def test_costs_show_loads_and_kernel_starts_where_they_were_recorded(run):
+    paths = run.paths
+    for stage, load_s in (("03_eval_gsm8k", 3.14), ("04_eval_safety", 0.0)):
+        write_json(paths.manifest(stage), {**add_facts(paths, stage, model_load_s=load_s), "kernel_start_s": 0.52})
+    costs = comparison_tables.costs_table([load_run(paths)])
+    shown = {cells[1]: cells for cells in map(str.split, costs.text.splitlines()) if len(cells) > 4}
+    assert "of these loading models before them, kernel start" in " ".join(costs.text.split())
+    assert shown["03_eval_gsm8k"][4:6] == ["3.1", "0.5"] and shown["04_eval_safety"][4:6] == ["0.0", "0.5"]
+    # A run from before they were.
+    assert shown["01_prepare"][4:6] == ["–", "–"]
+
+
 VERSIONS = {"torch": "2.13.0", "peft": "0.19.1"}
 
 

@@ -131,6 +131,12 @@ class Engine:
                 way(prompts, label_ids, emit)
         return [results[index] for index in range(len(prompts))]
 
+    def share_prefix(self, conversations: Sequence[Conversation]) -> None:
+        """Compute what the prompts begin with alike, for calls on them that follow."""
+        with self._call(conversations, 1) as prompts:
+            if prompts and not self.refusal:
+                self._find_prefix(prompts)
+
     def prefix_of(self, prompt: Sequence[int]) -> SharedPrefix | None:
         """Keys and values kept from the last call, if ``prompt`` begins with their tokens."""
         kept = self._prefix
@@ -364,35 +370,3 @@ def why_not_shared(model: PreTrainedModel) -> str:
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices"
     return ""
-
-
-class Models:
-    """One base model with and without adapters, each loaded when first used; at most one is in memory."""
-
-    def __init__(self, folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> None:
-        self._folder, self._runtime = folder, runtime
-        self._quantization, self._batch_size = quantization, batch_size
-        self._made: list[LazyGenerator] = []
-
-    def untuned(self) -> LazyGenerator:
-        """The base model itself."""
-        return self.tuned(None)
-
-    def tuned(self, adapter_dir: Path | None, scale: float = 1.0) -> LazyGenerator:
-        """The base model with the adapter's effect times ``scale`` merged in."""
-        self._made.append(LazyGenerator(self._load, adapter_dir, scale))
-        return self._made[-1]
-
-    @property
-    def work_s(self) -> float:
-        """Seconds that all of them worked."""
-        return sum(generator.wall_s for generator in self._made)
-
-    def close(self) -> None:
-        """Drop what is in memory."""
-        for generator in self._made:
-            generator.close()
-
-    def _load(self, adapter_dir: Path | None, scale: float) -> Engine:
-        self.close()
-        return load_engine(self._folder, self._runtime, self._quantization, adapter_dir, self._batch_size, scale)

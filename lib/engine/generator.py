@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class LazyGenerator:
         self._closed_s = 0.0
         self._halved = False
         self.loaded = False
+        # Seconds of all loads.
+        self.load_s = 0.0
 
     @property
     def source(self) -> str:
@@ -153,6 +156,8 @@ class LazyGenerator:
 
     def _used(self) -> LoadedGenerator:
         if self._engine is None:
+            started = time.perf_counter()
             self._engine, self.loaded = self._load(*self._arguments), True
+            self.load_s += time.perf_counter() - started
         self._engine.halved = self._halved
         return self._engine

@@ -258,13 +258,18 @@ def loss_lines(runs: Sequence[Run]) -> list[str]:
 
 
 def costs_table(runs: Sequence[Run]) -> Html | None:
-    """Seconds, speed, peak memory and device of each stage of each run, as its manifest records them."""
+    """Seconds, speed, peak memory and device of each stage of each run, as its manifest records them.
+
+    A kernel starts before a stage's own seconds begin.
+    """
     rows = []
     for run in runs:
         for stage, one in run.manifests.items():
             facts, tokens = one["facts"], one["metrics"].get("tokens_per_s")
             cells = {"run": run.name, "stage": stage, "seconds": fixed(one["wall_s"], 1)}
             cells |= {"of these in the model": fixed(facts.get("model_work_s"), 1)}
+            cells |= {"of these loading models": fixed(facts.get("model_load_s"), 1)}
+            cells |= {"before them, kernel start": fixed(one.get("kernel_start_s"), 1)}
             cells |= {"peak memory, GiB": fixed(facts.get("peak_memory_gib"), 2)}
             cells |= {"speed": facts.get("speed") or (None if tokens is None else f"{tokens:,.0f} tokens/s")}
             rows.append(cells | {"device": facts.get("runtime")})
