@@ -1,5 +1,6 @@
 """Tables and plots of comparisons: what they show of what was computed, and that they never fall over."""
 
+import math
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -351,3 +352,23 @@ def test_p_values_are_holms_in_the_comparison(run):
     assert " p Holm's p Holm's p, kept" in shown and "before adjustment" not in shown
     assert "P(fell)" in shown and "variance saved" in shown
     assert "Primary family: {accuracy changed, safety changed} x recipes (one), 1 places" in shown
+
+
+@pytest.mark.parametrize(
+    ("number", "source", "words"),
+    [
+        (263, "openai/gsm8k", "For GSM8K's test split alone (1,319 questions), those of 263 are 11.7 % too wide."),
+        (660, "openai/gsm8k", "those of 660 are 41.4 % too wide"),
+        (1319, "openai/gsm8k", "those of 1,319 have no error of a draw"),
+        (263, "data/own", "drawn at random without end."),
+    ],
+)
+def test_which_population_the_intervals_are_about(number, source, words):
+    run = made_run()
+    score = replace(run.accuracy, rows=[{}] * number)
+    run = replace(run, parameters={"gsm8k_source": source}, metrics={**run.metrics, "accuracy": score})
+    text = comparison_tables.population_note([run, run]).text
+    assert words in text and text.count("test split") == (source == "openai/gsm8k")
+    if number == 263:
+        # As the referee has it: an interval for the finite population has .895 of the width.
+        assert math.sqrt((1319 - 263) / 1318) == pytest.approx(0.895, abs=5e-4)
