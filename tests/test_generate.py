@@ -151,7 +151,8 @@ def test_half_batches_have_another_number_of_rows_and_write_the_same(
     assert engine.stats.peak_rows == halved and (halved != most or num_rows == 1)
     again = engine.label_probabilities(rows, labels=["SAFE", "UNSAFE"])
     assert engine.stats.peak_rows == halved
-    assert [share for row in again for share in row] == pytest.approx([share for row in scores for share in row])
+    # Equal but for the rounding of float32, which other rows beside a row change.
+    assert torch.allclose(torch.tensor(again), torch.tensor(scores), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
