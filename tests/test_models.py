@@ -9,12 +9,15 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from test_load import save_adapter
-from tiny import save_tiny_model
+from test_sft import SETTINGS, conversation
+from tiny import save_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lib.engine import load, models
 from lib.engine.models import Models, copy_weights, put_back
 from lib.record.paths import PROJECT_ROOT
+from lib.train import sft
+from lib.train.rows import encode_rows
 
 FLOAT32, BFLOAT16 = (load.Runtime("cpu", dtype, "test") for dtype in (torch.float32, torch.bfloat16))
 FIXTURE = PROJECT_ROOT / "tests" / "fixtures" / "made_before"
@@ -90,6 +93,18 @@ def test_training_takes_the_base_in_memory_and_leaves_it_as_it_was(folder, loads
     assert not engine.model.training and same(weights(engine.model), as_loaded)
     assert engine.generate(CHAT, max_new_tokens=8) == before
     assert loads == {folder.name: 1}
+
+
+def test_an_adapter_trained_on_a_base_that_answered_before_is_that_of_a_fresh_base(folder, tmp_path):
+    examples = encode_rows(tiny_tokenizer(), [conversation(number) for number in range(6)], 100).examples
+    made = []
+    for name in ("used", "fresh"):
+        own = Models(folder, FLOAT32, "nf4")
+        if name == "used":
+            own.tuned(save_adapter(folder, tmp_path / "before", 0.3)).generate(CHAT, max_new_tokens=4)
+        made.append(sft.train(own.for_training(), examples, SETTINGS, tmp_path / name, say=lambda line: None))
+    assert made[0].adapter_sha256 == made[1].adapter_sha256
+    assert [row["loss"] for row in made[0].log] == [row["loss"] for row in made[1].log]
 
 
 def test_packed_training_frees_the_dense_base_first(folder, loads, monkeypatch, capsys):
