@@ -51,7 +51,7 @@ def test_places_of_one_hypothesis_are_holms():
 
 def test_fell_and_kept_count_once_and_both_may_be_claimed():
     accuracy, safety = adjust(places_of((10, 10, 240), (0, 12, 1200), margin=2.5))
-    assert (safety.size, safety.level, safety.conclusion) == (2, 0.975, "fell and not inferior")
+    assert (safety.num_places, safety.level, safety.conclusion) == (2, 0.975, "fell and not inferior")
     # Four hypotheses would make 4 times the p.
     assert safety.holm_changed == pytest.approx(2 * stats.mcnemar_mid_p(0, 12))
     assert (accuracy.conclusion, accuracy.holm_kept) == ("no change shown", None)
