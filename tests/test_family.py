@@ -73,7 +73,7 @@ TRUTHS = {
 }
 
 
-@pytest.mark.parametrize(("num_recipes", "draws"), [(1, 300), pytest.param(3, 2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("num_recipes", "draws"), [(1, 1000), pytest.param(3, 2000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("accuracy", "safety"), TRUTHS.values(), ids=TRUTHS)
 def test_false_claims_of_the_family_are_rare(accuracy, safety, num_recipes, draws):
     rng, truths = np.random.default_rng(7), [(accuracy, 263), (safety, 240)] * num_recipes
