@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from scipy import integrate, optimize, signal, stats
 from statsmodels.stats.contingency_tables import cochrans_q
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 # Weight of the observed split in a mid-p.
@@ -301,9 +300,11 @@ def cochrans_q_p(outcomes: np.ndarray) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979), in the order given: each holds for its comparison when all are looked at."""
-    if not p_values:
-        return []
-    return multipletests(list(p_values), method="holm")[1].tolist()
+    # statsmodels' multipletests collects garbage at each call, which takes 20 to 300 ms.
+    ordered, order = np.sort(p_values), np.argsort(p_values)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(ordered * np.arange(len(order), 0, -1)))
+    return adjusted.tolist()
 
 
 def holm_in_places(places: Sequence[Sequence[float]]) -> list[list[float]]:

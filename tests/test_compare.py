@@ -374,7 +374,7 @@ def test_a_run_is_compared_with_the_untuned_rows_its_manifest_names(results):
     accuracy, safe = comparison.assess_runs([run])["one"]
     assert (accuracy.comparison.only_run, accuracy.comparison.only_reference) == (1, 0)
     assert accuracy.comparison.num_shared == 3 and accuracy.place.conclusion == "no change shown"
-    assert (accuracy.place.runs, accuracy.place.size, safe.place) == (("one",), 1, None)
+    assert (accuracy.place.runs, accuracy.place.num_places, safe.place) == (("one",), 1, None)
     assert safe.comparison is None and safe.rate.successes == 1
 
 

@@ -361,6 +361,8 @@ def test_p_values_are_holms_in_the_comparison(run):
         (660, "openai/gsm8k", "those of 660 are 41.4 % too wide"),
         (1319, "openai/gsm8k", "those of 1,319 have no error of a draw"),
         (263, "data/own", "drawn at random without end."),
+        # A folder that was handed in may hold any number.
+        (1320, "openai/gsm8k", "drawn at random without end."),
     ],
 )
 def test_which_population_the_intervals_are_about(number, source, words):
@@ -368,7 +370,7 @@ def test_which_population_the_intervals_are_about(number, source, words):
     score = replace(run.accuracy, rows=[{}] * number)
     run = replace(run, parameters={"gsm8k_source": source}, metrics={**run.metrics, "accuracy": score})
     text = comparison_tables.population_note([run, run]).text
-    assert words in text and text.count("test split") == (source == "openai/gsm8k")
+    assert words in text and text.count("test split") == (source == "openai/gsm8k" and number <= 1319)
     if number == 263:
         # As the referee has it: an interval for the finite population has .895 of the width.
         assert math.sqrt((1319 - 263) / 1318) == pytest.approx(0.895, abs=5e-4)

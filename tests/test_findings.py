@@ -305,7 +305,7 @@ def test_a_claim_shows_the_interval_of_all_places_together(num_places, level):
     same = [safety_finding(2, 30, 68)] * num_places
     low, high = stats.paired_interval(2, 30, 100, 1 - 0.05 / num_places)
     place = in_family(*same)[0].place
-    assert (place.size, place.record()["low"], place.record()["high"]) == (num_places, low, high)
+    assert (place.num_places, place.record()["low"], place.record()["high"]) == (num_places, low, high)
     shown = f"28.0 points ({level} % interval {100 * low:.1f} to {100 * high:.1f}, Holm's p = {place.holm_changed:.3g})"
     assert sentence_among(*same) == f"safety, this adapter: -{shown} against untuned with 100 prompts"
     # The same in the sentence with a margin.
@@ -373,6 +373,13 @@ def test_sentence_when_nothing_could_be_shown():
     assert printed.endswith(" to 100.0; changes beyond it are excluded)")
 
 
+def test_03_and_04_print_the_mid_p_and_the_bound_of_their_run_alone():
+    assert sentences.change_sentence(safety_finding(1, 6, 230, 3, margin=5.0)) == (
+        "Safety of 240 prompts: 96.2 %, untuned 98.3 %, change -2.1 points (95 % interval -5.0 to 0.1, p = 0.0703; "
+        "one-sided 95 % bound -4.4, margin 5 points). This run alone, before adjustment; 05 adjusts."
+    )
+
+
 def test_sentence_names_what_holds_a_claim_back():
     # An earlier run's accuracy: mid-p = 0.0385 alone, not among three.
     alone = findings.assess_metric("accuracy", *map(answers, discordant(42, 25, 100, 96)))
@@ -418,7 +425,7 @@ def check_sentences(tables, cluster_size):
         difference, low, high, p_value = map(float, claim.groups()[:4])
         assert low <= difference <= high and p_value < 0.05 and (difference > 0) == (claim[5] == "over")
         # Of one place, test and interval part in few tables; of several, the interval is at Holm's first step.
-        assert place.size > 1 or (low > 0) == (high > 0) == (difference > 0)
+        assert place.num_places > 1 or (low > 0) == (high > 0) == (difference > 0)
 
 
 def _clustered(table, cluster_size):

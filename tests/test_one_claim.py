@@ -99,7 +99,14 @@ def test_recipes_verify_and_each_of_their_numbers_is_recomputed(results):
     assert _faults(results) == []
     wrong = {"standard_error": 0.001, "seed_sd": 0.5, "cochrans_q_p": 0.01}
     record["family"][1]["seeds"] |= wrong
-    record["family"][0] |= {"df": 7.5, "p_value": 0.001, "chance_fell": 0.5, "size": 99.0, "bound": 0.0}
+    record["family"][0] |= {
+        "df": 7.5,
+        "p_value": 0.001,
+        "chance_fell": 0.5,
+        "num_effective": 99.0,
+        "num_places": 1,
+        "bound": 0.0,
+    }
     record["seeds"][0] |= {"seed_sd": 0.3}
     try:
         write_json(path, record)
@@ -107,7 +114,9 @@ def test_recipes_verify_and_each_of_their_numbers_is_recomputed(results):
     finally:
         write_json(path, comparison.comparison(load_runs(str(results))))
     expected = {f"family[1].seeds.{name}" for name in wrong} | {"seeds[0].seed_sd"}
-    expected |= {f"family[0].{name}" for name in ("df", "p_value", "chance_fell", "size", "bound")}
+    expected |= {
+        f"family[0].{name}" for name in ("df", "p_value", "chance_fell", "num_effective", "num_places", "bound")
+    }
     assert places == {f"comparison.json, {place}" for place in expected}
 
 

@@ -201,7 +201,7 @@ def test_several_seeds_are_one_place_and_each_alone_claims_nothing():
         ("simple, seeds 0, 1", ("simple_seed0", "simple_seed1")),
         ("other", ("other",)),
     ]
-    assert places[0].change.difference == pytest.approx(-0.22) and places[0].size == 2
+    assert places[0].change.difference == pytest.approx(-0.22) and places[0].num_places == 2
     sentence = sentences.finding_sentence(found["simple_seed0"][1:])
     claim, alone = sentence.split("; this seed alone: ")
     assert claim.startswith("safety, this recipe, 2 seeds: -22.0 points (97.5 % interval -")
@@ -216,7 +216,7 @@ def test_equal_seeds_are_worth_one():
     right, untuned = rng.random(240) < 0.85, rng.random(240) < 0.9
     (place,) = comparison.primary_family(comparison.assess_runs(seeds_of([right] * 3, untuned, margin=5.0)))
     gained, lost = int((right & ~untuned).sum()), int((untuned & ~right).sum())
-    assert (place.change.size, place.change.df) == (pytest.approx(239), pytest.approx(239))
+    assert (place.change.num_effective, place.change.df) == (pytest.approx(239), pytest.approx(239))
     assert place.seeds.seed_sd == 0 and place.seeds.cochrans_q_p == 1
     expected = stats.paired_interval(gained * 239 / 240, lost * 239 / 240, 239, df=239)
     assert place.change.interval() == pytest.approx(expected)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import optimize
 from scipy import stats as scipy_stats
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from lib import stats
 
@@ -292,6 +293,11 @@ def test_holm_adjusts_step_by_step():
     assert stats.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
     assert stats.holm([0.03]) == pytest.approx([0.03])
     assert stats.holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_agrees_with_statsmodels(p_values):
+    assert stats.holm(p_values) == multipletests(p_values, method="holm")[1].tolist()
 
 
 POSTERIORS = [(1, 6, 240), (42, 25, 263), (0, 0, 3), (8.2, 26.4, 218.2), (0, 60, 60), (30, 0, 40), (3, 40, 1319)]

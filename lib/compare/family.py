@@ -22,8 +22,8 @@ LEVEL = 0.95
 class Change:
     """A paired difference, run - reference, on the rows that both have; rates and differences are shares in [0, 1].
 
-    ``gained`` and ``lost`` of ``size`` rows are those that only one of both gets right, as effective numbers. The
-    two-sided ``p_value`` is the mid-p of one seed; that of the score, as Student's t with ``df``, over several.
+    ``gained`` and ``lost`` of ``num_effective`` rows are those that only one of both gets right, as effective numbers.
+    The two-sided ``p_value`` is the mid-p of one seed; that of the score, as Student's t with ``df``, over several.
     ``correlation`` (phi) and ``variance_saved`` as in ``lib.stats.pairing_gain``.
     """
 
@@ -33,26 +33,26 @@ class Change:
     difference: float
     gained: float
     lost: float
-    size: float
+    num_effective: float
     p_value: float
     correlation: float | None
     variance_saved: float | None
     df: float = math.inf
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        return stats.paired_interval(self.gained, self.lost, self.size, level, self.df)
+        return stats.paired_interval(self.gained, self.lost, self.num_effective, level, self.df)
 
     def lower_bound(self, level: float = LEVEL) -> float:
         """One-sided bound of the difference."""
-        return stats.paired_lower_bound(self.gained, self.lost, self.size, level, self.df)
+        return stats.paired_lower_bound(self.gained, self.lost, self.num_effective, level, self.df)
 
     def inferior_p(self, margin: float) -> float:
         """One-sided p against a fall by ``margin`` points or more."""
-        return stats.paired_score_p(self.gained, self.lost, self.size, -margin / 100, self.df)
+        return stats.paired_score_p(self.gained, self.lost, self.num_effective, -margin / 100, self.df)
 
     def chance_of_loss(self, beyond: float = 0.0) -> float:
         """Posterior probability of a fall by more than ``beyond`` points."""
-        return stats.chance_of_loss(self.gained, self.lost, self.size, beyond / 100)
+        return stats.chance_of_loss(self.gained, self.lost, self.num_effective, beyond / 100)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class SeedEffect:
 
 @dataclass(frozen=True)
 class Place:
-    """One metric of one recipe in a family of ``size`` places; ``margin`` in points, None where there is none.
+    """One metric of one recipe in a family of ``num_places``; ``margin`` in points, None where there is none.
 
     ``holm_changed`` and ``holm_kept`` are adjusted over the family; the latter is None without a margin.
     """
@@ -77,13 +77,13 @@ class Place:
     change: Change
     margin: float | None = None
     seeds: SeedEffect | None = None
-    size: int = 1
+    num_places: int = 1
     holm_changed: float = 1.0
     holm_kept: float | None = None
 
     @property
     def level(self) -> float:
-        return 1 - (1 - LEVEL) / self.size
+        return 1 - (1 - LEVEL) / self.num_places
 
     @property
     def changed(self) -> bool:
@@ -125,6 +125,7 @@ class Place:
             "kept_p": None if margin is None else change.inferior_p(margin),
             "holm_changed": self.holm_changed,
             "holm_kept": self.holm_kept,
+            "num_places": self.num_places,
             "level": self.level,
             "low": low,
             "high": high,
@@ -141,6 +142,6 @@ def adjust(places: Sequence[Place]) -> list[Place]:
         [one.change.p_value, *([] if one.margin is None else [one.change.inferior_p(one.margin)])] for one in places
     ]
     return [
-        replace(place, size=len(places), holm_changed=changed, holm_kept=kept[0] if kept else None)
+        replace(place, num_places=len(places), holm_changed=changed, holm_kept=kept[0] if kept else None)
         for place, (changed, *kept) in zip(places, stats.holm_in_places(p_values), strict=True)
     ]

@@ -72,7 +72,7 @@ def population_note(runs: Sequence[Run]) -> Html:
     """Which population the intervals are about, and how much too wide they are for a finite one."""
     line = "The intervals are about questions and prompts like these, drawn at random without end."
     of_split = [run for run in runs if run.parameters.get("gsm8k_source") == GSM8K_HUB_ID]
-    for number in sorted({len(run.accuracy.rows) for run in of_split} - {0}):
+    for number in sorted({len(run.accuracy.rows) for run in of_split} & {*range(1, GSM8K_TEST_ROWS + 1)}):
         line += f" For GSM8K's test split alone ({GSM8K_TEST_ROWS:,} questions), those of {number:,} "
         # Cochran 1977, Sampling Techniques, 3rd ed., 2.6; with all of it, nothing was drawn.
         factor = math.sqrt((GSM8K_TEST_ROWS - number) / (GSM8K_TEST_ROWS - 1))
