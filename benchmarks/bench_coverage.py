@@ -172,8 +172,8 @@ READING = (
     "- At 50 rows a rate near 0 or 1 gets an interval a little too narrow; the difference of two runs that hardly",
     "  differ gets one that is too wide, which claims nothing that is not there.",
     "- From 240 rows on no interval covers less than 93 %, also where all discordant rows are on one side.",
-    "- Where copies answer independently, intervals that take them for one prompt cover 96 % rather than 95 %: the price",
-    "  of not knowing which is so. Greedy decoding gives copies one answer, so that alike is the usual case.",
+    "- Where copies answer independently, intervals that take them for one prompt cover 96 % rather than 95 %: the",
+    "  price of not knowing which is so. Greedy decoding gives copies one answer, so that alike is the usual case.",
     "- These are intervals of one comparison, looked at alone. What is claimed of several is in claim_rules.md.",
 )
 
