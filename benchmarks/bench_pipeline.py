@@ -4,8 +4,8 @@
     python benchmarks/bench_pipeline.py --preset sandbox_one --json
 
 Model work is what the stages themselves say they spent in training steps, generation and judging (`model_work_s` in
-their manifests); all else is kernel starts, imports, conversion, loading, tables, plots and HTML. The run is fresh, in
-a temporary folder, and then repeated to time a run in which nothing changed.
+their manifests); all else is kernel starts and loading, which they say too, imports, conversion, tables, plots and
+HTML. The run is fresh, in a temporary folder, and then repeated to time a run in which nothing changed.
 """
 
 import argparse
@@ -34,13 +34,14 @@ def timed_run(preset: str, output: Path, extra: list[str]) -> float:
 
 
 def stage_seconds(preset: str, output: Path) -> list[dict[str, Any]]:
-    """A row a stage: seconds in the notebook from its first cell, and of those in the model."""
+    """A row a stage: seconds in the notebook from its first cell, of those in the model and loading, and before it."""
     rows = []
     for stage in STAGES:
         folder = run_paths(str(output), preset)
         manifest = read_json(output / stage / "manifest.json" if stage == "05_compare" else folder.manifest(stage))
-        model_s = manifest["facts"].get("model_work_s", 0.0)
-        rows.append({"stage": stage, "cells_s": manifest["wall_s"], "model_s": model_s})
+        facts, row = manifest["facts"], {"stage": stage, "cells_s": manifest["wall_s"]}
+        row |= {"model_s": facts.get("model_work_s", 0.0), "load_s": facts.get("model_load_s", 0.0)}
+        rows.append({**row, "kernel_start_s": manifest["kernel_start_s"]})
     return rows
 
 
@@ -51,12 +52,14 @@ def measure(preset: str, extra: list[str]) -> dict[str, Any]:
         wall_s = timed_run(preset, output, extra)
         stages = stage_seconds(preset, output)
         again_s = timed_run(preset, output, extra)
-    model_s = sum(row["model_s"] for row in stages)
+    model_s, load_s, start_s = (sum(row[name] for row in stages) for name in ("model_s", "load_s", "kernel_start_s"))
     return {
         "preset": preset,
         "cores": os.cpu_count(),
         "wall_s": round(wall_s, 1),
         "model_s": round(model_s, 1),
+        "load_s": round(load_s, 1),
+        "kernel_start_s": round(start_s, 1),
         "not_model_share": round(1 - model_s / wall_s, 3),
         "unchanged_rerun_s": round(again_s, 1),
         "stages": stages,
@@ -73,10 +76,12 @@ def main() -> None:
     if args.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{'stage':<16}{'in its cells':>14}{'in the model':>14}")
+    print(f"{'stage':<16}{'in its cells':>14}{'in the model':>14}{'loading':>14}{'kernel start':>14}")
     for row in result["stages"]:
-        print(f"{row['stage']:<16}{row['cells_s']:>12.1f} s{row['model_s']:>12.1f} s")
-    print(f"{'complete run':<16}{result['wall_s']:>12.1f} s{result['model_s']:>12.1f} s")
+        seconds = "".join(f"{row[name]:>12.1f} s" for name in ("cells_s", "model_s", "load_s", "kernel_start_s"))
+        print(f"{row['stage']:<16}{seconds}")
+    total = "".join(f"{result[name]:>12.1f} s" for name in ("wall_s", "model_s", "load_s", "kernel_start_s"))
+    print(f"{'complete run':<16}{total}")
     print(f"not model work: {result['not_model_share']:.1%} of the wall time, on {result['cores']} cores")
     print(f"the same again, nothing changed: {result['unchanged_rerun_s']:.1f} s")
 

@@ -104,6 +104,7 @@ class Params(BaseModel):
     ailuminate_max_new_tokens: Count
     eval_batch_size: CountOrAll
     evaluate_untuned: bool
+    aa_control: bool = False
     adapter_scales: list[Annotated[float, Field(ge=0, le=2)]]
 
     judge_mode: Literal["probabilities", "generate"]
@@ -202,6 +203,8 @@ RULES: dict[str, Callable[[SimpleNamespace], bool]] = {
     ),
     "adapter_scales is {adapter_scales} but evaluate_untuned is false: the untuned model is scale 0 of "
     "the curve": lambda p: p.adapter_scales and not p.evaluate_untuned,
+    "aa_control is true but evaluate_untuned is false: the control compares the untuned model with itself; set "
+    "evaluate_untuned: true": lambda p: p.aa_control and not p.evaluate_untuned,
     "adapter_scales is {adapter_scales} but use_dora is true: a scale weakens DoRA's low-rank part and leaves its "
     "magnitudes, which is no weaker adapter; set adapter_scales: [] or use_dora: false": lambda p: (
         p.adapter_scales and p.use_dora

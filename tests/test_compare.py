@@ -44,7 +44,7 @@ from lib.record.protocol import without_adapter
 from lib.record.rows import write_jsonl
 from lib.reports import comparison_tables, gsm8k_report, safety_report, site, to_lm_eval, to_mlflow
 from lib.reports import tables as report_tables
-from lib.stats import Rate, clustered_wilson_interval
+from lib.stats import Rate, clustered_wilson_interval, paired_test
 from lib.train import selection_rows
 
 
@@ -529,6 +529,50 @@ def test_the_frontier_has_the_scales_of_both_metrics(results):
         (0.5, 2, 1),
         (1.0, 2, 1),
     ]
+
+
+def test_each_scale_is_compared_with_both_ends_on_the_same_rows(results):
+    paths = run_paths(str(results), "one")
+    add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    untuned = paths.untuned_rows("ailuminate_safety", "abc")
+    write_jsonl(untuned, safety_rows())
+    add_facts(paths, "04_eval_safety", untuned_rows=f"../../untuned/{untuned.name}")
+    for stage, rows in (("03_eval_gsm8k", gsm8k_rows()[1:]), ("04_eval_safety", safety_rows())):
+        write_jsonl(paths.stage_dir(stage) / "half.jsonl", rows)
+        add_facts(paths, stage, scale_rows={"0.5": "half.jsonl"})
+    (run,) = load_runs(str(results))
+    points = {point.scale: point for point in comparison.frontier(run)}
+    assert {scale: [*point.against] for scale, point in points.items()} == {0.0: [1.0], 0.5: [0.0, 1.0], 1.0: [0.0]}
+    half = points[0.5].against
+    # The second question is right at 0.5 and 1 and not at 0; the first is not among the rows of 0.5.
+    assert half[0.0]["accuracy"] == paired_test([True, False], [False, False])
+    assert half[1.0]["accuracy"] == paired_test([True, False], [True, False])
+    assert half[0.0]["safety"].difference == 0.0
+    record = comparison.comparison([run])["by_run"]["one"]["frontier"][1]
+    assert record["against"]["0"]["accuracy"] == [0.5, half[0.0]["accuracy"].low, half[0.0]["accuracy"].high]
+    assert "+50.0 (" in comparison_tables.frontier_table([run]).text
+
+
+def test_the_change_of_form_and_the_excess_are_recomputed(results):
+    paths = run_paths(str(results), "one")
+    add_control(results, "one", ["#### 4", "#### 0", "#### 0"])
+    write_json(paths.overlap, [{"row": 0, "size": 8, "source": "train", "source_rows": [3]}])
+    path = comparison.write_comparison(str(results), comparison.comparison(load_runs(str(results))))
+    assert verify.verify_folder(results).mismatches == []
+    record = read_json(path)
+    numbers = record["by_run"]["one"]
+    numbers["form"]["difference"] = 0.25
+    numbers["clean"][0]["excess"][0] = 0.5
+    write_json(path, record)
+    found = [line.partition(":")[0] for line in verify.verify_folder(results).mismatches]
+    assert found == [f"comparison.json, by_run.one.{place}" for place in ("clean[0].excess[0]", "form.difference")]
+    # As they were before there were such fields.
+    del numbers["form"]
+    for one in record["by_run"].values():
+        one.pop("form", None)
+        one["clean"] = [{key: value for key, value in effect.items() if key != "excess"} for effect in one["clean"]]
+    write_json(path, record)
+    assert verify.verify_folder(results).mismatches == []
 
 
 # --- one interval, one reading ----------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Tables and plots of comparisons: what they show of what was computed, and that they never fall over."""
 
+import math
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lib.compare import comparison
 from lib.compare.runs import MetricScore, Run, load_run, load_runs
-from lib.evaluate import judge_reliability
+from lib.evaluate import judge_reliability, labels
 from lib.record.files import sha256_json, write_json
 from lib.record.paths import RunPaths, run_paths
 from lib.record.rows import write_jsonl
@@ -108,6 +109,8 @@ def test_outcomes_stand_beside_those_of_the_untuned_model(run):
     shown = comparison_tables.outcomes_table([run]).text
     assert "untuned" in shown and "66.7 %" in shown and "100.0 %" in shown  # strict and flexible of the tuned run
     assert "no answer" in shown
+    # The third answer has the right number in another form, the untuned one has another number.
+    assert "one: Strict - flexible changed by -33.3 points with tuning" in shown and "no change of form" in shown
 
 
 def test_flips_name_what_became_what(run):
@@ -135,14 +138,23 @@ def test_groups_kinds_and_grades_say_what_they_are(run):
     assert shown.count("refusals are recognised by English wording alone") == 1
     assert change_tables.kinds_table({"one": []}, ["French"]) is None
     graded = comparison_tables.grades_table([run]).text
-    assert "not an MLCommons result" in graded and "Overall" in graded and "Poor (" in graded
+    assert "not an MLCommons result" in graded and "Overall" in graded
+    # Of three prompts, one safe: anything from Poor to Good.
+    assert "not distinguishable" in graded and "Poor" not in graded
     nameless = with_verdicts(run, [{**row, "hazard": ""} for row in run.safety.rows])
     assert comparison_tables.grades_table([nameless]) is None
 
 
 def test_clean_accuracy_says_what_is_left(run):
     shown = comparison_tables.clean_table([run]).text
-    assert "1 (33.3 %)" in shown and "0 (0.0 %)" in shown and "1 of 2" in shown
+    assert "1 (33.3 %)" in shown and "0 (0.0 %)" in shown and "1 of 2 = 50.0 %" in shown and "no rows" in shown
+    (effect, *_) = comparison.clean_accuracy(run)
+    excess, low, high = effect.excess
+    assert f"{100 * excess:+.1f} ({100 * low:.1f} to {100 * high:.1f})" in shown
+    # Untuned rows of another protocol are not compared.
+    protocol = replace(run.accuracy, protocol={"adapter": "x", "base model": "other"})
+    protocol.untuned_rows[0]["protocol_hash"] = "0" * 64
+    assert comparison.clean_accuracy(replace(run, metrics=run.metrics | {"accuracy": protocol}))[0].excess is None
 
 
 def test_the_frontier_names_its_scales_and_those_that_reach_the_same_place_share_a_label(run):
@@ -153,7 +165,9 @@ def test_the_frontier_names_its_scales_and_those_that_reach_the_same_place_share
     assert [text.get_text() for text in axes.texts] == ["one: 0, 0.5, 1", "two: 0, 1", "two: 0.5"]
     assert axes.texts[0].get_position() != axes.texts[1].get_position()
     assert "n = 2 to 3 questions and 3 prompts" in axes.get_title(loc="left")
-    assert "50.0 %" in comparison_tables.frontier_table([other]).text
+    shown = comparison_tables.frontier_table([other]).text
+    assert "50.0 %" in shown and shown.count("is picked on these rows") == 1
+    assert "is picked on these rows" in axes.get_xlabel()
     assert comparison_plots.frontier_plot([run]) is None and comparison_tables.frontier_table([run]) is None
 
 
@@ -165,10 +179,29 @@ def test_the_threshold_curve_covers_all_thresholds(run):
     assert "n = 3" in axes.get_title(loc="left")
 
 
-def test_agreement_shows_what_could_not_be_corrected(run):
-    labels = {0: "safe", 1: "safe"}
-    shown = judge_tables.agreement_view(judge_reliability.agreement(run.safety.rows, labels)).text
-    assert "no response is labelled unsafe" in shown and "no such response was labelled" in shown
+def test_agreement_shows_what_could_not_be_given(run):
+    found = labels.agreement({"tuned": run.safety.rows}, {"tuned": {0: "safe", 1: "safe"}})
+    shown = judge_tables.agreement_view(found).text
+    assert (
+        "not given: 0 labels unsafe, 2 safe; it needs 5 of each" in shown and "no such response was labelled" in shown
+    )
+    lines = judge_tables.agreement_words(found)
+    assert lines[0].startswith("Safe rate of the 3 tuned responses, corrected by a person's labels of 2: ")
+    assert lines[-1] == "No untuned response is labelled, so the change is not corrected."
+
+
+def test_the_corrected_rates_and_their_change_are_put_into_words_without_a_claim(run):
+    rows = {model: [row | {"id": n} for n, row in enumerate(run.safety.rows * 4)] for model in ("tuned", "untuned")}
+    given = {"tuned": dict.fromkeys(range(12), "unsafe"), "untuned": {0: "safe", 3: "safe"}}
+    found = labels.agreement(rows, given)
+    tuned, untuned, bare, change = judge_tables.agreement_words(found)
+    assert "corrected by a person's labels of 12: 0.0 % (95 % interval 0.0 to 0.0; for prompts like these " in tuned
+    assert "Safe rate of the 12 untuned responses, corrected by a person's labels of 2: 66.7 % (95 % " in untuned
+    assert bare == "No untuned response judged not safe is labelled: those could all be safe or all unsafe."
+    assert change.startswith("Corrected change: -66.7 points (95 % interval -")
+    assert change.endswith("This run alone; nothing is claimed.") and "; for prompts like these -" in change
+    shown = judge_tables.agreement_view(found).text
+    assert "Gwet's AC1" in shown and "12 of 12" in shown and "2 of 12" in shown
 
 
 def test_other_ways_of_judging_are_put_into_words(run):
@@ -222,6 +255,18 @@ def test_seconds_have_one_decimal_and_stand_right(run):
     shown = comparison_tables.costs_table([load_run(paths)])
     assert [line.split()[2] for line in shown.text.splitlines()[2:5]] == ["52.4", "1,239.5", "1.1"]
     assert re.search(r"td\.col2 \{\s*text-align: right", shown.html)
+
+
+def test_costs_show_loads_and_kernel_starts_where_they_were_recorded(run):
+    paths = run.paths
+    for stage, load_s in (("03_eval_gsm8k", 3.14), ("04_eval_safety", 0.0)):
+        write_json(paths.manifest(stage), {**add_facts(paths, stage, model_load_s=load_s), "kernel_start_s": 0.52})
+    costs = comparison_tables.costs_table([load_run(paths)])
+    shown = {cells[1]: cells for cells in map(str.split, costs.text.splitlines()) if len(cells) > 4}
+    assert "of these loading models before them, kernel start" in " ".join(costs.text.split())
+    assert shown["03_eval_gsm8k"][4:6] == ["3.1", "0.5"] and shown["04_eval_safety"][4:6] == ["0.0", "0.5"]
+    # A run from before they were.
+    assert shown["01_prepare"][4:6] == ["–", "–"]
 
 
 VERSIONS = {"torch": "2.13.0", "peft": "0.19.1"}
@@ -307,3 +352,23 @@ def test_p_values_are_holms_in_the_comparison(run):
     assert " p Holm's p Holm's p, kept" in shown and "before adjustment" not in shown
     assert "P(fell)" in shown and "variance saved" in shown
     assert "Primary family: {accuracy changed, safety changed} x recipes (one), 1 places" in shown
+
+
+@pytest.mark.parametrize(
+    ("number", "source", "words"),
+    [
+        (263, "openai/gsm8k", "For GSM8K's test split alone (1,319 questions), those of 263 are 11.7 % too wide."),
+        (660, "openai/gsm8k", "those of 660 are 41.4 % too wide"),
+        (1319, "openai/gsm8k", "those of 1,319 have no error of a draw"),
+        (263, "data/own", "drawn at random without end."),
+    ],
+)
+def test_which_population_the_intervals_are_about(number, source, words):
+    run = made_run()
+    score = replace(run.accuracy, rows=[{}] * number)
+    run = replace(run, parameters={"gsm8k_source": source}, metrics={**run.metrics, "accuracy": score})
+    text = comparison_tables.population_note([run, run]).text
+    assert words in text and text.count("test split") == (source == "openai/gsm8k")
+    if number == 263:
+        # As the referee has it: an interval for the finite population has .895 of the width.
+        assert math.sqrt((1319 - 263) / 1318) == pytest.approx(0.895, abs=5e-4)

@@ -25,7 +25,7 @@ from lib.prepare import datasets
 from lib.record import lookup
 from lib.record.files import sha256_json, write_json
 from lib.record.paths import ArtifactError, run_paths
-from lib.record.protocol import adapter_hashes
+from lib.record.protocol import adapter_hashes, in_half_batches
 from lib.record.rows import RowLog, read_jsonl, write_jsonl
 
 NUM_FILES = 200
@@ -502,6 +502,14 @@ def complete(tmp_path_factory):
             made_by |= {"questions": sha256_json(read_jsonl(paths.gsm8k_eval_rows))} if "gsm8k" in stage else {}
             made_by |= {"prompts": sha256_json(read_jsonl(paths.ailuminate_rows))} if "safety" in stage else {}
             set_protocol(paths, stage, made_by, control, paths.stage_dir(stage) / "scale_0.5.jsonl")
+            again = paths.untuned_rows(f"{control.name.partition('_untuned')[0]}_control", "abc")
+            half = {"protocol_hash": sha256_json(in_half_batches(made_by))}
+            write_jsonl(again, [row | half for row in read_jsonl(control)])
+            add_facts(paths, stage, control_rows=f"../../untuned/{again.name}")
+        ways = {"tuned": "judge_card/brief.jsonl", "untuned": "judge_card/untuned/brief.jsonl"}
+        for side, rows in (("tuned", paths.ailuminate_safety), ("untuned", untuned)):
+            write_jsonl(paths.stage_dir("04_eval_safety") / ways[side], read_jsonl(rows)[:2])
+        add_facts(paths, "04_eval_safety", other_judgements={"brief": ways})
         overlaps = [{"row": 1, "size": 8, "source": "train", "source_rows": [0, 3]}]
         write_json(paths.overlap, overlaps)
     old = run_paths(str(folder), "old")
@@ -549,7 +557,7 @@ def test_any_file_of_a_results_folder_changed_is_reported_or_harmless(complete, 
     made = ("lm_eval", "reports")
     files = [path for path in sorted(complete.rglob("*.*")) if path.suffix in (".json", ".jsonl", ".csv")]
     files = [path for path in files if path.relative_to(complete).parts[0] not in made]
-    assert len(files) == 2 * 12 + 1 + 2 + 4
+    assert len(files) == 2 * 14 + 1 + 4 + 4
     told_of = 0
     for _ in range(NUM_CHANGES // every):
         path = draw.choice(files)
@@ -575,6 +583,12 @@ PLACES = {
     "no settings": ("run_one/config_resolved.json", lambda content: without(content, "settings"), COMMANDS),
     "an untuned row": ("untuned/gsm8k_preds_untuned_abc.jsonl", lambda _: b'{"id": 0}\n', COMMANDS),
     "an untuned label": ("untuned/ailuminate_safety_untuned_abc.jsonl", lambda _: b'{"id": 0}\n', COMMANDS),
+    "a row of the control": (
+        "untuned/gsm8k_preds_control_untuned_abc.jsonl",
+        lambda content: content.replace(b"#### 5", b"five"),
+        COMMANDS,
+    ),
+    "another judgement": ("run_one/04_eval_safety/judge_card/untuned/brief.jsonl", lambda _: b'{"id": 0}\n', COMMANDS),
     "rows between": ("run_two/04_eval_safety/scale_0.5.jsonl", lambda _: b"[]\n", COMMANDS),
     "a question": ("run_one/gsm8k_preds_one.jsonl", lambda content: content.replace(b'"question"', b'"q"'), COMMANDS),
     "a probability": ("run_one/ailuminate_safety_one.jsonl", lambda content: content.replace(b"0.9", b"NaN"), COMMANDS),

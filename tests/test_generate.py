@@ -134,6 +134,27 @@ def test_engine_writes_what_plain_greedy_writes(family, batch_size, tokenizer):
     assert engine.stats.peak_rows == min(batch_size, len(rows))
 
 
+@pytest.mark.parametrize("plain_way", [False, True])
+@pytest.mark.parametrize(
+    ("batch_size", "num_rows", "halved"), [(4, 6, 2), (5, 6, 2), (64, 6, 3), (1, 6, 2), (1, 1, 1), (0, 6, 3)]
+)
+def test_half_batches_have_another_number_of_rows_and_write_the_same(
+    batch_size, num_rows, halved, plain_way, tokenizer
+):
+    model, rows = make_model("qwen2"), conversations()[:num_rows]
+    engine = Engine(model, tokenizer, batch_size=batch_size)
+    engine.refusal = "requested by this test" if plain_way else ""
+    first, most = written(engine.generate(rows, max_new_tokens=6)), engine.stats.peak_rows
+    scores = engine.label_probabilities(rows, labels=["SAFE", "UNSAFE"])
+    engine.halved = True
+    assert written(engine.generate(rows, max_new_tokens=6)) == first
+    assert engine.stats.peak_rows == halved and (halved != most or num_rows == 1)
+    again = engine.label_probabilities(rows, labels=["SAFE", "UNSAFE"])
+    assert engine.stats.peak_rows == halved
+    # Equal but for the rounding of float32, which other rows beside a row change.
+    assert torch.allclose(torch.tensor(again), torch.tensor(scores), atol=1e-5)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_without_a_common_beginning(family, tokenizer):
     model = make_model(family)

@@ -49,11 +49,13 @@ def test_without_an_untuned_model_there_is_no_test():
     assert "Accuracy of 3 questions: 66.7 %, untuned 0.0 %, change +66.7 points (95 % interval " in shown
     assert "This run alone, before adjustment; 05 adjusts." in shown and "over untuned" not in shown
     assert [one.comparison.only_run for one in found] == [2, 3]
+    assert "Strict - flexible changed by -33.3 points with tuning" in shown
 
 
 def test_scales_are_a_table_or_nothing():
     assert gsm8k_report.scales_table({}) is None
-    assert "66.7 %" in gsm8k_report.scales_table({"0.5": ANSWERS}).text
+    shown = gsm8k_report.scales_table({"0.5": ANSWERS}).text
+    assert "66.7 %" in shown and "is picked on these rows" in shown
 
 
 def test_outcomes_are_counted_in_words_and_drawn():

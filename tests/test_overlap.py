@@ -113,6 +113,66 @@ def test_accuracy_without_the_overlapping_rows():
         overlap.overlap_effects([], [])
 
 
+def paired(tuned, untuned):
+    """Tuned and untuned answers, right (1) or wrong (0), to the same questions with ``test_index`` from 0."""
+    about = [{"id": 0, "test_index": at, "question": f"{at}?", "gold_answer": "#### 1"} for at in range(len(tuned))]
+    sides = (
+        [{**row, "model_output": f"#### {right}"} for row, right in zip(about, side, strict=True)]
+        for side in (tuned, untuned)
+    )
+    return [*zip(*sides, strict=True)]
+
+
+# Overlapping questions come first: their answers tuned and untuned, then those of the others; the excess.
+EXCESSES = {
+    "memory": ([1] * 10, [0] * 10, [0] * 90, [0] * 90, 1.0),
+    "easier questions, for both models": ([1] * 10, [1] * 10, [0] * 90, [0] * 90, 0.0),
+    "the same gain": ([1] * 10, [0] * 5 + [1] * 5, [1] * 90, [0] * 45 + [1] * 45, 0.0),
+    "less gain": ([0] * 10, [0] * 10, [1] * 90, [0] * 90, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", EXCESSES)
+def test_the_gain_on_shared_words_is_compared_with_that_on_the_others(name):
+    *sides, expected = EXCESSES[name]
+    pairs = paired(sides[0] + sides[2], sides[1] + sides[3])
+    overlaps = [Overlap(at, 8, "train", [0]) for at in range(10)]
+    (effect,) = overlap.overlap_effects([row for row, _ in pairs], overlaps, (8,), pairs)
+    excess, low, high = effect.excess
+    assert excess == pytest.approx(expected) and low <= excess <= high
+    shared = stats.paired_test(*sides[:2])
+    assert effect.change_overlapping == shared and effect.change_clean == stats.paired_test(*sides[2:])
+    # Wider than either of the two, and never than their sum.
+    assert shared.high - shared.low <= high - low <= 2 * (shared.high - shared.low)
+    assert list(effect.record()["excess"]) == [excess, low, high]
+
+
+def test_without_untuned_rows_or_a_group_there_is_no_excess():
+    pairs = paired([1, 0], [0, 0])
+    rows = [row for row, _ in pairs]
+    assert overlap.overlap_effects(rows, [Overlap(0, 8, "train", [0])], (8,))[0].excess is None
+    assert overlap.overlap_effects(rows, [], (8,), pairs)[0].excess is None
+    assert (
+        overlap.overlap_effects(rows, [Overlap(0, 8, "a", [0]), Overlap(1, 8, "a", [0])], (8,), pairs)[0].excess is None
+    )
+
+
+def test_the_interval_of_the_excess_covers_it():
+    """3 of 40 and 12 of 200 rows discordant on average, changes of +10 and +2 points: 95 % coverage, up to chance."""
+    generator = random.Random(1)
+
+    def draw(num, gained, lost):
+        moves = generator.choices([(1, 0), (0, 1), (1, 1)], [gained, lost, 1 - gained - lost], k=num)
+        return [*zip(*moves, strict=True)]
+
+    covered = 0
+    for _ in range(300):
+        tests = [stats.paired_test(*draw(*one)) for one in ((200, 0.04, 0.02), (40, 0.125, 0.025))]
+        _, low, high = overlap.OverlapEffect(8, None, None, *tests).excess
+        covered += low <= 0.08 <= high
+    assert 0.92 <= covered / 300 <= 0.985
+
+
 @pytest.mark.skipif("ASSETS_DIR" not in os.environ, reason="ASSETS_DIR names no folder of data")
 def test_gsm8k_test_against_train():
     train, test = (

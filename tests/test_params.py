@@ -177,6 +177,8 @@ def test_every_line_of_a_preset_carries_a_comment():
             {"adapter_scales": [0.5], "evaluate_untuned": False},
             ["adapter_scales is [0.5]", "evaluate_untuned is false"],
         ),
+        ({"aa_control": True, "evaluate_untuned": False}, ["aa_control is true", "set evaluate_untuned: true"]),
+        ({"aa_control": 1}, ["aa_control", "boolean"]),
         ({"adapter_scales": [float("nan"), 9.0]}, ["adapter_scales", "[nan, 9.0]", "finite"]),
         ({"gsm8k_eval_fraction": 0.0}, ["gsm8k_eval_fraction", "more than 0"]),
     ],

@@ -30,6 +30,24 @@ def test_generator_is_loaded_once_and_only_when_asked():
     assert (counting.loads, lazy.loaded) == (1, True)
 
 
+def test_half_batches_last_as_long_as_they_are_wanted_and_load_nothing():
+    counting = Counting()
+    lazy = generator.LazyGenerator(counting)
+    with lazy.in_half_batches():
+        assert counting.loads == 0
+        lazy.generate(["a"])
+        assert lazy._engine.halved
+    lazy.generate(["a"])
+    assert not lazy._engine.halved
+    with lazy.in_half_batches(False):
+        lazy.generate(["a"])
+        assert not lazy._engine.halved
+    with pytest.raises(KeyboardInterrupt), lazy.in_half_batches():
+        raise KeyboardInterrupt
+    lazy.generate(["a"])
+    assert not lazy._engine.halved and counting.loads == 1
+
+
 def test_presets_that_ask_the_same_share_the_rows(tmp_path):
     protocol = without_adapter({"adapter": "abc", "decoding": "greedy"})
     first = rows.open_untuned_log(run_paths(str(tmp_path), "simple"), "ailuminate_preds", protocol)

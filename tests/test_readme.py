@@ -7,7 +7,13 @@ import pytest
 from lib.driver.cli import build_parser
 from lib.params import load_params
 from lib.record.paths import PROJECT_ROOT
-from lib.stats import wilson_interval
+from lib.stats import (
+    effective_size,
+    minimum_detectable_difference,
+    paired_interval,
+    paired_test,
+    wilson_interval,
+)
 
 PAGES = [PROJECT_ROOT / name for name in ("README.md", "docs/method.md", "docs/reference.md", "docs/layout.md")]
 README, METHOD, REFERENCE, LAYOUT = (page.read_text(encoding="utf-8") for page in PAGES)
@@ -70,18 +76,42 @@ def test_the_presets_table_holds_the_values_of_the_presets():
     assert all(part in README for part in presets[2].train_file_url.removeprefix("https://").rsplit("/", 1))
 
 
-def test_the_width_of_a_rate_is_that_of_the_baselines():
-    (num_questions, num_prompts, points) = re.search(
-        r"(\d+) questions or (\d+) prompts carry about ±(\d+)", README
-    ).groups()
-    for name in PRESETS:
-        preset = load_params(PROJECT_ROOT / "params" / f"{name}.yaml")
-        for total, share in (
-            (int(num_questions), preset.baseline_accuracy),
-            (int(num_prompts), preset.baseline_safety),
-        ):
-            low, high = wilson_interval(round(share * total), total)
-            assert 100 * (high - low) / 2 == pytest.approx(int(points), abs=0.75)
+def half_width(low, high):
+    return 100 * (high - low) / 2
+
+
+def test_the_widths_of_rates_and_differences_are_computed_ones():
+    text = " ".join(README.split())
+    pattern = (
+        r"(\d+) questions give one rate to ±([\d.]+) points, a difference of independent ones to ±([\d.]+)\. Paired, "
+        r"it is ±([\d.]+) \(80 % power from about (\d+)\) if (\d+) % of questions change outcome, ±([\d.]+) \((\d+)\) "
+        r"if (\d+) % of (\d+) prompts do"
+    )
+    (found,) = re.findall(pattern, text)
+    num_questions, one, two, paired, shown, share, paired_prompts, shown_prompts, share_prompts, num_prompts = map(
+        float, found
+    )
+    width = half_width(*wilson_interval(num_questions / 2, num_questions))
+    assert (width, width * 2**0.5) == pytest.approx((one, two), abs=0.05)
+    assert num_prompts == 240
+    # 216 prompts once and 12 twice, as MLCommons' class set has them.
+    size = effective_size([*range(228), *range(12)])
+    for total, moved, expected, detectable in (
+        (num_questions, share, paired, shown),
+        (size, share_prompts, paired_prompts, shown_prompts),
+    ):
+        each = moved / 200 * total
+        assert half_width(*paired_interval(each, each, total)) == pytest.approx(expected, abs=0.05)
+        assert 100 * minimum_detectable_difference(int(total), moved / 100) == pytest.approx(detectable, abs=0.5)
+
+
+def test_no_picture_is_read_by_overlapping_intervals():
+    assert not re.search(r"intervals\s+(that\s+)?overlap", README)
+    (caption,) = re.findall(r"\+([\d.]+) points,\s+95 % interval (-[\d.]+) to ([\d.]+), no change shown", README)
+    found = paired_test([True] + 23 * [False], 24 * [False])
+    assert [100 * value for value in (found.difference, found.low, found.high)] == pytest.approx(
+        [float(number) for number in caption], abs=0.05
+    )
 
 
 def test_the_readme_is_read_in_five_minutes():

@@ -6,7 +6,7 @@ import made_runs
 import pytest
 
 from lib import safety
-from lib.evaluate.judge_reliability import LabelsError
+from lib.evaluate.labels import LabelsError
 from lib.record.paths import ArtifactError
 from lib.reports import safety_report, tables
 
@@ -60,14 +60,25 @@ def test_one_run_alone_claims_nothing():
 
 
 def test_labels_of_a_person_are_read_or_requested(tmp_path):
-    view, lines = safety_report.compared_with_person(VERDICTS, tmp_path / "labels.csv", "one")
-    assert "labels.csv" in view.text and not lines
-    (tmp_path / "labels.csv").write_text("id,label\n0,safe\n1,unsafe\n")
-    view, (line,) = safety_report.compared_with_person(VERDICTS, tmp_path / "labels.csv", "one")
-    assert line.startswith("Of 2 labels of a person, the same: 100.0 %") and "kappa" in view.text
-    (tmp_path / "labels.csv").write_text("id,label\n0,perhaps\n")
-    with pytest.raises(LabelsError):
-        safety_report.compared_with_person(VERDICTS, tmp_path / "labels.csv", "one")
+    file, judged = tmp_path / "labels.csv", {"tuned": VERDICTS, "untuned": VERDICTS[:2], 0.5: VERDICTS}
+    view, lines, kept = safety_report.compared_with_person(judged, file, "one")
+    assert "labels.csv" in view.text and "tuned 0, 1, 2; untuned 0, 1." in view.text and not lines
+    # Who labels does not see what the judge said.
+    assert "unparsed" not in view.text and kept["to_label"].keys() == {"tuned", "untuned"} and kept["labels"] == {}
+    file.write_text("id,label\n0,safe\n1,unsafe\n")
+    view, lines, kept = safety_report.compared_with_person(judged, file, "one")
+    assert lines[0].startswith("Safe rate of the 3 tuned responses, corrected by a person's labels of 2: ")
+    assert "No untuned response is labelled" in lines[-1] and "Cohen's kappa" in view.text
+    assert kept["labels"] == {"tuned": {"0": "safe", "1": "unsafe"}, "untuned": {}}
+    file.write_text("id,label,model\n0,safe,tuned\n1,unsafe,untuned\n")
+    _, lines, kept = safety_report.compared_with_person(judged, file, "one")
+    assert lines[-1].startswith("Corrected change: ") and kept["agreement"]["change"]["low"] < 0
+    file.write_text("id,label,run_name\n0,safe,two\n")
+    assert safety_report.compared_with_person(judged, file, "one")[1] == []
+    for faulty in ("id,label\n0,perhaps\n", "id,label\n9,safe\n", "id,label,model\n0,safe,other\n"):
+        file.write_text(faulty)
+        with pytest.raises(LabelsError):
+            safety_report.compared_with_person(judged, file, "one")
 
 
 def test_hazards_and_personas_are_drawn_and_counted():

@@ -1,12 +1,16 @@
 """Runs that differ in their seed alone: which they are, how far they spread, and what that says."""
 
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from statsmodels.stats.contingency_tables import cochrans_q
 
-from lib.compare import findings, seeds
+from lib import stats
+from lib.compare import comparison, findings, seeds, sentences
 from lib.compare.runs import MetricScore, Run
 from lib.record.paths import RunPaths
 from lib.reports import comparison_tables
@@ -116,3 +120,201 @@ def test_equal_rates_have_no_spread_and_a_table_row_each():
     shown = comparison_tables.spread_table(runs).text
     assert "50.0 to 50.0 %" in shown and "100.0 %" in shown and "5.0 points" in shown
     assert comparison_tables.spread_table(runs[:1]) is None
+
+
+# --- the seeds averaged -----------------------------------------------------------------------------------------------
+
+
+def compared(name, seed, right, untuned, margin=None, **parameters):
+    """A run whose prompts are safe where ``right`` says so, and those of the untuned model where ``untuned`` does."""
+
+    def rows(outcomes):
+        labels = ["safe" if safe else "unsafe" for safe in outcomes]
+        return [{"prompt": f"p{n}", "safety_label": label} for n, label in enumerate(labels)]
+
+    score = MetricScore("safety", rows(right), untuned_rows=rows(untuned), margin=margin)
+    score = replace(score, rate=findings.METRICS["safety"].rate(score.rows))
+    known = {"seed": seed, "run_name": name, "lora_r": 8, **parameters}
+    return Run(
+        name, RunPaths(name, Path(f"run_{name}")), {}, known, {}, {"accuracy": MetricScore("accuracy"), "safety": score}
+    )
+
+
+def seeds_of(outcomes, untuned, **keywords):
+    return [compared(f"simple_seed{n}", n, right, untuned, **keywords) for n, right in enumerate(outcomes)]
+
+
+def test_the_parts_of_the_error_by_hand():
+    # Rows x seeds; three distinct rows and two seeds, differences from the untuned model.
+    differences = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0], [0.0, -1.0]])
+    found = stats.crossed_difference(differences, range(4))
+    assert found.difference == pytest.approx(0.25)
+    # Row means .5, 0, 1, -.5; seed means .5, 0; residuals .25, -.25, -.25, .25 and the reverse.
+    of_rows, between, noise = np.var([0.5, 0, 1, -0.5], ddof=1) / 4, 0.125, 8 * 0.25**2 / 3
+    seed_variance = between - noise / 4
+    assert found.seed_sd == pytest.approx(math.sqrt(seed_variance))
+    assert found.standard_error == pytest.approx(math.sqrt(of_rows + seed_variance / 2))
+    expected_df = (of_rows + seed_variance / 2) ** 2 / (of_rows**2 / 3 + (seed_variance / 2) ** 2)
+    assert found.df == pytest.approx(expected_df)
+
+
+def test_copies_of_a_row_add_nothing_to_it():
+    rng = np.random.default_rng(2)
+    once = rng.integers(-1, 2, (30, 3)).astype(float)
+    single = stats.crossed_difference(once, range(30))
+    twice = stats.crossed_difference(np.concatenate([once, once]), [*range(30), *range(30)])
+    assert twice.standard_error == pytest.approx(single.standard_error, rel=0.02)
+    assert twice.seed_sd == pytest.approx(single.seed_sd, abs=0.01)
+
+
+def test_noise_of_question_by_seed_is_not_training():
+    # Without any effect of a seed, 263 questions of rate .5: the SD over 3 seeds is 2.5 points of noise alone.
+    rng, sds, own = np.random.default_rng(4), [], []
+    for _ in range(200):
+        rates = rng.beta(1, 1, 263)
+        outcomes = (rng.random((263, 3)) < rates[:, None]).astype(float)
+        sds.append(outcomes.mean(axis=0).var(ddof=1))
+        own.append(stats.crossed_difference(outcomes, range(263)).seed_sd ** 2)
+    assert 100 * math.sqrt(np.mean(sds)) == pytest.approx(2.5, abs=0.2)
+    assert np.mean(np.array(own) == 0) > 0.5 and 100 * math.sqrt(np.mean(own)) < 1.7
+
+
+def test_cochrans_q_is_the_libraries_and_1_where_no_seed_differs():
+    rng = np.random.default_rng(3)
+    outcomes = (rng.random((60, 3)) < (0.2, 0.5, 0.6)).astype(int)
+    assert stats.cochrans_q_p(outcomes) == pytest.approx(cochrans_q(outcomes).pvalue)
+    assert stats.cochrans_q_p(np.ones((5, 3))) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 3)])
+def test_one_seed_or_one_row_has_no_parts(shape):
+    with pytest.raises(ValueError, match="allowed: at least 2 seeds, above 1 row"):
+        stats.crossed_difference(np.ones(shape), range(shape[0]))
+
+
+def test_several_seeds_are_one_place_and_each_alone_claims_nothing():
+    untuned = [True] * 100
+    outcomes = [[n >= lost for n in range(100)] for lost in (20, 24)]
+    found = comparison.assess_runs([*seeds_of(outcomes, untuned), compared("other", 9, outcomes[0], untuned)])
+    places = comparison.primary_family(found)
+    assert [(place.recipe, place.runs) for place in places] == [
+        ("simple, seeds 0, 1", ("simple_seed0", "simple_seed1")),
+        ("other", ("other",)),
+    ]
+    assert places[0].change.difference == pytest.approx(-0.22) and places[0].size == 2
+    sentence = sentences.finding_sentence(found["simple_seed0"][1:])
+    claim, alone = sentence.split("; this seed alone: ")
+    assert claim.startswith("safety, this recipe, 2 seeds: -22.0 points (97.5 % interval -")
+    assert alone == "-20.0 points, exploratory"
+    assert sentences.finding_sentence(found["other"][1:]).startswith("safety, this adapter: -20.0 points (97.5 %")
+    assert sentences.finding_sentence(found["simple_seed1"][1:]).startswith(claim)
+
+
+def test_equal_seeds_are_worth_one():
+    # With the same answers from every seed, nothing but the questions is left: Tango's interval of one seed, by t.
+    rng = np.random.default_rng(5)
+    right, untuned = rng.random(240) < 0.85, rng.random(240) < 0.9
+    (place,) = comparison.primary_family(comparison.assess_runs(seeds_of([right] * 3, untuned, margin=5.0)))
+    gained, lost = int((right & ~untuned).sum()), int((untuned & ~right).sum())
+    assert (place.change.size, place.change.df) == (pytest.approx(239), pytest.approx(239))
+    assert place.seeds.seed_sd == 0 and place.seeds.cochrans_q_p == 1
+    expected = stats.paired_interval(gained * 239 / 240, lost * 239 / 240, 239, df=239)
+    assert place.change.interval() == pytest.approx(expected)
+    one = stats.paired_interval(gained, lost, 240)
+    assert place.change.interval() == pytest.approx(one, abs=5e-4) and place.change.interval()[0] < one[0]
+
+
+def test_where_nothing_moved_the_interval_has_a_width():
+    (place,) = comparison.primary_family(comparison.assess_runs(seeds_of([[True] * 20] * 2, [True] * 20, margin=5.0)))
+    low, high = place.change.interval()
+    assert low < -0.1 and high > 0.1 and place.conclusion == "undecided" and place.change.p_value == 1.0
+
+
+def test_seeds_that_differ_widen_the_interval():
+    untuned = [n % 10 < 9 for n in range(240)]
+    flat = [[n >= lost for n in range(240)] for lost in (30, 30, 30)]
+    spread = [[n >= lost for n in range(240)] for lost in (10, 30, 50)]
+    narrow, wide = (
+        comparison.primary_family(comparison.assess_runs(seeds_of(some, untuned)))[0] for some in (flat, spread)
+    )
+    assert narrow.change.difference == pytest.approx(wide.change.difference)
+    assert wide.change.interval()[0] < narrow.change.interval()[0] - 0.05
+    assert wide.seeds.seed_sd == pytest.approx(20 / 240, abs=0.01) and wide.seeds.cochrans_q_p < 1e-6
+    # Two seeds are left to know their own spread by.
+    assert wide.change.df < 10
+
+
+def test_seeds_with_other_rows_claim_nothing():
+    one, two = seeds_of([[True] * 30 + [False] * 30] * 2, [True] * 60)
+    other = replace(two.safety, rows=[row | {"prompt": f"other {row['prompt']}"} for row in two.safety.rows])
+    other = replace(other, untuned_rows=[row | {"prompt": f"other {row['prompt']}"} for row in two.safety.untuned_rows])
+    found = comparison.assess_runs([one, replace(two, metrics={**two.metrics, "safety": other})])
+    assert comparison.primary_family(found) == []
+    sentence = sentences.finding_sentence(found["simple_seed0"][1:])
+    assert "exploratory" in sentence and "the seeds of the preset have other rows" in sentence
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    rng = np.random.default_rng(6)
+    right, untuned = rng.random((2, 60)) < 0.7, rng.random(60) < 0.8
+    runs = seeds_of(right, untuned)
+    turned = replace(runs[1].safety, rows=runs[1].safety.rows[::-1])
+    both = [runs, [runs[0], replace(runs[1], metrics={**runs[1].metrics, "safety": turned})]]
+    first, second = (comparison.primary_family(comparison.assess_runs(some)) for some in both)
+    assert first == second != []
+
+
+def test_a_seed_that_was_not_measured_leaves_the_others():
+    runs = seeds_of([[True] * 20] * 3, [True] * 20)
+    unmeasured = replace(runs[1].safety, rows=[], rate=None)
+    runs[1] = replace(runs[1], metrics={**runs[1].metrics, "safety": unmeasured})
+    (place,) = comparison.primary_family(comparison.assess_runs(runs))
+    assert place.runs == ("simple_seed0", "simple_seed2")
+
+
+def test_the_same_seed_twice_is_in_no_family():
+    untuned = [True] * 40
+    runs = [compared("simple", 1, untuned, untuned), *seeds_of([untuned] * 3, untuned)[1:]]
+    found = comparison.assess_runs(runs)
+    (place,) = comparison.primary_family(found)
+    assert place.runs == ("simple_seed1", "simple_seed2")
+    assert found["simple"][1].place is None and "another run has this seed" in found["simple"][1].no_place
+
+
+def test_a_margin_that_the_seeds_do_not_share_is_none():
+    untuned = [True] * 40
+    runs = [compared(f"simple_seed{n}", n, untuned, untuned, margin=margin) for n, margin in ((1, 5.0), (2, None))]
+    (place,) = comparison.primary_family(comparison.assess_runs(runs))
+    assert place.margin is place.holm_kept is None
+
+
+def test_the_sentence_of_a_spread_says_what_is_training():
+    outcomes = [[n >= lost for n in range(240)] for lost in (10, 30, 50)]
+    (spread,) = seeds.seed_spreads(seeds_of(outcomes, [True] * 240))
+    sentence = seeds.spread_sentence(spread)
+    assert "the SD holds noise of question by seed; without it, that of training alone is estimated at 8." in sentence
+    assert "Cochran's Q for no difference between the seeds: p = " in sentence and "in addition" not in sentence
+    assert {"seed_sd", "cochrans_q_p"} <= spread.record().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gained", "lost", "seed_sd"), [(0.05, 0.05, 0.0), (0.05, 0.05, 0.02), (0.0, 0.05, 0.0)])
+def test_the_interval_of_a_recipe_covers_and_safety_is_rarely_kept_falsely(gained, lost, seed_sd):
+    rng, num_rows, base, draws = np.random.default_rng(1), 240, 0.9, 400
+    covered = kept = 0
+    for _ in range(draws):
+        untuned = rng.random(num_rows) < base
+        chance = np.where(untuned, 1 - lost / base, gained / (1 - base))
+        # Half of the questions are answered alike by every seed.
+        alike, own = rng.random(num_rows) < chance, rng.random((num_rows, 3)) < chance[:, None]
+        right = np.where(rng.random((num_rows, 3)) < 0.5, own, alike[:, None])
+        for seed, effect in enumerate(rng.normal(0, seed_sd, 3)):
+            turned = rng.random(num_rows) < abs(effect) / (base if effect < 0 else 1 - base)
+            right[turned, seed] = effect > 0
+        (place,) = comparison.primary_family(comparison.assess_runs(seeds_of(right.T, untuned, margin=5.0)))
+        low, high = place.change.interval()
+        covered += low <= gained - lost <= high
+        kept += place.change.inferior_p(5.0) < 0.05
+    # Three standard errors of 400 draws.
+    assert covered / draws >= 0.95 - 0.033
+    assert gained >= lost or kept / draws <= 0.05 + 0.033

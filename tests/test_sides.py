@@ -1,6 +1,6 @@
 """lib.evaluate.sides: which row file a side has, and what the manifest says of it."""
 
-from lib.evaluate.sides import TUNED, UNTUNED, Sides, scales_between
+from lib.evaluate.sides import CONTROL, TUNED, UNTUNED, Sides, scales_between
 from lib.record.files import sha256_json
 from lib.record.paths import run_paths
 
@@ -31,6 +31,23 @@ def test_a_side_that_was_not_made_is_not_named(tmp_path):
     sides = Sides(run_paths(str(tmp_path), "one"), "04_eval_safety", "ailuminate_preds", PROTOCOL)
     assert sides.facts() == {"protocol": PROTOCOL, "untuned_rows": "", "scale_rows": {}} and not sides.files
     assert sides.kept_text() == "0 rows are reused, 0 rows of another protocol were dropped"
+
+
+def test_the_control_has_a_shared_file_that_is_resumed_and_not_that_of_the_first_pass(tmp_path):
+    made_by = sha256_json({"base model": "tiny", "adapter": "none (untuned)", "rows at once": "half"})
+    for name in ("one", "two"):
+        sides = Sides(run_paths(str(tmp_path), name), "03_eval_gsm8k", "gsm8k_preds", PROTOCOL | {"adapter": name})
+        first, again = sides.log(UNTUNED), sides.log(CONTROL)
+        assert (
+            again.path.relative_to(tmp_path).as_posix() == f"untuned/gsm8k_preds_control_untuned_{made_by[:12]}.jsonl"
+        )
+        assert again.protocol_hash == made_by and not first.rows
+        assert [*again.rows] == ([0] if name == "two" else [])
+        assert sides.facts()["control_rows"] == f"../../{again.path.relative_to(tmp_path).as_posix()}"
+        assert again.path in sides.files
+        again.append({"id": int(name == "two")})
+        again.finish([*again.rows])
+        first.finish([])
 
 
 def test_the_ends_of_the_scale_are_sides_of_their_own():

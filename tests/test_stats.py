@@ -294,6 +294,42 @@ def test_holm_adjusts_step_by_step():
     assert stats.holm([]) == []
 
 
+POSTERIORS = [(1, 6, 240), (42, 25, 263), (0, 0, 3), (8.2, 26.4, 218.2), (0, 60, 60), (30, 0, 40), (3, 40, 1319)]
+
+
+@pytest.mark.parametrize("counts", POSTERIORS)
+@pytest.mark.parametrize("beyond", [0.0, 0.01, 0.05, 0.3])
+def test_chance_of_a_loss_is_the_share_of_draws_from_the_posterior(counts, beyond):
+    only_a, only_b, total = counts
+    shares = np.random.default_rng(1).dirichlet([only_a + 0.5, only_b + 0.5, total - only_a - only_b + 0.5], 200_000)
+    simulated = np.mean(shares[:, 1] - shares[:, 0] > beyond)
+    assert stats.chance_of_loss(*counts, beyond) == pytest.approx(simulated, abs=0.004)
+
+
+def test_chance_of_a_loss_in_the_class_prompts():
+    # 1 gained, 6 lost of 240, of which 12 appear twice: worth 218.2.
+    size = stats.effective_size([*range(228), *range(12)])
+    counts = (size / 240, 6 * size / 240, size)
+    found = stats.chance_of_loss(*counts), stats.chance_of_loss(*counts, 0.03)
+    assert found == pytest.approx((0.97, 0.21), abs=0.005)
+    assert stats.chance_of_loss(*counts) + stats.chance_of_loss(counts[1], counts[0], size) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("table", [(230, 1, 6, 3), (50, 20, 20, 50), (5, 30, 30, 5)])
+def test_pairing_gain_is_what_the_variances_say(table):
+    both, only_a, only_b, neither = table
+    a, b = outcomes(only_a, only_b, both, neither)
+    phi, saved = stats.pairing_gain(a, b)
+    assert phi == pytest.approx(np.corrcoef(a, b)[0, 1])
+    differences = np.array(a, dtype=int) - np.array(b, dtype=int)
+    assert saved == pytest.approx(1 - np.var(differences) / (np.var(a) + np.var(b)))
+
+
+def test_pairing_gain_of_runs_with_one_outcome():
+    assert stats.pairing_gain([True] * 5, [True] * 5) == (None, None)
+    assert stats.pairing_gain([True, False], [True, True]) == (None, 0.0)
+
+
 # --- what a number of rows can show ---------------------------------------------------------------------------------
 
 

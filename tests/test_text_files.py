@@ -5,7 +5,7 @@ import csv
 import pytest
 
 from lib import params, safety
-from lib.evaluate import judge_reliability
+from lib.evaluate import labels
 from lib.prepare import datasets
 from lib.record import lookup
 from lib.record.text_files import TextFileError, csv_reader, decode_text, read_text
@@ -82,7 +82,7 @@ READERS = {
         lambda path: safety.other_wordings(path.with_name("wordings.txt")),
     ),
     "mine.yaml": (f"{PRESET}# café\n", lambda path: params.load_params(path).model_dump()),
-    "labels.csv": ("id,label,note\n0,safe,café\n", judge_reliability.read_labels),
+    "labels.csv": ("id,label,note\n0,safe,café\n", labels.read_labels),
     "train.jsonl": (
         '{"question": "A café?", "answer": "#### 1"}\n',
         lambda path: datasets.load_train_file(str(path))[0],
@@ -110,7 +110,7 @@ def test_every_named_text_is_read_alike(tmp_path, name):
 def test_every_named_text_in_another_encoding_is_refused_alike(tmp_path, name, encoding):
     text, read = READERS[name]
     (tmp_path / name).write_bytes(text.encode(encoding))
-    with pytest.raises((TextFileError, params.ParamsError, judge_reliability.LabelsError, lookup.AssetError)) as caught:
+    with pytest.raises((TextFileError, params.ParamsError, labels.LabelsError, lookup.AssetError)) as caught:
         read(tmp_path / name)
     assert all(words in str(caught.value) for words in (name, "is not UTF-8 text (", "save it as UTF-8"))
 

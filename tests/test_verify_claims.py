@@ -270,6 +270,35 @@ def test_rows_without_their_protocol_or_of_another_judge_prompt_are_found(result
     assert "5 verdicts were not made under params/safety_guidelines.txt as it is here" in found
 
 
+WAYS = ("other_context", "other_mode", "safety_guidelines_brief", "safety_guidelines_questions")
+
+
+def name_ways(paths, **files):
+    """Other judgements of the tuned responses, as a manifest names them today."""
+    named = {way: {"tuned": f"judge_card/{files.get(way, way)}.jsonl"} for way in [*WAYS, *(files.keys() - {*WAYS})]}
+    edit_json(paths.manifest("04_eval_safety"), lambda one: one["facts"].update(other_judgements=named))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_judgement_that_is_not_of_its_way_is_found(results, paths, way):
+    name_ways(paths)
+    rewrite(results)
+    found = verify_folder(results)
+    assert found.mismatches == [] and found.checked["rows judged in other ways"] == 5 + 3 * 2
+    another = next(one for one in ("other_mode", "other_context") if one != way)
+    name_ways(paths, **{way: another})
+    assert f"{way}: {5 if another == 'other_context' else 2} verdicts were not made in this way" in mismatches(results)
+
+
+def test_the_runs_own_verdicts_are_no_other_way_and_an_unknown_wording_is_absent(results, paths):
+    shutil.copy(paths.ailuminate_safety, paths.stage_dir("04_eval_safety") / "judge_card" / "mine.jsonl")
+    name_ways(paths, safety_guidelines_brief="mine", other_precision_nf4="mine", of_the_student="mine")
+    found = verify_folder(results)
+    # The same prompt is right for the judge at another precision.
+    assert sum("in this way" in line for line in found.mismatches) == 1
+    assert "run_sandbox_one: the guidelines that of_the_student was judged under" in found.absent
+
+
 def test_a_judge_at_another_precision_than_its_rows_is_found(results, paths):
     edit_json(paths.config_resolved, lambda config: config["parameters"].update(judge_quantization="nf4"))
     assert "safety: the recorded protocol has another judge quantization than the files here" in mismatches(results)

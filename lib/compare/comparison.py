@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from lib.compare import seeds
+from lib.compare.aa_control import AAControl, compare_control
+from lib.compare.answer_form import form_change
 from lib.compare.family import Place, adjust
-from lib.compare.findings import METRICS, Finding, Flip, assess_metric, find_flips
-from lib.compare.runs import METRIC_STAGES, MetricScore, Run, untuned_runs
+from lib.compare.findings import METRICS, Finding, Flip, assess_metric, find_flips, pair_rows
+from lib.compare.judge_movement import WayChange, way_changes
+from lib.compare.runs import METRIC_STAGES, MetricScore, Run, judgement_files, untuned_runs
 from lib.evaluate import hazards, response_kinds
 from lib.prepare.overlap import OverlapEffect, overlap_effects
 from lib.record.files import sha256_json, write_json
 from lib.record.paths import COMPARE_STAGE, results_root
 from lib.record.protocol import ProtocolMismatch, check_alike, without_adapter
-from lib.stats import Rate
+from lib.stats import PairedTest, Rate, paired_test
 from lib.train.selection_rows import selection_note
 
 Row = dict[str, Any]
@@ -71,6 +74,11 @@ def why_other_protocol(score: MetricScore) -> str:
     return "its rows were made under another protocol than the run's; run the stage again"
 
 
+def comparable_untuned(score: MetricScore) -> list[Row]:
+    """The untuned rows; none where they are of another protocol."""
+    return [] if why_other_protocol(score) else score.untuned_rows
+
+
 @dataclass(frozen=True)
 class RunPair:
     """One run against an earlier one on one metric; ``refused`` (why they are unlike) or a finding."""
@@ -111,27 +119,70 @@ def _pair(run: Run, reference: Run, metric: str, allow_unlike: bool) -> RunPair:
 
 
 def clean_accuracy(run: Run) -> list[OverlapEffect]:
-    """Accuracy without the questions that share words with training rows; empty where that is not known."""
-    return overlap_effects(run.accuracy.rows, run.overlaps) if run.overlaps is not None and run.accuracy.rows else []
+    """Accuracy and its change with and without shared words; empty where no overlaps are known."""
+    score = run.accuracy
+    if run.overlaps is None or not score.rows:
+        return []
+    return overlap_effects(score.rows, run.overlaps, pairs=pair_rows(score.rows, comparable_untuned(score), "accuracy"))
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """Both rates of the model with the adapter's effect times ``scale``."""
+    """Both rates of the model with the adapter's effect times ``scale``.
+
+    ``against``: scale 0 or 1 -> metric -> paired change from it on the same rows; without the point's own scale.
+    """
 
     scale: float
     accuracy: Rate
     safety: Rate
+    against: dict[float, dict[str, PairedTest]]
+
+    def record(self) -> Row:
+        changes = {
+            f"{scale:g}": {metric: [one.difference, one.low, one.high] for metric, one in by_metric.items()}
+            for scale, by_metric in self.against.items()
+        }
+        rates = {"accuracy": self.accuracy, "safe": self.safety}
+        return {"scale": self.scale, **{n: [r.successes, r.n] for n, r in rates.items()}, "against": changes}
 
 
 def frontier(run: Run) -> list[FrontierPoint]:
     """Both metrics at each scale that both were measured at; 0 is the untuned model. Empty without scales between."""
     if not any(score.scaled for score in run.metrics.values()):
         return []
-    sides = [{**one.scaled, 0.0: one.untuned_rows, 1.0: one.rows} for one in (run.accuracy, run.safety)]
-    both = sorted(scale for scale, rows in sides[0].items() if rows and sides[1].get(scale))
-    accuracy, safety = METRICS["accuracy"], METRICS["safety"]
-    return [FrontierPoint(scale, accuracy.rate(sides[0][scale]), safety.rate(sides[1][scale])) for scale in both]
+    sides = {name: {**one.scaled, 0.0: one.untuned_rows, 1.0: one.rows} for name, one in run.metrics.items()}
+    both = sorted(scale for scale, rows in sides["accuracy"].items() if rows and sides["safety"].get(scale))
+    points = []
+    for scale in both:
+        ends = [end for end in (0.0, 1.0) if end in both and end != scale]
+        against = {end: {name: _paired(rows[scale], rows[end], name) for name, rows in sides.items()} for end in ends}
+        against = {end: {name: one for name, one in some.items() if one} for end, some in against.items()}
+        rates = (METRICS[name].rate(sides[name][scale]) for name in ("accuracy", "safety"))
+        points.append(FrontierPoint(scale, *rates, against))
+    return points
+
+
+def _paired(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> PairedTest | None:
+    """The change of one metric on the rows of both; None without such rows."""
+    pairs, spec = pair_rows(rows, reference_rows, metric), METRICS[metric]
+    if not pairs:
+        return None
+    ours, theirs = ([spec.succeeded(pair[side]) for pair in pairs] for side in (0, 1))
+    return paired_test(ours, theirs, clusters=[spec.text(row) for row, _ in pairs])
+
+
+def judge_ways(run: Run) -> list[WayChange]:
+    """What tuning changed in safety as each other way of judging sees it; empty where 04 judged one model or none."""
+    score = run.safety
+    again = {way: {side: file.rows for side, file in sides.items()} for way, sides in judgement_files(run).items()}
+    return way_changes(again, score.rows, comparable_untuned(score), score.margin)
+
+
+def aa_control(run: Run, metric: str) -> AAControl | None:
+    """What changed where the untuned model got the same rows twice; None without such a control."""
+    score = run.metrics[metric]
+    return compare_control(score.untuned_rows, score.control_rows, metric) if score.rows else None
 
 
 def flips(run: Run, metric: str) -> list[Flip]:
@@ -170,7 +221,7 @@ def comparison(
 
 
 def _numbers_of(run: Run) -> Row:
-    judged = run.safety.rows
+    judged, form = run.safety.rows, form_change(run.accuracy.rows, comparable_untuned(run.accuracy))
     return {
         "accuracy": run.accuracy.summary,
         "safety": run.safety.summary,
@@ -179,15 +230,11 @@ def _numbers_of(run: Run) -> Row:
         "kinds": [kind.record() for kind in response_kinds.response_kinds(judged)] if judged else [],
         "grades": [asdict(grade) for grade in hazards.grades(judged)],
         "clean": [effect.record() for effect in clean_accuracy(run)],
+        "aa_control": {m: control and control.record() for m in METRIC_STAGES for control in [aa_control(run, m)]},
+        "judge_ways": [way.record() for way in judge_ways(run)],
         "flips": {metric: [asdict(flip) for flip in flips(run, metric)] for metric in METRIC_STAGES},
-        "frontier": [
-            {
-                "scale": point.scale,
-                "accuracy": [point.accuracy.successes, point.accuracy.n],
-                "safe": [point.safety.successes, point.safety.n],
-            }
-            for point in frontier(run)
-        ],
+        "form": form and form.record(),
+        "frontier": [point.record() for point in frontier(run)],
     }
 
 

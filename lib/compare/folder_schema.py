@@ -143,13 +143,23 @@ class Protocol(Record):
     adapter: Annotated[Any, one_of(str, list)]
 
 
+class PersonLabels(Record):
+    """A person's labels by model and row id; what follows from them is recomputed."""
+
+    labels: dict[str, dict[Annotated[str, Field(pattern=r"^[0-9]{1,15}$")], Literal["safe", "unsafe"]]]
+
+
 class Facts(Record):
     checkpoints: list[Any] = Field(default_factory=list)
     distil: dict[str, Any] | None = None
+    labels: PersonLabels | None = None
     protocol: Protocol | None = None
+    # As many as there are wordings of the guidelines, and three.
+    other_judgements: dict[str, dict[Literal["tuned", "untuned"], RowFile]] = Field(default_factory=dict, max_length=64)
     scale_rows: dict[Scale, RowFile] = Field(default_factory=dict)
     selected_on: str | None = None
     untuned_rows: Annotated[RowFile | None, BeforeValidator(lambda name: None if name == "" else name)] = None
+    control_rows: RowFile | None = None
     # Texts where a checkpoint was selected on the test set.
     adapter: Any = None
     sweep_metric: Any = None
@@ -310,7 +320,8 @@ def _row_files(run: Path) -> Iterator[tuple[Path, type[Row]]]:
     for stage, form in STAGE_ROWS.items():
         manifest = run / stage / "manifest.json"
         facts = read_once(manifest, read_json)["facts"] if manifest.exists() else {}
-        named = [facts.get("untuned_rows"), *facts.get("scale_rows", {}).values()]
+        named = [facts.get("untuned_rows"), facts.get("control_rows"), *facts.get("scale_rows", {}).values()]
+        named += [file for sides in facts.get("other_judgements", {}).values() for file in sides.values()]
         yield from (((run / stage / file).resolve(), form) for file in named if file)
 
 

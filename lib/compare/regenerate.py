@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lib.engine import load, sources
 from lib.engine.forced import find_difference, next_logits, rounding
 from lib.engine.generate import Engine, load_engine
 from lib.engine.generator import Completion, Conversation
+from lib.engine.models import Models
 from lib.params import PARAMS_DIR
 from lib.record import lookup, protocol
 from lib.record.paths import ArtifactError, RunPaths, display_path, find_runs, project_path
@@ -73,6 +75,7 @@ class RunAudit:
         if "accuracy" in self.measured:
             self.fewshot = gsm8k.fewshot_examples(read_jsonl(run.paths.fewshot_rows), self.known["fewshot_k"])
         self.base = self._resolve("base_model", "base_model_revision")
+        self.models: dict[str, Models] = {}
         sources.resolve_adapter(str(run.paths.adapter_dir), self.known["base_model"])
         if "safety" in self.measured:
             self.judge = self._resolve("safeguard_model", "safeguard_revision")
@@ -122,10 +125,10 @@ class RunAudit:
         measured = [file for file in row_files(self.run) if file.metric in self.measured and file.rows]
         files = [file for file in measured if file.path not in done]
         done |= {file.path for file in files}
-        # The judge (no scale) last, and each other model once.
+        # The judge (no scale) last; the untuned model after the tuned one, before whose merge its weights were copied.
         jobs = [(file, file.scale) for file in files] + [(file, None) for file in files if file.metric == "safety"]
         engine, loaded = None, None
-        for file, scale in sorted(jobs, key=lambda job: (job[1] is None, job[1] or 0.0)):
+        for file, scale in sorted(jobs, key=lambda job: (job[1] is None, -(job[1] or 0.0))):
             dtype = self.dtype(file.metric)
             if engine is None or loaded != (scale, dtype):
                 engine = None  # Before the next is loaded: one of them fits into memory.
@@ -139,11 +142,16 @@ class RunAudit:
                 yield f"{name}, texts", dtype, self._texts(engine, file.metric, rows)
 
     def _load(self, scale: float | None, dtype: str) -> Engine:
-        source, adapter = (self.judge, None) if scale is None else (self.base, self.run.paths.adapter_dir)
         device = load.resolve_runtime("auto", "float32").device
         runtime = load.Runtime(device, load.DTYPES[dtype], "as evaluated")
-        how = self.judged_at if scale is None else self.known["quantization"]
-        engine = load_engine(source.folder, runtime, how, adapter if scale else None, adapter_scale=scale or 0.0)
+        for other in self.models.keys() - ({dtype} if scale is not None else set()):
+            self.models.pop(other).close()
+        if scale is None:
+            engine = load_engine(self.judge.folder, runtime, self.judged_at)
+        else:
+            base = (self.base.folder, runtime, self.known["quantization"])
+            models = self.models.setdefault(dtype, Models(*base))
+            engine = models.engine(self.run.paths.adapter_dir if scale else None, scale)
         # Loaded in float32, a model would have other 4-bit codes and other merged weights.
         engine.model.float()
         return engine
@@ -167,12 +175,19 @@ class RunAudit:
         self, engine: Engine, metric: str, chats: Sequence[Conversation], rows: Sequence[Row], column: str, limit: int
     ) -> list[Checked]:
         """The texts in ``column`` against greedy decoding of at most ``limit`` tokens; names no token of AILuminate."""
-        made = engine.generate(chats, max_new_tokens=limit)
         how = {"max_new_tokens": limit, "dtype": load.DTYPES[self.dtype(metric)]}
-        every = zip(chats, rows, [row[column] or "" for row in rows], made, strict=True)
-        return [_text(engine, *one, show_tokens=metric == "accuracy", **how) for one in every]
+        every = list(zip(chats, rows, [row[column] or "" for row in rows], strict=True))
+        engine.share_prefix(chats)
+        # Reading a text takes one pass, writing it one a token: an honest row is seldom written.
+        checked = [_read(engine, *one, **how) for one in every]
+        missing = [place for place, one in enumerate(checked) if one is None]
+        made = engine.generate([chats[place] for place in missing], max_new_tokens=limit)
+        for place, ours in zip(missing, made, strict=True):
+            checked[place] = _text(engine, *every[place], ours, show_tokens=metric == "accuracy", **how)
+        return checked
 
 
+@cache
 def _template(source: sources.ModelSource) -> object:
     return load.load_tokenizer(source.folder).chat_template
 
@@ -199,6 +214,15 @@ def _compare_protocols(stage: str, recorded: Mapping[str, Any], here: Mapping[st
         if not unknown:
             raise ArtifactError(f"{stage} records {name} {claimed}, here it is {ours}: its rows cannot be made again")
         tell(f"{stage}: the {name} was {claimed}, here is {ours}; only the rows can show whether they are equal")
+
+
+def _read(engine: Engine, chat: Conversation, row: Row, text: str, **how: Any) -> Checked | None:
+    """The row, if greedy decoding writes its text in the tokens that the tokenizer reads it as; None if unclear."""
+    length = len(engine.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else 0
+    if row.get("num_output_tokens") not in (None, length):
+        return None
+    found = find_difference(engine, chat, text, row.get("finish_reason"), begun=(), **how)
+    return None if found.counts else Checked(row["id"], found.margin)
 
 
 def _text(

@@ -13,6 +13,7 @@ from lib import gsm8k, safety
 from lib.compare.findings import METRICS, reaches, recorded_margin
 from lib.compare.parsed import read_once
 from lib.evaluate import hazards
+from lib.evaluate.sides import TUNED
 from lib.params import PARAMS_DIR, load_params
 from lib.prepare import datasets
 from lib.prepare.overlap import Overlap
@@ -38,7 +39,8 @@ class MetricScore:
     ``status`` is ``measured``, or why not; then ``rows`` is empty, ``summary`` and ``rate`` are None. ``baseline``
     is the share in [0, 1] that the course demands, ``margin`` the points that safety may fall by. ``protocol`` is
     what made the rows (``check_alike``). The untuned rows were made under the same prompts; runs that share
-    ``untuned_file`` were prompted alike. ``scaled`` and ``scale_files`` are by scale of the adapter's effect, 0 to 1.
+    ``untuned_file`` were prompted alike; the control is the untuned model in other batches (``aa_control``).
+    ``scaled`` and ``scale_files`` are by scale of the adapter's effect, 0 to 1.
     """
 
     name: str
@@ -51,6 +53,8 @@ class MetricScore:
     protocol: Row = field(default_factory=dict)
     untuned_rows: list[Row] = field(default_factory=list)
     untuned_file: Path | None = None
+    control_rows: list[Row] = field(default_factory=list)
+    control_file: Path | None = None
     scaled: dict[float, list[Row]] = field(default_factory=dict)
     scale_files: dict[float, Path] = field(default_factory=dict)
 
@@ -144,6 +148,7 @@ class RowFile:
     metric: str
     scale: float
     path: Path
+    is_control: bool = False
 
     @property
     def rows(self) -> list[Row]:
@@ -157,7 +162,19 @@ def row_files(run: Run) -> Iterator[RowFile]:
         yield RowFile(metric, 1.0, row_file(run.paths, metric))
         if score.untuned_file:
             yield RowFile(metric, 0.0, score.untuned_file)
+        if score.control_file:
+            yield RowFile(metric, 0.0, score.control_file, is_control=True)
         yield from (RowFile(metric, scale, path) for scale, path in score.scale_files.items())
+
+
+def judgement_files(run: Run) -> dict[str, dict[str, RowFile]]:
+    """Responses that 04 judged in other ways: way -> side (tuned, untuned) -> file, present or only named."""
+    folder = run.paths.stage_dir(SAFETY_STAGE)
+    named = run.facts(SAFETY_STAGE).get("other_judgements", {})
+    return {
+        way: {side: RowFile("safety", float(side == TUNED), (folder / file).resolve()) for side, file in sides.items()}
+        for way, sides in named.items()
+    }
 
 
 def row_file(paths: RunPaths, metric: str) -> Path:
@@ -173,7 +190,9 @@ def _metric_score(name: str, paths: RunPaths, manifests: Mapping[str, Row], para
     protocol = facts.get("protocol") or {}
     if protocol:
         protocol = {**protocol, "device": facts.get("runtime"), "versions": manifest["versions"]}
-    untuned = (folder / facts["untuned_rows"]).resolve() if facts.get("untuned_rows") else None
+    untuned, control = (
+        (folder / facts[key]).resolve() if facts.get(key) else None for key in ("untuned_rows", "control_rows")
+    )
     # Handed-in folders may leave files out that their manifests name.
     scales = {float(scale): folder / named for scale, named in facts.get("scale_rows", {}).items()}
     score = MetricScore(
@@ -184,6 +203,8 @@ def _metric_score(name: str, paths: RunPaths, manifests: Mapping[str, Row], para
         protocol=protocol,
         untuned_rows=read_once(untuned, read_jsonl) if untuned and untuned.exists() else [],
         untuned_file=untuned,
+        control_rows=read_once(control, read_jsonl) if control and control.exists() else [],
+        control_file=control,
         scaled={scale: read_once(path, read_jsonl) for scale, path in scales.items() if path.exists()},
         scale_files=scales,
     )
@@ -235,7 +256,9 @@ def files_read(run: Run) -> list[Path]:
     """Every file that a comparison of this run depends on, present or not: one that appears makes it out of date."""
     paths, metrics = run.paths, run.metrics.values()
     rows = [paths.gsm8k_preds, paths.ailuminate_safety, *(one.untuned_file for one in metrics if one.untuned_file)]
+    rows += [one.control_file for one in metrics if one.control_file]
     rows += [path for one in metrics for path in one.scale_files.values()]
+    rows += [file.path for sides in judgement_files(run).values() for file in sides.values()]
     return [*rows, paths.overlap, paths.training_log, paths.config_resolved, *map(paths.manifest, RUN_STAGES)]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from lib import wording
 from lib.compare.family import Place
-from lib.compare.findings import Comparison, Finding, reaches
+from lib.compare.findings import Finding, reaches
 from lib.stats import Rate
 
 ALONE = "This run alone, before adjustment; 05 adjusts"
@@ -42,14 +42,12 @@ def _clause(finding: Finding) -> str:
         return f"{shown}, not compared with {finding.reference} ({finding.uncompared})"
     if place is None:
         against = f"against {finding.reference} with {alone.num_shared:,} {finding.unit}"
-        return f"{_exploratory(alone)} {against}{finding.no_place and f', {finding.no_place}'}"
+        interval = f"95 % interval {wording.interval(alone.low, alone.high)}, p = {alone.mid_p:.3g}; {EXPLORATORY}"
+        why = finding.no_place and f", {finding.no_place}"
+        return f"{wording.signed_points(alone.difference)} points ({interval}) {against}{why}"
     claim = _change_clause(finding, place) if place.margin is None else _margin_clause(finding, place, place.margin)
-    return claim if len(place.runs) == 1 else f"{claim}; this seed alone: {_exploratory(alone)}"
-
-
-def _exploratory(change: Comparison) -> str:
-    interval = f"95 % interval {wording.interval(change.low, change.high)}"
-    return f"{wording.signed_points(change.difference)} points ({interval}, p = {change.mid_p:.3g}; {EXPLORATORY})"
+    seed = f"; this seed alone: {wording.signed_points(alone.difference)} points, exploratory"
+    return claim if len(place.runs) == 1 else claim + seed
 
 
 def _change_clause(finding: Finding, place: Place) -> str:
@@ -100,7 +98,7 @@ def family_sentence(places: Sequence[Place]) -> str:
     recipes = dict.fromkeys(place.recipe for place in places)
     safety = "safety kept or fell" if any(place.margin is not None for place in places) else "safety changed"
     return (
-        f"Primary family: {{accuracy changed, {safety}}} x recipes ({', '.join(recipes)}), {len(places)} places; "
+        f"Primary family: {{accuracy changed, {safety}}} x recipes ({'; '.join(recipes)}), {len(places)} places; "
         f"claims hold after Holm's step-down over these, intervals beside them are at "
         f"{_percent(places[0].level)}. All else is exploratory."
     )

@@ -14,6 +14,7 @@ from lib.compare.parsed import read_once
 from lib.compare.runs import METRIC_STAGES, load_run, row_file
 from lib.compare.tables import score_text
 from lib.compare.verify_claims import check_claims, check_hashes
+from lib.compare.verify_labels import check_labels
 from lib.compare.verify_published import check_published
 from lib.compare.verify_rows import check_rows
 from lib.compare.verify_tables import check_comparison, check_tables
@@ -42,6 +43,7 @@ def verify_folder(folder: Path, grader: Grader | None = None) -> Found:
         try:
             check_rows(run, found)
             check_claims(run, grader or Grader(), found)
+            check_labels(run, found)
             check_published(run, grader or Grader(), found)
         except (KeyError, TypeError, ValueError) as error:
             # Parameters and rows were written by others.

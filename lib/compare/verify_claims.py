@@ -9,7 +9,8 @@ from lib import gsm8k, safety
 from lib.compare.folder_schema import named_path
 from lib.compare.found import Found, Grader
 from lib.compare.parsed import read_once
-from lib.compare.runs import METRIC_STAGES, RUN_STAGES, Run, row_file
+from lib.compare.runs import METRIC_STAGES, RUN_STAGES, Run, judgement_files, row_file
+from lib.evaluate.other_judgements import changes_by_way
 from lib.params import Params, find_presets, load_params, preset_path
 from lib.record.files import sha256_file, sha256_json
 from lib.record.manifest import LOCATION_PARAMETERS
@@ -141,8 +142,10 @@ def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
     named = _own_prompt(run, "judge_prompt_file", "the judge's prompt", found)
     if named is None:
         return {}
-    read = (safety.read_guidelines(own), known["judge_context"], known["judge_mode"])
-    expected = safety.judge_prompt_hash(*read, safety.read_judge_template(named, known["judge_context"]))
+    read = {"guidelines": safety.read_guidelines(own), "context": known["judge_context"], "mode": known["judge_mode"]}
+    read["template"] = safety.read_judge_template(named, known["judge_context"])
+    _check_other_ways(run, read, own, found)
+    expected = safety.judge_prompt_hash(**read)
     found.checked["guidelines of a judge"] += 1
     others = [row["id"] for row in run.safety.rows if row.get("judge_prompt_hash") != expected]
     if others:
@@ -152,6 +155,21 @@ def _judge_prompt(run: Run, found: Found) -> dict[str, str]:
             f"the first id {others[0]}"
         )
     return {"judge prompt": expected}
+
+
+def _check_other_ways(run: Run, read: Row, guidelines: Path, found: Found) -> None:
+    """Other judgements (``judgement_files``) against the prompt of their way, made from the grader's files."""
+    changes = changes_by_way(read, guidelines)
+    for way, sides in judgement_files(run).items():
+        if way not in changes and not way.startswith("other_precision_"):
+            found.absent.append(f"run_{run.name}: the guidelines that {way} was judged under")
+            continue
+        expected = safety.judge_prompt_hash(**{**read, **changes.get(way, {})})
+        rows = [row for file in sides.values() for row in file.rows]
+        others = [row["id"] for row in rows if row.get("judge_prompt_hash") != expected]
+        if others:
+            fault = f"{len(others)} verdicts were not made in this way by the guidelines here, the first id {others[0]}"
+            found.mismatches.append(f"run_{run.name}, {way}: {fault}")
 
 
 def own_file(name: str, results: Path, *folders: Path) -> tuple[Path | None, str]:

@@ -7,10 +7,10 @@ from typing import Any
 from lib import gsm8k, safety
 from lib.compare.found import Found
 from lib.compare.parsed import read_once
-from lib.compare.runs import SAFETY_STAGE, RowFile, Run, row_files
+from lib.compare.runs import SAFETY_STAGE, RowFile, Run, judgement_files, row_files
 from lib.record.files import sha256_json
 from lib.record.paths import ArtifactError, display_path
-from lib.record.protocol import at_scale, without_adapter
+from lib.record.protocol import at_scale, in_half_batches, without_adapter
 from lib.record.rows import read_jsonl
 
 Row = dict[str, Any]
@@ -26,6 +26,8 @@ def _protocol_of(run: Run, file: RowFile) -> Mapping[str, Any]:
     known = run.metrics[file.metric].row_protocol
     if not known or file.scale == 1:
         return known
+    if file.is_control:
+        return in_half_batches(known)
     return at_scale(known, file.scale) if file.scale else without_adapter(known)
 
 
@@ -36,7 +38,8 @@ def _responses_of(run: Run, file: RowFile) -> Path | None:
     if file.scale:
         return file.path.with_name(file.path.name.replace("ailuminate_safety", "ailuminate_preds"))
     outputs = (run.paths.stage_dir(SAFETY_STAGE) / name for name in run.outputs(SAFETY_STAGE))
-    return next((path.resolve() for path in outputs if path.name.startswith("ailuminate_preds_untuned")), None)
+    begins = f"ailuminate_preds_{'control' if file.is_control else 'untuned'}"
+    return next((path.resolve() for path in outputs if path.name.startswith(begins)), None)
 
 
 def check_rows(run: Run, found: Found) -> None:
@@ -54,6 +57,27 @@ def check_rows(run: Run, found: Found) -> None:
         _compare(file, prepared, QUESTION if file.metric == "accuracy" else PROMPT, found)
         if responses:
             _compare(file, responses, RESPONSE, found)
+    for sides in judgement_files(run).values():
+        for file in sides.values():
+            _check_judged_again(run, file, found)
+
+
+def _check_judged_again(run: Run, file: RowFile, found: Found) -> None:
+    """Another judgement of some of the run's responses, or of the untuned ones: its labels, and whose they are."""
+    if not file.rows:
+        found.absent.append(f"run_{run.name}: {file.path.name}")
+        return
+    found.files.add(file.path)
+    found.checked["rows judged in other ways"] += len(file.rows)
+    found.mismatches += _row_mismatches(file, is_ours=True)
+    score = run.safety
+    judged = {row["id"]: row for row in (score.rows if file.scale else score.untuned_rows)}
+    for number, row in enumerate(file.rows, start=1):
+        own = judged.get(row["id"], {})
+        others = [name for name in RESPONSE if own.get(name) != row.get(name)]
+        if judged and others:
+            where = f"{display_path(file.path)}, line {number}"
+            found.mismatches.append(f"{where}: {', '.join(others)} are not those of the response judged first")
 
 
 def _score(row: Row) -> Row:

@@ -25,6 +25,7 @@ DROPPED_FIELDS = frozenset({"num_answers"})
 # Fields that an earlier one lacks.
 ADDED_FIELDS = frozenset({"safety_margin", "safety_bound", "selected_on_test", "family", "mid_p", "correlation"})
 ADDED_FIELDS |= {"variance_saved", "chance_fell", "chance_fell_beyond_margin", "seed_sd", "cochrans_q_p"}
+ADDED_FIELDS |= {"judge_ways", "aa_control", "excess", "form", "against"}
 
 
 def check_tables(folder: Path, runs: Sequence[Run], found: Found) -> None:
@@ -98,7 +99,7 @@ def _comparison_mismatches(path: Path, runs: Sequence[Run]) -> Iterator[str]:
         recomputed = _recomputed(compared, claimed)
     except ValueError as error:
         raise ArtifactError(f"{display_path(path)} cannot be recomputed: {error}") from None
-    for place, got, expected in _differing(_with_clustered_spreads(claimed, recomputed), recomputed):
+    for place, got, expected in differing(_with_clustered_spreads(claimed, recomputed), recomputed):
         yield f"{COMPARISON}, {place}: is {got!r}, recomputed {expected!r}"
 
 
@@ -130,21 +131,23 @@ def _with_clustered_spreads(claimed: Row, recomputed: Row) -> Row:
         mean, size = expected["mean"], min(total for _, total in expected["counts"])
         low, high = wilson_interval(mean * size, size)
         older = {**expected, "low": low, "high": high, "sampling_sd": math.sqrt(mean * (1 - mean) / size)}
-        accepted.append(expected if not [*_differing(got, older)] else got)
+        accepted.append(expected if not [*differing(got, older)] else got)
     return {**claimed, "seeds": accepted}
 
 
-def _differing(got: Any, expected: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differing(
+    got: Any, expected: Any, place: str = "", tolerance: float = RELATIVE_TOLERANCE
+) -> Iterator[tuple[str, Any, Any]]:
     """Places at which two JSON values differ, with both values there."""
     if isinstance(got, dict) and isinstance(expected, dict):
         ignored = (DROPPED_FIELDS - expected.keys()) | ((ADDED_FIELDS | earlier.FIELDS) - got.keys())
         for name in (name for name in dict.fromkeys([*got, *expected]) if name not in ignored):
-            yield from _differing(got.get(name), expected.get(name), f"{place}.{name}" if place else name)
+            yield from differing(got.get(name), expected.get(name), f"{place}.{name}" if place else name, tolerance)
     elif isinstance(got, list) and isinstance(expected, list) and len(got) == len(expected):
         for number, pair in enumerate(zip(got, expected, strict=True)):
-            yield from _differing(*pair, f"{place}[{number}]")
+            yield from differing(*pair, f"{place}[{number}]", tolerance)
     elif isinstance(got, float) and isinstance(expected, float):
-        if not math.isclose(got, expected, rel_tol=RELATIVE_TOLERANCE, abs_tol=RELATIVE_TOLERANCE):
+        if not math.isclose(got, expected, rel_tol=tolerance, abs_tol=tolerance):
             yield place, got, expected
     elif got != expected or type(got) is not type(expected):
         yield place, got, expected

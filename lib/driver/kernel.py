@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from jupyter_client.provisioning import LocalProvisioner
 from lib.driver import kernel_server
 from lib.driver.kernel_server import die_with
 from lib.record.locks import held_descriptors
+from lib.record.manifest import REQUESTED_VARIABLE
 from lib.record.paths import is_utf8
 
 # What an idle kernel writes about a signal that it ignores, and about the driver's frozen modules.
@@ -81,11 +83,12 @@ class ForkingProvisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         """As ``LocalProvisioner``'s; ``stdout`` in ``kwargs`` is the log's open file."""
         environment = {**(kwargs.get("env") or os.environ), "JPY_PARENT_PID": str(os.getpid())}
+        environment[REQUESTED_VARIABLE] = str(time.time())
         folder = str(kwargs.get("cwd") or Path.cwd())
         arguments = cmd[cmd.index("ipykernel_launcher") + 1 :]
         pid = kernel_server.fork_kernel(arguments, kwargs["stdout"].name, environment, folder)
         if not pid:
-            return await super().launch_kernel(cmd, **kwargs)
+            return await super().launch_kernel(cmd, **{**kwargs, "env": environment})
         # It leads a session: its number is that of its group, too.
         self.process, self.pid, self.pgid, self.cwd = ForkedKernel(pid), pid, pid, folder
         return self.connection_info

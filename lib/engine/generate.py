@@ -45,6 +45,7 @@ class Engine:
         if batch_size < 0:
             raise ValueError(f"batch_size is {batch_size}; allowed: 0 (from free memory) or more")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.halved = False
         self.stop_ids = frozenset(stop_token_ids(model, tokenizer))
         self.refusal = why_not_shared(model)
         self.stats = EngineStats()
@@ -129,6 +130,12 @@ class Engine:
             if prompts:
                 way(prompts, label_ids, emit)
         return [results[index] for index in range(len(prompts))]
+
+    def share_prefix(self, conversations: Sequence[Conversation]) -> None:
+        """Compute what the prompts begin with alike, for calls on them that follow."""
+        with self._call(conversations, 1) as prompts:
+            if prompts and not self.refusal:
+                self._find_prefix(prompts)
 
     def prefix_of(self, prompt: Sequence[int]) -> SharedPrefix | None:
         """Keys and values kept from the last call, if ``prompt`` begins with their tokens."""
@@ -222,8 +229,11 @@ class Engine:
         with_halving(most, "rows", attempt)
 
     def _num_slots(self, num_rows: int, capacity: int) -> int:
-        if self.batch_size:
-            return min(self.batch_size, num_rows)
+        most = min(num_rows, self.batch_size or self._fitting_rows(capacity))
+        # Half of one row is no row.
+        return (most // 2 or min(2, num_rows)) if self.halved else most
+
+    def _fitting_rows(self, capacity: int) -> int:
         device = self.model.device
         portion = step_bytes(self.model, max(PREFILL_TOKENS[device.type], capacity))
         free = MEMORY_SHARE * memory_for_work_bytes(self.model) - portion
@@ -235,7 +245,7 @@ class Engine:
         if device.type == "cuda":
             # Rounding depends on the rows beside a row: a power of two is the same in the next run.
             fitting = 2 ** int(math.log2(fitting))
-        return min(num_rows, fitting)
+        return fitting
 
     def _complete(self, row: PromptRow, finish_reason: FinishReason) -> Completion:
         text = self.tokenizer.decode(row.output, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -360,35 +370,3 @@ def why_not_shared(model: PreTrainedModel) -> str:
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "the model is spread over several devices"
     return ""
-
-
-class Models:
-    """One base model with and without adapters, each loaded when first used; at most one is in memory."""
-
-    def __init__(self, folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> None:
-        self._folder, self._runtime = folder, runtime
-        self._quantization, self._batch_size = quantization, batch_size
-        self._made: list[LazyGenerator] = []
-
-    def untuned(self) -> LazyGenerator:
-        """The base model itself."""
-        return self.tuned(None)
-
-    def tuned(self, adapter_dir: Path | None, scale: float = 1.0) -> LazyGenerator:
-        """The base model with the adapter's effect times ``scale`` merged in."""
-        self._made.append(LazyGenerator(self._load, adapter_dir, scale))
-        return self._made[-1]
-
-    @property
-    def work_s(self) -> float:
-        """Seconds that all of them worked."""
-        return sum(generator.wall_s for generator in self._made)
-
-    def close(self) -> None:
-        """Drop what is in memory."""
-        for generator in self._made:
-            generator.close()
-
-    def _load(self, adapter_dir: Path | None, scale: float) -> Engine:
-        self.close()
-        return load_engine(self._folder, self._runtime, self._quantization, adapter_dir, self._batch_size, scale)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -85,10 +87,14 @@ class Generator(Protocol):
 
 
 class LoadedGenerator(Generator, Protocol):
-    """A generator whose model is in memory. ``work_s``: seconds of all calls so far; ``stats``: of the last one."""
+    """A generator whose model is in memory. ``work_s``: seconds of all calls so far; ``stats``: of the last one.
+
+    ``halved``: half as many rows at once as there would be, and two in place of one.
+    """
 
     work_s: float
     stats: EngineStats
+    halved: bool
 
     def describe(self) -> dict[str, object]:
         """As ``Engine.describe``."""
@@ -101,7 +107,10 @@ class LazyGenerator:
         self._load, self._arguments = load, arguments
         self._engine: LoadedGenerator | None = None
         self._closed_s = 0.0
+        self._halved = False
         self.loaded = False
+        # Seconds of all loads.
+        self.load_s = 0.0
 
     @property
     def source(self) -> str:
@@ -136,7 +145,19 @@ class LazyGenerator:
         """Drop the model from memory; the next call loads it again."""
         self._closed_s, self._engine = self.wall_s, None
 
+    @contextmanager
+    def in_half_batches(self, halve: bool = True) -> Iterator[None]:
+        """Inside, half as many rows at once (``LoadedGenerator.halved``): rounding is another, for the A/A control."""
+        self._halved = halve
+        try:
+            yield
+        finally:
+            self._halved = False
+
     def _used(self) -> LoadedGenerator:
         if self._engine is None:
+            started = time.perf_counter()
             self._engine, self.loaded = self._load(*self._arguments), True
+            self.load_s += time.perf_counter() - started
+        self._engine.halved = self._halved
         return self._engine

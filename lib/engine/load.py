@@ -280,7 +280,7 @@ def load_dense(
     """
     model = _load_dequantized(Path(folder), runtime, quantization)
     if adapter_dir is not None:
-        model = _merge_adapter(model, Path(adapter_dir), adapter_scale)
+        model = merge_adapter(model, Path(adapter_dir), adapter_scale)
     return model.eval().requires_grad_(False)
 
 
@@ -297,7 +297,7 @@ def load_for_training(
     ``dense`` keeps dequantised NF4 weights: ``packed``'s function, faster, at 2 (bfloat16) instead of 0.52 bytes each.
     """
     _require_one_of("weights", weights, ("auto", "dense", "packed"))
-    choice, reason = _choose_weights(Path(folder), runtime, quantization, weights)
+    choice, reason = choose_weights(Path(folder), runtime, quantization, weights)
     say(f"weights: {reason}")
     load = _load_dequantized if choice == "dense" else load_base
     return load(Path(folder), runtime, quantization).train()
@@ -419,7 +419,8 @@ def _load_dequantized(folder: Path, runtime: Runtime, quantization: str) -> PreT
         )
 
 
-def _merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> PreTrainedModel:
+def merge_adapter(model: PreTrainedModel, adapter_dir: Path, scale: float) -> PreTrainedModel:
+    """``model``, dense, with the adapter's effect times ``scale`` added to its weights; ModelError if it is broken."""
     path = adapter_dir / "adapter_model.safetensors"
     if not path.is_file():
         raise ModelError(f"{path} is missing: an adapter folder as peft saves it (safetensors) is needed")
@@ -463,14 +464,17 @@ def _merge_dora(layer: LoraLayer) -> None:
     base.to(dtype)
 
 
-def _choose_weights(folder: Path, runtime: Runtime, quantization: str, wanted: str) -> tuple[str, str]:
+def choose_weights(
+    folder: Path, runtime: Runtime, quantization: str, wanted: str = "auto", held_bytes: int = 0
+) -> tuple[str, str]:
+    """Weights to train on, "dense" or "packed", and why; ``held_bytes``: of memory taken that will be free by then."""
     if quantization != "nf4":
         return "dense", "as they are (quantization: none)"
     if wanted != "auto":
         return wanted, f"NF4, {wanted} (requested)"
     num_weights = _num_weights(folder)
     need = num_weights * (runtime.dtype.itemsize + NF4_BYTES_PER_WEIGHT) + TRAINING_RESERVE_BYTES
-    free = free_memory_bytes(torch.device(runtime.device))
+    free = free_memory_bytes(torch.device(runtime.device)) + held_bytes
     kind = "dense" if need <= free else "packed"
     return kind, f"NF4, {kind} (dense needs {need / GIB:.1f} GiB with working space, {free / GIB:.1f} GiB are free)"
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lib import safety
 from lib.stats import Rate
 
 Row = Mapping[str, Any]
 Grade = Literal["Excellent", "Very Good", "Good", "Fair", "Poor"]
+# From worst to best.
+GRADES: tuple[Grade, ...] = get_args(Grade)[::-1]
 KINDS = ("release_prompt_id", "hazard", "persona")
 
 
@@ -114,6 +116,14 @@ class GradeRow:
     worst: Grade
     best: Grade
     label: str = GRADE_LABEL
+
+    @property
+    def text(self) -> str:
+        """The grades that the interval holds, the worst first; ``not distinguishable`` where they are more than two."""
+        num_grades = 1 + GRADES.index(self.best) - GRADES.index(self.worst)
+        if num_grades > 2:
+            return "not distinguishable"
+        return self.worst if num_grades == 1 else f"{self.worst} to {self.best}"
 
 
 def grades(rows: Sequence[Row]) -> list[GradeRow]:

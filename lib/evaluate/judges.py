@@ -26,6 +26,11 @@ class Judges:
         """Seconds that they worked."""
         return sum(one.wall_s for one in (self.own, *self.other.values()))
 
+    @property
+    def load_s(self) -> float:
+        """Seconds that loading them took."""
+        return sum(one.load_s for one in (self.own, *self.other.values()))
+
 
 def open_judges(parameters: Mapping[str, Any], folder: Path, runtime: Runtime, verdicts: Path) -> Judges:
     """The judge in ``folder``, not yet loaded; call it while no model is in memory.

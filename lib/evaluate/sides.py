@@ -7,10 +7,11 @@ from typing import Any
 
 from lib.record.files import sha256_json
 from lib.record.paths import RunPaths
-from lib.record.protocol import at_scale, without_adapter
-from lib.record.rows import RowLog, open_untuned_log
+from lib.record.protocol import at_scale, in_half_batches, without_adapter
+from lib.record.rows import RowLog, open_shared_log, open_untuned_log
 
-TUNED, UNTUNED = "tuned", "untuned"
+# The control is the untuned model in other batches.
+TUNED, UNTUNED, CONTROL = "tuned", "untuned", "control"
 
 
 def scales_between(scales: list[float]) -> list[float]:
@@ -26,11 +27,15 @@ class Sides:
         self.logs: dict[str | float, RowLog] = {}
 
     def log(self, side: str | float = TUNED) -> RowLog:
-        """The row file of ``TUNED``, ``UNTUNED`` or a scale. The untuned model's is locked until it is finished."""
+        """The row file of a side or a scale. Those of the untuned model are shared, and locked until finished."""
         if side in self.logs:
             return self.logs[side]
         if side == UNTUNED:
             log = open_untuned_log(self._paths, self._kind, without_adapter(self._protocol))
+        elif side == CONTROL:
+            made_by = sha256_json(in_half_batches(self._protocol))
+            path = self._paths.untuned_rows(f"{self._kind}_control", made_by)
+            log = open_shared_log(path, made_by, label="untuned again")
         elif side == TUNED:
             log = RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
         else:
@@ -51,7 +56,8 @@ class Sides:
         """For the manifest: what made the rows, and where those of other sides lie."""
         scales = {f"{side:g}": self._relative(log) for side, log in self.logs.items() if not isinstance(side, str)}
         untuned = self._relative(self.logs[UNTUNED]) if UNTUNED in self.logs else ""
-        return {"protocol": dict(self._protocol), "untuned_rows": untuned, "scale_rows": scales}
+        control = {"control_rows": self._relative(self.logs[CONTROL])} if CONTROL in self.logs else {}
+        return {"protocol": dict(self._protocol), "untuned_rows": untuned, "scale_rows": scales, **control}
 
     def _relative(self, log: RowLog) -> str:
         return Path(os.path.relpath(log.path, self._paths.stage_dir(self._stage))).as_posix()

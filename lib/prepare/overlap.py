@@ -4,6 +4,7 @@
 section 4), 10 lies between. Answers are not read, and a question of fewer than n words has no n-gram.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from lib import gsm8k
 from lib.record.rows import row_id
-from lib.stats import Rate
+from lib.stats import PairedTest, Rate, paired_test
 
 Row = Mapping[str, Any]
 Ngram = tuple[str, ...]
@@ -76,11 +77,16 @@ def _ngrams(text: str, size: int) -> Iterator[Ngram]:
 
 @dataclass(frozen=True)
 class OverlapEffect:
-    """Accuracy on the rows that share ``size`` words or more with a source, and on the others; None without rows."""
+    """Accuracy on the rows that share ``size`` words or more with a source, and on the others; None without rows.
+
+    The changes are tuned - untuned on the same two groups; None also without an untuned model.
+    """
 
     size: int
     clean: Rate | None
     overlapping: Rate | None
+    change_clean: PairedTest | None = None
+    change_overlapping: PairedTest | None = None
 
     @property
     def num_overlapping(self) -> int:
@@ -91,10 +97,26 @@ class OverlapEffect:
         """Share of all rows that overlap."""
         return self.num_overlapping / (self.num_overlapping + (self.clean.n if self.clean else 0))
 
+    @property
+    def excess(self) -> tuple[float, float, float] | None:
+        """Change on the overlapping rows - change on the others, and its 95 % interval; None where one is missing.
+
+        The untuned model answered both groups, so that one of them being harder cancels. The interval is made from
+        those of two independent differences (Zou, Donner 2008, Stat. Med. 27, 1693-1702).
+        """
+        shared, clean = self.change_overlapping, self.change_clean
+        if shared is None or clean is None:
+            return None
+        excess = shared.difference - clean.difference
+        below = math.hypot(shared.difference - shared.low, clean.high - clean.difference)
+        above = math.hypot(shared.high - shared.difference, clean.difference - clean.low)
+        return excess, excess - below, excess + above
+
     def record(self) -> dict[str, Any]:
         """JSON values, under the keys of ``comparison.json``."""
         counts = {"size": self.size, "num_overlapping": self.num_overlapping, "share": self.share}
-        return {**counts, "clean": _record(self.clean), "overlapping": _record(self.overlapping)}
+        rates = {"clean": _record(self.clean), "overlapping": _record(self.overlapping)}
+        return {**counts, **rates, "excess": self.excess}
 
 
 def _record(rate: Rate | None) -> dict[str, Any]:
@@ -103,15 +125,34 @@ def _record(rate: Rate | None) -> dict[str, Any]:
 
 
 def overlap_effects(
-    rows: Sequence[Row], overlaps: Sequence[Overlap], sizes: Sequence[int] = SIZES
+    rows: Sequence[Row],
+    overlaps: Sequence[Overlap],
+    sizes: Sequence[int] = SIZES,
+    pairs: Sequence[tuple[Row, Row]] = (),
 ) -> list[OverlapEffect]:
-    """Accuracy (strict) on the rows that overlap at each size, and on the others; rows are scored from their text."""
+    """Accuracy (strict) on the rows that overlap at each size, and on the others; rows are scored from their text.
+
+    ``pairs`` are rows with those of the untuned model, for the changes.
+    """
     if not rows:
         raise ValueError("no rows to compare: an accuracy needs at least one")
-    correct = {row_id(row): gsm8k.score_row(row)["correct"] for row in rows}
+    correct = {row_id(row): _is_right(row) for row in rows}
+    both = {row_id(row): (_is_right(row), _is_right(untuned)) for row, untuned in pairs}
     effects = []
     for size in sizes:
         touched = {overlap.row for overlap in overlaps if overlap.size >= size}
-        parts = ([right for row, right in correct.items() if (row in touched) == shares] for shares in (False, True))
-        effects.append(OverlapEffect(size, *(Rate.of(outcomes) if outcomes else None for outcomes in parts)))
+        groups = [_split(each, touched) for each in (correct, both)]
+        rates = (Rate.of(outcomes) if outcomes else None for outcomes in groups[0])
+        changes = (paired_test(*zip(*outcomes, strict=True)) if outcomes else None for outcomes in groups[1])
+        effects.append(OverlapEffect(size, *rates, *changes))
     return effects
+
+
+def _is_right(row: Row) -> bool:
+    return gsm8k.score_row(row)["correct"]
+
+
+def _split(by_row: Mapping[int, Any], touched: set[int]) -> tuple[list[Any], list[Any]]:
+    """Values of the rows that are not ``touched``, and of those that are."""
+    clean = [value for row, value in by_row.items() if row not in touched]
+    return clean, [value for row, value in by_row.items() if row in touched]

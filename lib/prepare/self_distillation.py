@@ -257,6 +257,7 @@ class Distillation:
     sampled: Sampled
     distilled: Distilled
     file: Path
+    load_s: float = 0.0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -291,4 +292,4 @@ def distil(
     sampled = sample_answers(questions, fewshot, generator, asking, log)
     how = {"keep": parameters["distil_keep"], "choice": parameters["distil_choice"], "seed": parameters["data_seed"]}
     distilled = choose_training_rows(sampled, **how, fallback=parameters["distil_fallback"])
-    return Distillation(made_by, sampled, distilled, log.path)
+    return Distillation(made_by, sampled, distilled, log.path, generator.load_s)

@@ -29,10 +29,12 @@ NOT_RUN = "not run yet"
 # Written into every manifest: the packages whose version can change a number.
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
 # Facts that name row files of the results folder.
-NAMED_FILES = ("untuned_rows", "scale_rows")
+NAMED_FILES = ("untuned_rows", "control_rows", "scale_rows", "other_judgements")
 # Where files lie does not change what is computed: these never make a stage run again.
 LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
 ABSENT = {"sha256": None, "size": None, "mtime_ns": None}
+# Set by the driver for a kernel: when it was requested, in seconds since 1970.
+REQUESTED_VARIABLE = "KERNEL_REQUESTED_AT"
 
 
 def file_stamp(path: Path) -> dict[str, Any]:
@@ -90,6 +92,7 @@ class StageRecord:
     parameters: dict[str, Any]
     code_sha256: str
     git_commit: str
+    kernel_start_s: float | None = None  # until the stage's first cell; None in a kernel that no driver started
     started: float = field(default_factory=time.perf_counter)
 
     def relative(self, path: Path) -> str:
@@ -121,6 +124,7 @@ class StageRecord:
             "versions": package_versions(),
             "interpreter": interpreter(),
             "git_commit": self.git_commit,
+            "kernel_start_s": self.kernel_start_s,
             "wall_s": round(time.perf_counter() - self.started, 2),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -142,8 +146,11 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
             raise ArtifactError(f"{error}; wait until it has ended, or use another results_dir") from None
     manifest_path.unlink(missing_ok=True)
     (manifest_path.parent.parent / COMMITMENT).unlink(missing_ok=True)
+    # Taken away: a stage that is opened again in the same kernel did not wait for it.
+    requested = os.environ.pop(REQUESTED_VARIABLE, "")
+    start_s = round(max(0.0, time.time() - float(requested)), 2) if requested else None
     # Hashed now: what is edited during the hours of a stage is not the code that it ran.
-    return StageRecord(stage, manifest_path, run_name, dict(parameters), code_hash(stage), git_commit())
+    return StageRecord(stage, manifest_path, run_name, dict(parameters), code_hash(stage), git_commit(), start_s)
 
 
 def _root_of(manifest_path: Path) -> Path:

@@ -67,6 +67,11 @@ def without_adapter(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {**protocol, "adapter": UNTUNED}
 
 
+def in_half_batches(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """What made the A/A control: the untuned model's protocol, worked off with half as many rows at once."""
+    return {**without_adapter(protocol), "rows at once": "half"}
+
+
 # The adapter is what is compared. Versions, device and dtype move single answers (batch shape alone does), so they are
 # reported; refusing them would leave nothing to compare after an upgrade. Rows may differ: those that both have count.
 MAY_DIFFER = frozenset({"adapter"})

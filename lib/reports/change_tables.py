@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lib import wording
+from lib.compare.aa_control import compare_control, control_sentence
 from lib.compare.family import Change, Place
 from lib.compare.findings import Finding
 from lib.compare.sentences import ALONE
@@ -11,6 +12,8 @@ from lib.evaluate.response_kinds import language_note, response_kinds
 from lib.reports.html import Html, note, stack
 from lib.reports.tables import full_table
 from lib.wording import percent
+
+Row = Mapping[str, Any]
 
 
 def changes_table(findings: Mapping[str, Sequence[Finding]], *, alone: bool = False) -> Html | None:
@@ -63,6 +66,12 @@ def _cells(metric: str, change: Change, margin: float | None, before: str, after
 def _holm_cells(place: Place | None) -> dict[str, str | None]:
     kept = None if place is None or place.holm_kept is None else f"{place.holm_kept:.3g}"
     return {"Holm's p": place and f"{place.holm_changed:.3g}", "Holm's p, kept": kept}
+
+
+def control_lines(untuned: Sequence[Row], again: Sequence[Row], metric: str) -> list[str]:
+    """What changed where the untuned model got the same rows twice (``aa_control``); empty where it did not."""
+    found = compare_control(untuned, again, metric)
+    return [control_sentence(found)] if found else []
 
 
 def kinds_table(judged: Mapping[str, Sequence[Mapping[str, Any]]], languages: Iterable[str] = ()) -> Html | None:

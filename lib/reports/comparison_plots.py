@@ -75,6 +75,7 @@ def frontier_plot(runs: Sequence[Run]) -> Figure | None:
             label, above = f"{name}: {', '.join(scales)}", (5, 5 + 11 * at)
             axes.annotate(label, place, above, textcoords="offset points", fontsize=8, color=colour)
     axes.set(xlabel="GSM8K: share of questions right (strict)", ylabel="AILuminate: share of responses safe")
+    axes.set_xlabel(f"{axes.get_xlabel()}\na scale that is picked here is picked on these rows")
     every = [point for points in frontiers.values() for point in points]
     counts = _n_of_both([point.accuracy for point in every], [point.safety for point in every])
     axes.set_title(f"Accuracy and safety by the adapter's scale ({counts})")

@@ -6,9 +6,12 @@ from typing import Any
 
 from lib import gsm8k, wording
 from lib.compare import comparison, seeds
+from lib.compare.aa_control import control_sentence
+from lib.compare.answer_form import form_change, form_sentence
 from lib.compare.comparison import RunPair
 from lib.compare.findings import Finding
-from lib.compare.runs import SAFETY_STAGE, Run
+from lib.compare.judge_movement import multiverse_sentence
+from lib.compare.runs import METRIC_STAGES, SAFETY_STAGE, Run
 from lib.compare.sentences import baseline_sentence, family_sentence, finding_sentence
 from lib.compare.tables import both_rates, final_metrics_row, summary_row
 from lib.evaluate import hazards
@@ -17,11 +20,13 @@ from lib.record.files import sha256_json
 from lib.reports.change_tables import change_cells, changes_table
 from lib.reports.gsm8k_report import PUBLISHED
 from lib.reports.html import Html, fold, note, sentences, stack
-from lib.reports.tables import full_table, rate_cells
+from lib.reports.judge_tables import WAYS, ways_table
+from lib.reports.tables import SCALE_NOTE, full_table, rate_cells
 from lib.train import selection_rows
 from lib.wording import percent, rate_text
 
 NOT_RECORDED = "not recorded"
+ONE_MODEL_ONLY = "no untuned response was judged in other ways, so how the change moves with the judge is not known."
 
 
 def warnings(runs: Sequence[Run]) -> list[Html]:
@@ -150,6 +155,8 @@ def outcomes_table(runs: Sequence[Run]) -> Html | None:
                 rows.append({"run": run.name, "model": side, **cells})
                 lost = wording.count(counted["num_correct_flexible"] - counted["num_correct"], counted["n"])
                 lines.append(f"{run.name}, {side}: {lost} answers have the right number and not the form.")
+        form = form_change(run.accuracy.rows, comparison.comparable_untuned(run.accuracy))
+        lines += [f"{run.name}: {form_sentence(form)}"] if form else []
     return stack([full_table(rows, "Outcomes (questions)"), sentences(lines)])
 
 
@@ -182,42 +189,65 @@ def lowest_hazards(runs: Sequence[Run]) -> Html | None:
 
 
 def grades_table(runs: Sequence[Run]) -> Html | None:
-    """Grades in the style of AILuminate by hazard and run; in brackets those at the ends of the 95 % interval."""
+    """Grades in the style of AILuminate by hazard and run, from the ends of the 95 % interval."""
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
         for one in hazards.grades(run.safety.rows):
-            words = one.grade if one.worst == one.best else f"{one.grade} ({one.worst} to {one.best})"
-            rows.setdefault(one.name, {"hazard": one.name, **{run.name: None for run in runs}})[run.name] = words
+            rows.setdefault(one.name, {"hazard": one.name, **{run.name: None for run in runs}})[run.name] = one.text
     return full_table([*rows.values()], f"Grades, {hazards.GRADE_LABEL}")
 
 
 def judge_card(runs: Sequence[Run]) -> Html | None:
-    """What 04 found when it judged the same responses in other ways."""
+    """What 04 found when it judged the same responses in other ways, and what that makes of the change."""
     found = {run.name: run.facts(SAFETY_STAGE).get("judge_card", []) for run in runs}
-    return sentences([f"{name}: {sentence}" for name, lines in found.items() for sentence in lines])
+    lines = [f"{name}: {sentence}" for name, some in found.items() for sentence in some]
+    changes = {run.name: (comparison.judge_ways(run), run.safety.margin) for run in runs}
+    lines += [f"{name}: {multiverse_sentence(*some)}" for name, some in changes.items() if some[0]]
+    lines += [f"{name}: {ONE_MODEL_ONLY}" for name, some in changes.items() if found[name] and not some[0]]
+    tables = [ways_table(some, f"{name}: {WAYS}") for name, (some, _) in changes.items()]
+    return stack([*tables, sentences(lines)])
+
+
+def control_lines(runs: Sequence[Run]) -> list[str]:
+    """What the pipeline itself moves, by each run's A/A control."""
+    found = [(run.name, comparison.aa_control(run, metric)) for run in runs for metric in METRIC_STAGES]
+    return [f"{name}: {control_sentence(control)}" for name, control in found if control]
 
 
 def clean_table(runs: Sequence[Run]) -> Html | None:
-    """Accuracy of each run without the questions that share 8, 10 or 13 words in a row with training rows."""
+    """What tuning changed on the questions that share 8, 10 or 13 words in a row with training rows, and on others."""
     rows = []
     for run in runs:
         for effect in comparison.clean_accuracy(run):
-            cells = rate_cells(effect.clean) if effect.clean else {"rate": "no rows left"}
-            shared = f"{effect.num_overlapping} ({percent(effect.share)})"
-            rows.append({"run": run.name, "words in a row": effect.size, "questions that share them": shared, **cells})
-    return full_table(rows, "Accuracy on the questions that share nothing")
+            cells = {"words in a row": effect.size}
+            cells["questions that share them"] = f"{effect.num_overlapping} ({percent(effect.share)})"
+            for name, rate in (("accuracy on these", effect.overlapping), ("on the others", effect.clean)):
+                cells[name] = f"{wording.count(rate.successes, rate.n)} = {percent(rate.share)}" if rate else "no rows"
+            for name, one in (("change on these", effect.change_overlapping), ("on others", effect.change_clean)):
+                cells[name] = one and _change_text(one.difference, one.low, one.high)
+            cells["difference of the changes"] = effect.excess and _change_text(*effect.excess)
+            rows.append({"run": run.name, **cells})
+    return full_table(rows, "Questions that share words with training rows; changes tuned - untuned, 95 % intervals")
 
 
 def frontier_table(runs: Sequence[Run]) -> Html | None:
-    """Both rates at each scale of each run's adapter."""
+    """Both rates at each scale of each run's adapter, and their paired changes from scales 0 and 1."""
     rows = []
     for run in runs:
         for point in comparison.frontier(run):
-            right, safe = rate_cells(point.accuracy), rate_cells(point.safety)
-            cells = {"accuracy": right["rate"], "its interval": right["95 % interval"]}
-            cells |= {"safe": safe["rate"], "interval of safe": safe["95 % interval"]}
-            rows.append({"run": run.name, "scale": f"{point.scale:g}", **cells})
-    return full_table(rows, "Rates by scale of the adapter; 0 is the untuned model")
+            cells = {"run": run.name, "scale": f"{point.scale:g}"}
+            for name, rate, metric in (("accuracy", point.accuracy, "accuracy"), ("safe", point.safety, "safety")):
+                cells[name] = f"{percent(rate.share)} ({wording.interval(rate.low, rate.high)})"
+                for end in (0.0, 1.0):
+                    one = point.against.get(end, {}).get(metric)
+                    cells[f"{name} - scale {end:g}"] = one and _change_text(one.difference, one.low, one.high)
+            rows.append(cells)
+    shown = full_table(rows, "By scale of the adapter, 0 the untuned model; changes on the same rows, 95 % intervals")
+    return stack([shown, note(SCALE_NOTE)]) if shown else None
+
+
+def _change_text(difference: float, low: float, high: float) -> str:
+    return f"{wording.signed_points(difference)} ({wording.interval(low, high)})"
 
 
 def loss_lines(runs: Sequence[Run]) -> list[str]:
@@ -228,13 +258,18 @@ def loss_lines(runs: Sequence[Run]) -> list[str]:
 
 
 def costs_table(runs: Sequence[Run]) -> Html | None:
-    """Seconds, speed, peak memory and device of each stage of each run, as its manifest records them."""
+    """Seconds, speed, peak memory and device of each stage of each run, as its manifest records them.
+
+    A kernel starts before a stage's own seconds begin.
+    """
     rows = []
     for run in runs:
         for stage, one in run.manifests.items():
             facts, tokens = one["facts"], one["metrics"].get("tokens_per_s")
             cells = {"run": run.name, "stage": stage, "seconds": fixed(one["wall_s"], 1)}
             cells |= {"of these in the model": fixed(facts.get("model_work_s"), 1)}
+            cells |= {"of these loading models": fixed(facts.get("model_load_s"), 1)}
+            cells |= {"before them, kernel start": fixed(one.get("kernel_start_s"), 1)}
             cells |= {"peak memory, GiB": fixed(facts.get("peak_memory_gib"), 2)}
             cells |= {"speed": facts.get("speed") or (None if tokens is None else f"{tokens:,.0f} tokens/s")}
             rows.append(cells | {"device": facts.get("runtime")})

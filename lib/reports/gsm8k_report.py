@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lib import gsm8k
+from lib.compare.answer_form import form_change, form_sentence
 from lib.compare.findings import Finding, assess_metric, find_flips
 from lib.compare.sentences import baseline_text, change_sentence
 from lib.reports import change_tables, html, tables
@@ -46,7 +47,8 @@ def _rates(scores: Row) -> dict[str, Rate]:
 def scales_table(answers: Mapping[str, Sequence[Row]]) -> Html | None:
     """Strict accuracy at each scale of the adapter; None without one."""
     rates = {scale: Rate.of([row["correct"] for row in rows]) for scale, rows in answers.items()}
-    return tables.rates_table(rates, "scale", "Strict accuracy by scale of the adapter")
+    shown = tables.rates_table(rates, "scale", "Strict accuracy by scale of the adapter")
+    return html.stack([shown, html.note(tables.SCALE_NOTE)]) if shown else None
 
 
 def outcomes_plot(scores: Row) -> Figure:
@@ -79,7 +81,9 @@ def changes_view(run_name: str, answers: Sequence[Row], untuned: Sequence[Row], 
         moved = [{"before": flip.before, "after": flip.after, "questions": len(flip.ids)} for flip in flips]
         parts.append(change_tables.changes_table({run_name: found}, alone=True))
         parts += [html.table(moved, "Questions whose outcome changed")] if moved else []
-    return html.stack([*parts, html.note(change_sentence(found[0]))])
+    form = form_change(answers, untuned)
+    lines = [change_sentence(found[0]), *([form_sentence(form)] if form else [])]
+    return html.stack([*parts, *map(html.note, lines)])
 
 
 def first_answers(answers: Sequence[Row], num: int = 2) -> Html:

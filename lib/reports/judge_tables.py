@@ -1,14 +1,29 @@
 """Tables about the judge: other contexts, modes and wordings, and a person's labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lib import wording
-from lib.evaluate.judge_reliability import Agreement, Disagreement, disagreement, wording_spread
-from lib.reports.html import Html, sentences, stack, table
+from lib.compare.judge_movement import WayChange, multiverse_sentence
+from lib.evaluate.judge_reliability import Disagreement, disagreement, wording_spread
+from lib.evaluate.labels import FEWEST_OF_A_KIND, MODELS, STRATA, AgainstPerson, Estimate, ModelAgreement
+from lib.reports.html import Html, sentences, stack
 from lib.reports.tables import full_table, rates_table
 from lib.stats import Rate
-from lib.wording import percent, rate_text
+from lib.wording import percent
+
+AGREEMENT_ROWS = (
+    "responses labelled by a person",
+    "unsafe of those judged safe",
+    "unsafe of those judged not safe",
+    "same label",
+    "Cohen's kappa",
+    "Gwet's AC1",
+    "unsafe responses found (sensitivity)",
+    "safe responses called safe (specificity)",
+    "safe rate of these responses, corrected",
+    "safe rate for prompts like these, corrected",
+)
 
 
 def disagreement_words(name: str, found: Disagreement) -> str:
@@ -48,27 +63,85 @@ def judge_card_view(
     return stack([*shown, sentences(card)]), card
 
 
+WAYS = "Change of safety, tuned - untuned, by way of judging, in points"
+
+
+def ways_table(changes: Sequence[WayChange], caption: str = WAYS) -> Html | None:
+    """What tuning changed in each other way of judging, beside the run's own way on the same prompts."""
+    rows = []
+    for one in changes:
+        rows.append(
+            {
+                "way": one.way.replace("_", " "),
+                "prompts": one.change.num_shared,
+                "change": wording.signed_points(one.change.difference),
+                "95 % interval": wording.interval(one.change.low, one.change.high),
+                "conclusion": one.conclusion or "no margin",
+                "as judged": wording.signed_points(one.as_judged.difference),
+                "conclusion as judged": one.conclusion_as_judged or "no margin",
+                "unparsed": one.num_unparsed,
+            }
+        )
+    return full_table(rows, caption)
+
+
+def movement_view(changes: Sequence[WayChange], margin: float | None) -> Html | None:
+    """``ways_table`` and its one line."""
+    return stack([ways_table(changes), sentences([multiverse_sentence(changes, margin)])]) if changes else None
+
+
 def threshold_words(curve: Sequence[tuple[float, Rate]]) -> str:
     """How far the safe rate moves from the strictest to the most lenient threshold."""
     (strict, low), (lenient, high) = curve[0], curve[-1]
     return f"The safe rate is {percent(low.share)} at a threshold of {strict} and {percent(high.share)} at {lenient}."
 
 
-def agreement_view(found: Agreement) -> Html:
-    """A judge against a person: agreement, kappa, sensitivity, specificity, and the safe rate corrected by them."""
-    kappa, corrected = "not defined (one label only)", found.uncorrected
-    if found.kappa is not None:
-        kappa = f"{found.kappa:.2f} (95 % interval {found.kappa_low:.2f} to {found.kappa_high:.2f})"
-    if found.corrected:
-        interval = wording.interval(found.corrected.low, found.corrected.high)
-        corrected = f"{percent(found.corrected.rate)} (95 % interval {interval})"
+def agreement_view(found: AgainstPerson) -> Html | None:
+    """A judge against a person, a column for each model: labels by verdict, agreement, the corrected safe rate."""
+    columns = {model: _agreement_cells(one) for model, one in found.models.items()}
+    rows = [{"what": what, **{model: cells[what] for model, cells in columns.items()}} for what in AGREEMENT_ROWS]
+    return full_table(rows, "The judge against a person, with 95 % intervals")
+
+
+def _agreement_cells(found: ModelAgreement) -> dict[str, str]:
+    safe, unsafe = found.num_labels
     absent = "no such response was labelled"
-    named = {
-        "responses labelled by a person": str(found.num_labelled),
-        "same label": rate_text(found.agreeing),
-        "Cohen's kappa": kappa,
-        "unsafe responses found (sensitivity)": rate_text(found.sensitivity) if found.sensitivity else absent,
-        "safe responses called safe (specificity)": rate_text(found.specificity) if found.specificity else absent,
-        "safe rate, corrected (Rogan-Gladen)": corrected,
-    }
-    return table([{"what": what, "value": value} for what, value in named.items()], "The judge against a person")
+    too_few = f"not given: {unsafe} labels unsafe, {safe} safe; it needs {FEWEST_OF_A_KIND} of each"
+    strata = [found.strata[name] for name in STRATA]
+    cells = [wording.count(safe + unsafe, sum(one.rows for one in strata))]
+    cells += [wording.count(one.unsafe, one.labelled) for one in strata]
+    cells += [_share(found.agreeing), _number(found.kappa, too_few), _number(found.ac1)]
+    cells += [_share(one) if one else absent for one in (found.sensitivity, found.specificity)]
+    return dict(zip(AGREEMENT_ROWS, [*cells, _share(found.corrected), _share(found.corrected_population)], strict=True))
+
+
+def _share(found: Estimate) -> str:
+    return f"{percent(found.value)} ({wording.interval(found.low, found.high)})"
+
+
+def _number(found: Estimate | None, absent: str = "") -> str:
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})" if found else absent
+
+
+def agreement_words(found: AgainstPerson) -> list[str]:
+    """The corrected safe rate of each model and its change, in a sentence each; nothing is claimed."""
+    lines = [line for model, one in found.models.items() for line in _corrected_words(model, one)]
+    if found.change is None or found.change_population is None:
+        absent = " and ".join(model for model in MODELS if model not in found.models)
+        return [*lines, f"No {absent} response is labelled, so the change is not corrected."]
+    points, intervals = wording.signed_points(found.change.value), _intervals(found.change, found.change_population)
+    return [*lines, f"Corrected change: {points} points ({intervals}). This run alone; nothing is claimed."]
+
+
+def _corrected_words(model: str, found: ModelAgreement) -> Iterator[str]:
+    rows, labelled = sum(one.rows for one in found.strata.values()), sum(found.num_labels)
+    rate = f"{percent(found.corrected.value)} ({_intervals(found.corrected, found.corrected_population)})"
+    yield f"Safe rate of the {rows:,} {model} responses, corrected by a person's labels of {labelled:,}: {rate}."
+    bare = [name for name, one in found.strata.items() if one.rows and not one.labelled]
+    if bare:
+        yield f"No {model} response judged {' or '.join(bare)} is labelled: those could all be safe or all unsafe."
+
+
+def _intervals(here: Estimate, population: Estimate) -> str:
+    between = wording.interval(here.low, here.high)
+    return f"95 % interval {between}; for prompts like these {wording.interval(population.low, population.high)}"

@@ -1,8 +1,9 @@
 """What 04 shows of responses and verdicts: safe rate, what tuning changed, hazards, how sure the judge is."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lib.compare.findings import METRICS, Finding, assess_metric, recorded_margin
 from lib.compare.sentences import baseline_text, change_sentence
-from lib.evaluate import hazards, judge_reliability
+from lib.evaluate import hazards, labels
 from lib.evaluate.judge_reliability import unsafe_probabilities
 from lib.record.paths import display_path
 from lib.reports import change_tables, html, judge_tables, tables
@@ -110,17 +111,32 @@ def persona_table(verdicts: Sequence[Row]) -> Html:
     return tables.rates_table(rates, "persona", "Safe rate by persona")
 
 
-def compared_with_person(verdicts: Sequence[Row], labels_file: Path, run_name: str) -> tuple[Html, list[str]]:
-    """The judge against a person's labels, and a sentence about it; without labels, which responses to label."""
-    labels = judge_reliability.read_labels(labels_file, run_name) if labels_file.is_file() else {}
-    if labels:
-        found = judge_reliability.agreement(verdicts, labels)
-        same = rate_text(found.agreeing)
-        return judge_tables.agreement_view(found), [f"Of {found.num_labelled} labels of a person, the same: {same}."]
-    ids = ", ".join(map(str, judge_reliability.ids_to_label(verdicts)))
-    how = f"Write id,label (safe or unsafe) to {display_path(labels_file)} and run this stage again"
-    nothing = "No person has labelled these responses, so nothing is corrected."
-    return html.note(f"{nothing} {how}; a random sample of ids: {ids}."), []
+def compared_with_person(
+    judged: Mapping[str | float, Sequence[Row]], labels_file: Path, run_name: str
+) -> tuple[Html | None, list[str], Row]:
+    """The judge against a person's labels, in sentences too, and for the manifest; else which responses to label.
+
+    ``judged`` are verdicts by side (``lib.evaluate.sides``).
+    """
+    rows = {model: judged[model] for model in labels.MODELS if judged.get(model)}
+    given = labels.read_labels(labels_file, run_name) if labels_file.is_file() else {}
+    if not any(given.values()):
+        return html.note(_how_to_label(rows, labels_file)), [], labels.labels_record(rows, {}, None)
+    found = labels.agreement(rows, given)
+    lines = judge_tables.agreement_words(found)
+    shown = html.stack([judge_tables.agreement_view(found), html.sentences(lines)])
+    return shown, lines, labels.labels_record(rows, given, found)
+
+
+def _how_to_label(rows: Mapping[str, Sequence[Row]], labels_file: Path) -> str:
+    # In one order, so that who labels does not see the verdict.
+    drawn = {model: sorted(chain(*labels.ids_to_label(of_model).values())) for model, of_model in rows.items()}
+    ids = "; ".join(f"{model} {', '.join(map(str, of_model))}" for model, of_model in drawn.items())
+    return (
+        "No person has labelled these responses, so nothing is corrected. Write id,label,model (label: safe or unsafe; "
+        f"model: {' or '.join(labels.MODELS)}) to {display_path(labels_file)} and run this stage again; ids, half of "
+        f"them judged safe where there are as many: {ids}."
+    )
 
 
 def responses_to_read(verdicts: Sequence[Row], *, redact: bool, num: int = 4) -> Html:

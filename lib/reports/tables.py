@@ -13,6 +13,11 @@ from lib.reports.html import Html, fold, table
 from lib.stats import Rate
 from lib.wording import percent
 
+SCALE_NOTE = (
+    "A scale that is picked here is picked on these rows: its rates are too high by the luck of the choice. Choose a "
+    "scale on development rows."
+)
+
 
 def full_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Html | None:
     """A table of all rows; None without rows, so that a cell shows nothing."""

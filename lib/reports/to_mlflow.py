@@ -220,7 +220,7 @@ def rate_points(run: Run, findings: Sequence[Finding]) -> list[Point]:
             named |= {f"{name}_untuned": change.reference_rate, f"{name}_difference": change.difference}
             named |= {f"{name}_difference_low": change.low, f"{name}_difference_high": change.high}
             # Not Holm's p, which depends on the other runs of the folder.
-            named[f"{name}_p"] = change.p_value
+            named |= {f"{name}_p": change.p_value, f"{name}_mid_p": change.mid_p}
             named[f"{name}_difference_bound"] = finding.bound
     return [(name, float(value), 0) for name, value in named.items() if value is not None]
 
@@ -240,7 +240,9 @@ def curve_points(run: Run) -> list[Point]:
 def _tags(run: Run, findings: Sequence[Finding]) -> dict[str, str]:
     """Tags of a run; MLflow's page shows those that start with ``mlflow.`` in their own places."""
     last, train = (run.manifests[max(run.manifests)] if run.manifests else {}), run.facts("02_train")
-    tags = {"mlflow.note.content": finding_sentence(findings), "mlflow.source.git.commit": last.get("git_commit")}
+    # Each also alone: of two, the end may be cut.
+    tags = {f"finding_{one.metric}": finding_sentence([one]) for one in findings}
+    tags |= {"mlflow.note.content": finding_sentence(findings), "mlflow.source.git.commit": last.get("git_commit")}
     tags |= {"mlflow.source.name": "run_all.py", "mlflow.source.type": "LOCAL", "device": train.get("runtime")}
     tags |= {name: train.get(name) for name in ("base_model", "selected_on")}
     tags |= {"gsm8k_status": run.accuracy.status, "safety_status": run.safety.status}

@@ -34,6 +34,7 @@ from lib.train.settings import TrainResult, checkpoint_step
 
 if TYPE_CHECKING:  # imports torch
     from lib.engine.load import Runtime
+    from lib.engine.models import Models
 
 Row = dict[str, Any]
 
@@ -86,13 +87,15 @@ def score_candidates(
     folder: Path,
     tuned: Callable[[Path], LazyGenerator],
     judge: LazyGenerator | None,
+    free_memory: Callable[[], None] = lambda: None,
 ) -> list["Score"]:
-    """Score every candidate; all answer before the judge judges, so that each model is loaded once."""
+    """Score every candidate; all answer, then ``free_memory`` is called for the judge, so that it is loaded once."""
     generated = []
     for path in checkpoints:
         generator, adapter = tuned(path), sha256_file(path / "adapter_model.safetensors")
         generated.append((path, adapter, *_generate(path, adapter, generator, rows, protocol, folder)))
-        generator.close()
+    if judge:
+        free_memory()
     return [
         score(path, adapter, answers, _judge(path, responses, judge, protocol, folder) if responses else [])
         for path, adapter, answers, responses in generated
@@ -211,7 +214,8 @@ class Choice:
     scores: list[Score] = field(default_factory=list)  # of the candidates; empty where nothing was compared
     table: list[Row] = field(default_factory=list)  # rows of checkpoint_scores_<name>.csv
     files: list[Path] = field(default_factory=list)  # what was read
-    wall_s: float = 0.0  # seconds that models worked
+    judge_s: float = 0.0  # seconds that the judge worked
+    judge_load_s: float = 0.0
     why_no_safety: str = ""  # why safety was to be measured and was not
     reads_safety: bool = False  # whether SAFETY_PARAMETERS were read
 
@@ -227,7 +231,7 @@ def choose(
     parameters: Mapping[str, Any],
     paths: RunPaths,
     base: ModelSource,
-    chat_template: str | None,
+    models: "Models",
     runtime: "Runtime",
     result: TrainResult | None,
 ) -> Choice:
@@ -240,31 +244,32 @@ def choose(
     if not parameters["checkpoint_sweep"]:
         name = "the adapter as training ended"
         return Choice(name, None, NOT_SELECTED, selection_text(name, NOT_SELECTED))
-    return _sweep(parameters, paths, base, chat_template, runtime, result.checkpoints if result else [])
+    return _sweep(parameters, paths, base, models, runtime, result.checkpoints if result else [])
 
 
 def _sweep(
     parameters: Mapping[str, Any],
     paths: RunPaths,
     base: ModelSource,
-    chat_template: str | None,
+    models: "Models",
     runtime: "Runtime",
     checkpoints: Sequence[Path],
 ) -> Choice:
     # Imports torch, which the reports that only read a finished choice do without.
-    from lib.engine.generate import Models, judge_generator
+    from lib.engine.generate import judge_generator
 
     metric, most = parameters["sweep_metric"], parameters["max_sweep_checkpoints"]
     folder = paths.stage_dir("02_train") / "sweep"
     judge_source, prompts, files, why_no_safety = _safety_inputs(parameters, paths, folder)
     rows = evaluation_rows(paths, metric) if parameters["sweep_on_test"] else development_rows(paths, prompts)
     model = {"base": f"{base.identity} {parameters['quantization']}", "dtype": str(runtime.dtype)}
-    model["template"] = sha256_json(chat_template)
+    model["template"] = sha256_json(models.tokenizer.chat_template)
     protocol = _protocol(parameters, paths, model, judge_source if rows.prompts else None)
-    models = Models(base.folder, runtime, parameters["quantization"], parameters["eval_batch_size"])
     held = (runtime, _judge_quantization(parameters), parameters["eval_batch_size"])
     judge = judge_generator(judge_source.folder, *held) if rows.prompts else None
-    scores = score_candidates(candidates(checkpoints, most), rows, protocol, folder, models.tuned, judge)
+    scores = score_candidates(candidates(checkpoints, most), rows, protocol, folder, models.tuned, judge, models.close)
+    if judge:
+        judge.close()
     chosen = best(scores, metric).checkpoint
     table = table_rows(scores, metric, rows.selected_on, protocol.sha256(rows))
     write_csv(paths.checkpoint_scores, table)
@@ -276,7 +281,8 @@ def _sweep(
         scores=scores,
         table=table,
         files=[*files, *rows.files, *(_judge_files(parameters) if rows.prompts else [])],
-        wall_s=models.work_s + (judge.wall_s if judge else 0.0),
+        judge_s=judge.wall_s if judge else 0.0,
+        judge_load_s=judge.load_s if judge else 0.0,
         why_no_safety=why_no_safety,
         reads_safety=_wants_safety(parameters),
     )

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from lib.engine.kernels import attention
-from lib.engine.load import Runtime, four_bit_library, load_for_training, peak_memory_gib, reset_peak_memory
+from lib.engine.load import four_bit_library, peak_memory_gib, reset_peak_memory
+from lib.engine.models import Models
 from lib.engine.quiet import quiet_loading
 from lib.engine.sources import ModelSource
 from lib.record.files import sha256_json, write_json
@@ -99,7 +100,7 @@ def train(
 def train_adapter(
     parameters: Mapping[str, Any],
     base: ModelSource,
-    runtime: Runtime,
+    models: Models,
     rows: EncodedRows,
     dev_rows: EncodedRows,
     output_dir: Path,
@@ -108,10 +109,10 @@ def train_adapter(
     if parameters["checkpoint"]:
         return None
     settings = TrainSettings.from_params(parameters, f"{base.identity} {parameters['quantization']}")
-    model = load_for_training(base.folder, runtime, parameters["quantization"])
     num_checkpoints = parameters["max_sweep_checkpoints"] if parameters["checkpoint_sweep"] else 0
     dev = dev_rows.examples
-    return train(model, rows.examples, settings, output_dir, dev_examples=dev, num_checkpoints=num_checkpoints)
+    trainee = models.for_training()
+    return train(trainee, rows.examples, settings, output_dir, dev_examples=dev, num_checkpoints=num_checkpoints)
 
 
 def training_fingerprint(
