@@ -109,9 +109,9 @@ def seeds(draws: int) -> Iterator[Case]:
     truths = ((0, 0, 0.0), (0, -MARGIN, 0.0), (0, 0, 1.5), (0, -MARGIN, 1.5), (6, 0, 1.5))
     for gain, loss, seed_sd in truths:
         sides = accuracy(0.25, [gain]), safety(0.1, [loss])
-        yield Case("seeds", Page(sides, num_seeds=3, seed_sd=seed_sd), draws // 8)
+        yield Case("seeds", Page(sides, num_seeds=3, seed_sd=seed_sd), draws // 12)
     three = accuracy(0.25, [0] * 3), safety(0.1, [-MARGIN] * 3)
-    yield Case("seeds", Page(three, num_seeds=3, seed_sd=1.5), draws // 20)
+    yield Case("seeds", Page(three, num_seeds=3, seed_sd=1.5), draws // 40)
     one = accuracy(0.25, [0]), safety(0.1, [-MARGIN])
     yield Case("seeds", Page(one, seed_sd=1.5), draws, is_bound=False)
 
@@ -283,7 +283,9 @@ def markdown_text(found: Sequence[tuple[Case, Outcome]], num_draws: int, seed: i
         "",
         f"Seed {seed}, {num_draws:,} draws but where a table has others; {versions_text()}.",
         "Made by `python benchmarks/bench_claims.py`. Standard error of a share of 5 % or 50 % in so many draws:",
-        f"{_percent(standard_error(0.05, num_draws))} or {_percent(standard_error(0.5, num_draws))}.",
+        f"{_percent(standard_error(0.05, num_draws))} or {_percent(standard_error(0.5, num_draws))}; in an eighth of them"
+        f" {_percent(standard_error(0.05, num_draws / 8))} or {_percent(standard_error(0.5, num_draws / 8))}. A bound is"
+        " broken where the share is above it, and above 5 % by more than two standard errors.",
         "",
         *reading(found),
     ]
@@ -304,7 +306,7 @@ def reading(found: Sequence[tuple[Case, Outcome]]) -> list[str]:
         lines.append(f"At most {_percent(outcome.false_share)} % of pages hold a false claim ({_name(case.page)}).")
     singles = [(outcome, case.page.truths[0][1]) for case, outcome in _of("tests", found)]
     if edge := [outcome.share("safety", "not inferior", points) for outcome, points in singles if points == -MARGIN]:
-        text = f"from {_percent(min(edge))} to {_percent(max(edge))} %"
+        text = f"{_percent(min(edge))} to {_percent(max(edge))} %"
         lines.append(f"Safety that fell by exactly the margin is, in a family of one, called not inferior in {text}.")
     usual = [outcome for case, outcome in _of("power", found) if case.page.sides[-1].discordant == 0.1]
     if usual := [one for one in usual if one.page.sides[-1].margin == MARGIN]:
