@@ -140,12 +140,12 @@ def simulate_all(planned: Sequence[Case], seed: int, jobs: int) -> list[Outcome]
 
 def broken_bounds(found: Sequence[tuple[Case, Outcome]]) -> list[str]:
     """Sentences about what is outside its bound."""
-    bound = [(case, outcome) for case, outcome in found if case.is_bound and case.section in ("pages", "seeds")]
-    pages = [
-        f"{_name(case.page)}: a false claim on {_percent(outcome.false_share)} % of pages, bound 5.5 %"
-        for case, outcome in bound
-        if outcome.exceeds(outcome.false_share, FAMILY_BOUND)
-    ]
+    pages = []
+    for case, outcome in [*_of("pages", found), *_of("seeds", found)]:
+        if case.is_bound and outcome.exceeds(outcome.false_share, FAMILY_BOUND):
+            pages.append(
+                f"{_name(case.page)}: a false claim on {_percent(outcome.false_share)} % of pages, bound 5.5 %"
+            )
     alone = [(case, outcome) for case, outcome in found if len(case.page.truths) == 1]
     return pages + [text for case, outcome in alone if (text := _broken_place(case, outcome))]
 
@@ -277,15 +277,18 @@ SECTIONS = {
 }
 
 
+def _errors(num_draws: int) -> str:
+    return " or ".join(_percent(standard_error(share, max(1, num_draws))) for share in (0.05, 0.5))
+
+
 def markdown_text(found: Sequence[tuple[Case, Outcome]], num_draws: int, seed: int) -> str:
     lines = [
         "# What is claimed, simulated",
         "",
         f"Seed {seed}, {num_draws:,} draws but where a table has others; {versions_text()}.",
         "Made by `python benchmarks/bench_claims.py`. Standard error of a share of 5 % or 50 % in so many draws:",
-        f"{_percent(standard_error(0.05, num_draws))} or {_percent(standard_error(0.5, num_draws))}; in an eighth of them"
-        f" {_percent(standard_error(0.05, num_draws / 8))} or {_percent(standard_error(0.5, num_draws / 8))}. A bound is"
-        " broken where the share is above it, and above 5 % by more than two standard errors.",
+        f"{_errors(num_draws)}; in an eighth of them {_errors(num_draws // 8)}. A bound is broken where the share is",
+        "above it, and above 5 % by more than two standard errors.",
         "",
         *reading(found),
     ]
@@ -315,14 +318,12 @@ def reading(found: Sequence[tuple[Case, Outcome]]) -> list[str]:
         lines.append(f"{text} was kept in {kept} %: by themselves, on a page of one recipe, and of three.")
     for _, outcome in _of("sizes", found)[-1:]:
         tally = outcome.tallies["accuracy", "rose", 3]
-        claimed = (
-            f"{_percent(outcome.share('accuracy', 'rose', 3))} %, {tally.excess / max(1, tally.claims):.1f} points"
+        made, excess = outcome.share("accuracy", "rose", 3), tally.excess / max(1, tally.claims)
+        text = (
+            f"Small gains are claimed seldom and too large: one of 3 points among nine recipes in {_percent(made)} %,"
         )
-        lines.append(
-            f"Small gains are claimed seldom and too large: one of 3 points among nine recipes in {claimed} more"
-        )
-        held = _percent(tally.covered / max(1, tally.claims))
-        lines[-1] += f" than is true; the printed interval holds the truth in {held} % of these claims."
+        held = f"the printed interval holds the truth in {_percent(tally.covered / max(1, tally.claims))} %"
+        lines.append(f"{text} {excess:.1f} points more than is true; {held} of these claims.")
     for case, outcome in _of("seeds", found)[-1:]:
         text = f"One seed is no recipe: where the SD of seeds is {case.page.seed_sd:g} points,"
         lines.append(
