@@ -142,12 +142,10 @@ def broken_bounds(found: Sequence[tuple[Case, Outcome]]) -> list[str]:
     """Sentences about what is outside its bound."""
     pages = []
     for case, outcome in [*_of("pages", found), *_of("seeds", found)]:
-        if case.is_bound and outcome.exceeds(outcome.false_share, FAMILY_BOUND):
-            pages.append(
-                f"{_name(case.page)}: a false claim on {_percent(outcome.false_share)} % of pages, bound 5.5 %"
-            )
-    alone = [(case, outcome) for case, outcome in found if len(case.page.truths) == 1]
-    return pages + [text for case, outcome in alone if (text := _broken_place(case, outcome))]
+        share = outcome.false_share
+        if case.is_bound and outcome.exceeds(share, FAMILY_BOUND):
+            pages.append(f"{_name(case.page)}: a false claim on {_percent(share)} % of pages, bound 5.5 %")
+    return pages + [text for one in found if len(one[0].page.truths) == 1 and (text := _broken_place(*one))]
 
 
 def _broken_place(case: Case, outcome: Outcome) -> str:
