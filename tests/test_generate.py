@@ -273,6 +273,8 @@ def test_a_kept_prefix_serves_later_calls_and_only_where_it_fits(tokenizer, monk
         lambda model, tokens, portion: computed.append(len(tokens)) or original(model, tokens),
     )
     engine = Engine(model, tokenizer)
+    engine.share_prefix(rows)
+    assert len(computed) == 1 and engine.prefix_of(render_prompt(tokenizer, rows[0])).tokens
     engine.generate(rows, max_new_tokens=2)
     assert written(engine.generate(rows[3:4], max_new_tokens=5)) == references(model, tokenizer, rows[3:4], 5)
     assert len(computed) == 1

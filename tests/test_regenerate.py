@@ -13,7 +13,7 @@ from lib import gsm8k
 from lib.compare import regenerate
 from lib.compare.regenerate import Audit, RunAudit, audit_folder, miss_text
 from lib.compare.runs import load_run
-from lib.engine import generate, load
+from lib.engine import generate, load, models
 from lib.engine.forced import find_difference, rounding
 from lib.record.files import read_json, sha256_json, write_json
 from lib.record.paths import RunPaths
@@ -67,6 +67,25 @@ def test_an_honest_folder_is_made_again_wherever_it_lies(results, capfd):
     # Three sides of both metrics, and the verdicts of three.
     assert len(re.findall(r"([45]) of \1 rows made again", output.out)) == 9
     assert audit(results / RUN)
+
+
+def test_honest_texts_are_read_and_only_doubtful_ones_written(results, monkeypatch):
+    written, loads = [], []
+    generated, loaded = generate.Engine.generate, models.load_dense
+    monkeypatch.setattr(
+        generate.Engine,
+        "generate",
+        lambda self, chats, **how: written.append(len(chats)) or generated(self, chats, **how),
+    )
+    monkeypatch.setattr(models, "load_dense", lambda *args: loads.append(args) or loaded(*args))
+    assert audit(results)
+    # Three sides of answers and of responses, from one load of the base. Tokens that are no text cannot be read.
+    sides = [read_jsonl(file) for file in results.rglob("ailuminate_safety_*.jsonl")]
+    broken = sum("\ufffd" in row["response"] for rows in sides for row in rows)
+    assert (written[::2], sum(written[1::2]), len(loads)) == ([0, 0, 0], broken, 1)
+    written.clear()
+    forger.edit_rows(results / ANSWERS, last, ids=[1])
+    assert not audit(results) and written[::2] == [1, 0, 0]
 
 
 def last(row):
