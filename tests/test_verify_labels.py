@@ -45,7 +45,7 @@ def faults(paths):
 def test_a_record_that_follows_from_its_labels_is_checked(paths, given):
     record(paths, given)
     found = verify_folder(paths.run_dir.parent)
-    assert not faults(paths) and found.checked["records of a person's labels"] == 1
+    assert not faults(paths) and found.checked["lists of rows to label, with the labels given"] == 1
 
 
 def test_a_corrected_rate_or_draw_that_does_not_follow_is_named(paths):

@@ -1,4 +1,4 @@
-"""What 04's manifest records of a person's labels, recomputed from these labels and the verdicts."""
+"""What 04's manifest lists of rows to label, with the labels given, recomputed from these labels and the verdicts."""
 
 from lib.compare.found import Found
 from lib.compare.runs import SAFETY_STAGE, Run
@@ -26,7 +26,7 @@ def check_labels(run: Run, found: Found) -> None:
     except LabelsError as error:
         found.mismatches.append(f"{where}: {error}")
         return
-    found.checked["records of a person's labels"] += 1
+    found.checked["lists of rows to label, with the labels given"] += 1
     found.mismatches += [
         f"{where}: {place} is {got!r}, recomputed {one!r}"
         for place, got, one in differing(claimed, expected, tolerance=TOLERANCE)
