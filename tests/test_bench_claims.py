@@ -130,7 +130,7 @@ def test_what_is_a_false_claim(claim, points, false):
 
 def test_a_claims_excess_and_intervals_are_tallied():
     change = family.Change(240, 0.8, 0.9, -0.1, 0, 24, 240, 0.001, None, None)
-    place = family.Place("r", ("r",), "safety", change, 5.0, size=9, holm_changed=0.01, holm_kept=1.0)
+    place = family.Place("r", ("r",), "safety", change, 5.0, num_places=9, holm_changed=0.01, holm_kept=1.0)
     low, high = place.interval
     for points, held in ((100 * low + 0.01, 1), (100 * low - 0.01, 0), (100 * high - 0.01, 1), (-3.0, 0)):
         tally = claims.Tally()

@@ -165,9 +165,13 @@ def frontier(run: Run) -> list[FrontierPoint]:
 
 def _paired(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> PairedTest | None:
     """The change of one metric on the rows of both; None without such rows."""
-    pairs, spec = pair_rows(rows, reference_rows, metric), METRICS[metric]
+    try:
+        pairs = pair_rows(rows, reference_rows, metric)
+    except ValueError:
+        pairs = []  # one number for two questions: --verify names the row
     if not pairs:
         return None
+    spec = METRICS[metric]
     ours, theirs = ([spec.succeeded(pair[side]) for pair in pairs] for side in (0, 1))
     return paired_test(ours, theirs, clusters=[spec.text(row) for row, _ in pairs])
 
