@@ -22,7 +22,7 @@ from lib.driver.cli import build_parser
 from lib.driver.notebook import declared_parameters, execute
 from lib.params import PARAMS_DIR, RUN_SETTINGS, Params
 from lib.record.files import read_json
-from lib.record.manifest import stale_reason, start_stage
+from lib.record.manifest import facts_of, stale_reason, start_stage
 from lib.record.paths import DRIVER_VARIABLE, PRESET_VARIABLE, PROJECT_ROOT, RESULTS_VARIABLE, STAGES, run_paths
 from lib.record.rows import read_jsonl, write_jsonl
 from lib.reports import gsm8k_report, html, safety_report
@@ -358,7 +358,7 @@ def chosen_on(folder, selected_on):
 def test_a_winner_of_the_test_set_is_called_one_where_its_rate_is_read(tmp_path, selected_on):
     paths = chosen_on(tmp_path / "results", selected_on)
     given = {"stage": SimpleNamespace(paths=paths), "selection_rows": selection_rows, "html": html}
-    given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5, "base_model": "tiny"}
+    given |= {"answers": made_runs.gsm8k_rows(), "baseline_accuracy": 0.5, "base_model": "tiny", "facts_of": facts_of}
     given |= {"verdicts": made_runs.safety_rows(), "baseline_safety": 0.5, "gsm8k": gsm8k, "safety": safety}
     accuracy, names = run_cell("03_eval_gsm8k", "report.accuracy_sentences(", report=gsm8k_report, **given)
     safe, more = run_cell("04_eval_safety", "report.safe_rate_sentence(", report=safety_report, **given)
