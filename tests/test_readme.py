@@ -107,8 +107,8 @@ def test_the_widths_of_rates_and_differences_are_computed_ones():
 
 def test_no_picture_is_read_by_overlapping_intervals():
     assert not re.search(r"intervals\s+(that\s+)?overlap", README)
-    (caption,) = re.findall(r"\+([\d.]+) points,\s+95 % interval (-[\d.]+) to ([\d.]+), no change shown", README)
-    found = paired_test([True] + 23 * [False], 24 * [False])
+    (caption,) = re.findall(r"(-[\d.]+) points,\s+95 % interval (-[\d.]+) to ([\d.]+), no change shown", README)
+    found = paired_test(24 * [False], [True] + 23 * [False])
     assert [100 * value for value in (found.difference, found.low, found.high)] == pytest.approx(
         [float(number) for number in caption], abs=0.05
     )
