@@ -3,7 +3,7 @@
     python benchmarks/bench_peers.py --data ../gsm8k --environments ../peers
     python benchmarks/bench_peers.py --data ../gsm8k --environments ../peers --all-ratios
 
-Each way runs in a process of its own, on the bundled model and few-shot chat prompts of GSM8K's test questions, greedy,
+Each way runs in its own process, on the bundled model and few-shot chat prompts of GSM8K's test questions, greedy,
 in float32 and in the dtype that this machine is fastest in. A peer that this project does not need gets an environment
 below --environments, made with venv and pip and reused where it is there; without --environments, or where it cannot be
 installed or run, a line says why. generate() and lm-evaluation-harness, whose cost a row does not depend on their
@@ -196,11 +196,11 @@ def prompt_row(tokenizer: Any, messages: Sequence[load.Message]) -> dict[str, An
 
 
 def python_of(peer: Peer, arguments: argparse.Namespace) -> Path:
-    """The peer's interpreter, its packages installed; ValueError says why there is none."""
+    """The peer's interpreter, its packages installed; ValueError says why it cannot be had."""
     if not peer.packages:
         return Path(sys.executable)
     if arguments.environments is None:
-        raise ValueError("it needs an environment of its own: name a folder with --environments")
+        raise ValueError("it needs its own environment: name a folder with --environments")
     folder = arguments.environments.resolve() / peer.shown[0].replace("-", "_")
     python, done = folder / "bin" / "python", folder / "installed.json"
     if not done.exists() or json.loads(done.read_text()) != list(peer.packages):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -545,8 +546,10 @@ def test_each_scale_is_compared_with_both_ends_on_the_same_rows(results):
     assert {scale: [*point.against] for scale, point in points.items()} == {0.0: [1.0], 0.5: [0.0, 1.0], 1.0: [0.0]}
     half = points[0.5].against
     # The second question is right at 0.5 and 1 and not at 0; the first is not among the rows of 0.5.
-    assert half[0.0]["accuracy"] == paired_test([True, False], [False, False])
-    assert half[1.0]["accuracy"] == paired_test([True, False], [True, False])
+    for end, at_end in ((0.0, [False, False]), (1.0, [True, False])):
+        found = half[end]["accuracy"]
+        tests = found.difference, found.low, found.high, found.p_value, found.mid_p
+        assert (found.only_run, found.only_reference, *tests) == astuple(paired_test([True, False], at_end))
     assert half[0.0]["safety"].difference == 0.0
     record = comparison.comparison([run])["by_run"]["one"]["frontier"][1]
     assert record["against"]["0"]["accuracy"] == [0.5, half[0.0]["accuracy"].low, half[0.0]["accuracy"].high]

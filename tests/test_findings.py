@@ -90,6 +90,8 @@ def test_same_index_with_another_question_is_refused():
 def test_index_that_stands_twice_is_refused():
     with pytest.raises(ValueError, match="test_index 0 appears more than once"):
         findings.pair_rows(answers([True]) * 2, answers([True]), "accuracy")
+    # Without the untuned model there is nothing to join it to.
+    assert findings.pair_rows(answers([True]) * 2, [], "accuracy") == []
 
 
 def test_equal_prompts_are_joined_in_their_order_and_line_ends_do_not_matter():

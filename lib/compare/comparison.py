@@ -10,7 +10,7 @@ from lib.compare import seeds
 from lib.compare.aa_control import AAControl, compare_control
 from lib.compare.answer_form import form_change
 from lib.compare.family import Place, adjust
-from lib.compare.findings import METRICS, Finding, Flip, assess_metric, find_flips, pair_rows
+from lib.compare.findings import METRICS, Comparison, Finding, Flip, assess_metric, compare_pairs, find_flips, pair_rows
 from lib.compare.judge_movement import WayChange, way_changes
 from lib.compare.runs import METRIC_STAGES, MetricScore, Run, judgement_files, untuned_runs
 from lib.evaluate import hazards, response_kinds
@@ -18,7 +18,7 @@ from lib.prepare.overlap import OverlapEffect, overlap_effects
 from lib.record.files import sha256_json, write_json
 from lib.record.paths import COMPARE_STAGE, results_root
 from lib.record.protocol import ProtocolMismatch, check_alike, without_adapter
-from lib.stats import PairedTest, Rate, paired_test
+from lib.stats import Rate
 from lib.train.selection_rows import selection_note
 
 Row = dict[str, Any]
@@ -136,7 +136,7 @@ class FrontierPoint:
     scale: float
     accuracy: Rate
     safety: Rate
-    against: dict[float, dict[str, PairedTest]]
+    against: dict[float, dict[str, Comparison]]
 
     def record(self) -> Row:
         changes = {
@@ -163,17 +163,12 @@ def frontier(run: Run) -> list[FrontierPoint]:
     return points
 
 
-def _paired(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> PairedTest | None:
+def _paired(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -> Comparison | None:
     """The change of one metric on the rows of both; None without such rows."""
     try:
-        pairs = pair_rows(rows, reference_rows, metric)
+        return compare_pairs(pair_rows(rows, reference_rows, metric), metric)
     except ValueError:
-        pairs = []  # one number for two questions: --verify names the row
-    if not pairs:
-        return None
-    spec = METRICS[metric]
-    ours, theirs = ([spec.succeeded(pair[side]) for pair in pairs] for side in (0, 1))
-    return paired_test(ours, theirs, clusters=[spec.text(row) for row, _ in pairs])
+        return None  # one number for two questions: --verify names the row
 
 
 def judge_ways(run: Run) -> list[WayChange]:
@@ -192,9 +187,7 @@ def aa_control(run: Run, metric: str) -> AAControl | None:
 def flips(run: Run, metric: str) -> list[Flip]:
     """Rows whose outcome differs from the untuned model's; empty without such rows."""
     score = run.metrics[metric]
-    if not (score.rows and score.untuned_rows) or why_other_protocol(score):
-        return []
-    return find_flips(score.untuned_rows, score.rows, metric)
+    return find_flips(comparable_untuned(score), score.rows, metric)
 
 
 def comparison(

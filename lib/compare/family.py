@@ -66,7 +66,7 @@ class SeedEffect:
 
 @dataclass(frozen=True)
 class Place:
-    """One metric of one recipe in a family of ``num_places``; ``margin`` in points, None where there is none.
+    """One metric of one recipe in a family of ``num_places``; ``margin`` in points, or None.
 
     ``holm_changed`` and ``holm_kept`` are adjusted over the family; the latter is None without a margin.
     """

@@ -77,6 +77,8 @@ def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -
     GSM8K rows are joined on ``test_index`` where all of them have it, else on the question; prompts on their text.
     """
     text = _metric(metric).text
+    if not rows or not reference_rows:
+        return []
     by_index = all(row.get("test_index") is not None for row in [*rows, *reference_rows])
     keyed, reference_keyed = (_keyed(some_rows, text, by_index) for some_rows in (rows, reference_rows))
     pairs = [(row, reference_keyed[key]) for key, row in keyed.items() if key in reference_keyed]

@@ -67,7 +67,7 @@ class SeedSpread:
     ``sd_low`` and ``sd_high`` are the 95 % interval of ``sd`` for normally distributed rates. ``low`` and ``high``
     are Wilson's of the mean rate for the rows of one run, equal prompts taken together; ``sampling_sd`` is what
     ``sd`` would be if nothing but the draw of that many rows differed. ``seed_sd`` is the part of ``sd`` that is
-    training's own, ``cochrans_q_p`` tests that there is none; both are None where the seeds have different rows.
+    training's own, ``cochrans_q_p`` tests that it is 0; both are None where the seeds have different rows.
     """
 
     name: str
