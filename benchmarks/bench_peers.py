@@ -74,12 +74,15 @@ def answer(rows, limit):
     return [one.outputs[0].text for one in made]
 """
 LLAMA_CPP = """
-from llama_cpp import Llama
-held = {"n_ctx": job["num_positions"], "n_threads": job["num_threads"], "n_threads_batch": job["num_threads"]}
-llm = Llama(model_path=job["gguf"], verbose=False, **held)
+from xllamacpp import CommonParams, Server
+params = CommonParams()
+params.model.path, params.n_parallel, params.n_ctx = job["gguf"], 8, 8 * job["num_positions"]
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job["num_threads"]
+server = Server(params)
 def answer(rows, limit):
     how = {"max_tokens": limit, "temperature": 0.0, "repeat_penalty": 1.0, "stop": [job["end"]]}
-    return [llm.create_completion(row["ids"], **how)["choices"][0]["text"] for row in rows]
+    made = server.handle_completions({"prompt": [row["ids"] for row in rows], **how})
+    return [one["text"] for one in sorted(made["choices"], key=lambda one: one["index"])]
 """
 
 
@@ -122,12 +125,13 @@ PEERS = (
         note="vLLM is its CPU build on PyPI, by another packager: PyPI's own vllm is for GPUs",
     ),
     Peer(
-        "llama.cpp",
+        "llama.cpp, 8 at once",
         LLAMA_CPP,
-        ("llama-cpp-python",),
-        ("llama-cpp-python==0.3.36",),
+        ("xllamacpp",),
+        ("xllamacpp==2026.10.11549",),
         arithmetic="4-bit weights (Q4_1)",
-        note="llama.cpp computes with the 4-bit weights themselves: another arithmetic, so its texts differ",
+        note="llama.cpp, here xllamacpp, whose wheel needs no compiler, computes with the 4-bit weights themselves: "
+        "another arithmetic, so its texts differ",
     ),
 )
 

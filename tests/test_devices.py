@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lib.driver import devices, run
+from lib.driver import devices, environment, run
 from lib.driver.cli import UsageError, build_parser
 from lib.driver.plan import make_plans
 from lib.record import gpus, locks
@@ -103,7 +103,7 @@ def test_a_number_is_that_of_nvidia_smi_only_in_the_order_of_the_bus(machine, mo
 def test_kernels_number_gpus_as_nvidia_smi_does_unless_a_person_says_otherwise(monkeypatch, order, kept):
     monkeypatch.delenv(devices.ORDER_VARIABLE, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ) | ({devices.ORDER_VARIABLE: order} if order else {}))
-    run.set_kernel_environment(offline=False)
+    environment.set_kernel_environment(offline=False)
     assert os.environ[devices.ORDER_VARIABLE] == kept
 
 
@@ -212,7 +212,7 @@ def test_on_a_cpu_the_cores_are_shared(machine, monkeypatch):
     monkeypatch.delenv(devices.THREADS_VARIABLE, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert places("--jobs", "2", "--set", "device=cpu") == [{"OMP_NUM_THREADS": "4"}] * 2
-    assert len(places("--jobs", "9", "--set", "device=cpu")) == 3, "no more places than presets"
+    assert len(places("--jobs", "9", "--set", "device=cpu")) == 5, "no more places than tasks at once"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import io
 import os
+import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
+import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -12,7 +14,7 @@ from small_notebooks import wait_for
 
 from lib.driver import display
 from lib.driver.display import Display, Follower, _live_line, duration, final_lines, fit, memory_words
-from lib.record import files, progress
+from lib.record import progress
 from lib.record.paths import PROJECT_ROOT
 from lib.record.progress import Counts
 
@@ -26,10 +28,11 @@ def no_memory(monkeypatch):
     monkeypatch.setattr(display, "memory_words", lambda _: "")
 
 
-def write(folder, *work, stage="03_eval_gsm8k", driver=None):
-    """What a driver and its kernel leave in the file of a stage."""
-    content = {"driver": driver or os.getpid(), "work": [asdict(counts) for counts in work]}
-    files.write_json(folder / stage / progress.FILE_NAME, content)
+def write(folder, *work, driver=None, started=0.0, where=None):
+    """What a worker and its kernel leave in the file of a task; returns it."""
+    about = {"state": "running", "where": where or socket.gethostname(), "started": started}
+    progress.write_file(folder / "3.json", {**about, "driver": driver or os.getpid(), "work": work})
+    return folder / "3.json"
 
 
 def line(follower, now):
@@ -41,10 +44,10 @@ def line(follower, now):
 
 
 def test_a_stage_is_followed_from_one_kind_of_rows_to_the_next(tmp_path, no_memory):
-    follower = Follower("one", tmp_path)
+    follower = Follower("one 03", tmp_path / "3.json")
     assert follower.look(-3.0) is None
-    write(tmp_path)
-    assert line(follower, -2.0) == "one 03  working  0 s in" and line(follower, 0.0) == "one 03  working  2 s in"
+    write(tmp_path, started=time.time() - 7)
+    assert line(follower, -2.0) == "one 03  working  7 s in"
     write(tmp_path, ANSWERS)
     assert line(follower, 1.0) == "one 03  1/8 answers  100.0 % right (20.7 to 100.0)"
     write(tmp_path, replace(ANSWERS, done=5, num_scored=5, num_good=3, num_tokens=50))
@@ -63,18 +66,18 @@ def test_a_stage_is_followed_from_one_kind_of_rows_to_the_next(tmp_path, no_memo
 
 
 def test_the_rate_is_of_the_last_minute(tmp_path, no_memory):
-    follower = Follower("one", tmp_path)
+    follower = Follower("one", tmp_path / "3.json")
     for second in range(0, 200, 10):
         write(tmp_path, Counts("rows", 1000, max(0, second - 100) * 2))
         shown = line(follower, float(second))
-    assert shown == "one 03  180/1000 rows  2.00 rows/s  7 min left"
+    assert shown == "one  180/1000 rows  2.00 rows/s  7 min left"
 
 
 def test_training_shows_steps_loss_and_time_left(tmp_path, no_memory):
-    follower = Follower("one", tmp_path)
+    follower = Follower("one 02", tmp_path / "3.json")
     for step in range(1, 5):
         counts = Counts("steps", 20, step, num_tokens=500 * step, loss=1.5 / step, dev_loss=0.9)
-        write(tmp_path, counts, stage="02_train")
+        write(tmp_path, counts)
         shown = line(follower, float(step))
     assert shown == "one 02  4/20 steps  1.00 steps/s  16 s left  loss 0.3750, dev 0.9000  500 tokens/s"
 
@@ -82,8 +85,10 @@ def test_training_shows_steps_loss_and_time_left(tmp_path, no_memory):
 def test_a_file_that_a_killed_driver_left_is_not_shown(tmp_path, no_memory):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         pass
-    write(tmp_path, ANSWERS, driver=ended.pid)
-    assert Follower("one", tmp_path).look(0.0) is None
+    path = write(tmp_path, ANSWERS, driver=ended.pid)
+    assert Follower("one", path).look(0.0) is None
+    write(tmp_path, ANSWERS, driver=ended.pid, where="another machine")
+    assert line(Follower("one", path), 0.0).startswith("one  1/8 answers"), "its processes cannot be looked up here"
 
 
 # --- a line -------------------------------------------------------------------------------------------------------
@@ -118,7 +123,7 @@ def console(width=80, terminal=True):
 
 def show(folder, screen):
     """What is shown while four rows are written, each as soon as the one before it was shown."""
-    with Display({"one": folder}, console=screen, every_s=0.05):
+    with Display({"one 03": folder / "3.json"}, console=screen, every_s=0.05):
         for number in range(1, 5):
             write(folder, replace(ANSWERS, done=number))
             wait_for(lambda words=f"{number}/8 answers": words in screen.file.getvalue())
@@ -148,8 +153,7 @@ def test_on_a_terminal_one_line_is_rewritten_and_gone_at_the_end(tmp_path, monke
 
 def test_quiet_shows_nothing(tmp_path):
     screen = console(terminal=False)
-    write(tmp_path, ANSWERS)
-    with Display({"one": tmp_path}, console=screen, every_s=0.01, quiet=True) as shown:
+    with Display({"one": write(tmp_path, ANSWERS)}, console=screen, every_s=0.01, quiet=True) as shown:
         shown.update()
         assert not shown._thread.is_alive()
     assert screen.file.getvalue() == ""

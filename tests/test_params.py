@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lib import params
-from lib.driver import run
+from lib.driver import environment
 from lib.params import Params, ParamsError, find_presets, load_params, parse_assignment, preset_path
 from lib.record.paths import PROJECT_ROOT
 from lib.train.checkpoints import checkpoint_steps
@@ -417,7 +417,7 @@ def test_a_preset_replaces_what_the_cell_declares_and_nothing_else(monkeypatch):
 def test_what_the_driver_injected_is_never_replaced(monkeypatch):
     # A copy: what the driver sets for its kernels is not for the tests that follow.
     monkeypatch.setattr(os, "environ", {**os.environ, "PRESET": "medium"})
-    run.set_kernel_environment(offline=False)
+    environment.set_kernel_environment(offline=False)
     for name in ("", "strong", "no such preset"):
         assert params.from_notebook(cell(PRESET=name)) == {"run_name": "sandbox_one", "offline": True, "lora_r": 8}
 

@@ -22,9 +22,13 @@ def new_process(monkeypatch):
 
 
 @pytest.fixture
-def file(tmp_path):
-    with progress.offer_file(tmp_path / "run_x" / "03_eval_gsm8k") as path:
-        yield path
+def file(tmp_path, monkeypatch):
+    """A task's file, as its worker leaves it for the kernel."""
+    path = tmp_path / "plan" / "3.json"
+    path.parent.mkdir()
+    progress.write_file(path, {"state": "running", "work": []})
+    monkeypatch.setenv(progress.FILE_VARIABLE, str(path))
+    return path
 
 
 def answer(row, correct):
@@ -39,25 +43,22 @@ def fill(log, num_rows, results, kind="answers"):
     return fill_rows(log, [{"id": number} for number in range(num_rows)], generate, answer, kind=kind)
 
 
-def test_the_driver_finds_the_counts_of_each_kind_of_rows_and_the_file_is_gone_afterwards(tmp_path):
-    with progress.offer_file(tmp_path / "stage") as path:
-        assert progress.read_file(path) == (os.getpid(), [])
-        fill(RowLog(tmp_path / "rows.jsonl", "p"), 3, [True, False, None])
-        fill(RowLog(tmp_path / "others.jsonl", "p", label="untuned"), 2, [True, True])
-        answers, untuned = progress.read_file(path)[1]
-        assert answers == Counts("answers", 3, 3, num_scored=2, num_good=1, num_tokens=15)
-        assert (untuned.kind, untuned.num_good) == ("untuned answers", 2)
-    assert list((tmp_path / "stage").iterdir()) == [] and progress.FILE_VARIABLE not in os.environ
-    assert progress.read_file(path) == (0, [])
+def test_the_driver_finds_the_counts_of_each_kind_of_rows_beside_what_it_wrote_itself(tmp_path, file):
+    fill(RowLog(tmp_path / "rows.jsonl", "p"), 3, [True, False, None])
+    fill(RowLog(tmp_path / "others.jsonl", "p", label="untuned"), 2, [True, True])
+    answers, untuned = progress.read_file(file)["work"]
+    assert answers == Counts("answers", 3, 3, num_scored=2, num_good=1, num_tokens=15)
+    assert (untuned.kind, untuned.num_good) == ("untuned answers", 2)
+    assert progress.read_file(file)["state"] == "running" and list(file.parent.iterdir()) == [file]
 
 
 def test_rows_of_an_earlier_run_count_and_nothing_is_shown_where_nothing_is_missing(tmp_path, file):
     RowLog(tmp_path / "rows.jsonl", "p").append({"id": 1, "safety_label": "safe"})
     fill(RowLog(tmp_path / "rows.jsonl", "p"), 2, [None, None], kind="verdicts")
-    (verdicts,) = progress.read_file(file)[1]
+    (verdicts,) = progress.read_file(file)["work"]
     assert verdicts == Counts("verdicts", 2, 2, num_scored=1, num_good=1, good="safe", num_tokens=5)
     assert [row["id"] for row in fill(RowLog(tmp_path / "rows.jsonl", "p"), 2, [])] == [0, 1]
-    assert len(progress.read_file(file)[1]) == 1
+    assert len(progress.read_file(file)["work"]) == 1
 
 
 def test_the_file_is_written_at_most_once_a_second_and_at_the_end(file, monkeypatch):
@@ -68,22 +69,14 @@ def test_the_file_is_written_at_most_once_a_second_and_at_the_end(file, monkeypa
         for second in (100.0, 100.5, 101.0, 101.5):
             now[0] = second
             bar.advance({})
-            seen.append(progress.read_file(file)[1][0].done)
-    assert seen == [1, 1, 3, 3] and progress.read_file(file)[1][0].done == 4
-
-
-def test_the_next_run_removes_what_a_killed_driver_left(tmp_path):
-    left = tmp_path / "02_train" / progress.FILE_NAME
-    left.parent.mkdir()
-    left.write_text("{}")
-    progress.remove_files(tmp_path)
-    assert list(left.parent.iterdir()) == []
+            seen.append(progress.read_file(file)["work"][0].done)
+    assert seen == [1, 1, 3, 3] and progress.read_file(file)["work"][0].done == 4
 
 
 def test_steps_are_reported_and_the_last_development_loss_is_kept(file):
     progress.report("steps", 1, 2, loss=2.0, dev_loss=1.5, num_tokens=7)
     progress.report("steps", 2, 2, loss=1.0, dev_loss=None, num_tokens=14)
-    assert progress.read_file(file)[1] == [Counts("steps", 2, 2, num_tokens=14, loss=1.0, dev_loss=1.5)]
+    assert progress.read_file(file)["work"] == [Counts("steps", 2, 2, num_tokens=14, loss=1.0, dev_loss=1.5)]
 
 
 def test_a_stage_goes_on_when_its_file_is_gone_or_broken(tmp_path, file):
@@ -91,7 +84,7 @@ def test_a_stage_goes_on_when_its_file_is_gone_or_broken(tmp_path, file):
         damage()
         with progress.track("rows") as bar:
             bar.advance({})
-        assert progress.read_file(file) == (0, [])
+        assert progress.read_file(file) == {}
 
 
 @pytest.mark.parametrize("nobody", ["driver", "script"])

@@ -19,7 +19,7 @@ import yaml
 from small_notebooks import write_notebook
 
 import run_all
-from lib.driver import notebook, run
+from lib.driver import environment, notebook, run, worker
 from lib.driver.cli import build_parser
 from lib.driver.plan import make_plans
 from lib.params import preset_path
@@ -300,7 +300,7 @@ def test_a_notebook_gets_exactly_the_parameters_that_it_declares():
     for stage in simple.stages:
         settings = {**simple.settings, "run_names": []}
         simple.settings = settings
-        assert run.stage_parameters(stage, simple).keys() == notebook.declared_parameters(stage).keys()
+        assert worker.stage_parameters(stage, simple).keys() == notebook.declared_parameters(stage).keys()
 
 
 def test_seeds_are_runs_of_their_own_that_share_everything_else():
@@ -457,10 +457,10 @@ def test_a_user_without_a_home_has_one_for_the_libraries_and_a_sentence(tmp_path
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
-    run.ensure_home()
+    environment.ensure_home()
     assert Path(os.environ["HOME"]).parent == tmp_path
     assert f"libraries keep their files in {os.environ['HOME']}" in capsys.readouterr().err
-    run.ensure_home()
+    environment.ensure_home()
     assert capsys.readouterr().err == ""
 
 
@@ -468,7 +468,7 @@ def test_kernels_import_this_checkout_wherever_the_environment_leads(tmp_path):
     (tmp_path / "lib").mkdir()
     (tmp_path / "lib" / "__init__.py").touch()
     code = (
-        "import subprocess, sys; from lib.driver import run; run.set_kernel_environment(offline=True)\n"
+        "import subprocess, sys; from lib.driver import environment; environment.set_kernel_environment(offline=True)\n"
         "subprocess.run([sys.executable, '-P', '-c', 'import lib; print(lib.__file__)'], cwd='/', check=True)"
     )
     done = run_python(code, PYTHONPATH=str(tmp_path))

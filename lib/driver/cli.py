@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_selection(parser)
     _add_changes(parser)
     _add_sources(parser)
+    _add_machines(parser)
     # For messages that say how to go on; `main` replaces it by what was typed.
     parser.set_defaults(typed="python run_all.py")
     return parser
@@ -106,7 +107,6 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--skip-ailuminate", action="store_true", help="do not run 04; rows that are there still count")
     what.add_argument("--resume", action="store_true", help="go on where a run stopped (the default)")
     what.add_argument("--rerun-all", action="store_true", help="run every stage again, reusing no rows, no checkpoint")
-    what.add_argument("--jobs", type=int, default=1, metavar="N", help="presets at once, each on another GPU (1)")
     what.add_argument("--wait", action="store_true", help="wait for another run on the same folder, do not refuse")
     what.add_argument(
         "--cell-timeout", type=int, default=0, metavar="SECONDS", help="end a cell that takes longer (0: never)"
@@ -166,6 +166,19 @@ def _add_changes(parser: argparse.ArgumentParser) -> None:
         "--submission", action="store_true", help="the three published adapters, not trained, into submission_results/"
     )
     how.add_argument("--require-baselines", action="store_true", help="exit 3 when a preset is below its baseline")
+
+
+def _add_machines(parser: argparse.ArgumentParser) -> None:
+    on = parser.add_argument_group("machines (docs/cluster.md)")
+    on.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at once, each on another GPU (1)")
+    on.add_argument("--shards", type=_positive, default=1, metavar="N", help="cut questions and prompts into N shares")
+    on.add_argument(
+        "--engine", choices=["local", "ray", "slurm"], default="local", help="what runs the notebooks (local)"
+    )
+    on.add_argument("--address", default="", metavar="HOST:PORT", help="of the Ray cluster's head ($RAY_ADDRESS)")
+    on.add_argument("--sbatch", default="", metavar="OPTIONS", help="options of sbatch: '--gres=gpu:1 --time=4:00:00'")
+    on.add_argument("--worker", type=Path, metavar="PLAN", help="run one task of a plan, as the engines do: see --task")
+    on.add_argument("--task", type=int, metavar="N", help="the task that --worker runs, from 0; --list numbers them")
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:

@@ -1,16 +1,21 @@
 """Which command a command line gives, and the list of presets."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lib.driver.cli import UsageError
 from lib.driver.convert import convert_preset
 from lib.driver.dry_run import dry_run
-from lib.driver.plan import make_plans, output_folders
-from lib.driver.run import locked, places, run_all, stage_parameters
+from lib.driver.engines.engine import Engine
+from lib.driver.plan import Plan, make_plans, output_folders
+from lib.driver.run import locked, places, run_all
+from lib.driver.tasks import find_tasks, task_lines
+from lib.driver.worker import stage_parameters
 from lib.params import ParamsError, find_presets
 from lib.record.manifest import stale_reason
 from lib.record.paths import COMPARE_STAGE, STAGES
-from lib.record.terminal import fail, tell
+from lib.record.terminal import as_typed, fail, tell
 
 
 def run_command(args: argparse.Namespace) -> int:
@@ -19,6 +24,8 @@ def run_command(args: argparse.Namespace) -> int:
     if args.dry_run and (args.convert_preset or args.verify or args.export or args.report_only):
         others = "--convert-preset, --verify, --export and --report-only"
         raise UsageError(f"--dry-run is for commands that run presets: leave out {others}")
+    if args.worker:
+        return run_worker(args)
     if args.convert_preset:
         return convert_preset(args)
     if args.list:
@@ -42,13 +49,44 @@ def run_command(args: argparse.Namespace) -> int:
     plans = make_plans(args)
     if args.dry_run:
         return dry_run(args, plans)
-    with locked(output_folders(args)[0], args.typed, args.wait), places(args, plans) as environments:
-        return run_all(args, plans, environments)
+    with locked(output_folders(args)[0], args.typed, args.wait), chosen_engine(args, plans) as engine:
+        return run_all(args, plans, engine)
+
+
+def run_worker(args: argparse.Namespace) -> int:
+    """Run one task of a plan."""
+    # With papermill's half a second.
+    from lib.driver import worker
+
+    if args.task is None:
+        raise UsageError("--worker runs one task: add --task N")
+    return worker.work(args)
+
+
+@contextmanager
+def chosen_engine(args: argparse.Namespace, plans: list[Plan]) -> Iterator[Engine]:
+    """What ``--engine`` names; UsageError where it cannot run here."""
+    if args.engine == "ray":
+        from lib.driver.engines.ray import RayEngine
+
+        yield RayEngine(args.address, args.jobs)
+    elif args.engine == "slurm":
+        from lib.driver.engines.slurm import SlurmEngine
+
+        yield SlurmEngine(args.sbatch)
+    else:
+        from lib.driver.engines.local import LocalEngine
+
+        with places(args, plans) as environments:
+            yield LocalEngine(environments)
 
 
 def show_list(args: argparse.Namespace) -> int:
-    """Print the presets and the state of their stages; 2 if one that was named cannot be run."""
+    """Print the tasks of a plan, the presets and the state of their stages; 2 if one that was named cannot be run."""
     status = 0
+    if tasks := find_tasks(output_folders(args)[0]):
+        tell(f"tasks of {as_typed(tasks.folder)}")
+        tell("\n".join(task_lines(tasks)))
     chosen = args.presets or find_presets(args.params_dir)
     if not chosen:
         raise UsageError(f"--params-dir {args.params_dir}: there is no preset in this folder")

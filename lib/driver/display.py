@@ -1,9 +1,11 @@
 """How far runs are, on the terminal: rows, rate, time left, the score so far, tokens, memory.
 
-Follows the small file that each running stage keeps (``lib.record.progress``): only counts are shown, no model's text.
+Follows the small file of each task (``lib.driver.tasks``): only counts are shown, no model's text.
 """
 
+import math
 import os
+import socket
 import sys
 import threading
 import time
@@ -88,30 +90,29 @@ def fit(begin: str, details: Iterable[str], width: int) -> str:
 
 
 class Follower:
-    """The running stage of the run ``name``; ``folder`` holds the folders of its stages."""
+    """The task ``name``, whose file is ``path``."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self._stage: Path | None = None
-        self._started = self._memory_at = 0.0
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+        self._memory_at = -math.inf
         self._memory = ""
         self._seen: deque[tuple[float, int, int]] = deque()
         self._of: tuple[int, str] | None = None
 
     def look(self, now: float) -> tuple[str, list[str], Counts] | None:
-        """Begin and details of a line (see ``fit``), and its counts, at ``now`` (s); None if no stage runs."""
-        path = next(iter(self.folder.glob(f"*/{progress.FILE_NAME}")), None)
-        driver, work = progress.read_file(path) if path else (0, [])
-        if not path or not driver or not is_alive(driver):
-            return None  # nothing runs, or a killed driver left its file
-        if path != self._stage:
-            self._stage, self._started, self._memory_at = path, now, -SECONDS_BETWEEN_MEMORY + now
+        """Begin and details of a line (see ``fit``), and its counts, at ``now`` (s); None if it does not run."""
+        content = progress.read_file(self.path)
+        if content.get("state") != "running":
+            return None
+        is_here = content["where"] == socket.gethostname()
+        if is_here and not is_alive(content["driver"]):
+            return None  # a killed driver left its file
         # A look at the GPUs starts a program: not every time.
-        if now - self._memory_at >= SECONDS_BETWEEN_MEMORY:
-            self._memory_at, self._memory = now, memory_words(driver)
-        label = f"{self.name} {path.parent.name[:2]}"
+        if is_here and now - self._memory_at >= SECONDS_BETWEEN_MEMORY:
+            self._memory_at, self._memory = now, memory_words(content["driver"])
+        label, work = self.name, content["work"]
         if not work:
-            left = f"{duration(now - self._started)} in"
+            left = f"{duration(time.time() - content['started'])} in"
             return f"{label}  working", ["", left, "", "", self._memory], Counts("")
         counts = work[-1]
         speed, tokens = self._rates(now, (len(work), counts.kind), counts)
@@ -142,11 +143,11 @@ class Follower:
 
 
 class Display:
-    """Live lines of ``runs`` (name -> folder), or plain ones; without ``background`` only when ``update`` is called."""
+    """Live lines of ``tasks`` (name -> file), or plain ones; without ``background`` only when ``update`` is called."""
 
     def __init__(
         self,
-        runs: Mapping[str, Path],
+        tasks: Mapping[str, Path],
         *,
         quiet: bool = False,
         console: Console | None = None,
@@ -158,7 +159,7 @@ class Display:
         can_rewrite = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("CI")
         self.quiet, self.live, self.background = quiet, can_rewrite and not quiet, background
         self.every_s = every_s or (SECONDS_ON_TERMINAL if self.live else SECONDS_IN_LOG)
-        self._followers = [Follower(name, folder) for name, folder in runs.items()]
+        self._followers = [Follower(*task) for task in tasks.items()]
         self._lines = Live(console=self.console, auto_refresh=False, transient=True)
         self._looked_at = time.monotonic()
         self._shown: dict[str, tuple[str, int]] = {}

@@ -2,17 +2,23 @@
 
 import argparse
 from collections.abc import Collection, Iterator
+from math import ceil
+from operator import attrgetter
 from pathlib import Path
 
 from lib.driver.cli import UsageError
+from lib.driver.engines.slurm import script
 from lib.driver.plan import Plan, output_folders, sweeps_safety
-from lib.driver.run import comparison_plan, due_reason
+from lib.driver.tasks import FOLDER, GSM8K, SAFETY, Task, levels, make_tasks
+from lib.driver.worker import comparison_plan, due_reason
 from lib.engine.bundled import MODELS_DIR
 from lib.engine.sources import find_model
 from lib.prepare.datasets import find_prompts, find_questions
 from lib.record.commitment import COMMITMENT
+from lib.record.files import read_json
 from lib.record.lookup import AssetError, Place, hub_is_offline, own_path, place_of
-from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, SUMMARY
+from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, SUMMARY, find_runs
+from lib.record.rows import count_lines
 from lib.record.terminal import as_typed, tell
 
 FOLLOWS = "complete; runs again where an earlier stage changes its inputs"
@@ -37,8 +43,39 @@ def dry_run(args: argparse.Namespace, plans: list[Plan]) -> int:
         tell(f"all runs\n  {COMPARE_STAGE:<15} {state}")
         tables = [results / name for name in (SUMMARY, METRICS_JSON, METRICS_CSV)]
         files = [results / COMPARE_STAGE, *tables, *_notebooks(reports, COMPARE_STAGE), *files] if runs else files
-    tell("\n".join(_written(files, "  ")) + "\ndry run: nothing was run, fetched or written")
+    tell("\n".join(_written(files, "  ")))
+    if args.shards > 1 or args.jobs > 1 or args.engine != "local":
+        tell("\n".join(_tasks(args, plans)))
+    tell("dry run: nothing was run, fetched or written")
     return 0
+
+
+def _tasks(args: argparse.Namespace, plans: list[Plan]) -> Iterator[str]:
+    """A line for each task that may run, with its rows and rough seconds; the scripts that Slurm would get."""
+    tasks = make_tasks(plans, args.shards, apart=args.jobs > 1 or args.engine != "local")
+    by_name = {plan.preset: plan for plan in plans}
+    yield "tasks, those of a level at once; seconds as runs of this folder took"
+    groups = levels(tasks)
+    for level, group in enumerate(groups):
+        for task in group:
+            yield f"  {level}  {task.number:>3}  {task.name:<44} {_extent(by_name.get(task.run, plans[0]), task)}"
+    if args.engine == "slurm":
+        folder = output_folders(args)[0] / FOLDER / "<hash>"
+        yield from (script(folder, level, [task.number for task in group]) for level, group in enumerate(groups))
+
+
+def _extent(plan: Plan, task: Task) -> str:
+    """Rows of a task where 01 has fixed them, and seconds where a run of the folder has done the same stage."""
+    asked = {GSM8K: attrgetter("gsm8k_eval_rows"), SAFETY: attrgetter("ailuminate_rows")}.get(task.stage)
+    share = int(task.part.partition("-of-")[2]) if task.part else 1
+    num_rows = ceil(count_lines(asked(plan.paths)) / share) if asked else 0
+    words = [f"{num_rows} rows" if num_rows else "rows as 01 fixes them"] if asked else []
+    for paths in [plan.paths, *find_runs(str(plan.paths.run_dir.parent))] if task.run else []:
+        if paths.manifest(task.stage).exists():
+            took_s = read_json(paths.manifest(task.stage))["wall_s"]
+            done = count_lines(asked(paths)) if asked else 0
+            return ", ".join([*words, f"about {took_s * (num_rows / done if num_rows and done else 1):.0f} s"])
+    return ", ".join(words)
 
 
 def _stages(plan: Plan, rerun: bool) -> dict[str, str]:

@@ -8,8 +8,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar
@@ -97,10 +98,7 @@ class ForkingProvisioner(LocalProvisioner):
 class OwnKernelManager(AsyncKernelManager):
     """Starts the kernel so that it cannot outlive the driver, whatever ends the driver."""
 
-    # The running kernel, of which a driver has one at a time; 0 for none.
-    running_pid: ClassVar[int] = 0
-    # What the latest kernel writes outside its notebook.
-    log_file: ClassVar[Path | None] = None
+    session: ClassVar["Session"]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -135,12 +133,13 @@ class OwnKernelManager(AsyncKernelManager):
     async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
         # A log file: on the terminal its words would break the line of progress. The kernel inherits the lock on the
         # output folder: another driver must not start while it still writes.
-        OwnKernelManager.log_file = Path(self._folder.name) / "kernel.log"
-        with OwnKernelManager.log_file.open("ab") as log:
+        self.session.log_file = Path(self._folder.name) / "kernel.log"
+        kw |= {"env": {**(kw.get("env") or os.environ), **self.session.environment}}
+        with self.session.log_file.open("ab") as log:
             await super()._async_launch_kernel(
                 kernel_cmd, stdout=log, stderr=log, pass_fds=held_descriptors(), preexec_fn=die_with(os.getpid()), **kw
             )
-        OwnKernelManager.running_pid = self.provisioner.pid
+        self.session.begin(self.provisioner.pid)
 
 
 def _socket_folder() -> tempfile.TemporaryDirectory[str]:
@@ -156,18 +155,12 @@ def _socket_folder() -> tempfile.TemporaryDirectory[str]:
     )
 
 
-def last_words() -> str:
-    """The last lines that the kernel wrote outside its notebook, as a crash in C leaves them; "" without any."""
-    log = OwnKernelManager.log_file
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
-    return "\n".join(line for line in lines if line.strip() and not line.startswith(IDLE_WORDS))[-MAX_LAST_WORDS:]
-
-
 class Interrupts:
-    """Ctrl-C, and a cluster's SIGTERM: the first lets the kernel finish its row, the second ends it now."""
+    """Ctrl-C, and a cluster's SIGTERM: the first lets every kernel finish its row, the second ends them now."""
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell, self.count = tell, 0
+        self.kernels: set[int] = set()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -177,8 +170,6 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A process number that is free again may soon be another program's.
-        OwnKernelManager.running_pid = 0
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -188,12 +179,47 @@ class Interrupts:
             raise StopAsked
 
     def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """As a signal does."""
         self.count += 1
         if self.count == 1:
             self.tell("stopping after the current row; Ctrl-C again stops now")
-        if OwnKernelManager.running_pid:
+        for pid in list(self.kernels):
             # It may have ended already; whoever waits for it notices.
             with suppress(ProcessLookupError):
-                os.kill(OwnKernelManager.running_pid, signal.SIGINT if self.count == 1 else signal.SIGKILL)
-        if self.count > 1:
-            raise KeyboardInterrupt
+                os.kill(pid, signal.SIGINT if self.count == 1 else signal.SIGKILL)
+
+
+@dataclass
+class Session:
+    """The kernels of one notebook, of which one runs at a time; ``environment``: variables beside the driver's own."""
+
+    interrupts: Interrupts
+    environment: Mapping[str, str] = field(default_factory=dict)
+    # What the latest kernel writes outside its notebook.
+    log_file: Path | None = None
+    pid: int = 0
+
+    def manager(self) -> type[OwnKernelManager]:
+        """The class that papermill makes its kernel manager from."""
+        return type("NotebookKernelManager", (OwnKernelManager,), {"session": self})
+
+    def begin(self, pid: int) -> None:
+        """Pass interrupts on to the kernel ``pid``."""
+        self.end()
+        self.pid = pid
+        self.interrupts.kernels.add(pid)
+        if self.interrupts.count > 1:
+            os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        """Pass no more on: a process number that is free again may soon be another program's."""
+        self.interrupts.kernels.discard(self.pid)
+
+    def last_words(self) -> str:
+        """The last lines that the kernel wrote outside its notebook, as a crash in C leaves them; "" without any."""
+        log = self.log_file
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log and log.exists() else []
+        return "\n".join(line for line in lines if line.strip() and not line.startswith(IDLE_WORDS))[-MAX_LAST_WORDS:]

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -188,6 +189,8 @@ class KernelServer:
 
 
 _server: KernelServer | None = None
+# Notebooks run in threads, and an answer belongs to the request before it.
+_one_request = threading.Lock()
 
 
 def start(inherited: Sequence[int] = ()) -> None:
@@ -200,7 +203,8 @@ def start(inherited: Sequence[int] = ()) -> None:
 
 def fork_kernel(arguments: Sequence[str], log: str, environment: Mapping[str, str], folder: str) -> int:
     """As ``KernelServer.fork``; also 0 without a server."""
-    return _server.fork(arguments, log, environment, folder) if _server else 0
+    with _one_request:
+        return _server.fork(arguments, log, environment, folder) if _server else 0
 
 
 def stop() -> None:

@@ -5,6 +5,7 @@ import html
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import takewhile
@@ -18,7 +19,7 @@ from lib.record.terminal import tell
 from lib.reports.notebook_page import MAX_ERROR_LENGTH, write_html
 
 if TYPE_CHECKING:
-    from lib.driver.kernel import Interrupts
+    from lib.driver.kernel import Interrupts, Session
 
 NOTEBOOKS_DIR = PROJECT_ROOT / "notebooks"
 # A loaded machine can be slow to answer: a kernel that does not start is tried once more.
@@ -44,6 +45,7 @@ class Outcome:
     headline: str = ""
     notebook: Path = Path()
     wall_s: float = 0.0
+    died: bool = False  # the kernel itself, which may run elsewhere or later
 
 
 STOPPED_BY_HAND = Outcome("interrupted", interrupted=True, headline="Stopped by hand (Ctrl-C or a signal to end).")
@@ -71,21 +73,33 @@ def declared_parameters(stage: str) -> dict[str, Any]:
 
 
 def execute(
-    stage: str, output: Path, parameters: Mapping[str, Any], *, cell_timeout_s: int = 0, go_on: str = ""
+    stage: str,
+    output: Path,
+    parameters: Mapping[str, Any],
+    interrupts: "Interrupts | None" = None,
+    *,
+    cell_timeout_s: int = 0,
+    go_on: str = "",
+    environment: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Run the stage's notebook with ``parameters`` and keep it, filled, at ``output``; DiskFull if it cannot be saved.
 
     The outcome reports a cell that raises, a kernel that dies, hangs or never starts, and an interrupt (the first one
     lets the current row finish); the partly filled notebook is kept and names ``go_on``, the command that resumes.
+    ``interrupts`` are those of a caller that runs several notebooks; the kernel gets ``environment`` too.
     """
     # With papermill's half a second; --list and --help need neither.
-    from lib.driver.kernel import Interrupts
+    from lib.driver.kernel import Interrupts, Session
 
     started = time.perf_counter()
     output.parent.mkdir(parents=True, exist_ok=True)
-    with Interrupts(tell) as interrupts:
-        outcome = _run_papermill(stage, output, dict(parameters), cell_timeout_s, interrupts)
-        interrupted = outcome.interrupted or interrupts.count > 0
+    with nullcontext(interrupts) if interrupts else Interrupts(tell) as heard:
+        session = Session(heard, environment or {})
+        try:
+            outcome = _run_papermill(stage, output, dict(parameters), cell_timeout_s, session)
+        finally:
+            session.end()
+        interrupted = outcome.interrupted or heard.count > 0
         if output.exists():
             _keep(output, outcome, go_on)
     error = outcome.error
@@ -96,29 +110,27 @@ def execute(
 
 
 def _run_papermill(
-    stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, interrupts: "Interrupts"
+    stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, session: "Session"
 ) -> Outcome:
     for attempt in range(1, KERNEL_START_TRIES + 1):
         try:
-            return _run_once(stage, output, parameters, cell_timeout_s, interrupts)
+            return _run_once(stage, output, parameters, cell_timeout_s, session)
         except RuntimeError as failure:
             if not str(failure).startswith(NO_START):
                 raise
-            if interrupts.count:
+            if session.interrupts.count:
                 return STOPPED_BY_HAND
             error = f"the kernel did not start in {KERNEL_START_TRIES} tries: {failure}"
             if attempt < KERNEL_START_TRIES:
                 tell(f"  the kernel did not start (try {attempt} of {KERNEL_START_TRIES}), trying again")
-    return Outcome(error, headline="The kernel did not start: no cell was run.")
+    return Outcome(error, headline="The kernel did not start: no cell was run.", died=True)
 
 
-def _run_once(
-    stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, interrupts: "Interrupts"
-) -> Outcome:
+def _run_once(stage: str, output: Path, parameters: dict[str, Any], cell_timeout_s: int, session: "Session") -> Outcome:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from lib.driver.kernel import OwnKernelManager, StopAsked, last_words
+    from lib.driver.kernel import StopAsked
 
     _use_record_files()
     # Relative, because papermill writes them into the notebook; it fills parameters into `{name}`.
@@ -135,8 +147,8 @@ def _run_once(
             start_timeout=KERNEL_START_TIMEOUT_S,
             execution_timeout=cell_timeout_s or None,
             iopub_timeout=OUTPUT_TIMEOUT_S,
-            kernel_manager_class=OwnKernelManager,
-            on_cell_start=interrupts.refuse_cell,
+            kernel_manager_class=session.manager(),
+            on_cell_start=session.interrupts.refuse_cell,
         )
     except papermill.PapermillExecutionError as failure:
         # Without the traceback, which the notebook holds.
@@ -146,15 +158,15 @@ def _run_once(
     except (KeyboardInterrupt, StopAsked):
         return STOPPED_BY_HAND
     except DeadKernelError:
-        if interrupts.count:
+        if session.interrupts.count:
             return STOPPED_BY_HAND
-        words = clean(last_words())
+        words = clean(session.last_words())
         last = f"; its last words: {words}" if words else ""
         headline = (
             "The kernel died while a cell was running. The operating system often ends it when memory runs out: "
             "a smaller eval_batch_size, train_batch_size or model needs less."
         )
-        return Outcome(f"the kernel died: often there was too little memory{last}", headline=headline)
+        return Outcome(f"the kernel died: often there was too little memory{last}", headline=headline, died=True)
     except CellTimeoutError as failure:
         if NO_OUTPUT in str(failure):
             late = f"the outputs of a cell did not come within {OUTPUT_TIMEOUT_S} s of its end: is the machine starved?"

@@ -35,7 +35,7 @@ SUBMISSION_FEWSHOT_ROWS = [5238, 912, 204, 6074, 2253, 2006, 1828, 1143]
 
 @dataclass
 class Plan:
-    """One run, named ``preset``: its parameters, settings and stages, and how it ended."""
+    """One run, named ``preset``: its parameters, settings and stages, and the seconds that they took."""
 
     preset: str
     of_preset: str
@@ -48,8 +48,6 @@ class Plan:
     go_on: str
     quiet: bool
     wall_s: float = 0.0
-    failure: str = ""
-    interrupted: bool = False
 
 
 def make_plans(args: argparse.Namespace) -> list[Plan]:
@@ -85,7 +83,7 @@ def _check_usage(args: argparse.Namespace, presets: Sequence[str]) -> None:
             args.submission and (args.checkpoint or args.smoke_test)
         ),
         f"--eval-batch-size {args.eval_batch_size}: allowed is 0 (derived) or more": (args.eval_batch_size or 0) < 0,
-        f"--jobs {args.jobs}: allowed is 1 (one preset after the other) or more": args.jobs < 1,
+        f"--jobs {args.jobs}: allowed is 1 (one notebook after the other) or more": args.jobs < 1,
         f"--cell-timeout {args.cell_timeout}: allowed is 0 (no limit) or more seconds": args.cell_timeout < 0,
         f"--assets {args.assets}: there is no such folder": args.assets and not args.assets.is_dir(),
     }

@@ -12,8 +12,8 @@ from lib.compare.found import Grader
 from lib.compare.tables import findings_lines, missed_baselines, results_table
 from lib.compare.verify import verify_folder
 from lib.driver.cli import UsageError
+from lib.driver.environment import set_kernel_environment
 from lib.driver.plan import Plan, output_folders
-from lib.driver.run import set_kernel_environment
 from lib.record.commitment import COMMITMENT
 from lib.record.files import sha256_file
 from lib.record.lookup import AssetError

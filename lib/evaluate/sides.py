@@ -1,17 +1,19 @@
 """The same rows put to the tuned model, to the untuned one and to the adapter at other scales: a row file per side."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.record import shards
 from lib.record.files import sha256_json
 from lib.record.paths import RunPaths
 from lib.record.protocol import at_scale, in_half_batches, without_adapter
-from lib.record.rows import RowLog, open_shared_log, open_untuned_log
+from lib.record.rows import RowLog, open_shared_log
 
 # The control is the untuned model in other batches.
 TUNED, UNTUNED, CONTROL = "tuned", "untuned", "control"
+LABELS = {TUNED: "", UNTUNED: "untuned", CONTROL: "untuned again"}
 
 
 def scales_between(scales: list[float]) -> list[float]:
@@ -28,21 +30,35 @@ class Sides:
 
     def log(self, side: str | float = TUNED) -> RowLog:
         """The row file of a side or a scale. Those of the untuned model are shared, and locked until finished."""
-        if side in self.logs:
-            return self.logs[side]
-        if side == UNTUNED:
-            log = open_untuned_log(self._paths, self._kind, without_adapter(self._protocol))
-        elif side == CONTROL:
-            made_by = sha256_json(in_half_batches(self._protocol))
-            path = self._paths.untuned_rows(f"{self._kind}_control", made_by)
-            log = open_shared_log(path, made_by, label="untuned again")
-        elif side == TUNED:
-            log = RowLog(self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol))
-        else:
-            path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
-            log = RowLog(path, sha256_json(at_scale(self._protocol, float(side))), label=f"scale {side:g}")
-        self.logs[side] = log
-        return log
+        if side not in self.logs:
+            opened = open_shared_log if side in (UNTUNED, CONTROL) else RowLog
+            self.logs[side] = opened(*self._file(side), label=self._label(side))
+        return self.logs[side]
+
+    def part(self, part: str, rows: Sequence[Any]) -> tuple[str, Sequence[Any], RowLog]:
+        """Side, rows and row file of a part as in ``lib.driver.tasks``: ``untuned 1-of-1``, ``tuned 2-of-5``."""
+        side, name = part.split()
+        index, num_shares = map(int, name.split("-of-"))
+        if num_shares == 1:
+            return side, rows, self.log(side)
+        path, made_by = self._file(side)
+        share = shards.share_path(path, index, num_shares)
+        log = RowLog(share.with_name(share.name + shards.PART_ENDING), made_by, label=self._label(side))
+        return side, rows[index - 1 :: num_shares], log.with_rows_of(path)
+
+    def _file(self, side: str | float) -> tuple[Path, str]:
+        """The row file of a side, and the hash of what makes its rows."""
+        if side in (UNTUNED, CONTROL):
+            of_base = without_adapter(self._protocol) if side == UNTUNED else in_half_batches(self._protocol)
+            made_by = sha256_json(of_base)
+            return self._paths.untuned_rows(self._kind + "_control" * (side == CONTROL), made_by), made_by
+        if side == TUNED:
+            return self._paths.run_dir / f"{self._kind}_{self._paths.name}.jsonl", sha256_json(self._protocol)
+        path = self._paths.stage_dir(self._stage) / "scales" / f"{self._kind}_{side:g}.jsonl"
+        return path, sha256_json(at_scale(self._protocol, float(side)))
+
+    def _label(self, side: str | float) -> str:
+        return LABELS.get(side, f"scale {side}")
 
     def kept_text(self, side: str | float = TUNED) -> str:
         log = self.log(side)

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from itertools import takewhile
 
 VISIBLE_VARIABLE = "CUDA_VISIBLE_DEVICES"
@@ -16,6 +17,12 @@ def visible_gpus() -> list[str]:
         return listed_uuids()
     # CUDA uses the devices before the first invalid one; "-1" is common for no device.
     return list(takewhile(lambda name: name and name != "-1", (name.strip() for name in named.split(","))))
+
+
+def gpu_in_use() -> str:
+    """The kind of GPU that torch computes on in this process; "" where it was not imported or uses none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else ""
 
 
 def listed_uuids() -> list[str]:

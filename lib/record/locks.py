@@ -158,15 +158,22 @@ def one_at_a_time(path: Path, tell: Callable[[str], None] = print) -> Iterator[N
         release_file(path)
 
 
-def hold_file(path: Path, tell: Callable[[str], None] = print) -> None:
-    """Hold ``path``, which may be absent, until ``release_file`` or process end; waits for this user's others."""
+def hold_file(path: Path, tell: Callable[[str], None] = print, *, beside: bool = False) -> None:
+    """Hold ``path``, which may be absent, until ``release_file`` or process end; waits for this user's others.
+
+    ``beside``: also for those on other machines that share the folder, by a lock in it.
+    """
     # A cell that is run again must not wait for itself.
     if path in _files:
         return
-    # Not beside it: a folder of data may be read-only.
-    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
-    folder = machine_folder()
-    stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
+    if beside:
+        folder = path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open_plain(folder / f".{path.name}{LOCK_FILE}", "a+", encoding="utf-8")
+    else:
+        # A folder of data may be read-only.
+        folder, name = machine_folder(), hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+        stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
     if not _locked(stream, folder, tell):
         tell(f"waiting for another run that is making {path.name}")
         # Polled, so that Ctrl-C takes effect at once.

@@ -5,6 +5,7 @@ It is written last, so it exists only for a complete stage; the driver reads fro
 
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ from typing import Any
 from lib.record import locks, schema
 from lib.record.commitment import COMMITMENT, write_commitment
 from lib.record.files import read_json, sha256_file, write_json
-from lib.record.paths import COMPARE_STAGE, PROJECT_ROOT, ArtifactError, RunPaths, display_path
+from lib.record.gpus import gpu_in_use
+from lib.record.paths import COMPARE_STAGE, ENGINE_VARIABLE, PROJECT_ROOT, ArtifactError, RunPaths, display_path
 from lib.record.plain_files import list_files
 from lib.record.progress import someone_looks
 from lib.record.redaction import clean, clean_value, home_folder
@@ -30,8 +32,8 @@ NOT_RUN = "not run yet"
 VERSIONED_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "numpy")
 # Facts that name row files of the results folder.
 NAMED_FILES = ("untuned_rows", "control_rows", "scale_rows", "other_judgements")
-# Where files lie does not change what is computed: these never make a stage run again.
-LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline"})
+# Where files lie, and who else makes rows, does not change what is computed: these never make a stage run again.
+LOCATION_PARAMETERS = frozenset({"results_dir", "assets_dir", "offline", "part"})
 ABSENT = {"sha256": None, "size": None, "mtime_ns": None}
 # Set by the driver for a kernel: when it was requested, in seconds since 1970.
 REQUESTED_VARIABLE = "KERNEL_REQUESTED_AT"
@@ -70,6 +72,11 @@ def interpreter() -> dict[str, str]:
     inside = prefix.is_relative_to(PROJECT_ROOT)
     environment = display_path(prefix) if inside else "/".join(Path(clean(sys.prefix)).parts[-2:])
     return {"implementation": platform.python_implementation(), "environment": environment}
+
+
+def made_on() -> dict[str, str]:
+    """The machine, its GPU and the engine that ran the stage; "" for no GPU, and for a notebook run by hand."""
+    return {"node": socket.gethostname(), "gpu": gpu_in_use(), "engine": os.environ.get(ENGINE_VARIABLE, "")}
 
 
 def git_commit() -> str:
@@ -124,6 +131,7 @@ class StageRecord:
             "versions": package_versions(),
             "interpreter": interpreter(),
             "git_commit": self.git_commit,
+            "made_on": made_on(),
             "kernel_start_s": self.kernel_start_s,
             "wall_s": round(time.perf_counter() - self.started, 2),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -144,8 +152,10 @@ def start_stage(manifest_path: Path, stage: str, run_name: str, parameters: Mapp
             locks.join(_root_of(manifest_path), f"{stage} of {run_name}, open in JupyterLab")
         except locks.FolderInUse as error:
             raise ArtifactError(f"{error}; wait until it has ended, or use another results_dir") from None
-    manifest_path.unlink(missing_ok=True)
-    (manifest_path.parent.parent / COMMITMENT).unlink(missing_ok=True)
+    # A part of a stage's rows is made beside what the stage, or another run's, still has.
+    if not parameters.get("part"):
+        manifest_path.unlink(missing_ok=True)
+        (manifest_path.parent.parent / COMMITMENT).unlink(missing_ok=True)
     # Taken away: a stage that is opened again in the same kernel did not wait for it.
     requested = os.environ.pop(REQUESTED_VARIABLE, "")
     start_s = round(max(0.0, time.time() - float(requested)), 2) if requested else None

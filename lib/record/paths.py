@@ -12,6 +12,8 @@ SUMMARY, METRICS_JSON, METRICS_CSV = "summary.csv", "final_metrics.json", "final
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
 # Set in kernels of the driver and of tests, which no person watches.
 DRIVER_VARIABLE = "RUN_BY_DRIVER"
+# The engine that runs a kernel's task: local, ray or slurm.
+ENGINE_VARIABLE = "RUN_ENGINE"
 # Names a preset in a notebook's first code cell, or in the environment of JupyterLab; the driver injects values.
 PRESET_VARIABLE = "PRESET"
 

@@ -1,22 +1,21 @@
 """How far a stage is: a bar where a person looks at the notebook, else a small file that the driver follows.
 
-The driver makes the file when a stage starts and removes it at the end; a kernel only updates one that is there.
+The driver makes the file of a task (``lib.driver.tasks``); a kernel only updates the counts in one that is there.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lib.record.paths import DRIVER_VARIABLE
 
-FILE_NAME = "progress.json"
-# Where the kernels of a driver find the file of their stage.
+# Where the kernels of a driver find the file of their task.
 FILE_VARIABLE = "RUN_PROGRESS_FILE"
 SECONDS_BETWEEN_WRITES = 1.0
 
@@ -124,51 +123,31 @@ _reported: Tracker | None = None
 _written_at = 0.0
 
 
-@contextmanager
-def offer_file(folder: Path) -> Iterator[Path]:
-    """The file that a kernel started inside this block keeps up to date; it is gone afterwards."""
-    path = folder / FILE_NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, {"driver": os.getpid(), "work": []})
-    os.environ[FILE_VARIABLE] = str(path)
-    try:
-        yield path
-    finally:
-        del os.environ[FILE_VARIABLE]
-        path.unlink(missing_ok=True)
-
-
-def remove_files(folder: Path) -> None:
-    """Remove what killed drivers left in the folders of stages in ``folder``."""
-    for path in folder.glob(f"*/{FILE_NAME}"):
-        path.unlink(missing_ok=True)
-
-
-def read_file(path: Path) -> tuple[int, list[Counts]]:
-    """Process number of the driver, and what its stage has done, the current work last; (0, []) without a file."""
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of a task's file, its ``work`` as ``Counts``, the current one last; {} without a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content["driver"], [Counts(**counts) for counts in content["work"]]
+        return {**content, "work": [Counts(**counts) for counts in content["work"]]}
     except (OSError, ValueError, KeyError, TypeError):
-        return 0, []
+        return {}
 
 
 def _write_counts(at_once: bool) -> None:
     global _written_at
-    path = Path(os.environ.get(FILE_VARIABLE, ""))
-    now = time.monotonic()
-    if path.name != FILE_NAME or not (at_once or now - _written_at >= SECONDS_BETWEEN_WRITES):
+    path, now = os.environ.get(FILE_VARIABLE, ""), time.monotonic()
+    if not path or not (at_once or now - _written_at >= SECONDS_BETWEEN_WRITES):
         return
-    driver, _ = read_file(path)
-    if driver:
-        _write(path, {"driver": driver, "work": [asdict(counts) for counts in _work]})
+    content = read_file(Path(path))
+    if content:
+        write_file(Path(path), {**content, "work": _work})
         _written_at = now
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    # Not `files.write_json`, which waits for the disk: after a power cut nobody needs this file. A stage does not fail
-    # because nobody can see how far it is.
+def write_file(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what ``read_file`` reads, as far as it can be written: no stage fails because nobody can see its counts."""
+    # Not `files.write_json`, which waits for the disk: after a power cut nobody needs this file.
     temporary = path.with_name(f".{path.name}.tmp")
     with suppress(OSError):
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+        work = [asdict(counts) for counts in content["work"]]
+        temporary.write_text(json.dumps({**content, "work": work}), encoding="utf-8")
         temporary.replace(path)

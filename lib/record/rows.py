@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lib.record import progress
+from lib.record import progress, shards
 from lib.record.files import named_when_full, sha256_json, unique_keys, write_text
 from lib.record.locks import hold_file, release_file
 from lib.record.paths import ArtifactError, RunPaths, display_path
@@ -125,6 +125,22 @@ class RowLog:
         release_file(self.path)
         return rows
 
+    def with_rows_of(self, path: Path) -> "RowLog":
+        """Itself, also with the rows of its protocol in a file that others may be writing to."""
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        rows = [_parse_row(path, number, line) for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+        self.rows |= {row[self.key]: row for row in rows if row.get("protocol_hash") == self.protocol_hash}
+        return self
+
+    def join_shares(self, keys: Sequence[Any]) -> None:
+        """Take over the rows of the shares beside the file, if there are any; ArtifactError if they are others."""
+        if found := shards.shares(self.path):
+            read = {path: read_jsonl(path) if path.stat().st_size else [] for path in found}
+            rows = shards.joined(read, keys, self.key, self.protocol_hash)
+            self.rows |= {row[self.key]: dict(row) for row in rows}
+            write_jsonl(self.path, self.rows.values())
+            shards.remove(self.path)
+
 
 def fill_rows(
     log: RowLog,
@@ -135,11 +151,12 @@ def fill_rows(
     kind: str = "rows",
     key: str = "id",
 ) -> list[Row]:
-    """The finished row of each of ``rows``, in their order; only those that ``log`` lacks are generated.
+    """The finished row of each of ``rows``, in their order; only those that ``log`` and its shares lack are generated.
 
     ``generate`` gets the missing rows, and calls back with the position and result of each, in any order; its finished
     row, made by ``to_row``, is in the file before the call returns.
     """
+    log.join_shares([row[key] for row in rows])
     missing = [row for row in rows if row[key] not in log.rows]
     if missing:
         with log.complete_rows(kind, len(rows)):
@@ -181,7 +198,7 @@ def _stop_between_rows() -> None:
 
 def open_shared_log(path: Path, protocol_hash: str, label: str = "") -> RowLog:
     """A row file held until ``finish``, or process end: one of several runs fills it, the others find its rows."""
-    hold_file(path)
+    hold_file(path, beside=True)
     return RowLog(path, protocol_hash, label=label)
 
 

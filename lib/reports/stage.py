@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from lib import params
 from lib.record.manifest import start_stage
 from lib.record.paths import COMPARE_STAGE, STAGES, require, results_root, run_paths
-from lib.record.rows import read_jsonl
+from lib.record.rows import RowLog, read_jsonl
+from lib.record.shards import close_share
 from lib.reports import html, plots, tables
 
 NO_DEVICE = "none is used: no model is loaded"
@@ -50,6 +51,12 @@ class Stage:
         earlier = next(part for part in path.parts[::-1] if part in STAGES)
         return require(path, earlier, self.parameters["run_name"])
 
+    def adapter(self, part: str) -> Path:
+        """The adapter's folder; ArtifactError where 02 has to run first, which untuned rows do not wait for."""
+        if not part.startswith("untuned"):
+            self.require(self.paths.manifest("02_train"))
+        return self.paths.adapter_dir
+
     def read_rows(self, path: Path) -> list[dict[str, Any]]:
         """Rows of a file that an earlier stage left; none where it left none."""
         return read_jsonl(path) if self.require(path).stat().st_size else []
@@ -61,8 +68,16 @@ class Stage:
     def skip(self, why: str, *, inputs: Iterable[Path] = (), facts: Mapping[str, Any] | None = None) -> None:
         """End the stage where it cannot be measured: the manifest says why, and the cells that follow do nothing."""
         self._record.finish(inputs=inputs, outputs=[], facts=dict(facts or {}), skipped=why)
+        self._leave(f"NOT MEASURED. {why}")
+
+    def end_part(self, part: str, log: RowLog) -> None:
+        """End a notebook that made one part of the stage's rows; the stage itself joins them."""
+        close_share(log.path)
+        self._leave(f"Part of a stage: {part}, {len(log.rows)} rows. The stage itself joins them and reports.")
+
+    def _leave(self, why: str) -> None:
         if self._slot:
-            self._slot.fill(html.note(f"NOT MEASURED. {why}", strong=True))
+            self._slot.fill(html.note(why, strong=True))
         _ignore_later_cells(True)
 
     def finish(
