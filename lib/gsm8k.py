@@ -336,7 +336,8 @@ def evaluate(
     system: str = SYSTEM_PROMPT,
 ) -> list[Row]:
     """Scored rows in the order of ``rows`` (``test_index, question, answer``); those not in ``log`` are answered."""
-    numbered = [{**row, "id": position} for position, row in enumerate(rows)]
+    # A share of the rows has their numbers.
+    numbered = [{"id": position, **row} for position, row in enumerate(rows)]
     check_kept({row["id"]: row for row in numbered}, log)
 
     def generate(missing: list[Row], record: Callable[[int, Completion], None]) -> None:

@@ -98,7 +98,7 @@ class ForkingProvisioner(LocalProvisioner):
 class OwnKernelManager(AsyncKernelManager):
     """Starts the kernel so that it cannot outlive the driver, whatever ends the driver."""
 
-    session: ClassVar["Session"]
+    notebook: ClassVar["Session"]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -133,13 +133,13 @@ class OwnKernelManager(AsyncKernelManager):
     async def _async_launch_kernel(self, kernel_cmd: list[str], **kw: Any) -> None:
         # A log file: on the terminal its words would break the line of progress. The kernel inherits the lock on the
         # output folder: another driver must not start while it still writes.
-        self.session.log_file = Path(self._folder.name) / "kernel.log"
-        kw |= {"env": {**(kw.get("env") or os.environ), **self.session.environment}}
-        with self.session.log_file.open("ab") as log:
+        self.notebook.log_file = Path(self._folder.name) / "kernel.log"
+        kw |= {"env": {**(kw.get("env") or os.environ), **self.notebook.environment}}
+        with self.notebook.log_file.open("ab") as log:
             await super()._async_launch_kernel(
                 kernel_cmd, stdout=log, stderr=log, pass_fds=held_descriptors(), preexec_fn=die_with(os.getpid()), **kw
             )
-        self.session.begin(self.provisioner.pid)
+        self.notebook.begin(self.provisioner.pid)
 
 
 def _socket_folder() -> tempfile.TemporaryDirectory[str]:
@@ -204,7 +204,7 @@ class Session:
 
     def manager(self) -> type[OwnKernelManager]:
         """The class that papermill makes its kernel manager from."""
-        return type("NotebookKernelManager", (OwnKernelManager,), {"session": self})
+        return type("NotebookKernelManager", (OwnKernelManager,), {"notebook": self})
 
     def begin(self, pid: int) -> None:
         """Pass interrupts on to the kernel ``pid``."""

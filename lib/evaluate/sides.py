@@ -11,6 +11,7 @@ from lib.record.paths import RunPaths
 from lib.record.protocol import at_scale, in_half_batches, without_adapter
 from lib.record.rows import RowLog, open_shared_log
 
+Row = dict[str, Any]
 # The control is the untuned model in other batches.
 TUNED, UNTUNED, CONTROL = "tuned", "untuned", "control"
 LABELS = {TUNED: "", UNTUNED: "untuned", CONTROL: "untuned again"}
@@ -22,10 +23,13 @@ def scales_between(scales: list[float]) -> list[float]:
 
 
 class Sides:
-    """The row files of one stage; ``kind`` begins their names (``gsm8k_preds``), ``protocol`` makes the tuned rows."""
+    """The row files of one stage; ``kind`` begins their names (``gsm8k_preds``), ``protocol`` makes the tuned rows.
 
-    def __init__(self, paths: RunPaths, stage: str, kind: str, protocol: Mapping[str, Any]) -> None:
-        self._paths, self._stage, self._kind, self._protocol = paths, stage, kind, protocol
+    ``part``, as in ``lib.driver.tasks``: one side and share alone, ``untuned 1-of-1`` or ``tuned 2-of-5``.
+    """
+
+    def __init__(self, paths: RunPaths, stage: str, kind: str, protocol: Mapping[str, Any], part: str = "") -> None:
+        self._paths, self._stage, self._kind, self._protocol, self._part = paths, stage, kind, protocol, part
         self.logs: dict[str | float, RowLog] = {}
 
     def log(self, side: str | float = TUNED) -> RowLog:
@@ -35,16 +39,17 @@ class Sides:
             self.logs[side] = opened(*self._file(side), label=self._label(side))
         return self.logs[side]
 
-    def part(self, part: str, rows: Sequence[Any]) -> tuple[str, Sequence[Any], RowLog]:
-        """Side, rows and row file of a part as in ``lib.driver.tasks``: ``untuned 1-of-1``, ``tuned 2-of-5``."""
-        side, name = part.split()
+    def share(self, rows: Sequence[Row]) -> tuple[str, Sequence[Row], RowLog]:
+        """Side, rows and row file of the part."""
+        side, name = self._part.split()
         index, num_shares = map(int, name.split("-of-"))
         if num_shares == 1:
             return side, rows, self.log(side)
         path, made_by = self._file(side)
         share = shards.share_path(path, index, num_shares)
         log = RowLog(share.with_name(share.name + shards.PART_ENDING), made_by, label=self._label(side))
-        return side, rows[index - 1 :: num_shares], log.with_rows_of(path)
+        numbered = [{"id": position, **row} for position, row in enumerate(rows)]
+        return side, numbered[index - 1 :: num_shares], log.with_rows_of(path)
 
     def _file(self, side: str | float) -> tuple[Path, str]:
         """The row file of a side, and the hash of what makes its rows."""
@@ -61,6 +66,8 @@ class Sides:
         return LABELS.get(side, f"scale {side}")
 
     def kept_text(self, side: str | float = TUNED) -> str:
+        if self._part:
+            return f"only {self._part}"  # its protocol is not that of the tuned rows where the adapter is still made
         log = self.log(side)
         return f"{len(log.rows)} rows are reused, {log.num_dropped} rows of another protocol were dropped"
 

@@ -11,9 +11,9 @@ Row = Mapping[str, Any]
 UNTUNED = "none (untuned)"
 
 
-def adapter_hashes(folder: Path) -> list[str]:
+def adapter_hashes(folder: Path | None) -> list[str]:
     """SHA-256 of each file of an adapter, in the order of their names."""
-    return [sha256_file(path) for path in sorted(folder.glob("adapter_*"))]
+    return [sha256_file(path) for path in sorted(folder.glob("adapter_*"))] if folder else []
 
 
 def model_protocol(identity: str, quantization: str, dtype: object, chat_template: object) -> dict[str, Any]:

@@ -51,11 +51,11 @@ class Stage:
         earlier = next(part for part in path.parts[::-1] if part in STAGES)
         return require(path, earlier, self.parameters["run_name"])
 
-    def adapter(self, part: str) -> Path:
-        """The adapter's folder; ArtifactError where 02 has to run first, which untuned rows do not wait for."""
-        if not part.startswith("untuned"):
-            self.require(self.paths.manifest("02_train"))
-        return self.paths.adapter_dir
+    def adapter(self, part: str) -> Path | None:
+        """The adapter's folder, None for a part of the untuned rows; ArtifactError where 02 has to run first."""
+        if part.startswith("untuned"):
+            return None
+        return self.require(self.paths.manifest("02_train")).parent / "adapter"
 
     def read_rows(self, path: Path) -> list[dict[str, Any]]:
         """Rows of a file that an earlier stage left; none where it left none."""
