@@ -135,7 +135,7 @@ class Params(BaseModel):
 
 # Settings of a run, not of an experiment: notebooks may declare them, presets may not.
 RUN_SETTINGS: dict[str, type] = {
-    **dict.fromkeys(("run_name", "results_dir", "assets_dir", "checkpoint"), str),
+    **dict.fromkeys(("run_name", "results_dir", "assets_dir", "checkpoint", "part"), str),
     **dict.fromkeys(("offline", "require_rows", "redact", "allow_unlike"), bool),
     "run_names": list,
 }

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 from small_notebooks import is_gone, wait_for
 
 from lib.driver import kernel_server
-from lib.driver.kernel import ForkedKernel, OwnKernelManager
+from lib.driver.kernel import ForkedKernel, Interrupts, Session
 from lib.record.paths import PROJECT_ROOT
 
 # What a notebook may depend on: printed by the kernel itself.
@@ -40,7 +40,9 @@ def run_cells(*codes):
     """The result of each cell, in one kernel."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in codes])
     folder = {"metadata": {"path": str(PROJECT_ROOT)}}
-    NotebookClient(notebook, kernel_manager_class=OwnKernelManager, kernel_name="python3", resources=folder).execute()
+    NotebookClient(
+        notebook, kernel_manager_class=Session(Interrupts(print)).manager(), kernel_name="python3", resources=folder
+    ).execute()
     return [cell.outputs[-1]["data"]["text/plain"] if cell.outputs else "" for cell in notebook.cells]
 
 

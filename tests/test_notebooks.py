@@ -31,7 +31,7 @@ from lib.train.settings import TrainSettings
 
 SANDBOX = yaml.safe_load((PARAMS_DIR / "sandbox_one.yaml").read_text(encoding="utf-8"))
 SETTINGS = {"run_name": "sandbox_one", "results_dir": "", "assets_dir": "", "offline": False, "checkpoint": ""}
-SETTINGS |= {"run_names": [], "require_rows": False, "redact": False, "allow_unlike": False}
+SETTINGS |= {"run_names": [], "part": "", "require_rows": False, "redact": False, "allow_unlike": False}
 KNOWN = Params.model_fields.keys() | RUN_SETTINGS.keys()
 MAX_LINES, MEDIAN_LINES, PROSE_SHARE = 20, 6, 0.45
 

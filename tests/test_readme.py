@@ -30,8 +30,8 @@ def test_every_module_stands_under_its_folder():
         elif re.match(r" {17}\S", line):
             found.setdefault(folder, set()).update(re.findall(r"\w+", line))
     lib = PROJECT_ROOT / "lib"
-    folders = {path.parent.name for path in lib.glob("*/__init__.py")}
-    assert found == {name: {path.stem for path in (lib / name).glob("*.py")} - {"__init__"} for name in folders}
+    folders = {path.parent for path in lib.rglob("__init__.py")} - {lib}
+    assert found == {one.name: {path.stem for path in one.glob("*.py")} - {"__init__"} for one in folders}
     assert len(LAYOUT.splitlines()) <= 45
 
 

@@ -7,6 +7,7 @@ with how far it is, which its worker and its kernel keep (``lib.record.progress`
 import shutil
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lib.driver.plan import Plan
 from lib.params import Params
 from lib.record.files import read_json, sha256_json, write_json
 from lib.record.locks import is_alive
-from lib.record.paths import COMPARE_STAGE, run_paths
+from lib.record.paths import COMPARE_STAGE, results_root, run_paths
 from lib.record.progress import read_file, write_file
 
 FOLDER, FILE = ".plan", "tasks.json"
@@ -111,7 +112,7 @@ class Tasks:
     """A frozen plan in ``folder``; ``runs`` are its runs by name, in order."""
 
     def __init__(self, folder: Path, content: Mapping[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self._written = folder, dict[int, dict[str, Any]]()
         self.runs = {run["preset"]: _to_plan(run, content["typed"]) for run in content["runs"]}
         self.all = [Task(**{**task, "after": tuple(task["after"])}) for task in content["tasks"]]
 
@@ -129,19 +130,23 @@ class Tasks:
 
     def state(self, task: Task) -> State:
         """As its file says; a worker of this machine that has ended without a word is lost."""
-        content = read_file(self.file(task))
+        content = read_file(self.file(task)) | self._written.get(task.number, {})
         if not content:
             return State()
         names = ("state", "tries", "where", "started", "wall_s", "failure")
-        state = State(**{name: content[name] for name in names}, num_rows=_num_rows(content["work"]))
+        work = content.get("work", [])
+        state = State(**{name: content[name] for name in names}, num_rows=work[-1].done if work else 0)
         is_here = content["where"] == socket.gethostname()
         gone = state.state == RUNNING and is_here and not is_alive(content["driver"])
         return replace(state, state=LOST, failure="its process was ended from outside") if gone else state
 
     def write(self, task: Task, driver: int, **changed: Any) -> None:
         """Change what the task's file says of its state; the counts of its kernel stay."""
-        before = read_file(self.file(task)) or {**asdict(State()), "work": []}
-        write_file(self.file(task), {**before, "driver": driver, **changed})
+        content = {**asdict(State()), "work": [], **read_file(self.file(task)), "driver": driver}
+        content |= self._written.get(task.number, {}) | {"driver": driver, **changed}
+        write_file(self.file(task), content)
+        # Where the disk is full, the file says what it said before: this process knows better.
+        self._written[task.number] = {name: value for name, value in content.items() if name != "work"}
 
     def states(self) -> dict[int, State]:
         return {task.number: self.state(task) for task in self.all}
@@ -174,6 +179,7 @@ class Tasks:
 
     def reset(self) -> None:
         """Before a driver starts: nothing has been tried, and of what was done only shares of rows are kept."""
+        self._written.clear()
         for task in self.all:
             if not (task.part and self.state(task).state == DONE):
                 self.file(task).unlink(missing_ok=True)
@@ -187,7 +193,8 @@ class Tasks:
             return 0
 
     def want_stop(self, times: int) -> None:
-        (self.folder / STOP_FILE).write_text(str(times))
+        with suppress(OSError):
+            (self.folder / STOP_FILE).write_text(str(times))
 
 
 def levels(tasks: Sequence[Task]) -> list[list[Task]]:
@@ -269,9 +276,6 @@ def _from_plan(plan: Plan) -> dict[str, Any]:
 def _to_plan(run: Mapping[str, Any], typed: str) -> Plan:
     params = Params.model_validate(run["parameters"])
     params.origin.update(run["origin"])
-    paths, reports = run_paths(run["settings"]["results_dir"], run["preset"]), Path(run["reports_dir"])
+    results, reports = results_root(run["settings"]["results_dir"]).resolve(), Path(run["reports_dir"])
+    paths = run_paths(str(results), run["preset"])
     return Plan(params=params, paths=paths, reports_dir=reports, go_on=typed, **{name: run[name] for name in FIELDS})
-
-
-def _num_rows(work: Sequence[Any]) -> int:
-    return work[-1].done if work else 0

@@ -137,7 +137,7 @@ def _run_held(tasks: Tasks, task: Task, interrupts: Interrupts, environment: Map
     about = {"state": RUNNING, "where": socket.gethostname(), "started": time.time(), "tries": tries}
     tasks.write(task, os.getpid(), work=[], failure="", **about)
     plan = (comparison_plan(tasks.plan(task)) if not task.run else None) or tasks.plan(task)
-    _check_gpus(plan, task)
+    check_gpus(plan, task)
     notebook = (tasks.folder / f"{task.number}.ipynb") if task.part else plan.reports_dir / f"{task.stage}.ipynb"
     outcome = execute(
         task.stage,
@@ -162,7 +162,7 @@ def _run_held(tasks: Tasks, task: Task, interrupts: Interrupts, environment: Map
     return state
 
 
-def _check_gpus(plan: Plan, task: Task) -> None:
+def check_gpus(plan: Plan, task: Task) -> None:
     """ArtifactError where shares that this task joins were made by GPUs of several kinds, unless that was allowed."""
     if task.part or task.stage not in SHARED_BY or plan.settings["allow_unlike"]:
         return
