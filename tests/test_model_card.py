@@ -234,7 +234,7 @@ def trained(tmp_path_factory):
         seed=1,
     )
     output = tmp_path_factory.mktemp("run")
-    model = load.load_for_training(folder, FLOAT32, "nf4", say=lambda line: None)
+    model = load.load_dense(folder, FLOAT32, "nf4").train()
     sft.train(model, examples, settings, output, say=lambda line: None)
     return folder, output / "adapter", torch.tensor([examples[0]["input_ids"]])
 
