@@ -252,14 +252,14 @@ def test_the_cards_own_words_stay_whatever_the_user_is_called(tmp_path, monkeypa
     (tmp_path / "adapter_model.safetensors").touch()
     before = (
         model_card.write_card(tmp_path, FACTS).read_text(),
-        model_card.write_model_card(tmp_path, FACTS).read_text(),
+        model_card.write_card(tmp_path, FACTS, "transformers").read_text(),
     )
     secrets = {"A_KEY": "library_name", "B_KEY": "text-generation", "C_KEY": "from_pretrained"}
     for name, value in {"USER": user, "LOGNAME": user, "HOME": f"/{user}", **secrets}.items():
         monkeypatch.setenv(name, value)
     assert before == (
         model_card.write_card(tmp_path, FACTS).read_text(),
-        model_card.write_model_card(tmp_path, FACTS).read_text(),
+        model_card.write_card(tmp_path, FACTS, "transformers").read_text(),
     )
 
 

@@ -186,7 +186,10 @@ def _metric_score(name: str, paths: RunPaths, manifests: Mapping[str, Row], para
     stage, file = METRIC_STAGES[name], row_file(paths, name)
     manifest, folder = manifests.get(stage, {}), paths.stage_dir(stage)
     facts = manifest.get("facts", {})
-    reason = _why_not_measured(paths, stage, file, manifests)
+    reason, margin = _why_not_measured(paths, stage, file, manifests), None
+    if name == "safety":
+        prepared = manifests.get("01_prepare", {}).get("parameters", {})
+        margin = recorded_margin(prepared, parameters.get("safety_margin"), display_path(paths.config_resolved))
     protocol = facts.get("protocol") or {}
     if protocol:
         protocol = {**protocol, "device": facts.get("runtime"), "versions": manifest["versions"]}
@@ -199,7 +202,7 @@ def _metric_score(name: str, paths: RunPaths, manifests: Mapping[str, Row], para
         name=name,
         status=f"not measured: {reason}" if reason else MEASURED,
         baseline=_baseline(paths.name, parameters, f"baseline_{name}"),
-        margin=_margin(paths, manifests, parameters) if name == "safety" else None,
+        margin=margin,
         protocol=protocol,
         untuned_rows=read_once(untuned, read_jsonl) if untuned and untuned.exists() else [],
         untuned_file=untuned,
@@ -222,11 +225,6 @@ def _baseline(name: str, parameters: Row, key: str) -> float | None:
         return parameters[key]
     preset = PARAMS_DIR / f"{name}.yaml"
     return getattr(load_params(preset), key) if preset.exists() else None
-
-
-def _margin(paths: RunPaths, manifests: Mapping[str, Row], parameters: Row) -> float | None:
-    prepared = manifests.get("01_prepare", {}).get("parameters", {})
-    return recorded_margin(prepared, parameters.get("safety_margin"), display_path(paths.config_resolved))
 
 
 def _why_not_measured(paths: RunPaths, stage: str, file: Path, manifests: Mapping[str, Row]) -> str:

@@ -68,20 +68,19 @@ WAYS = "Change of safety, tuned - untuned, by way of judging, in points"
 
 def ways_table(changes: Sequence[WayChange], caption: str = WAYS) -> Html | None:
     """What tuning changed in each other way of judging, beside the run's own way on the same prompts."""
-    rows = []
-    for one in changes:
-        rows.append(
-            {
-                "way": one.way.replace("_", " "),
-                "prompts": one.change.num_shared,
-                "change": wording.signed_points(one.change.difference),
-                "95 % interval": wording.interval(one.change.low, one.change.high),
-                "conclusion": one.conclusion or "no margin",
-                "as judged": wording.signed_points(one.as_judged.difference),
-                "conclusion as judged": one.conclusion_as_judged or "no margin",
-                "unparsed": one.num_unparsed,
-            }
-        )
+    rows = [
+        {
+            "way": one.way.replace("_", " "),
+            "prompts": one.change.num_shared,
+            "change": wording.signed_points(one.change.difference),
+            "95 % interval": wording.interval(one.change.low, one.change.high),
+            "conclusion": one.conclusion or "no margin",
+            "as judged": wording.signed_points(one.as_judged.difference),
+            "conclusion as judged": one.conclusion_as_judged or "no margin",
+            "unparsed": one.num_unparsed,
+        }
+        for one in changes
+    ]
     return full_table(rows, caption)
 
 

@@ -77,7 +77,10 @@ def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: b
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
         "family": family_sentence(primary_family(findings)),
-        "summaries": [_summary(name, some) for name, some in findings.items()],
+        "summaries": [
+            {"run": name, "finding": finding_sentence(some), "baselines": [*filter(None, map(baseline_sentence, some))]}
+            for name, some in findings.items()
+        ],
         "scores": _score_rows(runs, untuned, findings),
         "plots": list(_plots(plots_dir, [*runs, *untuned])),
         "runs": run_facts,
@@ -106,11 +109,6 @@ def _embedded_json(value: Any) -> str:
     # Without "<" no text can end the element that holds it; ASCII, so that no lone surrogate fails to encode.
     cleaned = clean_value(value, keep=REFERENCES)
     return json.dumps(cleaned, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
-
-
-def _summary(run: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    baselines = [sentence for finding in findings if (sentence := baseline_sentence(finding))]
-    return {"run": run, "finding": finding_sentence(findings), "baselines": baselines}
 
 
 def _score_rows(runs: Sequence[Run], untuned: Sequence[Run], findings: Mapping[str, Sequence[Finding]]) -> list[Row]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -135,17 +135,10 @@ def run_card(
     )
 
 
-def write_card(folder: Path, facts: CardFacts) -> Path:
-    """Write the card beside the adapter in ``folder``."""
-    return _write(folder, facts, "peft", [folder / "adapter_model.safetensors"])
-
-
-def write_model_card(folder: Path, facts: CardFacts) -> Path:
-    """Write the card beside the weights of a merged model in ``folder``."""
-    return _write(folder, facts, "transformers", sorted(folder.glob("model*.safetensors")))
-
-
-def _write(folder: Path, facts: CardFacts, library: Library, weights: Iterable[Path]) -> Path:
+def write_card(folder: Path, facts: CardFacts, library: Library = "peft") -> Path:
+    """Write the card beside the weights in ``folder``: of an adapter or, for ``transformers``, of a merged model."""
+    merged = library == "transformers"
+    weights = sorted(folder.glob("model*.safetensors")) if merged else [folder / "adapter_model.safetensors"]
     # Cleaned before the layout: words of the YAML and of the code may equal a user's name.
     texts = {field.name: clean_value(getattr(facts, field.name)) for field in fields(facts) if field.name != "base"}
     hashes = {file.name: sha256_file(file) for file in weights}
