@@ -80,7 +80,10 @@ def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -
     if not rows or not reference_rows:
         return []
     by_index = all(row.get("test_index") is not None for row in [*rows, *reference_rows])
-    keyed, reference_keyed = (_keyed(some_rows, text, by_index) for some_rows in (rows, reference_rows))
+    key_of = itemgetter("test_index") if by_index else text
+    keyed, reference_keyed = (keyed_rows(some_rows, key_of) for some_rows in (rows, reference_rows))
+    if twice := [key for key, number in (*keyed, *reference_keyed) if by_index and number > 1]:
+        raise ValueError(f"test_index {twice[0]} appears more than once in a run; make its row file again")
     pairs = [(row, reference_keyed[key]) for key, row in keyed.items() if key in reference_keyed]
     for row, reference_row in pairs:
         if text(row) != text(reference_row):
@@ -91,14 +94,13 @@ def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -
     return pairs
 
 
-def _keyed(rows: Sequence[Row], text: Callable[[Row], str], by_index: bool) -> dict[Any, Row]:
+def keyed_rows(rows: Sequence[Row], key_of: Callable[[Row], Any]) -> dict[tuple[Any, int], Row]:
+    """Rows of one run by (key, 1), and by (key, 2) where a key stands for the second time."""
     seen: Counter[Any] = Counter()
     keyed = {}
     for row in rows:
-        key = row["test_index"] if by_index else text(row)
+        key = key_of(row)
         seen[key] += 1
-        if by_index and seen[key] > 1:
-            raise ValueError(f"test_index {key} appears more than once in a run; make its row file again")
         keyed[key, seen[key]] = row
     return keyed
 

@@ -134,9 +134,8 @@ def load_run(paths: RunPaths) -> Run:
         parameters = {**config["parameters"], **config["settings"]}
     else:
         parameters = {key: value for one in manifests.values() for key, value in one["parameters"].items()}
-    overlaps = read_once(paths.overlap, read_json) if paths.overlap.exists() else None
     metrics = {name: _metric_score(name, paths, manifests, parameters) for name in METRIC_STAGES}
-    overlaps = None if overlaps is None else [Overlap(**entry) for entry in overlaps]
+    overlaps = [Overlap(**one) for one in read_once(paths.overlap, read_json)] if paths.overlap.exists() else None
     training_log = read_once(paths.training_log, read_jsonl) if paths.training_log.exists() else []
     return Run(paths.name, paths, config, parameters, manifests, metrics, overlaps, training_log)
 

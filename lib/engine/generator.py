@@ -125,9 +125,8 @@ class LazyGenerator:
     @property
     def speed_text(self) -> str:
         """What the last call cost, in words."""
-        stats = self._engine.stats if self._engine else None
-        counts = (stats.num_rows, stats.num_output_tokens, stats.wall_s) if stats else ()
-        return wording.speed_text(*counts)
+        stats = self._engine.stats if self._engine else EngineStats()
+        return wording.speed_text(stats.num_rows, stats.num_output_tokens, stats.wall_s)
 
     def describe(self) -> dict[str, object]:
         """As ``Engine.describe``."""

@@ -116,8 +116,7 @@ def run_card(
     manifest = paths.manifest("01_prepare")
     prepared = read_json(manifest) if manifest.exists() else {}
     made_here = not parameters["checkpoint"]
-    rates = choice.scores and next(one for one in choice.scores if one.checkpoint == choice.name).rates
-    rates = rates or {}
+    rates = next((one.rates for one in choice.scores if one.checkpoint == choice.name), {})
     scores = [(f"{metric}, {choice.selected_on}", rate.successes, rate.n) for metric, rate in rates.items()]
     return CardFacts(
         run_name=parameters["run_name"],
