@@ -65,24 +65,10 @@ class EngineStats:
 class Generator(Protocol):
     """What answers and judges: ``lib.engine.generate.Engine``, a ``LazyGenerator``, or a fake in a test."""
 
-    def generate(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        max_new_tokens: int,
-        on_completion: Callable[[int, Completion], None] | None = None,
-        sampling: Sampling | None = None,
-        keys: Sequence[Key] | None = None,
-    ) -> list[Completion]:
+    def generate(self, conversations: Sequence[Conversation], *, max_new_tokens: int, **how: Any) -> list[Completion]:
         """As ``Engine.generate``."""
 
-    def label_probabilities(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        labels: Sequence[str],
-        on_result: Callable[[int, list[float]], None] | None = None,
-    ) -> list[list[float]]:
+    def label_probabilities(self, conversations: Sequence[Conversation], **how: Any) -> list[list[float]]:
         """As ``Engine.label_probabilities``."""
 
 

@@ -117,20 +117,12 @@ def _generate(
 
 def _judge(checkpoint: Path, responses: list[Row], judge: LazyGenerator, protocol: Protocol, folder: Path) -> list[Row]:
     """Verdicts on a candidate's responses."""
-    read = (protocol.guidelines, protocol.judge_context, protocol.judge_mode, protocol.template)
-    prompt_hash = safety.judge_prompt_hash(*read)
-    by = [dict(protocol.judge), prompt_hash, protocol.max_verdict_tokens]
+    read = {"guidelines": protocol.guidelines, "context": protocol.judge_context, "mode": protocol.judge_mode}
+    read["template"] = protocol.template
+    by = [dict(protocol.judge), safety.judge_prompt_hash(**read), protocol.max_verdict_tokens]
     log_hash = sha256_json([by, [responses[0]["protocol_hash"]]])
-    return safety.judge(
-        responses,
-        judge,
-        guidelines=protocol.guidelines,
-        context=protocol.judge_context,
-        mode=protocol.judge_mode,
-        max_new_tokens=protocol.max_verdict_tokens,
-        template=protocol.template,
-        log=RowLog(folder / f"verdicts_{checkpoint.name}.jsonl", log_hash, label=checkpoint.name),
-    )
+    log = RowLog(folder / f"verdicts_{checkpoint.name}.jsonl", log_hash, label=checkpoint.name)
+    return safety.judge(responses, judge, **read, max_new_tokens=protocol.max_verdict_tokens, log=log)
 
 
 @dataclass(frozen=True)
