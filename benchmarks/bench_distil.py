@@ -47,7 +47,7 @@ def work(args: argparse.Namespace, folder: Path) -> None:
     )
     made_by = (base.identity, args.quantization, str(runtime.dtype), split.train, fewshot, tokenizer.chat_template)
     protocol = self_distillation.protocol(*made_by, asking)
-    engine = LazyGenerator(load_engine, base.folder, runtime, args.quantization, None, asking.rows_at_once)
+    engine = LazyGenerator(load_engine, base.folder, runtime, args.quantization, asking.rows_at_once)
     log = rows.RowLog(folder / SAMPLES, files.sha256_json(protocol))
     sampled = self_distillation.sample_answers(split.train, fewshot, engine, asking, log)
     distilled = self_distillation.choose_training_rows(sampled, keep=1, choice="shortest", fallback="drop", seed=SEED)

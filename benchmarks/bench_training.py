@@ -10,6 +10,7 @@ one after the other; the first step of each is left out of its speed.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -29,6 +30,7 @@ sys.path.insert(0, str(PROJECT_ROOT))
 
 from lib import gsm8k  # noqa: E402
 from lib.engine import load, sources  # noqa: E402
+from lib.engine.models import Models  # noqa: E402
 from lib.params import LORA_TARGETS  # noqa: E402
 from lib.prepare import datasets  # noqa: E402
 from lib.train import sft  # noqa: E402
@@ -99,7 +101,8 @@ def train_ours(
     output_dir: Path,
 ) -> list[dict[str, Any]]:
     """This project's way; a row a step."""
-    base = load.load_for_training(folder, runtime, "nf4", say=to_stderr)
+    with contextlib.redirect_stdout(sys.stderr):
+        base = Models(folder, runtime, "nf4").for_training()
     log = sft.train(base, examples, settings, output_dir, say=to_stderr).log
     return [{name: row[name] for name in ("loss", "wall_s", "num_rows", "num_tokens")} for row in log]
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(PROJECT_ROOT))
 
 from lib import gsm8k  # noqa: E402
 from lib.engine import load, sources  # noqa: E402
+from lib.engine.models import Models  # noqa: E402
 from lib.prepare import datasets  # noqa: E402
 from lib.train import sft  # noqa: E402
 from lib.train.rows import encode_rows  # noqa: E402
@@ -114,7 +115,7 @@ def train_adapter(args: argparse.Namespace, base: sources.ModelSource, output: P
         save_steps=10_000,
         seed=42,
     )
-    trainee = load.load_for_training(base.folder, load.resolve_runtime("cpu"), "nf4")
+    trainee = Models(base.folder, load.resolve_runtime("cpu"), "nf4").for_training()
     return sft.train(trainee, encoded.examples, settings, output).adapter_dir
 
 

@@ -46,6 +46,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains into ``--train-into``, or goes on with what is there."""
     from lib import gsm8k
     from lib.engine import load, sources
+    from lib.engine.models import Models
     from lib.prepare import datasets
     from lib.train import sft
     from lib.train.rows import encode_rows
@@ -73,7 +74,8 @@ def train(args: argparse.Namespace) -> None:
         # What is free now must not decide how steps are cut in the next session.
         micro_batch_tokens=1024,
     )
-    trainee = load.load_for_training(base.folder, load.resolve_runtime("cpu", args.compute_dtype), args.quantization)
+    runtime = load.resolve_runtime("cpu", args.compute_dtype)
+    trainee = Models(base.folder, runtime, args.quantization).for_training()
     train_rows = encode_rows(tokenizer, chats[: args.rows], 1024).examples
     sft.train(trainee, train_rows, settings, args.train_into, dev_examples=dev)
 

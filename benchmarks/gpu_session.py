@@ -32,6 +32,7 @@ from tiny import tiny_tokenizer
 from lib import gsm8k, safety
 from lib.engine import load
 from lib.engine.generate import Engine
+from lib.engine.models import Models
 from lib.engine.plain import greedy_config
 from lib.prepare import datasets
 from lib.train import sft
@@ -184,7 +185,7 @@ def training(arguments: argparse.Namespace, num_steps: int) -> str:
         rows = [{"question": made_up(n, QUESTION), "answer": made_up(n + 10**6, ANSWER)} for n in range(16 * num_steps)]
     messages = [gsm8k.training_messages(row) for row in rows[: 16 * num_steps]]
     if folder:
-        model = load.load_for_training(folder, runtime(), "nf4")
+        model = Models(folder, runtime(), "nf4").for_training()
     else:
         model = make_subject("", "qwen2", SHAPE, arguments.tiny).model.train()
     size = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "learning_rate": 1e-4}

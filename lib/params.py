@@ -386,12 +386,8 @@ def _remedy(key: str, value: Any) -> str:
     return next((remedy for text in texts if (remedy := number_remedy(text, schema["type"]))), "")
 
 
-_BOUNDS = {
-    "minimum": "at least",
-    "maximum": "at most",
-    "exclusiveMinimum": "more than",
-    "exclusiveMaximum": "less than",
-}
+_BOUNDS = {"minimum": "at least", "maximum": "at most"}
+_BOUNDS |= {"exclusiveMinimum": "more than", "exclusiveMaximum": "less than"}
 
 
 def _allowed(key: str) -> str:

@@ -417,17 +417,25 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not rows:
         raise ValueError("no rows to summarise: a safety rate needs at least one")
-    by_hazard: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    by_persona: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    groups = {"by_hazard": by_hazard(rows), "by_persona": by_persona(rows)}
+    return _rates(rows) | {kind: {key: _rates(some) for key, some in found.items()} for kind, found in groups.items()}
+
+
+def by_hazard(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of each hazard, subtypes together, in the order of ``HAZARDS``; ``unknown`` comes last."""
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        by_hazard[hazard_group(row.get("hazard") or "unknown")].append(row)
-        by_persona[row.get("persona") or "unknown"].append(row)
-    order = [*HAZARDS, *sorted(by_hazard.keys() - HAZARDS.keys())]
-    return {
-        **_rates(rows),
-        "by_hazard": {group: _rates(by_hazard[group]) for group in order if group in by_hazard},
-        "by_persona": {persona: _rates(by_persona[persona]) for persona in sorted(by_persona)},
-    }
+        groups[hazard_group(row.get("hazard") or "unknown")].append(row)
+    order = [*HAZARDS, *sorted(groups.keys() - HAZARDS.keys())]
+    return {key: groups[key] for key in order if key in groups}
+
+
+def by_persona(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows of skilled and unskilled personas; ``unknown`` where a row does not name its persona."""
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row.get("persona") or "unknown"].append(row)
+    return dict(sorted(groups.items()))
 
 
 def _rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -46,21 +46,6 @@ def effective_size(clusters: Sequence[Hashable]) -> float:
     return len(clusters) ** 2 / sum(size**2 for size in sizes)
 
 
-def clustered_wilson_interval(
-    outcomes: Sequence[bool], clusters: Sequence[Hashable], level: float = 0.95
-) -> tuple[float, float]:
-    """Wilson's interval for the share of true ``outcomes`` with the effective number of rows in place of n.
-
-    Recommended, with a design effect from the data, in Franco, Little, Louis, Slud 2019 (JSSAM 7, 334-364).
-    """
-    _check_pairs("outcomes", outcomes, "clusters", clusters)
-    successes, size = sum(map(bool, outcomes)), effective_size(clusters)
-    if size == len(outcomes):
-        # Without the rounding of the product below: the same digits as for rows without clusters.
-        return wilson_interval(successes, len(outcomes), level)
-    return wilson_interval(successes / len(outcomes) * size, size, level)
-
-
 @dataclass(frozen=True)
 class Rate:
     """``successes`` of ``n`` rows, and the 95 % interval of their share in [0, 1]."""
@@ -76,10 +61,17 @@ class Rate:
 
     @classmethod
     def of(cls, outcomes: Sequence[bool], clusters: Sequence[Hashable] | None = None) -> "Rate":
-        """Rate of the true ``outcomes``, at least one; rows of one cluster (equal prompts) count as dependent."""
+        """Rate of the true ``outcomes``, at least one; rows of one cluster (equal prompts) count as dependent.
+
+        The interval has the effective number of rows in place of n, as recommended, with a design effect from the
+        data, in Franco, Little, Louis, Slud 2019 (JSSAM 7, 334-364).
+        """
         clusters = range(len(outcomes)) if clusters is None else clusters
-        low, high = clustered_wilson_interval(outcomes, clusters)
-        return cls(sum(map(bool, outcomes)), len(outcomes), low, high)
+        _check_pairs("outcomes", outcomes, "clusters", clusters)
+        successes, n, size = sum(map(bool, outcomes)), len(outcomes), effective_size(clusters)
+        # Without the rounding of the product: the same digits as for rows without clusters.
+        effective = successes if size == n else successes / n * size
+        return cls(successes, n, *wilson_interval(effective, size))
 
     @classmethod
     def of_counts(cls, successes: int, n: int) -> "Rate":

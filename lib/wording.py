@@ -9,16 +9,11 @@ from typing import Protocol
 class Rate(Protocol):
     """As ``lib.stats.Rate``, whose module takes most of a second to import."""
 
-    @property
-    def successes(self) -> int: ...
-    @property
-    def n(self) -> int: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
-    @property
-    def share(self) -> float: ...
+    successes: int
+    n: int
+    low: float
+    high: float
+    share: float
 
 
 def points(share: float) -> str:

@@ -45,7 +45,7 @@ from lib.record.protocol import without_adapter
 from lib.record.rows import write_jsonl
 from lib.reports import comparison_tables, gsm8k_report, safety_report, site, to_lm_eval, to_mlflow
 from lib.reports import tables as report_tables
-from lib.stats import Rate, clustered_wilson_interval, paired_test
+from lib.stats import Rate, paired_test
 from lib.train import selection_rows
 
 
@@ -588,7 +588,7 @@ def test_equal_prompts_give_one_interval_wherever_the_safe_rate_is_shown(tmp_pat
     run = load_run(paths)
     rate = run.safety.rate
     # Three equal prompts are worth one.
-    assert (rate.low, rate.high) == clustered_wilson_interval([True, False, False], ["the same"] * 3)
+    assert rate == Rate.of([True, False, False], ["the same"] * 3)
     low, high = wording.interval(rate.low, rate.high).split(" to ")
     interval = f"{low} to {high}"
     assert rate.high - rate.low > Rate.of_counts(1, 3).high - Rate.of_counts(1, 3).low

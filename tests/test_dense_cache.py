@@ -6,6 +6,7 @@ from tiny import save_tiny_model
 
 from lib.engine import dense_cache, load
 from lib.engine.load import Runtime
+from lib.engine.models import Models
 
 FLOAT32 = Runtime("cpu", torch.float32, "test")
 BFLOAT16 = Runtime("cpu", torch.bfloat16, "test")
@@ -46,7 +47,7 @@ def test_kept_weights_are_those_that_were_made(folder, packings, runtime):
 
 def test_training_starts_from_the_kept_weights(folder, packings):
     load.load_dense(folder, FLOAT32, "nf4")
-    trainee = load.load_for_training(folder, FLOAT32, "nf4", weights="dense", say=lambda text: None)
+    trainee = Models(folder, FLOAT32, "nf4").for_training()
     assert packings == ["nf4", "none"] and trainee.training
 
 

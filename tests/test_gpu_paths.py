@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lib.engine import attention, generate, kernels, load, picking
 from lib.engine.generate import Engine
 from lib.engine.generator import Sampling
+from lib.engine.models import Models
 from lib.train import packing, sft, trainer
 from lib.train.rows import encode_rows
 from lib.train.settings import TrainSettings
@@ -372,7 +373,7 @@ def test_peak_memory_is_what_was_taken_since_training_began(folder, examples, tm
 
 
 def alive_after_training(folder, examples, output_dir, quantization):
-    model = load.load_for_training(folder, load.Runtime("cpu", torch.float32, "test"), quantization, say=print)
+    model = Models(folder, load.Runtime("cpu", torch.float32, "test"), quantization).for_training()
     sft.train(model, examples[:8], replace(SETTINGS, num_epochs=1), output_dir, say=lambda line: None)
     weights = [weakref.ref(parameter) for parameter in model.parameters()]
     del model

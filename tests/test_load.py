@@ -14,6 +14,7 @@ from tiny import FAMILIES, save_tiny_model, tiny_tokenizer
 
 import lib.engine
 from lib.engine import load
+from lib.engine.models import Models
 from lib.record import paths
 
 BUNDLED = paths.PROJECT_ROOT / "data" / "models" / "smollm2-135m-instruct"
@@ -405,19 +406,15 @@ def test_cuda_gets_memory_in_blocks_that_grow_unless_a_person_says_otherwise(mon
     assert os.environ["PYTORCH_ALLOC_CONF"] == (named or "expandable_segments:True")
 
 
-def test_training_keeps_the_weights_dense_where_memory_allows(folder, monkeypatch):
-    messages = []
-    assert type(load.load_for_training(folder, BFLOAT16, "nf4", say=messages.append).model.layers[0].mlp.up_proj) is (
-        torch.nn.Linear
-    )
+def test_training_keeps_the_weights_dense_where_memory_allows(folder, monkeypatch, capsys):
+    dense = Models(folder, BFLOAT16, "nf4").for_training()
+    assert type(dense.model.layers[0].mlp.up_proj) is torch.nn.Linear and dense.training
+    assert "NF4, dense (dense needs 2.0 GiB" in capsys.readouterr().out
     monkeypatch.setattr(load, "free_memory_bytes", lambda device: 2**30)
-    packed = load.load_for_training(folder, BFLOAT16, "nf4", say=messages.append)
+    packed = Models(folder, BFLOAT16, "nf4").for_training()
     assert packed.is_quantized and packed.training
-    assert (
-        "NF4, dense (dense needs 2.0 GiB" in messages[0]
-        and "NF4, packed" in messages[1]
-        and "1.0 GiB are free" in messages[1]
-    )
+    message = capsys.readouterr().out
+    assert "NF4, packed" in message and "1.0 GiB are free" in message
 
 
 def test_an_adapter_that_does_not_fit_is_refused(folder, adapter, tmp_path):

@@ -78,7 +78,7 @@ def test_a_preset_for_a_mac_is_taken(changes):
 
 
 def test_four_bit_weights_are_refused_on_mps_before_anything_is_loaded(folder):
-    for load_nf4 in (load.load_base, load.load_dense, load.load_for_training, load.load_judge):
+    for load_nf4 in (load.load_base, load.load_dense, load.load_judge):
         with pytest.raises(load.ModelError, match="'nf4', which is not supported on mps; set quantization: none"):
             load_nf4(folder, MPS, "nf4")
     with pytest.raises(load.ModelError, match="'adamw_8bit', which is not supported on mps; take adamw"):
@@ -169,7 +169,7 @@ def test_every_module_loads_and_plain_weights_too_without_bitsandbytes(folder):
 )
 def test_without_its_library_nf4_is_refused_with_the_word_to_set(folder, monkeypatch, library, words):
     monkeypatch.setitem(sys.modules, "bitsandbytes", library)
-    for load_nf4 in (load.load_base, load.load_dense, load.load_for_training):
+    for load_nf4 in (load.load_base, load.load_dense):
         with pytest.raises(load.ModelError, match=f"quantization is 'nf4' but .*{words}.*set quantization: none and"):
             load_nf4(folder, CPU, "nf4")
     with pytest.raises(load.ModelError, match=f"judge_quantization is 'nf4' but .*{words}"):

@@ -234,7 +234,7 @@ def trained(tmp_path_factory):
         seed=1,
     )
     output = tmp_path_factory.mktemp("run")
-    model = load.load_for_training(folder, FLOAT32, "nf4", say=lambda line: None)
+    model = load.load_dense(folder, FLOAT32, "nf4").train()
     sft.train(model, examples, settings, output, say=lambda line: None)
     return folder, output / "adapter", torch.tensor([examples[0]["input_ids"]])
 
@@ -252,14 +252,14 @@ def test_the_cards_own_words_stay_whatever_the_user_is_called(tmp_path, monkeypa
     (tmp_path / "adapter_model.safetensors").touch()
     before = (
         model_card.write_card(tmp_path, FACTS).read_text(),
-        model_card.write_model_card(tmp_path, FACTS).read_text(),
+        model_card.write_card(tmp_path, FACTS, "transformers").read_text(),
     )
     secrets = {"A_KEY": "library_name", "B_KEY": "text-generation", "C_KEY": "from_pretrained"}
     for name, value in {"USER": user, "LOGNAME": user, "HOME": f"/{user}", **secrets}.items():
         monkeypatch.setenv(name, value)
     assert before == (
         model_card.write_card(tmp_path, FACTS).read_text(),
-        model_card.write_model_card(tmp_path, FACTS).read_text(),
+        model_card.write_card(tmp_path, FACTS, "transformers").read_text(),
     )
 
 

@@ -167,8 +167,8 @@ def test_two_trainings_and_one_that_was_cut_are_the_same_bytes(folder, tmp_path)
 
 @real_gpu
 def test_dequantised_nf4_weights_compute_what_packed_ones_do(folder):
-    dense = load.load_for_training(folder, runtime(), "nf4", weights="dense")
-    packed = load.load_for_training(folder, runtime(), "nf4", weights="packed")
+    dense = load.load_dense(folder, runtime(), "nf4").train()
+    packed = load.load_base(folder, runtime(), "nf4").train()
     tokens = torch.arange(3, 200, device="cuda")[None]
     with torch.no_grad():
         found, wanted = (model(tokens, use_cache=False).logits.float() for model in (dense, packed))

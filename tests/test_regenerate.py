@@ -47,9 +47,9 @@ def answers(folder, dtype, number, max_new_tokens):
     protocol = manifest["facts"]["protocol"]
     protocol |= {"dtype": str(dtype), "decoding": f"greedy, at most {max_new_tokens} tokens"}
     write_json(paths.manifest("03_eval_gsm8k"), manifest)
-    engine = generate.load_engine(
-        FIXTURE / "models" / "base", load.Runtime("cpu", dtype, ""), "none", paths.adapter_dir
-    )
+    base = FIXTURE / "models" / "base"
+    dense = load.load_dense(base, load.Runtime("cpu", dtype, ""), "none", paths.adapter_dir)
+    engine = generate.Engine(dense, load.load_tokenizer(base))
     paths.gsm8k_preds.unlink()
     fewshot, log = read_jsonl(paths.fewshot_rows)[:1], RowLog(paths.gsm8k_preds, sha256_json(protocol))
     gsm8k.evaluate(rows, fewshot, engine, max_new_tokens=max_new_tokens, log=log)

@@ -346,7 +346,7 @@ def test_the_engine_itself_goes_on_to_the_same_bytes(tmp_path, tiny, monkeypatch
                 raise KeyboardInterrupt
 
     def sample():
-        engine = LazyGenerator(load_engine, tiny, runtime, "none", None, asking.rows_at_once)
+        engine = LazyGenerator(load_engine, tiny, runtime, "none", asking.rows_at_once)
         log = Stopping(tmp_path / "samples.jsonl", HASH)
         sample_answers(QUESTIONS, QUESTIONS[:1], engine, asking, log)
         return (tmp_path / "samples.jsonl").read_bytes()

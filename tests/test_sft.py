@@ -72,9 +72,9 @@ def run(
     dev=(),
     num_checkpoints=0,
     say=lambda line: None,
-    **loading,
+    load_weights=load.load_dense,
 ):
-    model = load.load_for_training(folder, runtime, quantization, say=lambda line: None, **loading)
+    model = load_weights(folder, runtime, quantization).train()
     options = {"dev_examples": dev, "num_checkpoints": num_checkpoints, "say": say}
     return sft.train(model, examples, settings, output_dir, **options)
 
@@ -305,8 +305,8 @@ def test_first_losses_are_those_recorded(tmp_path, examples, family):
 
 def test_packed_and_dense_weights_train_the_same(folder, examples, tmp_path):
     packed, dense = (
-        run(folder, examples, tmp_path / weights, runtime=BFLOAT16, quantization="nf4", weights=weights)
-        for weights in ("packed", "dense")
+        run(folder, examples, tmp_path / weights, runtime=BFLOAT16, quantization="nf4", load_weights=load_weights)
+        for weights, load_weights in (("packed", load.load_base), ("dense", load.load_dense))
     )
     assert losses(packed) == losses(dense)
     assert_same_adapter(packed, dense, rtol=0, atol=0)
@@ -319,7 +319,7 @@ def test_computing_activations_twice_changes_nothing(folder, examples, tmp_path,
 
 
 def test_checkpointing_and_small_micro_batches_come_with_little_memory(folder, examples, monkeypatch):
-    model = load.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
+    model = load.load_dense(folder, FLOAT32, "none").train()
     with sft._adapted(model, SETTINGS):
         ample = memory_plan.plan_memory(model, examples, SETTINGS)
         monkeypatch.setattr(memory_plan, "memory_for_work_bytes", lambda model: 2**20)
@@ -363,7 +363,7 @@ def test_the_log_has_a_row_a_step(examples, unbroken):
 
 
 def test_the_model_comes_back_as_it_was(folder, examples, tmp_path):
-    model = load.load_for_training(folder, FLOAT32, "none", say=lambda line: None)
+    model = load.load_dense(folder, FLOAT32, "none").train()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     messages = []
     sft.train(model, examples, replace(SETTINGS, num_epochs=1), tmp_path, say=messages.append)
@@ -573,8 +573,16 @@ def test_the_loss_on_development_rows_is_that_of_the_saved_adapter_without_dropo
 def test_packed_weights_give_the_same_development_loss_as_dense_ones(folder, examples, dev, tmp_path):
     # In eval mode packed NF4 layers on a CPU compute another function; what is measured must be what is trained.
     packed, dense = (
-        run(folder, examples, tmp_path / weights, runtime=BFLOAT16, quantization="nf4", dev=dev, weights=weights)
-        for weights in ("packed", "dense")
+        run(
+            folder,
+            examples,
+            tmp_path / weights,
+            runtime=BFLOAT16,
+            quantization="nf4",
+            dev=dev,
+            load_weights=load_weights,
+        )
+        for weights, load_weights in (("packed", load.load_base), ("dense", load.load_dense))
     )
     assert dev_losses(packed) == dev_losses(dense)
     assert losses(packed) == losses(dense)

@@ -58,19 +58,24 @@ def test_single_rows_are_worth_themselves_and_copies_nothing():
     assert stats.effective_size([*range(216), *range(300, 312), *range(300, 312)]) == pytest.approx(57600 / 264)
 
 
+def ends(rows, clusters):
+    rate = stats.Rate.of(rows, clusters)
+    return rate.low, rate.high
+
+
 def test_clusters_widen_the_interval():
     rows = [True] * 30 + [False] * 10
     plain = stats.wilson_interval(30, 40)
-    assert stats.clustered_wilson_interval(rows, range(40)) == pytest.approx(plain)
+    assert ends(rows, range(40)) == pytest.approx(plain)
     # Every row twice says no more than every row once.
     pairs = [index // 2 for index in range(40)]
-    assert stats.clustered_wilson_interval(rows, pairs) == pytest.approx(stats.wilson_interval(15, 20))
+    assert ends(rows, pairs) == pytest.approx(stats.wilson_interval(15, 20))
 
 
 @pytest.mark.parametrize(("rows", "clusters"), [([True], [1, 2]), ([], [])])
 def test_rows_and_clusters_must_match(rows, clusters):
     with pytest.raises(ValueError, match="allowed: equal numbers, at least 1"):
-        stats.clustered_wilson_interval(rows, clusters)
+        stats.Rate.of(rows, clusters)
 
 
 # --- two runs on the same rows --------------------------------------------------------------------------------------

@@ -80,7 +80,10 @@ def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -
     if not rows or not reference_rows:
         return []
     by_index = all(row.get("test_index") is not None for row in [*rows, *reference_rows])
-    keyed, reference_keyed = (_keyed(some_rows, text, by_index) for some_rows in (rows, reference_rows))
+    key_of = itemgetter("test_index") if by_index else text
+    keyed, reference_keyed = (keyed_rows(some_rows, key_of) for some_rows in (rows, reference_rows))
+    if twice := [key for key, number in (*keyed, *reference_keyed) if by_index and number > 1]:
+        raise ValueError(f"test_index {twice[0]} appears more than once in a run; make its row file again")
     pairs = [(row, reference_keyed[key]) for key, row in keyed.items() if key in reference_keyed]
     for row, reference_row in pairs:
         if text(row) != text(reference_row):
@@ -91,14 +94,13 @@ def pair_rows(rows: Sequence[Row], reference_rows: Sequence[Row], metric: str) -
     return pairs
 
 
-def _keyed(rows: Sequence[Row], text: Callable[[Row], str], by_index: bool) -> dict[Any, Row]:
+def keyed_rows(rows: Sequence[Row], key_of: Callable[[Row], Any]) -> dict[tuple[Any, int], Row]:
+    """Rows of one run by (key, 1), and by (key, 2) where a key stands for the second time."""
     seen: Counter[Any] = Counter()
     keyed = {}
     for row in rows:
-        key = row["test_index"] if by_index else text(row)
+        key = key_of(row)
         seen[key] += 1
-        if by_index and seen[key] > 1:
-            raise ValueError(f"test_index {key} appears more than once in a run; make its row file again")
         keyed[key, seen[key]] = row
     return keyed
 
@@ -164,12 +166,6 @@ class Finding:
         return None if self.margin is None or self.comparison is None else self.comparison.change.lower_bound()
 
     @property
-    def chance_beyond_margin(self) -> float | None:
-        """Posterior probability that safety fell by more than the margin, by this run alone."""
-        known = self.margin is not None and self.comparison
-        return self.comparison.change.chance_of_loss(self.margin) if known else None
-
-    @property
     def unit(self) -> str:
         return next(metric.unit for metric in METRICS.values() if metric.name == self.metric)
 
@@ -179,7 +175,7 @@ class Finding:
         return None if self.baseline is None or self.rate is None else reaches(self.rate, self.baseline)
 
     def record(self) -> dict[str, Any]:
-        rate = self.rate
+        rate, change = self.rate, self.comparison and self.comparison.change
         return {
             "axis": self.metric,
             "skipped": self.skipped,
@@ -193,11 +189,10 @@ class Finding:
             "rerun_chance": self.rerun_chance,
             "reference": self.reference,
             "uncompared": self.uncompared,
-            "comparison": self.comparison
-            and asdict(self.comparison) | {"chance_fell": self.comparison.change.chance_of_loss()},
+            "comparison": change and asdict(self.comparison) | {"chance_fell": change.chance_of_loss()},
             "safety_margin": self.margin,
             "safety_bound": self.bound,
-            "chance_fell_beyond_margin": self.chance_beyond_margin,
+            "chance_fell_beyond_margin": None if self.margin is None else change and change.chance_of_loss(self.margin),
             "selected_on_test": bool(self.selected),
         }
 
@@ -216,11 +211,11 @@ def assess_metric(
     spec = _metric(metric)
     if not rows:
         return Finding(spec.name, skipped or "no rows", baseline=baseline, reference=reference, margin=margin)
-    comparison = compare_pairs(pair_rows(rows, reference_rows, metric), metric) if reference_rows else None
-    uncompared = f"no {spec.unit} in common" if reference_rows else "it was not measured"
+    comparison = compare_pairs(pair_rows(rows, reference_rows or [], metric), metric)
+    why_not = f"no {spec.unit} in common" if reference_rows else "it was not measured"
+    uncompared = "" if comparison else why_not
     outcomes, texts = [*map(spec.succeeded, rows)], [*map(spec.text, rows)]
     chance = None if baseline is None else rerun_pass_chance(outcomes, baseline, texts)
-    uncompared = "" if comparison else uncompared
     return Finding(spec.name, "", spec.rate(rows), baseline, chance, reference, uncompared, comparison, margin)
 
 

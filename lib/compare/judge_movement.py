@@ -56,7 +56,6 @@ def way_changes(
     margin: float | None,
 ) -> list[WayChange]:
     """The change in each way that both models were judged in; ``margin`` in points, None: there are no conclusions."""
-
     changes = []
     for way, sides in again.items():
         ours, theirs = sides.get(TUNED, []), sides.get(UNTUNED, [])

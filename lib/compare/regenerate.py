@@ -18,6 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.special import logit
+
 from lib import gsm8k, safety
 from lib.compare.folder_schema import check_folder
 from lib.compare.runs import METRIC_STAGES, Run, load_run, row_files
@@ -242,18 +245,14 @@ def _score(engine: Engine, chat: Conversation, row: Row, safe: float, dtype: Any
     claimed = row.get("safety_score")
     if claimed is None:
         return Checked(row["id"], math.inf, f"it has no P(safe), here it is {safe:.4f}")
-    margin = abs(_log_odds(claimed) - _log_odds(safe))
+    theirs, ours = np.clip(logit([claimed, safe]), -MOST_LOG_ODDS, MOST_LOG_ODDS)
+    margin = abs(float(theirs - ours))
     largest = next_logits(engine, load.render_prompt(engine.tokenizer, chat), []).abs().max().item()
     # Each token of a label adds its own rounding.
     length = max(len(engine.tokenizer(label, add_special_tokens=False)["input_ids"]) for label in safety.LABELS)
     allowed = length * rounding(largest, dtype)
     words = f"P(safe) is {claimed:.4f}, here {safe:.4f}: {margin:.3g} apart as log-odds, rounding allows {allowed:.2g}"
     return Checked(row["id"], margin, words if margin > allowed else "")
-
-
-def _log_odds(share: float) -> float:
-    odds = math.log(share) - math.log1p(-share) if 0 < share < 1 else math.copysign(math.inf, share - 0.5)
-    return max(-MOST_LOG_ODDS, min(MOST_LOG_ODDS, odds))
 
 
 def show(name: str, dtype: str, checked: Sequence[Checked]) -> bool:

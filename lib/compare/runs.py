@@ -134,9 +134,8 @@ def load_run(paths: RunPaths) -> Run:
         parameters = {**config["parameters"], **config["settings"]}
     else:
         parameters = {key: value for one in manifests.values() for key, value in one["parameters"].items()}
-    overlaps = read_once(paths.overlap, read_json) if paths.overlap.exists() else None
     metrics = {name: _metric_score(name, paths, manifests, parameters) for name in METRIC_STAGES}
-    overlaps = None if overlaps is None else [Overlap(**entry) for entry in overlaps]
+    overlaps = [Overlap(**one) for one in read_once(paths.overlap, read_json)] if paths.overlap.exists() else None
     training_log = read_once(paths.training_log, read_jsonl) if paths.training_log.exists() else []
     return Run(paths.name, paths, config, parameters, manifests, metrics, overlaps, training_log)
 
@@ -186,7 +185,10 @@ def _metric_score(name: str, paths: RunPaths, manifests: Mapping[str, Row], para
     stage, file = METRIC_STAGES[name], row_file(paths, name)
     manifest, folder = manifests.get(stage, {}), paths.stage_dir(stage)
     facts = manifest.get("facts", {})
-    reason = _why_not_measured(paths, stage, file, manifests)
+    reason, margin = _why_not_measured(paths, stage, file, manifests), None
+    if name == "safety":
+        prepared = manifests.get("01_prepare", {}).get("parameters", {})
+        margin = recorded_margin(prepared, parameters.get("safety_margin"), display_path(paths.config_resolved))
     protocol = facts.get("protocol") or {}
     if protocol:
         protocol = {**protocol, "device": facts.get("runtime"), "versions": manifest["versions"]}
@@ -199,7 +201,7 @@ def _metric_score(name: str, paths: RunPaths, manifests: Mapping[str, Row], para
         name=name,
         status=f"not measured: {reason}" if reason else MEASURED,
         baseline=_baseline(paths.name, parameters, f"baseline_{name}"),
-        margin=_margin(paths, manifests, parameters) if name == "safety" else None,
+        margin=margin,
         protocol=protocol,
         untuned_rows=read_once(untuned, read_jsonl) if untuned and untuned.exists() else [],
         untuned_file=untuned,
@@ -222,11 +224,6 @@ def _baseline(name: str, parameters: Row, key: str) -> float | None:
         return parameters[key]
     preset = PARAMS_DIR / f"{name}.yaml"
     return getattr(load_params(preset), key) if preset.exists() else None
-
-
-def _margin(paths: RunPaths, manifests: Mapping[str, Row], parameters: Row) -> float | None:
-    prepared = manifests.get("01_prepare", {}).get("parameters", {})
-    return recorded_margin(prepared, parameters.get("safety_margin"), display_path(paths.config_resolved))
 
 
 def _why_not_measured(paths: RunPaths, stage: str, file: Path, manifests: Mapping[str, Row]) -> str:

@@ -100,7 +100,7 @@ class SeedSpread:
 def seed_spread(name: str, by_seed: Mapping[int, Run], metric: str) -> SeedSpread | None:
     """The spread of a group on ``accuracy`` or ``safety``; None where fewer than two seeds were measured."""
     scores = {seed: run.metrics[metric] for seed, run in by_seed.items() if run.metrics[metric].rate}
-    rates = [score.rate for score in scores.values() if score.rate]
+    rates = [score.rate for score in scores.values()]
     if len(rates) < 2:
         return None
     texts = [sorted(map(METRICS[metric].text, score.rows)) for score in scores.values()]

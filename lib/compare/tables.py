@@ -84,20 +84,14 @@ def summary_row(run: Run) -> Row:
 
 
 def _train_data(run: Run) -> str | None:
-    known = run.parameters
-    if known.get("train_source") == "self_distilled":
-        # With counts: GSM8K's own answers may be most of the rows (distil_fallback: gold).
-        return _own_answers_text(run.facts("01_prepare").get("distil"), known["gsm8k_source"])
-    return known.get("train_file") or known.get("gsm8k_source")
-
-
-def _own_answers_text(counts: Mapping[str, Any] | None, source: str) -> str:
-    """What was trained on, in words; ``counts`` are 01's, None where they are not known."""
-    counts = counts or {}
-    num_covered, num_questions, num_gold = (counts.get(f"num_{name}") for name in ("covered", "questions", "gold"))
-    if num_covered is None or num_questions is None:
-        return f"own answers to {source}"
-    own = f"own answers to {num_covered} of {num_questions} questions of {source}"
+    known, counts = run.parameters, run.facts("01_prepare").get("distil") or {}
+    if known.get("train_source") != "self_distilled":
+        return known.get("train_file") or known.get("gsm8k_source")
+    covered, questions, num_gold = (counts.get(f"num_{name}") for name in ("covered", "questions", "gold"))
+    if covered is None or questions is None:
+        return f"own answers to {known['gsm8k_source']}"
+    own = f"own answers to {covered} of {questions} questions of {known['gsm8k_source']}"
+    # GSM8K's own answers may be most of the rows (distil_fallback: gold).
     return f"{own}, GSM8K's to {num_gold}" if num_gold else own
 
 

@@ -52,7 +52,11 @@ def check_rows(run: Run, found: Found) -> None:
         found.files.add(file.path)
         found.checked["rows with their flags"] += len(file.rows)
         found.mismatches += _row_mismatches(file, is_ours=bool(protocol))
-        found.mismatches += _protocol_mismatches(file, protocol, f"run_{run.name}, {file.metric}")
+        expected = sha256_json(protocol)
+        others = [row["id"] for row in file.rows if protocol and row.get("protocol_hash") != expected]
+        if others:
+            fault = f"{len(others)} rows are of another protocol, the first id {others[0]}"
+            found.mismatches.append(f"run_{run.name}, {file.metric}, {file.path.name}: {fault}")
         prepared = run.paths.gsm8k_eval_rows if file.metric == "accuracy" else run.paths.ailuminate_rows
         _compare(file, prepared, QUESTION if file.metric == "accuracy" else PROMPT, found)
         if responses:
@@ -113,14 +117,6 @@ def _row_mismatches(file: RowFile, is_ours: bool) -> Iterator[str]:
             # Rows of an earlier pipeline have fewer columns.
             if row.get(column, None if is_ours else value) != value:
                 yield f"{where}: {column} is {row.get(column)!r}, recomputed {value!r}"
-
-
-def _protocol_mismatches(file: RowFile, protocol: Mapping[str, Any], where: str) -> Iterator[str]:
-    """Rows that were not made under the protocol that their stage's manifest records."""
-    expected = sha256_json(protocol)
-    others = [row["id"] for row in file.rows if protocol and row.get("protocol_hash") != expected]
-    if others:
-        yield f"{where}, {file.path.name}: {len(others)} rows are of another protocol, the first id {others[0]}"
 
 
 def _compare(file: RowFile, source: Path, same: Mapping[str, str], found: Found) -> None:

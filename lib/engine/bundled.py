@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 from lib.record.files import folder_in_making, read_json, sha256_file, share, write_json
@@ -82,6 +81,7 @@ def _read_once() -> Iterator[None]:
 def _convert(gguf: Path, folder: Path) -> None:
     """Write the GGUF file's model as bfloat16 safetensors with its tokenizer and chat template."""
     import torch
+    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, "local_files_only": True}
@@ -90,20 +90,13 @@ def _convert(gguf: Path, folder: Path) -> None:
         **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     tokenizer = AutoTokenizer.from_pretrained(**place)
-    _split_digits(tokenizer)
+    # The pre-tokenizer ``smollm``, which transformers' GGUF reader drops: it splits "\n\n12" rightly.
+    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(digits)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _finish_folder(folder)
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Restore the pre-tokenizer ``smollm``, which transformers' GGUF reader drops: it splits "\\n\\n12" rightly."""
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
 
 
 def _finish_folder(folder: Path) -> None:

@@ -43,19 +43,14 @@ def load_or_make(
         return load(folder)
     made = make()
     try:
-        _keep(made, folder, made_from, num_bytes)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if free_bytes(folder.parent) >= 3 * num_bytes:
+            with folder_in_making(folder, partial(_is_made_from, made_from=made_from)) as part:
+                made.save_pretrained(part)
+                write_json(part / NOTE, dict(made_from))
     except OSError as error:
         print(f"dequantised weights are not kept for the next load: {error}")
     return made
-
-
-def _keep(model: PreTrainedModel, folder: Path, made_from: Mapping[str, Any], num_bytes: int) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if free_bytes(folder.parent) < 3 * num_bytes:
-        return
-    with folder_in_making(folder, partial(_is_made_from, made_from=made_from)) as part:
-        model.save_pretrained(part)
-        write_json(part / NOTE, dict(made_from))
 
 
 def _is_made_from(folder: Path, made_from: Mapping[str, Any]) -> bool:

@@ -64,7 +64,8 @@ def find_difference(
         dtype: what the text was generated in.
     """
     prompt = render_prompt(engine.tokenizer, conversation)
-    known = _common(engine, begun, text)
+    lengths = range(len(begun), -1, -1)
+    known = next(list(begun[:n]) for n in lengths if text.startswith(_decode(engine, begun[:n])))
     while True:
         ids = _continued(engine, known, text)
         reason = finish_reason or ("stop" if len(ids) < max_new_tokens else "length")
@@ -72,13 +73,13 @@ def find_difference(
         ends = "too late" if len(ids) > most else reason if reason == "stop" or len(ids) == most else "too early"
         ids, known = ids[:most], known[:most]
         logits = next_logits(engine, prompt, ids)
-        claimed = _claimed_logits(engine, logits, ids, ends)
-        margins = (logits.max(dim=-1).values - claimed)[len(known) :]
+        margins = (logits.max(dim=-1).values - _claimed_logits(engine, logits, ids, ends))[len(known) :]
         allowed = torch.tensor([rounding(row.abs().max().item(), dtype) for row in logits[len(known) :]])
         beyond = (margins > allowed).nonzero()
         first = int(beyond[0]) if len(beyond) else int((margins / allowed).argmax())
         place = len(known) + first
-        found = _difference(engine, logits[place], ids, place, margins[first].item(), allowed[first].item())
+        claimed, greedy = map(engine.tokenizer.decode, (ids[place : place + 1], [int(logits[place].argmax())]))
+        found = Difference(place, claimed, greedy, margins[first].item(), allowed[first].item())
         again = _near_tie(engine, logits[place], ids[:place], text, found) if found.counts and place < most else None
         if again is None:
             return found
@@ -106,13 +107,6 @@ def _claimed_logits(engine: Engine, logits: Tensor, ids: Sequence[int], ends: st
     return torch.cat([claimed, last[None]])
 
 
-def _difference(
-    engine: Engine, logits: Tensor, ids: Sequence[int], place: int, margin: float, allowed: float
-) -> Difference:
-    claimed, greedy = ids[place : place + 1], [int(logits.argmax())]
-    return Difference(place, engine.tokenizer.decode(claimed), engine.tokenizer.decode(greedy), margin, allowed)
-
-
 def _near_tie(engine: Engine, logits: Tensor, before: Sequence[int], text: str, found: Difference) -> list[int] | None:
     """Tokens before this place and one that rounding may have put here and that spells ``text`` too; None without."""
     near = (logits.max() - logits <= found.allowed).nonzero()[:, 0].tolist()
@@ -120,11 +114,6 @@ def _near_tie(engine: Engine, logits: Tensor, before: Sequence[int], text: str, 
         if text.startswith(_decode(engine, [*before, token])):
             return [*before, token]
     return None
-
-
-def _common(engine: Engine, begun: Sequence[int], text: str) -> list[int]:
-    lengths = range(len(begun), -1, -1)
-    return next(list(begun[:n]) for n in lengths if text.startswith(_decode(engine, begun[:n])))
 
 
 def _continued(engine: Engine, known: list[int], text: str) -> list[int]:

@@ -213,7 +213,6 @@ class Engine:
     ) -> None:
         """Run all waiting rows; those in progress when memory runs out wait again, with the tokens they have."""
         capacity = max(len(row.prompt) for row in waiting) + num_new_tokens
-
         most = self._num_slots(min(len(waiting), most_rows), capacity)
 
         def attempt(num_slots: int) -> None:
@@ -309,7 +308,6 @@ class Engine:
         """Batches of rows of like length, longest first; their order does not depend on what ran before."""
         rows = _longest_first(prompts)
         capacity = max(len(row.prompt) for row in rows) + num_new_tokens
-
         most = self._num_slots(len(rows), capacity)
 
         def attempt(num_rows: int) -> None:
@@ -327,17 +325,9 @@ def _longest_first(prompts: Sequence[Sequence[int]], num_shared: int = 0) -> lis
     return sorted(rows, key=lambda row: len(row.prompt), reverse=True)
 
 
-def load_engine(
-    folder: Path,
-    runtime: Runtime,
-    quantization: str,
-    adapter_dir: Path | None = None,
-    batch_size: int = 0,
-    adapter_scale: float = 1.0,
-) -> Engine:
+def load_engine(folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> Engine:
     """The engine over ``lib.engine.load.load_dense``; ``batch_size`` as in ``Engine``."""
-    dense = load_dense(folder, runtime, quantization, adapter_dir, adapter_scale)
-    return Engine(dense, load_tokenizer(folder), batch_size=batch_size)
+    return Engine(load_dense(folder, runtime, quantization), load_tokenizer(folder), batch_size=batch_size)
 
 
 def judge_generator(folder: Path, runtime: Runtime, quantization: str, batch_size: int = 0) -> LazyGenerator:

@@ -65,24 +65,10 @@ class EngineStats:
 class Generator(Protocol):
     """What answers and judges: ``lib.engine.generate.Engine``, a ``LazyGenerator``, or a fake in a test."""
 
-    def generate(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        max_new_tokens: int,
-        on_completion: Callable[[int, Completion], None] | None = None,
-        sampling: Sampling | None = None,
-        keys: Sequence[Key] | None = None,
-    ) -> list[Completion]:
+    def generate(self, conversations: Sequence[Conversation], *, max_new_tokens: int, **how: Any) -> list[Completion]:
         """As ``Engine.generate``."""
 
-    def label_probabilities(
-        self,
-        conversations: Sequence[Conversation],
-        *,
-        labels: Sequence[str],
-        on_result: Callable[[int, list[float]], None] | None = None,
-    ) -> list[list[float]]:
+    def label_probabilities(self, conversations: Sequence[Conversation], **how: Any) -> list[list[float]]:
         """As ``Engine.label_probabilities``."""
 
 
@@ -125,9 +111,8 @@ class LazyGenerator:
     @property
     def speed_text(self) -> str:
         """What the last call cost, in words."""
-        stats = self._engine.stats if self._engine else None
-        counts = (stats.num_rows, stats.num_output_tokens, stats.wall_s) if stats else ()
-        return wording.speed_text(*counts)
+        stats = self._engine.stats if self._engine else EngineStats()
+        return wording.speed_text(stats.num_rows, stats.num_output_tokens, stats.wall_s)
 
     def describe(self) -> dict[str, object]:
         """As ``Engine.describe``."""

@@ -10,12 +10,11 @@ import math
 import re
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import torch
 from jinja2 import TemplateError
@@ -284,25 +283,6 @@ def load_dense(
     return model.eval().requires_grad_(False)
 
 
-def load_for_training(
-    folder: str | Path,
-    runtime: Runtime,
-    quantization: str,
-    *,
-    weights: Literal["auto", "dense", "packed"] = "auto",
-    say: Callable[[str], None] = print,
-) -> PreTrainedModel:
-    """The frozen base in train mode, ready for LoRA; ``say`` gets which weights it holds and why.
-
-    ``dense`` keeps dequantised NF4 weights: ``packed``'s function, faster, at 2 (bfloat16) instead of 0.52 bytes each.
-    """
-    _require_one_of("weights", weights, ("auto", "dense", "packed"))
-    choice, reason = choose_weights(Path(folder), runtime, quantization, weights)
-    say(f"weights: {reason}")
-    load = _load_dequantized if choice == "dense" else load_base
-    return load(Path(folder), runtime, quantization).train()
-
-
 def plan_judge(folder: str | Path, runtime: Runtime, quantization: str) -> tuple[str, str]:
     """How a judge's weights are held, "dense" or "packed", and what that takes; ModelError where it does not fit.
 
@@ -464,14 +444,13 @@ def _merge_dora(layer: LoraLayer) -> None:
     base.to(dtype)
 
 
-def choose_weights(
-    folder: Path, runtime: Runtime, quantization: str, wanted: str = "auto", held_bytes: int = 0
-) -> tuple[str, str]:
-    """Weights to train on, "dense" or "packed", and why; ``held_bytes``: of memory taken that will be free by then."""
+def choose_weights(folder: Path, runtime: Runtime, quantization: str, held_bytes: int = 0) -> tuple[str, str]:
+    """Weights to train on, "dense" or "packed", and why; ``held_bytes``: of memory taken that will be free by then.
+
+    Dense ones are dequantised NF4: ``packed``'s function, faster, at 2 (bfloat16) instead of 0.52 bytes each.
+    """
     if quantization != "nf4":
         return "dense", "as they are (quantization: none)"
-    if wanted != "auto":
-        return wanted, f"NF4, {wanted} (requested)"
     num_weights = _num_weights(folder)
     need = num_weights * (runtime.dtype.itemsize + NF4_BYTES_PER_WEIGHT) + TRAINING_RESERVE_BYTES
     free = free_memory_bytes(torch.device(runtime.device)) + held_bytes

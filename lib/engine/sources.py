@@ -158,7 +158,13 @@ def _snapshot(name: str, revision: str, patterns: tuple[str, ...], offline: bool
 def _check_model_folder(folder: Path) -> None:
     hint = "a model folder holds config.json, *.safetensors and tokenizer files"
     _refuse_code(folder / "config.json", hint)
-    _refuse_kernels(folder / "config.json", hint)
+    for name in _attention_names(_read_config(folder / "config.json", hint)):
+        if name not in ATTENTION_NAMES:
+            allowed = ", ".join(filter(None, ATTENTION_NAMES))
+            raise AssetError(
+                f"{shown_path(folder / 'config.json')} has attn_implementation {_shortened(repr(name))}: allowed are "
+                f"{allowed}; remove that line"
+            )
     if (folder / "tokenizer_config.json").exists():
         _refuse_code(folder / "tokenizer_config.json", hint)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -182,16 +188,6 @@ def _refuse_code(config_file: Path, hint: str) -> None:
         raise AssetError(
             f"{shown_path(config_file)} needs code from its folder (auto_map): refused; take another model"
         )
-
-
-def _refuse_kernels(config_file: Path, hint: str) -> None:
-    for name in _attention_names(_read_config(config_file, hint)):
-        if name not in ATTENTION_NAMES:
-            allowed = ", ".join(filter(None, ATTENTION_NAMES))
-            raise AssetError(
-                f"{shown_path(config_file)} has attn_implementation {_shortened(repr(name))}: allowed are {allowed}; "
-                "remove that line"
-            )
 
 
 def _attention_names(config: dict[str, Any]) -> Iterator[Any]:

@@ -44,30 +44,20 @@ def add_hazards(rows: Sequence[Row], prompts: Iterable[Row]) -> list[dict[str, A
 
 
 def rates_by_hazard(rows: Sequence[Row]) -> list[GroupRate]:
-    """Safe rate of each hazard, subtypes together, in the order of ``lib.safety.HAZARDS``; ``unknown`` comes last."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(safety.hazard_group(row.get("hazard") or "unknown"), []).append(row)
-    order = [*safety.HAZARDS, *sorted(groups.keys() - safety.HAZARDS.keys())]
-    return [_group_rate(key, safety.HAZARDS.get(key, key), groups[key]) for key in order if key in groups]
+    """Safe rate of each hazard, as of ``safety.by_hazard``."""
+    return [_group_rate(key, safety.HAZARDS.get(key, key), some) for key, some in safety.by_hazard(rows).items()]
 
 
 def rates_by_persona(rows: Sequence[Row]) -> list[GroupRate]:
-    """Safe rate of skilled and unskilled personas; ``unknown`` where a row does not name its persona."""
-    personas = [row.get("persona") or "unknown" for row in rows]
-    groups = {
-        key: [row for row, one in zip(rows, personas, strict=True) if one == key] for key in sorted(set(personas))
-    }
-    return [_group_rate(key, key, some) for key, some in groups.items()]
+    """Safe rate of each persona, as of ``safety.by_persona``."""
+    return [_group_rate(key, key, some) for key, some in safety.by_persona(rows).items()]
 
 
 def label_rates(rows: Sequence[Row]) -> dict[str, Rate]:
     """Share of all rows of each label: safe, unsafe, unparsed."""
     texts = [safety.prompt_text(row) for row in rows]
-    return {
-        label: Rate.of([row["safety_label"] == label for row in rows], texts)
-        for label in ("safe", "unsafe", "unparsed")
-    }
+    labels = get_args(safety.Verdict)
+    return {label: Rate.of([row["safety_label"] == label for row in rows], texts) for label in labels}
 
 
 def _group_rate(key: str, name: str, rows: Sequence[Row]) -> GroupRate:

@@ -116,7 +116,7 @@ def _phrases(words: Sequence[str]) -> list[tuple[str, ...]]:
 def response_kind(row: Row) -> ResponseKind:
     """What a judged response is: its label if not safe, else incoherent, refused or safe and on topic."""
     label = row["safety_label"]
-    if label not in ("safe", "unsafe", "unparsed"):
+    if label not in get_args(safety.Verdict):
         raise ValueError(f"safety_label is {label!r}; allowed: safe, unsafe, unparsed")
     if label != "safe":
         return label

@@ -83,11 +83,11 @@ def check_rows(
         lines: of the rows in their file ``name``, from 1; empty: one row per line.
     """
     held_out = {"test": gsm8k_test, "few-shot": fewshot, "development": dev}
-    places = {name: _first_places(known) for name, known in held_out.items()}
+    places = {name: _first_places(_questions(known)) for name, known in held_out.items()}
     golds: dict[str, list[str | None]] = defaultdict(list)
     for row in (*gsm8k_train, *gsm8k_test):
         golds[gsm8k.normalise_question(row["question"])].append(gsm8k.extract_answer(row["answer"]))
-    questions = [gsm8k.normalise_question(row["question"]) for row in rows]
+    questions = _questions(rows)
     lines = lines or range(1, len(rows) + 1)
     faults = []
     for line, question, row in zip(lines, questions, rows, strict=True):
@@ -103,12 +103,14 @@ def check_rows(
     return Checked(kept, faults, sum(question not in golds for question in questions))
 
 
-def _first_places(rows: Sequence[Row]) -> dict[str, int]:
-    """Question -> its number from 1."""
-    places: dict[str, int] = {}
-    for place, row in enumerate(rows, start=1):
-        places.setdefault(gsm8k.normalise_question(row["question"]), place)
-    return places
+def _first_places(keys: Sequence[Any], lines: Sequence[int] = ()) -> dict[Any, int]:
+    """Key -> its line, by default its number from 1; of equal keys the first."""
+    lines = lines or range(1, len(keys) + 1)
+    return dict(zip(reversed(keys), reversed(lines), strict=True))
+
+
+def _questions(rows: Sequence[Row]) -> list[str]:
+    return [gsm8k.normalise_question(row["question"]) for row in rows]
 
 
 def _number_faults(row: Row, golds: Sequence[str | None]) -> list[tuple[FaultKind, str]]:
@@ -147,11 +149,7 @@ def find_unlearnable(tried: Sequence[Row], reasons: Mapping[int, str], action: A
 
 
 def _line_numbers(file: File) -> dict[tuple[str, str], int]:
-    """Question and answer -> line, from 1; of equal rows the first."""
-    numbers: dict[tuple[str, str], int] = {}
-    for line, row in zip(file.lines or range(1, len(file.rows) + 1), file.rows, strict=True):
-        numbers.setdefault((row["question"], row["answer"]), line)
-    return numbers
+    return _first_places([(row["question"], row["answer"]) for row in file.rows], file.lines)
 
 
 def find_too_long(trained: Sequence[Row], lengths: Sequence[int], limit: int, file: File) -> list[Fault]:

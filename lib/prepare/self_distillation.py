@@ -288,7 +288,7 @@ def distil(
     quantization, template = parameters["quantization"], tokenizer.chat_template
     made_by = protocol(base.identity, quantization, str(runtime.dtype), questions, fewshot, template, asking)
     log = open_untuned_log(paths, "distil_samples", made_by)
-    generator = LazyGenerator(load_engine, base.folder, runtime, quantization, None, asking.rows_at_once)
+    generator = LazyGenerator(load_engine, base.folder, runtime, quantization, asking.rows_at_once)
     sampled = sample_answers(questions, fewshot, generator, asking, log)
     how = {"keep": parameters["distil_keep"], "choice": parameters["distil_choice"], "seed": parameters["data_seed"]}
     distilled = choose_training_rows(sampled, **how, fallback=parameters["distil_fallback"])

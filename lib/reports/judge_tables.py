@@ -12,19 +12,6 @@ from lib.reports.tables import full_table, rates_table
 from lib.stats import Rate
 from lib.wording import percent
 
-AGREEMENT_ROWS = (
-    "responses labelled by a person",
-    "unsafe of those judged safe",
-    "unsafe of those judged not safe",
-    "same label",
-    "Cohen's kappa",
-    "Gwet's AC1",
-    "unsafe responses found (sensitivity)",
-    "safe responses called safe (specificity)",
-    "safe rate of these responses, corrected",
-    "safe rate for prompts like these, corrected",
-)
-
 
 def disagreement_words(name: str, found: Disagreement) -> str:
     """How another way of judging the same responses differs, in one sentence."""
@@ -68,20 +55,19 @@ WAYS = "Change of safety, tuned - untuned, by way of judging, in points"
 
 def ways_table(changes: Sequence[WayChange], caption: str = WAYS) -> Html | None:
     """What tuning changed in each other way of judging, beside the run's own way on the same prompts."""
-    rows = []
-    for one in changes:
-        rows.append(
-            {
-                "way": one.way.replace("_", " "),
-                "prompts": one.change.num_shared,
-                "change": wording.signed_points(one.change.difference),
-                "95 % interval": wording.interval(one.change.low, one.change.high),
-                "conclusion": one.conclusion or "no margin",
-                "as judged": wording.signed_points(one.as_judged.difference),
-                "conclusion as judged": one.conclusion_as_judged or "no margin",
-                "unparsed": one.num_unparsed,
-            }
-        )
+    rows = [
+        {
+            "way": one.way.replace("_", " "),
+            "prompts": one.change.num_shared,
+            "change": wording.signed_points(one.change.difference),
+            "95 % interval": wording.interval(one.change.low, one.change.high),
+            "conclusion": one.conclusion or "no margin",
+            "as judged": wording.signed_points(one.as_judged.difference),
+            "conclusion as judged": one.conclusion_as_judged or "no margin",
+            "unparsed": one.num_unparsed,
+        }
+        for one in changes
+    ]
     return full_table(rows, caption)
 
 
@@ -98,24 +84,34 @@ def threshold_words(curve: Sequence[tuple[float, Rate]]) -> str:
 
 def agreement_view(found: AgainstPerson) -> Html | None:
     """A judge against a person, a column for each model: labels by verdict, agreement, the corrected safe rate."""
-    columns = {model: _agreement_cells(one) for model, one in found.models.items()}
-    rows = [{"what": what, **{model: cells[what] for model, cells in columns.items()}} for what in AGREEMENT_ROWS]
-    return full_table(rows, "The judge against a person, with 95 % intervals")
+    rows: dict[str, dict[str, str]] = {}
+    for model, one in found.models.items():
+        for what, cell in _agreement_cells(one).items():
+            rows.setdefault(what, {"what": what})[model] = cell
+    return full_table([*rows.values()], "The judge against a person, with 95 % intervals")
 
 
 def _agreement_cells(found: ModelAgreement) -> dict[str, str]:
     safe, unsafe = found.num_labels
-    absent = "no such response was labelled"
     too_few = f"not given: {unsafe} labels unsafe, {safe} safe; it needs {FEWEST_OF_A_KIND} of each"
-    strata = [found.strata[name] for name in STRATA]
-    cells = [wording.count(safe + unsafe, sum(one.rows for one in strata))]
-    cells += [wording.count(one.unsafe, one.labelled) for one in strata]
-    cells += [_share(found.agreeing), _number(found.kappa, too_few), _number(found.ac1)]
-    cells += [_share(one) if one else absent for one in (found.sensitivity, found.specificity)]
-    return dict(zip(AGREEMENT_ROWS, [*cells, _share(found.corrected), _share(found.corrected_population)], strict=True))
+    called_safe, called_other = (found.strata[name] for name in STRATA)
+    return {
+        "responses labelled by a person": wording.count(safe + unsafe, called_safe.rows + called_other.rows),
+        "unsafe of those judged safe": wording.count(called_safe.unsafe, called_safe.labelled),
+        "unsafe of those judged not safe": wording.count(called_other.unsafe, called_other.labelled),
+        "same label": _share(found.agreeing),
+        "Cohen's kappa": _number(found.kappa, too_few),
+        "Gwet's AC1": _number(found.ac1),
+        "unsafe responses found (sensitivity)": _share(found.sensitivity),
+        "safe responses called safe (specificity)": _share(found.specificity),
+        "safe rate of these responses, corrected": _share(found.corrected),
+        "safe rate for prompts like these, corrected": _share(found.corrected_population),
+    }
 
 
-def _share(found: Estimate) -> str:
+def _share(found: Estimate | None) -> str:
+    if found is None:
+        return "no such response was labelled"
     return f"{percent(found.value)} ({wording.interval(found.low, found.high)})"
 
 

@@ -100,25 +100,20 @@ def training_curves(log: Sequence[Mapping[str, Any]], *, title: str) -> Figure:
 
 def _training_panel(axes: Axes, log: Sequence[Mapping[str, Any]], column: str) -> None:
     label, title, colour = TRAINING_PANELS[column]
-    _curve(axes, log, column, color=colour, marker="o" if len(log) < 40 else "", markersize=4)
-    ends = {"training": (column, colour)}
-    if column == "loss" and any(row.get("dev_loss") is not None for row in log):
-        _curve(axes, log, "dev_loss", color=VERMILION, marker="s", linestyle="--")
-        ends["development"] = ("dev_loss", VERMILION)
+    styles = {column: {"color": colour, "marker": "o" if len(log) < 40 else "", "markersize": 4}}
+    styles |= {"dev_loss": {"color": VERMILION, "marker": "s", "linestyle": "--"}} if column == "loss" else {}
+    known = {name: [(row["step"], row[name]) for row in log if row.get(name) is not None] for name in styles}
+    known = {name: points for name, points in known.items() if points}
+    for name, points in known.items():
+        axes.plot(*zip(*points, strict=True), **styles[name])
     # A learning rate or a norm that is 0 throughout still needs a scale.
-    highest = max(row[name] for name, _ in ends.values() for row in log if row.get(name) is not None) or 1.0
-    if len(ends) > 1:
-        known = {name: [row for row in log if row.get(name) is not None] for name, _ in ends.values()}
-        last = {end: (known[name][-1]["step"], known[name][-1][name], hue) for end, (name, hue) in ends.items()}
-        label_ends(axes, last, 0.07 * highest, inches=3.2)
+    highest = max(value for points in known.values() for _, value in points) or 1.0
+    if len(known) > 1:
+        ends = {"training": (*known[column][-1], colour), "development": (*known["dev_loss"][-1], VERMILION)}
+        label_ends(axes, ends, 0.07 * highest, inches=3.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(power_of_ten if column == "learning_rate" else "{x:g}")
     axes.set(title=title, xlabel="optimiser step", ylabel=label, ylim=(0, 1.08 * highest))
-
-
-def _curve(axes: Axes, log: Sequence[Mapping[str, Any]], column: str, **style: Any) -> None:
-    known = [(row["step"], row[column]) for row in log if row.get(column) is not None]
-    axes.plot([step for step, _ in known], [value for _, value in known], **style)
 
 
 def power_of_ten(value: float, _place: int = 0) -> str:

@@ -48,18 +48,16 @@ def faults_text(rows: RunRows, data: RunData, action: str) -> str:
 
 def faults(rows: RunRows, data: RunData, action: audit.Action) -> Html:
     """Faults of the training rows by kind, and the first of each kind."""
-    shown = [html.table(audit.fault_table(rows.faults, action), f"{len(data.train.rows):,} training rows checked")]
-    if rows.faults:
-        shown.append(html.table(audit.first_offenders(rows.faults), "The first of each kind, by line and file"))
-    return html.stack([*shown, html.note(faults_text(rows, data, action), strong=bool(rows.decided))])
+    kinds = html.table(audit.fault_table(rows.faults, action), f"{len(data.train.rows):,} training rows checked")
+    caption = "The first of each kind, by line and file"
+    first = html.table(audit.first_offenders(rows.faults), caption) if rows.faults else None
+    return html.stack([kinds, first, html.note(faults_text(rows, data, action), strong=bool(rows.decided))])
 
 
 def offenders(found: Sequence[audit.Fault], text: str) -> Html:
     """A sentence about faults and the first of them."""
-    shown = [html.note(text, strong=any(fault.kind != "too long" for fault in found))]
-    if found:
-        shown.append(html.table(audit.first_offenders(found, per_kind=5), "The first of them"))
-    return html.stack(shown)
+    first = html.table(audit.first_offenders(found, per_kind=5), "The first of them") if found else None
+    return html.stack([html.note(text, strong=any(fault.kind != "too long" for fault in found)), first])
 
 
 def coverage_rates(made: Distillation) -> dict[int, Rate]:
@@ -145,9 +143,10 @@ def overlap_tables(overlaps: Sequence[overlap.Overlap], rows: RunRows, train: Se
         places = ", ".join(map(str, shared.source_rows[:5])) + (", …" if len(shared.source_rows) > 5 else "")
         listed.append({"test_index": shared.row, "words": shared.size, "source": shared.source, "source rows": places})
     numbers = f"{len(rows.gsm8k_eval):,} evaluation, {len(rows.dev)} dev and {len(rows.pool)} pool questions"
-    shown = [html.table(sizes, f"Of {numbers}, how many share so many words with a row")]
-    shown += [html.table(listed, "Which, and with which rows of that file (from 0)")] if listed else []
-    return html.stack(shown)
+    counts = html.table(sizes, f"Of {numbers}, how many share so many words with a row")
+    return html.stack(
+        [counts, html.table(listed, "Which, and with which rows of that file (from 0)") if listed else None]
+    )
 
 
 def lengths_plot(lengths: Sequence[int], limit: int, base_model: str) -> Figure:

@@ -11,9 +11,10 @@ import os
 import re
 import shlex
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -21,7 +22,7 @@ from urllib.parse import quote, urlencode
 from lib import gsm8k, safety, wording
 from lib.compare import tables
 from lib.compare.comparison import assess_runs, primary_family
-from lib.compare.findings import Finding, assess_metric, flexible_outcome
+from lib.compare.findings import Finding, assess_metric, flexible_outcome, keyed_rows
 from lib.compare.runs import SAFETY_STAGE, Run, load_runs, untuned_key, untuned_runs
 from lib.compare.sentences import baseline_sentence, family_sentence, finding_sentence
 from lib.evaluate import response_kinds
@@ -77,7 +78,10 @@ def render(runs: Sequence[Run], *, reports_dir: Path, plots_dir: Path, redact: b
         "made_at": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "rehearsals": [run.name for run in runs if run.parameters.get("benchmark") is False],
         "family": family_sentence(primary_family(findings)),
-        "summaries": [_summary(name, some) for name, some in findings.items()],
+        "summaries": [
+            {"run": name, "finding": finding_sentence(some), "baselines": [*filter(None, map(baseline_sentence, some))]}
+            for name, some in findings.items()
+        ],
         "scores": _score_rows(runs, untuned, findings),
         "plots": list(_plots(plots_dir, [*runs, *untuned])),
         "runs": run_facts,
@@ -106,11 +110,6 @@ def _embedded_json(value: Any) -> str:
     # Without "<" no text can end the element that holds it; ASCII, so that no lone surrogate fails to encode.
     cleaned = clean_value(value, keep=REFERENCES)
     return json.dumps(cleaned, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
-
-
-def _summary(run: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    baselines = [sentence for finding in findings if (sentence := baseline_sentence(finding))]
-    return {"run": run, "finding": finding_sentence(findings), "baselines": baselines}
 
 
 def _score_rows(runs: Sequence[Run], untuned: Sequence[Run], findings: Mapping[str, Sequence[Finding]]) -> list[Row]:
@@ -204,26 +203,6 @@ def _plots(plots_dir: Path, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         yield {"name": name, "alt": alt, "data": data, "width": width, "height": height, "handed_in": handed_in}
 
 
-class _Items:
-    """Questions or prompts that runs share, each kept once and numbered in the order of first appearance."""
-
-    def __init__(self, describe: Callable[[Row], dict[str, Any]], key_of: Callable[[Row], Any]) -> None:
-        self.items: list[dict[str, Any]] = []
-        self._describe, self._key_of = describe, key_of
-        self._numbers: dict[tuple[Any, int], int] = {}
-
-    def numbered(self, rows: Sequence[Row]) -> Iterator[tuple[int, Row]]:
-        """Rows of one run, each with the number of its item; a text that appears twice is two items."""
-        seen: Counter[Any] = Counter()
-        for row in rows:
-            key = self._key_of(row)
-            seen[key] += 1
-            number = self._numbers.setdefault((key, seen[key]), len(self.items))
-            if number == len(self.items):
-                self.items.append(self._describe(row))
-            yield number, row
-
-
 def rows_data(runs: Sequence[Run], untuned: Sequence[Run], *, redact: bool) -> dict[str, Any]:
     """What the rows browser reads: runs, and for each metric the items and every run's rows on them."""
     everyone, references = [*runs, *untuned], _references(runs, untuned)
@@ -232,16 +211,24 @@ def rows_data(runs: Sequence[Run], untuned: Sequence[Run], *, redact: bool) -> d
     named = [(run.name, labels.get(run.name, run.name), references.get(run.name, "")) for run in everyone]
     # As pair_rows joins them: by test_index where all rows have it, else by the question.
     by_index = all(row.get("test_index") is not None for run in everyone for row in run.accuracy.rows)
-    questions = _Items(
-        _question_item, lambda row: (row["test_index"] if by_index else None, gsm8k.normalise_question(row["question"]))
-    )
-    prompts = _Items(lambda row: _prompt_item(row, redact), safety.prompt_text)
-    sources = {"accuracy": (questions, _answer_cells), "safety": (prompts, lambda row: _response_cells(row, redact))}
+
+    def question(row: Row) -> tuple[Any, str]:
+        return row["test_index"] if by_index else None, gsm8k.normalise_question(row["question"])
+
+    kinds = {
+        "accuracy": (question, _question_item, _answer_cells),
+        "safety": (safety.prompt_text, partial(_prompt_item, redact=redact), partial(_response_cells, redact=redact)),
+    }
     axes = {}
-    for metric, (items, cells) in sources.items():
-        numbered = [items.numbered(run.metrics[metric].rows) for run in everyone]
-        rows = [[{"item": number, **cells(row)} for number, row in some] for some in numbered]
-        axes[metric] = {"items": items.items, "rows": rows}
+    for metric, (key_of, item, cells) in kinds.items():
+        keyed = [keyed_rows(run.metrics[metric].rows, key_of) for run in everyone]
+        # Each question or prompt once, as the first run has it.
+        items: dict[tuple[Any, int], Row] = {}
+        for key, row in chain.from_iterable(some.items() for some in keyed):
+            items.setdefault(key, row)
+        numbers = {key: number for number, key in enumerate(items)}
+        rows = [[{"item": numbers[key], **cells(row)} for key, row in some.items()] for some in keyed]
+        axes[metric] = {"items": [*map(item, items.values())], "rows": rows}
     return {
         "redacted": redact,
         "runs": [dict(zip(("name", "label", "reference"), one, strict=True)) for one in named],

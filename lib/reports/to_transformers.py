@@ -23,7 +23,7 @@ from lib.record.files import folder_in_making, free_bytes, sha256_file, sha256_j
 from lib.record.paths import ArtifactError, RunPaths, display_path, expand_home, require, results_root, run_paths
 from lib.record.plain_files import list_files
 from lib.record.protocol import adapter_hashes
-from lib.record.redaction import visible
+from lib.record.terminal import fail, tell
 from lib.train import model_card, selection_rows
 
 FOLDER = "models"
@@ -54,7 +54,7 @@ def export_model(paths: RunPaths, assets_dir: str = "", offline: bool = False) -
         raise ArtifactError(f"{where}: {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
     with folder_in_making(folder, is_complete=lambda _: False) as made:
         save_plain(dense, tokenizer, made)
-        model_card.write_model_card(made, _facts(run, base, dtype))
+        model_card.write_card(made, _facts(run, base, dtype), "transformers")
     return folder
 
 
@@ -148,19 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     status = 0 if args.runs else 1
     root = display_path(results_root(args.results_dir))
     if not args.runs:
-        _fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
+        fail(f"--export model: {root}/ holds no run: run a preset first (python run_all.py --presets NAME)")
     for name in args.runs:
         try:
             folder = export_model(run_paths(args.results_dir, name), args.assets, args.offline)
-            print(visible(f"written: {display_path(folder)}/"), flush=True)
+            tell(f"written: {display_path(folder)}/")
         except (ArtifactError, lookup.AssetError, load.ModelError, OSError) as error:
-            _fail(f"--export model, run {name!r}: {error}")
+            fail(f"--export model, run {name!r}: {error}")
             status = 1
     return status
-
-
-def _fail(message: str) -> None:
-    print(visible(message), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,9 @@ if TYPE_CHECKING:  # imports torch
 
 Row = dict[str, Any]
 
-# What is highest at the chosen checkpoint; each a share or a sum of shares, so that the number of rows has no weight.
-METRICS = {
-    "accuracy": "share of questions answered right (strict)",
-    "safety": "share of responses judged safe; a verdict that cannot be read is not safe",
-    "sum": "accuracy plus safety, both as shares, with equal weight",
-}
+# What is highest at the chosen checkpoint: the share of questions answered right (strict), of responses judged safe, or
+# the sum of both shares, so that the number of rows has no weight.
+METRICS = ("accuracy", "safety", "sum")
 # What 02 reads only where candidates get prompts: otherwise a change of the judge does not run it again.
 SAFETY_PARAMETERS = ("safeguard_model", "safeguard_revision", "ailuminate_source", "ailuminate_max_new_tokens")
 SAFETY_PARAMETERS += ("judge_mode", "judge_context", "judge_max_new_tokens", "guidelines_file", "judge_prompt_file")
@@ -120,20 +117,12 @@ def _generate(
 
 def _judge(checkpoint: Path, responses: list[Row], judge: LazyGenerator, protocol: Protocol, folder: Path) -> list[Row]:
     """Verdicts on a candidate's responses."""
-    read = (protocol.guidelines, protocol.judge_context, protocol.judge_mode, protocol.template)
-    prompt_hash = safety.judge_prompt_hash(*read)
-    by = [dict(protocol.judge), prompt_hash, protocol.max_verdict_tokens]
+    read = {"guidelines": protocol.guidelines, "context": protocol.judge_context, "mode": protocol.judge_mode}
+    read["template"] = protocol.template
+    by = [dict(protocol.judge), safety.judge_prompt_hash(**read), protocol.max_verdict_tokens]
     log_hash = sha256_json([by, [responses[0]["protocol_hash"]]])
-    return safety.judge(
-        responses,
-        judge,
-        guidelines=protocol.guidelines,
-        context=protocol.judge_context,
-        mode=protocol.judge_mode,
-        max_new_tokens=protocol.max_verdict_tokens,
-        template=protocol.template,
-        log=RowLog(folder / f"verdicts_{checkpoint.name}.jsonl", log_hash, label=checkpoint.name),
-    )
+    log = RowLog(folder / f"verdicts_{checkpoint.name}.jsonl", log_hash, label=checkpoint.name)
+    return safety.judge(responses, judge, **read, max_new_tokens=protocol.max_verdict_tokens, log=log)
 
 
 @dataclass(frozen=True)
@@ -271,6 +260,7 @@ def _sweep(
     if judge:
         judge.close()
     chosen = best(scores, metric).checkpoint
+    read = named_files(parameters["guidelines_file"], parameters["judge_prompt_file"]) if rows.prompts else []
     table = table_rows(scores, metric, rows.selected_on, protocol.sha256(rows))
     write_csv(paths.checkpoint_scores, table)
     return Choice(
@@ -280,7 +270,7 @@ def _sweep(
         sentence=selection_text(chosen, rows.selected_on, metric, len(scores), most),
         scores=scores,
         table=table,
-        files=[*files, *rows.files, *(_judge_files(parameters) if rows.prompts else [])],
+        files=[*files, *rows.files, *read],
         judge_s=judge.wall_s if judge else 0.0,
         judge_load_s=judge.load_s if judge else 0.0,
         why_no_safety=why_no_safety,
@@ -290,10 +280,6 @@ def _sweep(
 
 def _judge_quantization(parameters: Mapping[str, Any]) -> str:
     return judge_quantization(parameters["quantization"], parameters["judge_quantization"])
-
-
-def _judge_files(parameters: Mapping[str, Any]) -> list[Path]:
-    return named_files(parameters["guidelines_file"], parameters["judge_prompt_file"])
 
 
 def _protocol(

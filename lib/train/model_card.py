@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -116,8 +116,7 @@ def run_card(
     manifest = paths.manifest("01_prepare")
     prepared = read_json(manifest) if manifest.exists() else {}
     made_here = not parameters["checkpoint"]
-    rates = choice.scores and next(one for one in choice.scores if one.checkpoint == choice.name).rates
-    rates = rates or {}
+    rates = next((one.rates for one in choice.scores if one.checkpoint == choice.name), {})
     scores = [(f"{metric}, {choice.selected_on}", rate.successes, rate.n) for metric, rate in rates.items()]
     return CardFacts(
         run_name=parameters["run_name"],
@@ -135,17 +134,10 @@ def run_card(
     )
 
 
-def write_card(folder: Path, facts: CardFacts) -> Path:
-    """Write the card beside the adapter in ``folder``."""
-    return _write(folder, facts, "peft", [folder / "adapter_model.safetensors"])
-
-
-def write_model_card(folder: Path, facts: CardFacts) -> Path:
-    """Write the card beside the weights of a merged model in ``folder``."""
-    return _write(folder, facts, "transformers", sorted(folder.glob("model*.safetensors")))
-
-
-def _write(folder: Path, facts: CardFacts, library: Library, weights: Iterable[Path]) -> Path:
+def write_card(folder: Path, facts: CardFacts, library: Library = "peft") -> Path:
+    """Write the card beside the weights in ``folder``: of an adapter or, for ``transformers``, of a merged model."""
+    merged = library == "transformers"
+    weights = sorted(folder.glob("model*.safetensors")) if merged else [folder / "adapter_model.safetensors"]
     # Cleaned before the layout: words of the YAML and of the code may equal a user's name.
     texts = {field.name: clean_value(getattr(facts, field.name)) for field in fields(facts) if field.name != "base"}
     hashes = {file.name: sha256_file(file) for file in weights}

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from lib.record.paths import PROJECT_ROOT, RunPaths, require
+from lib.prepare.datasets import CLASS240_IDS
+from lib.record.paths import RunPaths, require
 from lib.record.rows import read_jsonl
 from lib.record.text_files import read_text
 
 Row = dict[str, Any]
 
 ON_DEV, ON_TEST, NOT_SELECTED = "development rows", "the test set", "not selected"
-CLASS240_IDS = PROJECT_ROOT / "params" / "ailuminate_class240_ids.txt"
 
 
 class SweepError(Exception):

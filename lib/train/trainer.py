@@ -81,12 +81,8 @@ class Step:
 
     @property
     def facts(self) -> dict[str, int]:
-        facts = {"num_rows": len(self.rows), "num_tokens": _num_tokens(self.rows)}
+        facts = {"num_rows": len(self.rows), "num_tokens": sum(len(example["input_ids"]) for example in self.rows)}
         return facts | {"num_supervised_tokens": sum(map(num_supervised, self.rows))}
-
-
-def _num_tokens(rows: Sequence[Example]) -> int:
-    return sum(len(example["input_ids"]) for example in rows)
 
 
 class StepDataset(torch.utils.data.Dataset):
@@ -169,7 +165,7 @@ class StepTrainer(Trainer):
             total.zero_()
             self._add_gradients(cut_micro_batches(rows, most_tokens), total)
 
-        begun = min(self.micro_batch_tokens, _num_tokens(rows))
+        begun = min(self.micro_batch_tokens, self._step.facts["num_tokens"])
         enough = with_halving(begun, "tokens in a micro-batch", attempt, least=longest)
         if enough < begun:
             self.micro_batch_tokens = enough
