@@ -142,8 +142,8 @@ def _is_kernel(process: psutil.Process) -> bool:
         return False
 
 
-def _is_job(process: psutil.Process, driver: Driver) -> bool:
-    """Whether it is the process of one preset, under ``--jobs``."""
+def _is_server(process: psutil.Process, driver: Driver) -> bool:
+    """Whether it is the process that kernels are forked from."""
     try:
         return process.ppid() == driver.process.pid and not _is_kernel(process)
     except psutil.NoSuchProcess:
@@ -165,12 +165,12 @@ def kill_in_stage(driver: Driver, wanted: str, kind: str, after_s: float, draw: 
 
 
 def strike(driver: Driver, kind: str, draw: random.Random) -> list[str]:
-    """Kill the driver, one of its kernels, one of its jobs, or all of these, with SIGKILL; what was broken."""
+    """Kill the driver, one of its kernels, the server of kernels, or all of these, with SIGKILL; what was broken."""
     below = driver.below()
     kernels = [process for process in below if _is_kernel(process)]
-    jobs = [process for process in below if _is_job(process, driver)]
-    one = {"kernel": kernels, "job": jobs}.get(kind, [])
-    targets = [draw.choice(one)] if one else [driver.process, *(kernels + jobs if kind == "all" else [])]
+    servers = [process for process in below if _is_server(process, driver)]
+    one = {"kernel": kernels, "server": servers}.get(kind, [])
+    targets = [draw.choice(one)] if one else [driver.process, *(kernels + servers if kind == "all" else [])]
     for target in targets:
         with suppress(psutil.NoSuchProcess):
             target.send_signal(signal.SIGKILL)
@@ -219,7 +219,7 @@ def compared_files(output: Path) -> dict[str, Path]:
     return {
         name: path
         for name, path in found.items()
-        if not name.startswith(("reports/", ".lock")) and name.endswith(kinds) and not name.endswith(timed)
+        if not name.startswith(("reports/", ".lock", ".plan/")) and name.endswith(kinds) and not name.endswith(timed)
     }
 
 

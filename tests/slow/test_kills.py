@@ -214,7 +214,7 @@ def kill_at_once(driver: Driver, usual_s: float, draw: random.Random, most: int)
             time.sleep(0.02)
         if not driver.is_running():
             return num_kills, broken
-        broken += chaos.strike(driver, draw.choice(("driver", "kernel", "job", "all")), draw)
+        broken += chaos.strike(driver, draw.choice(("driver", "kernel", "server", "all")), draw)
         broken += chaos.torn_files(driver.output)
     return most, broken
 
