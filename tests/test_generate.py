@@ -628,6 +628,17 @@ def test_attention_kernel_and_written_out():
         assert torch.allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize(("amx", "kernel"), [(True, "flash_cpu"), (False, "products")])
+def test_a_cpu_without_tiles_for_bfloat16_multiplies_itself(monkeypatch, amx, kernel):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, length, 64).bfloat16() for length in (300, 200, 200))
+    monkeypatch.setattr(kernels, "has_amx", lambda: amx)
+    assert kernels.kernel_of(query) == kernel
+    expected = attend_by_products(query.float(), key.float(), value.float(), 0.3)
+    for one, other in zip(attention.attend(query, key, value, 0.3), expected, strict=True):
+        assert torch.allclose(one.float(), other, atol=0.02)
+
+
 def test_bfloat16_portions_agree_with_float32():
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 2, length, 64).bfloat16() for length in (300, 200, 200))

@@ -337,7 +337,7 @@ def attend_in_portions(query: Tensor, key: Tensor, value: Tensor, scale: float) 
     value = value.float() if value.dtype == torch.float16 else value
     parts = []
     for portion in query.chunk(-(-query.shape[-2] // NUM_QUERIES[query.device.type]), dim=-2):
-        with _bfloat16_products():
+        with _bfloat16_products(query.dtype == torch.bfloat16):
             scores = portion.float() @ key
         parts.append(_weigh(scores.mul_(scale), value))
     return torch.cat([out for out, _ in parts], dim=-2), torch.cat([log_sum for _, log_sum in parts], dim=-1)
@@ -352,10 +352,12 @@ def _weigh(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _bfloat16_products() -> Iterator[None]:
+def _bfloat16_products(allowed: bool) -> Iterator[None]:
     """Let float32 products use bfloat16 units with float32 sums; never for positions, which it rounds."""
     settings = torch.backends.mkldnn.matmul
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    before = settings.fp32_precision
+    if allowed:
+        settings.fp32_precision = "bf16"
     try:
         yield
     finally:

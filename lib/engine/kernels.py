@@ -7,6 +7,7 @@ float32). Letters in shapes: T tokens, A sequences, H query heads, Hkv key/value
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Literal
 
@@ -26,7 +27,7 @@ def kernel_of(states: Tensor) -> Kernel:
     """The attention kernel for queries and keys like ``states`` (..., D).
 
     | device                            | kernel                                                        |
-    | CPU, bfloat16                     | products: torch's own does not use the CPU's bfloat16 units   |
+    | CPU, bfloat16 without AMX         | products: torch's own does not use AVX-512's bfloat16 units   |
     | CPU                               | flash_cpu                                                     |
     | GPU from 8.0 on, 16 bits          | varlen: FlashAttention over sequences of any length           |
     | older GPU (T4), float16           | efficient: the only fused one that it has                     |
@@ -34,12 +35,18 @@ def kernel_of(states: Tensor) -> Kernel:
     | GPU of a Mac                      | products                                                      |
     """
     if states.device.type == "cpu":
-        return "products" if states.dtype == torch.bfloat16 else "flash_cpu"
+        return "products" if states.dtype == torch.bfloat16 and not has_amx() else "flash_cpu"
     if states.device.type == "mps" or states.shape[-1] % 8 or states.shape[-1] > LARGEST_HEAD:
         return "products"
     if is_ampere(states.device):
         return "varlen" if states.dtype in (torch.float16, torch.bfloat16) else "products"
     return "efficient" if states.dtype == torch.float16 else "products"
+
+
+@cache
+def has_amx() -> bool:
+    """Whether the CPU has tiles for bfloat16, which make torch's kernel five times as fast as products (P 1,100)."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def is_ampere(device: torch.device) -> bool:
