@@ -20,7 +20,7 @@ from lib.compare.verify_rows import check_rows
 from lib.compare.verify_tables import check_comparison, check_tables
 from lib.record.commitment import COMMITMENT, commitment_text
 from lib.record.files import read_json, sha256_file
-from lib.record.paths import COMPARE_STAGE, ArtifactError, RunPaths, display_path, find_runs
+from lib.record.paths import COMPARE_STAGE, PLANS, ArtifactError, RunPaths, display_path, find_runs
 
 # A line for each file of a run, which are some hundred.
 MAX_COMMITMENT_BYTES = 1_000_000
@@ -101,7 +101,7 @@ def _describe(files: list[Path], folder: Path) -> list[str]:
             kinds["pages and pictures"] += 1
         elif "checkpoints" in path.parts:
             kinds["files of checkpoints"] += 1
-        elif path.name != ".lock":
+        elif not path.name.endswith(".lock") and path.parent.parent.name != PLANS:
             others.append(
                 display_path(path) if not path.is_relative_to(folder) else path.relative_to(folder).as_posix()
             )

@@ -176,7 +176,9 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=["local", "ray", "slurm"], default="local", help="what runs the notebooks (local)"
     )
     on.add_argument("--address", default="", metavar="HOST:PORT", help="of the Ray cluster's head ($RAY_ADDRESS)")
-    on.add_argument("--sbatch", default="", metavar="OPTIONS", help="options of sbatch: '--gres=gpu:1 --time=4:00:00'")
+    on.add_argument(
+        "--sbatch", default="", metavar="OPTIONS", help="options of sbatch: --sbatch='--gres=gpu:1 --time=4:00:00'"
+    )
     on.add_argument("--worker", type=Path, metavar="PLAN", help="run one task of a plan, as the engines do: see --task")
     on.add_argument("--task", type=int, metavar="N", help="the task that --worker runs, from 0; --list numbers them")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lib.driver.cli import UsageError
 from lib.driver.engines.slurm import script
 from lib.driver.plan import Plan, output_folders, sweeps_safety
-from lib.driver.tasks import FOLDER, GSM8K, SAFETY, Task, levels, make_tasks
+from lib.driver.tasks import GSM8K, SAFETY, Task, levels, make_tasks
 from lib.driver.worker import comparison_plan, due_reason
 from lib.engine.bundled import MODELS_DIR
 from lib.engine.sources import find_model
@@ -17,7 +17,7 @@ from lib.prepare.datasets import find_prompts, find_questions
 from lib.record.commitment import COMMITMENT
 from lib.record.files import read_json
 from lib.record.lookup import AssetError, Place, hub_is_offline, own_path, place_of
-from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, SUMMARY, find_runs
+from lib.record.paths import COMPARE_STAGE, METRICS_CSV, METRICS_JSON, PLANS, SUMMARY, find_runs
 from lib.record.rows import count_lines
 from lib.record.terminal import as_typed, tell
 
@@ -60,7 +60,7 @@ def _tasks(args: argparse.Namespace, plans: list[Plan]) -> Iterator[str]:
         for task in group:
             yield f"  {level}  {task.number:>3}  {task.name:<44} {_extent(by_name.get(task.run, plans[0]), task)}"
     if args.engine == "slurm":
-        folder = output_folders(args)[0] / FOLDER / "<hash>"
+        folder = output_folders(args)[0] / PLANS / "<hash>"
         yield from (script(folder, level, [task.number for task in group]) for level, group in enumerate(groups))
 
 

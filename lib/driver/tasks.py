@@ -17,10 +17,10 @@ from lib.driver.plan import Plan
 from lib.params import Params
 from lib.record.files import read_json, sha256_json, write_json
 from lib.record.locks import is_alive
-from lib.record.paths import COMPARE_STAGE, results_root, run_paths
+from lib.record.paths import COMPARE_STAGE, PLANS, results_root, run_paths
 from lib.record.progress import read_file, write_file
 
-FOLDER, FILE = ".plan", "tasks.json"
+FILE = "tasks.json"
 # How often a person typed Ctrl-C: workers on other machines look at it.
 STOP_FILE = "stop"
 GSM8K, SAFETY = "03_eval_gsm8k", "04_eval_safety"
@@ -213,9 +213,9 @@ def freeze(
     UsageError with the difference where one of these ``is_at_work``.
     """
     content = {"runs": [_from_plan(plan) for plan in plans], "tasks": [asdict(task) for task in tasks]}
-    folder = results / FOLDER / sha256_json(content)[:12]
+    folder = results / PLANS / sha256_json(content)[:12]
     found = (folder / FILE).exists()
-    for other in (results / FOLDER).glob("*"):
+    for other in (results / PLANS).glob("*"):
         if other != folder:
             if is_at_work(other):
                 raise UsageError(_refusal(results, read_json(other / FILE), content))
@@ -263,7 +263,7 @@ def task_lines(tasks: Tasks) -> list[str]:
 
 def find_tasks(results: Path) -> Tasks | None:
     """The plan of a results folder that was not worked off, if there is one."""
-    found = next((results / FOLDER).glob(f"*/{FILE}"), None)
+    found = next((results / PLANS).glob(f"*/{FILE}"), None)
     return read_tasks(found.parent) if found else None
 
 

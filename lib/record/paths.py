@@ -9,6 +9,8 @@ STAGES = ("01_prepare", "02_train", "03_eval_gsm8k", "04_eval_safety", "05_compa
 COMPARE_STAGE = STAGES[-1]
 # The tables that are handed in, at the top of a results folder.
 SUMMARY, METRICS_JSON, METRICS_CSV = "summary.csv", "final_metrics.json", "final_metrics.csv"
+# In a results folder while a command is at work or unfinished: its tasks, and how far they are.
+PLANS = ".plan"
 RESULTS_VARIABLE = "RUN_RESULTS_DIR"
 # Set in kernels of the driver and of tests, which no person watches.
 DRIVER_VARIABLE = "RUN_BY_DRIVER"
