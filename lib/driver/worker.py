@@ -18,7 +18,7 @@ from lib.driver.kernel import Interrupts
 from lib.driver.kernel_server import die_with
 from lib.driver.notebook import declared_parameters, execute, is_complete
 from lib.driver.plan import Plan
-from lib.driver.tasks import DONE, FAILED, LOST, RUNNING, SHARED_BY, STOPPED, Task, Tasks, read_tasks
+from lib.driver.tasks import DONE, FAILED, GSM8K, LOST, RUNNING, SAFETY, STOPPED, Task, Tasks, read_tasks
 from lib.record import shards
 from lib.record.files import error_text
 from lib.record.locks import hold_file, release_file
@@ -29,6 +29,8 @@ from lib.record.redaction import clean
 from lib.record.terminal import as_typed, fail, tell
 
 LOOK_AGAIN_S = 1.0
+# What the names of a stage's row files begin with.
+ROWS_OF = {GSM8K: "gsm8k", SAFETY: "ailuminate"}
 STATUS = {DONE: 0, FAILED: 1, LOST: 75, STOPPED: 130}
 # The process that a worker must not outlive.
 PARENT_VARIABLE = "RUN_PARENT"
@@ -164,10 +166,10 @@ def _run_held(tasks: Tasks, task: Task, interrupts: Interrupts, environment: Map
 
 def check_gpus(plan: Plan, task: Task) -> None:
     """ArtifactError where shares that this task joins were made by GPUs of several kinds, unless that was allowed."""
-    if task.part or task.stage not in SHARED_BY or plan.settings["allow_unlike"]:
+    if task.part or task.stage not in ROWS_OF or plan.settings["allow_unlike"]:
         return
     for folder in (plan.paths.run_dir, plan.paths.untuned_dir):
-        for path in sorted(folder.glob(f"*{shards.FOLDER_ENDING}")):
+        for path in sorted(folder.glob(f"{ROWS_OF[task.stage]}*{shards.FOLDER_ENDING}")):
             kinds = shards.gpus_of(path.with_name(path.name.removesuffix(shards.FOLDER_ENDING)))
             if len(kinds) > 1:
                 raise ArtifactError(

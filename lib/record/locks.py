@@ -170,14 +170,17 @@ def hold_file(path: Path, tell: Callable[[str], None] = print, *, beside: bool =
         folder = path.parent
         folder.mkdir(parents=True, exist_ok=True)
         stream = open_plain(folder / f".{path.name}{LOCK_FILE}", "a+", encoding="utf-8")
+        # Whoever locked the results folder has said once that it has no locks.
+        about_none: Callable[[str], None] = lambda _: None  # noqa: E731
     else:
         # A folder of data may be read-only.
         folder, name = machine_folder(), hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
         stream = (folder / f"{name}{LOCK_FILE}").open("a+", encoding="utf-8")
-    if not _locked(stream, folder, tell):
+        about_none = tell
+    if not _locked(stream, folder, about_none):
         tell(f"waiting for another run that is making {path.name}")
         # Polled, so that Ctrl-C takes effect at once.
-        while not _locked(stream, folder, tell):
+        while not _locked(stream, folder, about_none):
             time.sleep(LOOK_AGAIN_S)
     _files[path] = stream
 
