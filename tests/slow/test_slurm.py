@@ -161,9 +161,9 @@ def enough(project: Path) -> None:
 
 
 def state(project: Path, name: str) -> State:
-    """Of a task of the plan that is at work, by its name."""
+    """Of a task of the plan, by its name; it waits until there is a plan."""
     tasks = find_tasks(output(project))
-    return next(tasks.state(task) for task in tasks.all if task.name == name)
+    return next((tasks.state(task) for task in tasks.all if task.name == name), State()) if tasks else State()
 
 
 def wait_for_rows(project: Path, *runs: str) -> None:
@@ -268,7 +268,7 @@ def test_a_killed_driver_is_typed_again_and_another_command_is_refused(project, 
     assert status == 2 and "run_all.py --engine slurm" in printed
     assert "simple: learning_rate is" in printed and "there, 0.5 here" in printed
     status, printed = ended(start("simple", "medium", "--engine", "local", "--jobs", "2"))
-    assert status == 2 and "--engine slurm" in printed
+    assert status == 2 and "follow them with --engine slurm" in printed
     again = start("simple", "medium")
     wait_for_rows(project, "simple", "medium")
     assert slurm("squeue", "--noheader", "--array", "--format=%A") == jobs
@@ -284,8 +284,10 @@ def test_the_others_go_on_after_an_error_in_a_cell(project, start):
     write_notebook(
         project / "notebooks" / "01_prepare.ipynb", failing, ROWS.format(folder=str(rows_file(project, "").parent))
     )
+    driver = start("simple", "medium")
+    wait_for_rows(project, "medium")
     enough(project)
-    status, printed = ended(start("simple", "medium"))
+    status, printed = ended(driver)
     assert status == 1
     assert "simple: 01_prepare in cell 2: ValueError: the reason" in printed and "to go on: " in printed
     assert "given up" not in printed
@@ -294,13 +296,13 @@ def test_the_others_go_on_after_an_error_in_a_cell(project, start):
 
 
 def test_ctrl_c_cancels_what_waits_and_lets_rows_be_finished(project, start):
-    driver = start("simple", "medium", "strong")
+    driver = start("simple", "medium", "sandbox_one")
     wait_for_rows(project, "simple", "medium")
     driver.send_signal(signal.SIGINT)
     status, printed = ended(driver)
     assert status == 130
     assert printed.count("stopping after the current row") == 1 and "to go on: " in printed
-    assert not rows_file(project, "strong").exists() and not slurm("squeue", "--noheader")
+    assert not rows_file(project, "sandbox_one").exists() and not slurm("squeue", "--noheader")
     assert [state(project, f"{run} 01_prepare").state for run in ("simple", "medium")] == [STOPPED, STOPPED]
     assert all(rows_file(project, run).read_bytes().endswith(b"}\n") for run in ("simple", "medium"))
 

@@ -61,22 +61,7 @@ class SlurmEngine:
     def run(self, tasks: Tasks) -> None:
         """Submit what was not submitted, and follow it to its end."""
         self._submit(tasks)
-        waiting = {task.number for task in tasks.all}
-        with Interrupts(tell) as interrupts:
-            while waiting:
-                time.sleep(LOOK_AGAIN_S)
-                if interrupts.count > tasks.stop_wanted():
-                    tasks.want_stop(interrupts.count)
-                    _cancel(tasks.folder, *(["--state=PENDING"] if interrupts.count == 1 else []))
-                try:
-                    # In this order: what has just ended stands in its file before it leaves the queue.
-                    ended = waiting - queued(tasks.folder).keys()
-                except UsageError as error:
-                    fail(f"{error}\n  looking again; the tasks do not need this command")
-                    continue
-                if not interrupts.count:
-                    _give_up(tasks, ended)
-                waiting -= ended
+        _follow(tasks)
 
     def _submit(self, tasks: Tasks) -> None:
         there = queued(tasks.folder)
@@ -89,8 +74,28 @@ class SlurmEngine:
                 wait = [f"--dependency=afterany:{':'.join(sorted(before))}"] if before else []
                 before = {_slurm("sbatch", "--parsable", *wait, *self._options, str(path)).partition(";")[0].strip()}
         except UsageError:
-            _cancel(tasks.folder)
+            if before and not there:
+                _cancel(tasks.folder)
             raise
+
+
+def _follow(tasks: Tasks) -> None:
+    waiting = {task.number for task in tasks.all}
+    with Interrupts(tell) as interrupts:
+        while waiting:
+            time.sleep(LOOK_AGAIN_S)
+            try:
+                if interrupts.count > tasks.stop_wanted():
+                    _cancel(tasks.folder, *(["--state=PENDING"] if interrupts.count == 1 else []))
+                    tasks.want_stop(interrupts.count)
+                # In this order: what has just ended stands in its file before it leaves the queue.
+                ended = waiting - queued(tasks.folder).keys()
+            except UsageError as error:
+                fail(f"{error}\n  looking again; the tasks do not need this command")
+                continue
+            if not interrupts.count:
+                _give_up(tasks, ended)
+            waiting -= ended
 
 
 def _give_up(tasks: Tasks, ended: Collection[int]) -> None:
