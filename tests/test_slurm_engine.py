@@ -39,6 +39,7 @@ def fake(tmp_path, monkeypatch) -> Path:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.setattr(slurm, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(slurm, "SEEN_AFTER_S", 0.5)
     return folder
 
 
@@ -139,6 +140,22 @@ def test_tasks_that_end_undone_are_named_and_what_needs_them_is_not(tasks, fake)
     assert states[2].failure == (
         f"medium 01_prepare: given up, begun 6 times: ended by Slurm\n  its log: {tasks.folder}/2.log"
     )
+
+
+def test_a_file_that_a_shared_folder_shows_late_is_waited_for(tasks, fake, monkeypatch):
+    submit(tasks)
+    (fake / "queue").write_text("")
+    looks, states = [], Tasks.states
+
+    def late(tasks: Tasks):
+        looks.append(len(looks))
+        for task in tasks.all if len(looks) == 3 else ():
+            tasks.write(task, 0, state=DONE)
+        return states(tasks)
+
+    monkeypatch.setattr(Tasks, "states", late)
+    slurm._follow(tasks)
+    assert {state.state for state in tasks.states().values()} == {DONE}
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

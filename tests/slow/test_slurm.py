@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import chaos
 import psutil
 import pytest
-from small_notebooks import PROJECT_ROOT, copy_project, wait_for, write_notebook
+from small_notebooks import PROJECT_ROOT, copy_project, hanging_cell, wait_for, write_notebook
 
 from lib.driver.tasks import RUNNING, STOPPED, State, find_tasks
 from lib.record.rows import count_lines
@@ -305,6 +306,22 @@ def test_ctrl_c_cancels_what_waits_and_lets_rows_be_finished(project, start):
     assert not rows_file(project, "sandbox_one").exists() and not slurm("squeue", "--noheader")
     assert [state(project, f"{run} 01_prepare").state for run in ("simple", "medium")] == [STOPPED, STOPPED]
     assert all(rows_file(project, run).read_bytes().endswith(b"}\n") for run in ("simple", "medium"))
+
+
+def test_a_second_ctrl_c_ends_them_now(project, start):
+    shared = rows_file(project, "").parent
+    write_notebook(project / "notebooks" / "01_prepare.ipynb", hanging_cell(shared, "run_name"))
+    driver = start("simple")
+    wait_for((shared / "simple").exists)
+    for times in (1, 2):
+        driver.send_signal(signal.SIGINT)
+        # The driver has heard it, and the task: two at once would be one.
+        wait_for(lambda times=times: find_tasks(output(project)).stop_wanted() == times)
+        time.sleep(2)
+        assert (state(project, "simple 01_prepare").state == RUNNING) == (times == 1)
+    status, printed = ended(driver)
+    assert status == 130, printed
+    assert not processes(project, "ipykernel_launcher")
 
 
 def test_a_task_cancelled_from_outside_stays_so_and_is_named(project, start):

@@ -15,6 +15,8 @@ from lib.record.paths import ENGINE_VARIABLE, PROJECT_ROOT
 from lib.record.terminal import fail, tell
 
 LOOK_AGAIN_S = 5.0
+# A shared folder may show a task's first file this late (NFS: acdirmax).
+SEEN_AFTER_S = 60.0
 # Of a task that was lost, or stopped before its time limit; what Slurm itself requeued counts too.
 MAX_RESTARTS = 5
 WARNING_S = 120
@@ -61,6 +63,8 @@ class SlurmEngine:
     def run(self, tasks: Tasks) -> None:
         """Submit what was not submitted, and follow it to its end."""
         self._submit(tasks)
+        if not tasks.plan(tasks.all[0]).quiet:
+            tell(f"{len(queued(tasks.folder))} tasks in Slurm: squeue --name={tasks.folder.name}")
         _follow(tasks)
 
     def _submit(self, tasks: Tasks) -> None:
@@ -80,7 +84,8 @@ class SlurmEngine:
 
 
 def _follow(tasks: Tasks) -> None:
-    waiting = {task.number for task in tasks.all}
+    """Wait until every task has left the queue; name those that ended undone: cancelled, or lost too often."""
+    waiting = {task.number: 0.0 for task in tasks.all}
     with Interrupts(tell) as interrupts:
         while waiting:
             time.sleep(LOOK_AGAIN_S)
@@ -89,24 +94,20 @@ def _follow(tasks: Tasks) -> None:
                     _cancel(tasks.folder, *(["--state=PENDING"] if interrupts.count == 1 else []))
                     tasks.want_stop(interrupts.count)
                 # In this order: what has just ended stands in its file before it leaves the queue.
-                ended = waiting - queued(tasks.folder).keys()
+                gone, states = waiting.keys() - queued(tasks.folder).keys(), tasks.states()
             except UsageError as error:
                 fail(f"{error}\n  looking again; the tasks do not need this command")
                 continue
-            if not interrupts.count:
-                _give_up(tasks, ended)
-            waiting -= ended
-
-
-def _give_up(tasks: Tasks, ended: Collection[int]) -> None:
-    """Name those that ended undone: cancelled from outside, or lost as often as they may be."""
-    states = tasks.states()
-    for task in (tasks.all[number] for number in sorted(ended)):
-        state = states[task.number]
-        if state.state not in (DONE, FAILED) and not tasks.is_blocked(task, states):
-            why = f"given up, begun {state.tries} times: {state.failure or 'ended by Slurm'}"
-            tasks.write(task, 0, state=LOST, failure=f"{task.name}: {why}\n  its log: {tasks.log(task)}")
-            states[task.number] = tasks.state(task)
+            for task in (tasks.all[number] for number in sorted(gone)):
+                state = states[task.number]
+                left_at = waiting[task.number] = waiting[task.number] or time.monotonic()
+                if interrupts.count or state.state in (DONE, FAILED) or tasks.is_blocked(task, states):
+                    del waiting[task.number]
+                elif time.monotonic() - left_at >= SEEN_AFTER_S:
+                    why = f"given up, begun {state.tries} times: {state.failure or 'ended by Slurm'}"
+                    tasks.write(task, 0, state=LOST, failure=f"{task.name}: {why}\n  its log: {tasks.log(task)}")
+                    states[task.number] = tasks.state(task)
+                    del waiting[task.number]
 
 
 def scripts(tasks: Tasks, queued: Collection[int] = ()) -> list[Path]:
