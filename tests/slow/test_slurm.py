@@ -90,6 +90,7 @@ def cluster() -> Iterator[None]:
                 wait_for(lambda: slurm("sinfo", "--noheader", "--format=%T %D") == "idle 2", 60)
                 yield
             finally:
+                cancel_all()
                 end_all(str(configuration))
 
 
@@ -99,8 +100,14 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
+def cancel_all() -> None:
+    """End all jobs: those that watch over them outlive the daemons."""
+    slurm("scancel", "--user", getpass.getuser())
+    wait_for(lambda: not slurm("squeue", "--noheader"))
+
+
 def end_all(configuration: str) -> None:
-    """End the daemons, and the jobs with their processes: all that started with this ``configuration``."""
+    """End the daemons, and all else that was started with this ``configuration``."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get("SLURM_CONF") == configuration:
@@ -144,8 +151,7 @@ def start(project: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     for process in started:
         process.kill()
         process.wait()
-    slurm("scancel", "--user", getpass.getuser())
-    wait_for(lambda: not slurm("squeue", "--noheader"))
+    cancel_all()
 
 
 def output(project: Path) -> Path:
