@@ -61,7 +61,7 @@ def _tasks(args: argparse.Namespace, plans: list[Plan]) -> Iterator[str]:
             yield f"  {level}  {task.number:>3}  {task.name:<44} {_extent(by_name.get(task.run, plans[0]), task)}"
     if args.engine == "slurm":
         folder = output_folders(args)[0] / PLANS / "<hash>"
-        yield from (script(folder, level, [task.number for task in group]) for level, group in enumerate(groups))
+        yield from (script(folder, [task.number for task in group]) for group in groups)
 
 
 def _extent(plan: Plan, task: Task) -> str:

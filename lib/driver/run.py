@@ -99,6 +99,9 @@ def run_all(args: argparse.Namespace, plans: list[Plan], engine: Engine) -> int:
     os.chdir(PROJECT_ROOT)
     wanted = make_tasks(plans, args.shards, apart=engine.runs_several)
     tasks, found = freeze(results, plans, wanted, args.typed, slurm.queued)
+    if args.engine != "slurm" and slurm.queued(tasks.folder):
+        ways = f"follow them with --engine slurm, or end them (scancel --name={tasks.folder.name})"
+        raise UsageError(f"{results.name}/ is being filled by tasks of this command in Slurm: {ways}")
     if not engine.is_at_work(tasks):
         for folder in (results, reports):
             remove_temporary(folder, below=False)

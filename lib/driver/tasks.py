@@ -218,7 +218,7 @@ def freeze(
     for other in (results / PLANS).glob("*"):
         if other != folder:
             if is_at_work(other):
-                raise UsageError(_refusal(results, read_json(other / FILE), content))
+                raise UsageError(_refusal(other, read_json(other / FILE), content))
             shutil.rmtree(other)
     if not found:
         write_json(folder / FILE, {"typed": typed, **content})
@@ -226,8 +226,8 @@ def freeze(
     return read_tasks(folder), found
 
 
-def _refusal(results: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """What the plan at work in a folder has and this command has not, and the ways on."""
+def _refusal(plan: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What the ``plan`` at work has and this command has not, and the ways on."""
     old, new = ({run["preset"]: run for run in content["runs"]} for content in (there, here))
     differences = [f"{name} is only {'there' if name in old else 'here'}" for name in old.keys() ^ new.keys()]
     for name in old.keys() & new.keys():
@@ -237,9 +237,9 @@ def _refusal(results: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
             differences += [f"{name}: {key} is {before[key]!r} there, {after.get(key)!r} here" for key in changed]
     numbers = f"{len(there['tasks'])} tasks there, {len(here['tasks'])} here: other stages or shares"
     return (
-        f"{results.name}/ is being filled by tasks of another command that still wait or run: {there['typed']}\n"
+        f"{plan.parents[1].name}/ is being filled by tasks of another command, which wait or run: {there['typed']}\n"
         + "".join(f"  {line}\n" for line in sorted(differences) or [numbers])
-        + "type that command to follow it, end its tasks (scancel), or use another --output-dir"
+        + f"type that command to follow it, end its tasks (scancel --name={plan.name}), or use another --output-dir"
     )
 
 

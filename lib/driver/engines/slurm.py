@@ -1,43 +1,44 @@
 """The tasks of a plan on Slurm: one array for each level of the plan, which waits for the one before."""
 
-import json
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from lib.driver.cli import UsageError
 from lib.driver.kernel import Interrupts
-from lib.driver.tasks import DONE, LOST, RUNNING, WAITING, Tasks, levels
+from lib.driver.tasks import DONE, FAILED, LOST, WAITING, Tasks, levels
 from lib.driver.worker import keep_unchanged
-from lib.record.files import write_json
 from lib.record.paths import ENGINE_VARIABLE, PROJECT_ROOT
-from lib.record.terminal import tell
+from lib.record.terminal import fail, tell
 
 LOOK_AGAIN_S = 5.0
-JOBS_FILE = "slurm.json"
-# Of a task that was preempted, or stopped before its time limit; Slurm itself counts lost nodes.
+# A shared folder may show a task's first file this late (NFS: acdirmax).
+SEEN_AFTER_S = 60.0
+# Of a task that was lost, or stopped before its time limit; what Slurm itself requeued counts too.
 MAX_RESTARTS = 5
 WARNING_S = 120
-# Not afterok: a cell's error must not keep the other runs from going on; a task looks at those that it needs itself.
 SCRIPT = """\
 #!/bin/bash
-#SBATCH --job-name=level-{level}
+#SBATCH --job-name={name}
 #SBATCH --array={numbers}
 #SBATCH --requeue
-#SBATCH --signal=B:TERM@{warning}
+#SBATCH --signal=B:USR1@{warning}
 #SBATCH --open-mode=append
-#SBATCH --output={folder}/%a.log
-cd {project}
+#SBATCH --output={log}
+cd {project} || exit 2
 export {engine}=slurm
 {python} run_all.py --worker {plan} --task "$SLURM_ARRAY_TASK_ID" &
-trap 'kill -TERM $!' TERM INT
+# USR1 comes to this shell alone: the time is nearly over. TERM comes to every process: Slurm ends or requeues the task.
+trap 'again=yes; kill -TERM $!' USR1
+trap 'ended=yes' TERM
+while kill -0 $! 2> /dev/null; do wait $!; done  # a trap ends a wait
 wait $!; status=$?
-# A trap ends the first wait.
-while kill -0 $! 2> /dev/null; do wait $!; status=$?; done
-if [ $status -eq 130 ] && [ ! -e {plan}/stop ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+# 75: the kernel was lost; above 130: the worker itself.
+if [ $status -eq 75 ] || [ $status -gt 130 ]; then again=yes; fi
+if [ $status -gt 1 ] && [ "$again" ] && [ ! "$ended" ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 fi
 exit $status
@@ -50,87 +51,108 @@ class SlurmEngine:
     runs_several = True
 
     def __init__(self, options: str) -> None:
-        self._options = shlex.split(options)
+        try:
+            self._options = shlex.split(options)
+        except ValueError as error:
+            raise UsageError(f"--sbatch {options}: {error}") from None
 
     def is_at_work(self, tasks: Tasks) -> bool:
-        """Whether Slurm still knows jobs of the plan: they outlive the driver that submitted them."""
+        """Whether tasks wait or run: they outlive the driver that submitted them."""
         return bool(queued(tasks.folder))
 
     def run(self, tasks: Tasks) -> None:
-        """Submit what is not done, unless it was, and follow it to its end."""
-        if not self.is_at_work(tasks):
-            self._submit(tasks)
-        waiting = {task.number for task in tasks.all}
-        with Interrupts(tell) as interrupts:
-            while waiting:
-                time.sleep(LOOK_AGAIN_S)
-                if interrupts.count > tasks.stop_wanted():
-                    tasks.want_stop(interrupts.count)
-                    _slurm("scancel", *(["--state=PENDING"] if interrupts.count == 1 else []), *jobs_of(tasks.folder))
-                # In this order: what has just ended stands in its file before it leaves the queue.
-                ended = waiting - queued(tasks.folder)
-                states = tasks.states()
-                for task in (tasks.all[number] for number in ended):
-                    state = states[task.number]
-                    is_over = state.state not in (WAITING, RUNNING) or tasks.is_blocked(task, states)
-                    if not is_over and not interrupts.count:
-                        why = f"{task.name}: Slurm ended it, begun {state.tries} times\n  its log: {tasks.log(task)}"
-                        tasks.write(task, 0, state=LOST, failure=why)
-                waiting -= ended
+        """Submit what was not submitted, and follow it to its end."""
+        self._submit(tasks)
+        if not tasks.plan(tasks.all[0]).quiet:
+            tell(f"{len(queued(tasks.folder))} tasks in Slurm: squeue --name={tasks.folder.name}")
+        _follow(tasks)
 
     def _submit(self, tasks: Tasks) -> None:
-        keep_unchanged(tasks)
-        before: list[str] = []
-        for path in scripts(tasks):
-            wait = [f"--dependency=afterany:{before[-1]}"] if before else []
-            before.append(_slurm("sbatch", "--parsable", *wait, *self._options, str(path)).partition(";")[0].strip())
-            write_json(tasks.folder / JOBS_FILE, before)
+        there = queued(tasks.folder)
+        if not there:
+            keep_unchanged(tasks)
+        before = {*there.values()}
+        try:
+            for path in scripts(tasks, there):
+                # Not afterok: a cell's error must not keep other runs from going on; a task looks at those it needs.
+                wait = [f"--dependency=afterany:{':'.join(sorted(before))}"] if before else []
+                before = {_slurm("sbatch", "--parsable", *wait, *self._options, str(path)).partition(";")[0].strip()}
+        except UsageError:
+            if before and not there:
+                _cancel(tasks.folder)
+            raise
 
 
-def scripts(tasks: Tasks) -> list[Path]:
-    """Write the script of each level's array, of what is not done, into the plan's folder."""
+def _follow(tasks: Tasks) -> None:
+    """Wait until every task has left the queue; name those that ended undone: cancelled, or lost too often."""
+    waiting = {task.number: 0.0 for task in tasks.all}
+    with Interrupts(tell) as interrupts:
+        while waiting:
+            time.sleep(LOOK_AGAIN_S)
+            try:
+                if interrupts.count > tasks.stop_wanted():
+                    _cancel(tasks.folder, *(["--state=PENDING"] if interrupts.count == 1 else []))
+                    tasks.want_stop(interrupts.count)
+                # In this order: what has just ended stands in its file before it leaves the queue.
+                gone, states = waiting.keys() - queued(tasks.folder).keys(), tasks.states()
+            except UsageError as error:
+                fail(f"{error}\n  looking again; the tasks do not need this command")
+                continue
+            for task in (tasks.all[number] for number in sorted(gone)):
+                state = states[task.number]
+                left_at = waiting[task.number] = waiting[task.number] or time.monotonic()
+                if interrupts.count or state.state in (DONE, FAILED) or tasks.is_blocked(task, states):
+                    del waiting[task.number]
+                elif time.monotonic() - left_at >= SEEN_AFTER_S:
+                    why = f"given up, begun {state.tries} times: {state.failure or 'ended by Slurm'}"
+                    tasks.write(task, 0, state=LOST, failure=f"{task.name}: {why}\n  its log: {tasks.log(task)}")
+                    states[task.number] = tasks.state(task)
+                    del waiting[task.number]
+
+
+def scripts(tasks: Tasks, queued: Collection[int] = ()) -> list[Path]:
+    """Write a script for each level, of the tasks that wait to be submitted, into the plan's folder."""
     paths, states = [], tasks.states()
     for level, group in enumerate(levels(tasks.all)):
-        numbers = [task.number for task in group if states[task.number].state != DONE]
-        if numbers:
+        due = [task for task in group if states[task.number].state == WAITING and task.number not in queued]
+        if numbers := [task.number for task in due if not tasks.is_blocked(task, states)]:
             paths.append(tasks.folder / f"level-{level}.sh")
-            paths[-1].write_text(script(tasks.folder, level, numbers), encoding="utf-8")
+            paths[-1].write_text(script(tasks.folder, numbers), encoding="utf-8")
     return paths
 
 
-def script(plan: Path, level: int, numbers: Sequence[int]) -> str:
-    """A batch script that runs the tasks ``numbers`` of ``plan``, each as a job of an array."""
-    quoted = {"project": PROJECT_ROOT, "python": sys.executable, "plan": plan}
+def script(plan: Path, numbers: Collection[int]) -> str:
+    """A batch script that runs the tasks ``numbers`` of ``plan``, each as a job of an array named like the plan."""
+    # sbatch takes % in a file's name for a field.
+    log = f"{str(plan).replace('%', '%%')}/%a.log"
+    quoted = {"name": plan.name, "log": log, "project": PROJECT_ROOT, "python": sys.executable, "plan": plan}
     return SCRIPT.format(
-        level=level,
         numbers=",".join(map(str, numbers)),
         warning=WARNING_S,
-        folder=plan,
         engine=ENGINE_VARIABLE,
         restarts=MAX_RESTARTS,
         **{name: shlex.quote(str(value)) for name, value in quoted.items()},
     )
 
 
-def jobs_of(plan: Path) -> list[str]:
-    """The numbers of the arrays that were submitted for a plan."""
-    path = plan / JOBS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def queued(plan: Path) -> dict[int, str]:
+    """The tasks of a plan that wait or run in Slurm, each with the number of its array."""
+    # Found by their name: a driver may be killed before it has noted a number. Other engines' plans have no script.
+    if not any(plan.glob("level-*.sh")):
+        return {}
+    # --array: a line for each task.
+    lines = _slurm("squeue", "--me", f"--name={plan.name}", "--noheader", "--array", "--format=%K %F").splitlines()
+    return {int(task): job for task, job in map(str.split, lines)}
 
 
-def queued(plan: Path) -> set[int]:
-    """The tasks of a plan that wait or run in Slurm."""
-    jobs = jobs_of(plan)
-    if not jobs:
-        return set()
-    # -r: a line for each task of an array. An array that is long gone is an error to squeue.
-    lines = _slurm("squeue", "--noheader", "--array", "--format=%F %K", "--me").splitlines()
-    return {int(task) for job, task in (line.split() for line in lines) if job in jobs and task.isdigit()}
+def _cancel(plan: Path, *which: str) -> None:
+    _slurm("scancel", f"--name={plan.name}", *which)
 
 
 def _slurm(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        # A session of its own: Ctrl-C is for the driver.
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"--engine slurm: {command[0]} cannot be run ({error})") from None
     if done.returncode:
