@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -95,6 +96,8 @@ def work(args: argparse.Namespace) -> int:
     if parent := os.environ.pop(PARENT_VARIABLE, ""):
         die = die_with(int(parent))
         _ = die and die()
+        # Ray blocks it in all that it starts: a kernel would never hear of Ctrl-C.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     set_kernel_environment(tasks.plan(task).settings["offline"])
     os.chdir(PROJECT_ROOT)
     with Interrupts(tell) as interrupts, ThreadPoolExecutor(1) as pool:
