@@ -6,6 +6,7 @@ Small notebooks in a copy of the project stand in for the real ones; the slow te
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import pytest
 from small_notebooks import copy_project, hanging_cell, is_gone, rows_cell, wait_for, write_notebook
 
 import run_all
+from lib.driver import worker
 from lib.driver.engines import ray as ray_engine
 from lib.driver.engines.engine import work_off
 from lib.driver.engines.ray import MAX_RETRIES, RayEngine, make_work
@@ -103,6 +105,20 @@ def test_what_is_being_tried_again_does_not_count_as_ended(tasks):
     assert state.failure == f"01_prepare: given up: lost\n  its log: {tasks.log(tasks.all[0])}"
 
 
+def test_a_worker_waits_for_a_folder_that_shows_late_what_another_machine_wrote(tasks, monkeypatch):
+    monkeypatch.setenv("RUN_ENGINE", "ray")
+    monkeypatch.setattr(worker.time, "sleep", lambda _: tasks.write(tasks.all[0], 0, state=DONE))
+    needs_one, needs_another = Task(3, "a", "02_train", after=(0,)), Task(4, "b", "02_train", after=(1,))
+    assert worker._why_not(tasks, needs_one) == ""
+    tasks.write(tasks.all[1], 0, state=FAILED)
+    assert worker._why_not(tasks, needs_another) == "b 01_prepare failed"
+
+
+def test_what_is_typed_by_hand_does_not_wait(tasks, monkeypatch):
+    monkeypatch.delenv("RUN_ENGINE", raising=False)
+    assert worker._why_not(tasks, Task(3, "a", "02_train", after=(0,))) == "a 01_prepare is not done"
+
+
 @pytest.mark.parametrize(
     ("device", "jobs", "nodes", "expected"),
     [
@@ -114,6 +130,7 @@ def test_what_is_being_tried_again_does_not_count_as_ended(tasks):
         ("auto", 1, [{}, {"CPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}], {"num_cpus": 8, "num_gpus": 1}),
         ("cuda", 1, [{"CPU": 2.0, "GPU": 4.0}, {"CPU": 64.0, "GPU": 8.0}], {"num_cpus": 1, "num_gpus": 1}),
         ("auto", 2, [{}, {"CPU": 8.0}], {"num_cpus": 4}),
+        ("auto", 2, [{}], {"num_cpus": 1}),
     ],
 )
 def test_a_task_gets_a_gpu_or_a_share_of_the_smallest_machine(device, jobs, nodes, expected):
@@ -123,6 +140,16 @@ def test_a_task_gets_a_gpu_or_a_share_of_the_smallest_machine(device, jobs, node
     engine._jobs = jobs
     plan = SimpleNamespace(params=SimpleNamespace(device=device))
     assert engine._resources(SimpleNamespace(runs={"a": plan})) == expected
+
+
+def test_an_address_where_nothing_listens_is_named_at_once(capsys, tmp_path):
+    pytest.importorskip("ray")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        command = ["--presets", "sandbox_one", "--engine", "ray", "--address", address]
+        assert run_all.main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert f"--engine ray: {address}: " in capsys.readouterr().err
 
 
 # --- with Ray, without a cluster --------------------------------------------------------------------------------------

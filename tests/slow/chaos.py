@@ -194,8 +194,8 @@ def run_undisturbed(driver: Driver) -> dict[str, float]:
 
 TIMINGS = frozenset({"wall_s", "dev_wall_s", "tokens_per_s", "peak_memory_gib", "finished_at", "speed", "model_work_s"})
 TIMINGS |= {"model_load_s", "kernel_start_s"}
-# Stamps of files (their bytes are compared), how many threads a run had (--jobs shares them out), and paths.
-PLACES = frozenset({"inputs", "outputs", "runtime", "results_dir", "source", "second_opinion"})
+# Stamps of files (their bytes are compared), a run's threads (--jobs shares them out), its engine, and paths.
+PLACES = frozenset({"inputs", "outputs", "runtime", "results_dir", "source", "second_opinion", "engine"})
 
 
 def faults(undisturbed: Path, killed: Path, project: Path) -> list[str]:

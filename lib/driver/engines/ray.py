@@ -1,6 +1,7 @@
 """The tasks of a plan on Ray Core: machines that ``ray start`` joined, or this one alone (requirements-ray.txt)."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from lib.record.terminal import tell
 
 # Of a task whose machine or process was lost; a cell's error is never tried again.
 MAX_RETRIES = 3
+CONNECT_S = 10
 # Read by Ray as it is imported: it reports nothing to its makers, sends no project of `uv run` to other machines, and
-# gives up also what was ended for its memory.
+# tries what was ended for its memory as often as the rest, not for ever.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -55,9 +57,10 @@ class RayEngine:
         # A raylet's words about what it tries again, as Ray itself silences them at a breakpoint: no option does.
         ray._private.worker._worker_logs_enabled = False
         try:
+            _check(self._address)
             ray.init(self._address, include_dashboard=False, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(f"--engine ray: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(f"--engine ray: {self._address}: {str(error).splitlines()[0]}") from None
         try:
             work = ray.remote(max_retries=MAX_RETRIES, retry_exceptions=True)(make_work(tasks))
             resources = self._resources(tasks)
@@ -78,7 +81,16 @@ class RayEngine:
         # The smallest share, so that every machine takes part.
         if shares := [node["CPU"] // node["GPU"] for node in nodes if wants_gpu and node.get("GPU") and "CPU" in node]:
             return {"num_cpus": max(1, int(min(shares))), "num_gpus": 1}
-        return {"num_cpus": max(1, int(min(node["CPU"] for node in nodes if node.get("CPU"))) // self._jobs)}
+        # Without any, others are yet to join.
+        cores = min((int(node["CPU"]) for node in nodes if node.get("CPU")), default=1)
+        return {"num_cpus": max(1, cores // self._jobs)}
+
+
+def _check(address: str) -> None:
+    """OSError where nothing listens: Ray itself would look for more than ten minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def make_work(tasks: Tasks) -> Callable[[int, str], str]:
@@ -86,18 +98,18 @@ def make_work(tasks: Tasks) -> Callable[[int, str], str]:
     command = [sys.executable, "run_all.py", "--worker", str(tasks.folder), "--task"]
     project, stop_file = str(PROJECT_ROOT), tasks.folder / STOP_FILE
     typed = {name: os.environ[name] for name in (THREADS_VARIABLE,) if name in os.environ}
+    words = {status: word for word, status in STATUS.items() if word != LOST}
 
     def work(number: int, log: str) -> str:
         if stop_file.exists():
             return STOPPED
         environment = os.environ | typed | {ENGINE_VARIABLE: "ray", PARENT_VARIABLE: str(os.getpid())}
         with Path(log).open("ab") as stream:
-            done = subprocess.run(
-                [*command, str(number)], cwd=project, env=environment, stdout=stream, stderr=stream, check=False
+            status = subprocess.call(
+                [*command, str(number)], cwd=project, env=environment, stdout=stream, stderr=stream
             )
-        word = next((word for word, status in STATUS.items() if status == done.returncode), LOST)
-        if word == LOST:
-            raise RuntimeError(f"its worker ended with status {done.returncode}")
-        return word
+        if status not in words:
+            raise RuntimeError(f"its worker ended with status {status}")
+        return words[status]
 
     return work
