@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ from lib.record import shards
 from lib.record.files import error_text
 from lib.record.locks import hold_file, release_file
 from lib.record.manifest import NOT_RUN, stale_reason
-from lib.record.paths import COMPARE_STAGE, PROJECT_ROOT, ArtifactError, find_runs, results_root
+from lib.record.paths import COMPARE_STAGE, ENGINE_VARIABLE, PROJECT_ROOT, ArtifactError, find_runs, results_root
 from lib.record.progress import FILE_VARIABLE, read_file
 from lib.record.redaction import clean
 from lib.record.terminal import as_typed, fail, tell
@@ -31,6 +32,8 @@ from lib.record.terminal import as_typed, fail, tell
 LOOK_AGAIN_S = 1.0
 # What the names of a stage's row files begin with.
 ROWS_OF = {GSM8K: "gsm8k", SAFETY: "ailuminate"}
+# How late a shared folder may show what another machine wrote: on NFS after up to 60 s, the mount's acdirmax.
+SEEN_WITHIN_S = 90.0
 STATUS = {DONE: 0, FAILED: 1, LOST: 75, STOPPED: 130}
 # The process that a worker must not outlive.
 PARENT_VARIABLE = "RUN_PARENT"
@@ -88,15 +91,15 @@ def work(args: argparse.Namespace) -> int:
     tasks = read_tasks(args.worker)
     if not 0 <= args.task < len(tasks.all):
         raise UsageError(f"--task {args.task}: the plan has tasks 0 to {len(tasks.all) - 1}")
-    task, states = tasks.all[args.task], tasks.states()
-    missing = [tasks.all[one] for one in task.after if not tasks.is_over(tasks.all[one], states, task)]
-    if missing:
-        word = "failed" if tasks.is_blocked(task, states) else "is not done"
-        fail(f"{task.name}: not run: {missing[0].name} {word}")
+    task = tasks.all[args.task]
+    if why := _why_not(tasks, task):
+        fail(f"{task.name}: not run: {why}")
         return STATUS[FAILED]
     if parent := os.environ.pop(PARENT_VARIABLE, ""):
         die = die_with(int(parent))
         _ = die and die()
+        # Ray blocks it in all that it starts: a kernel would never hear of Ctrl-C.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     set_kernel_environment(tasks.plan(task).settings["offline"])
     os.chdir(PROJECT_ROOT)
     with Interrupts(tell) as interrupts, ThreadPoolExecutor(1) as pool:
@@ -105,6 +108,19 @@ def work(args: argparse.Namespace) -> int:
             if interrupts.count < tasks.stop_wanted():
                 interrupts.stop()
     return STATUS[running.result()]
+
+
+def _why_not(tasks: Tasks, task: Task) -> str:
+    """Which task that it needs keeps a task from running; "" when all are over."""
+    # An engine starts a task when the others have ended, perhaps on other machines.
+    deadline = time.monotonic() + (SEEN_WITHIN_S if os.environ.get(ENGINE_VARIABLE) else 0)
+    while True:
+        states = tasks.states()
+        missing = [tasks.all[one].name for one in task.after if not tasks.is_over(tasks.all[one], states, task)]
+        is_blocked = tasks.is_blocked(task, states)
+        if not missing or is_blocked or time.monotonic() >= deadline:
+            return f"{missing[0]} {'failed' if is_blocked else 'is not done'}" if missing else ""
+        time.sleep(LOOK_AGAIN_S)
 
 
 def run_task(tasks: Tasks, task: Task, interrupts: Interrupts, environment: Mapping[str, str] | None = None) -> str:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import replace
 from typing import Protocol
 
 from lib.driver.kernel import Interrupts
-from lib.driver.tasks import DONE, LOST, STOPPED, Task, Tasks
+from lib.driver.tasks import DONE, LOST, STOPPED, WAITING, State, Task, Tasks
+from lib.record.terminal import as_typed
 
 LOOK_AGAIN_S = 0.5
 
@@ -26,14 +26,11 @@ class Engine(Protocol):
 def work_off(tasks: Tasks, submit: Callable[[Task], Future[str]], interrupts: Interrupts, at_once: int) -> None:
     """Submit each task when its turn has come, ``at_once`` at most; the first interrupt submits no more."""
     running: dict[Future[str], Task] = {}
-    begun = {number for number, state in tasks.states().items() if state.state == DONE}
-    ended: dict[int, str] = {}
-    stopped = False
+    ended = {number: DONE for number, state in tasks.states().items() if state.state == DONE}
+    begun, stopped = set(ended), False
     while True:
-        # What a task returned counts also where a shared folder does not show its file yet.
-        states = {
-            number: replace(state, state=ended.get(number, state.state)) for number, state in tasks.states().items()
-        }
+        # Not what the files say: one that Ray tries again reads as lost, and a shared folder shows some late.
+        states = {task.number: State(ended.get(task.number, WAITING)) for task in tasks.all}
         for task in tasks.ready(states, begun)[: 0 if stopped else at_once - len(running)]:
             begun.add(task.number)
             running[submit(task)] = task
@@ -42,7 +39,9 @@ def work_off(tasks: Tasks, submit: Callable[[Task], Future[str]], interrupts: In
         for future in wait(running, LOOK_AGAIN_S, FIRST_COMPLETED).done:
             task = running.pop(future)
             if error := future.exception():
-                why = f"{task.name}: given up: {error}\n  its log: {tasks.log(task)}"
+                # Ray wraps what a task raised.
+                cause = str(getattr(error, "cause", None) or error).partition("\n")[0]
+                why = f"{task.stage}: given up: {cause}\n  its log: {as_typed(tasks.log(task))}"
                 tasks.write(task, 0, state=LOST, failure=why)
             ended[task.number] = LOST if error else future.result()
         # A cell may also be stopped by hand: nobody wants the others then.
