@@ -6,7 +6,7 @@ from typing import Protocol
 
 from lib.driver.kernel import Interrupts
 from lib.driver.tasks import DONE, LOST, STOPPED, WAITING, State, Task, Tasks
-from lib.record.terminal import as_typed
+from lib.record.terminal import as_typed, tell
 
 LOOK_AGAIN_S = 0.5
 
@@ -21,6 +21,12 @@ class Engine(Protocol):
 
     def run(self, tasks: Tasks) -> None:
         """Run every task that is not done, each after those that it needs; Ctrl-C lets each finish its row."""
+
+
+def say(tasks: Tasks, task: Task, state: str) -> None:
+    """A line on a task that ended on another machine, where its log is."""
+    if not tasks.plan(task).quiet:
+        tell(f"{task.name}: {state}")
 
 
 def work_off(tasks: Tasks, submit: Callable[[Task], Future[str]], interrupts: Interrupts, at_once: int) -> None:

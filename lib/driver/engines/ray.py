@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.driver.cli import UsageError
 from lib.driver.devices import THREADS_VARIABLE
-from lib.driver.engines.engine import work_off
+from lib.driver.engines.engine import say, work_off
 from lib.driver.kernel import Interrupts
 from lib.driver.tasks import DONE, LOST, STOP_FILE, STOPPED, Task, Tasks
 from lib.driver.worker import PARENT_VARIABLE, STATUS, keep_unchanged
@@ -67,7 +67,9 @@ class RayEngine:
 
             def submit(task: Task) -> Future[str]:
                 needs = {"num_cpus": 1} if task.stage == COMPARE_STAGE else resources
-                return work.options(**needs).remote(task.number, str(tasks.log(task))).future()
+                future = work.options(**needs).remote(task.number, str(tasks.log(task))).future()
+                future.add_done_callback(lambda ended: say(tasks, task, LOST if ended.exception() else ended.result()))
+                return future
 
             with Interrupts(tell) as interrupts:
                 work_off(tasks, submit, interrupts, len(tasks.all))

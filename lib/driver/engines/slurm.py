@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lib.driver.cli import UsageError
+from lib.driver.engines.engine import say
 from lib.driver.kernel import Interrupts
 from lib.driver.tasks import DONE, FAILED, LOST, WAITING, Tasks, levels
 from lib.driver.worker import keep_unchanged
@@ -103,6 +104,7 @@ def _follow(tasks: Tasks) -> None:
                 left_at = waiting[task.number] = waiting[task.number] or time.monotonic()
                 if interrupts.count or state.state in (DONE, FAILED) or tasks.is_blocked(task, states):
                     del waiting[task.number]
+                    say(tasks, task, state.state)
                 elif time.monotonic() - left_at >= SEEN_AFTER_S:
                     why = f"given up, begun {state.tries} times: {state.failure or 'ended by Slurm'}"
                     tasks.write(task, 0, state=LOST, failure=f"{task.name}: {why}\n  its log: {tasks.log(task)}")
