@@ -185,7 +185,7 @@ def training(arguments: argparse.Namespace, num_steps: int) -> str:
         rows = [{"question": made_up(n, QUESTION), "answer": made_up(n + 10**6, ANSWER)} for n in range(16 * num_steps)]
     messages = [gsm8k.training_messages(row) for row in rows[: 16 * num_steps]]
     if folder:
-        model = Models(folder, runtime(), "nf4").for_training()
+        model = Models(Path(folder), runtime(), "nf4").for_training()
     else:
         model = make_subject("", "qwen2", SHAPE, arguments.tiny).model.train()
     size = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "learning_rate": 1e-4}
