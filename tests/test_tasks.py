@@ -113,6 +113,26 @@ def test_the_same_command_finds_its_plan_and_the_parameters_are_those_of_then(fr
     assert (frozen.settings, frozen.paths, frozen.stages) == (plan.settings, plan.paths, plan.stages)
 
 
+def test_a_plan_that_only_bears_the_name_is_not_taken_for_it(freeze_here):
+    tasks, _ = freeze_here("--presets", "simple")
+    path = tasks.folder / "tasks.json"
+    content = json.loads(path.read_text())
+    content["runs"][0]["parameters"]["learning_rate"] = 0.5
+    path.write_text(json.dumps(content))
+    again, found = freeze_here("--presets", "simple")
+    assert not found and again.runs["simple"].params == tasks.runs["simple"].params
+
+
+def test_a_plan_of_another_version_is_named(freeze_here, tmp_path, capsys):
+    tasks, _ = freeze_here("--presets", "simple")
+    path = tasks.folder / "tasks.json"
+    content = json.loads(path.read_text())
+    del content["runs"][0]["parameters"]["lora_r"]
+    path.write_text(json.dumps(content))
+    assert run_all.main(["--list", "--presets", "simple", "--output-dir", str(tmp_path / "out")]) == 1
+    assert "the plan of 'simple' is of another version: delete .plan/" in capsys.readouterr().err
+
+
 def test_another_command_replaces_a_plan_unless_it_is_at_work(freeze_here):
     first, _ = freeze_here(*THREE)
     with pytest.raises(UsageError) as refused:

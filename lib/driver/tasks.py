@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lib.driver.cli import UsageError
 from lib.driver.plan import Plan
 from lib.params import Params
 from lib.record.files import read_json, sha256_json, write_json
 from lib.record.locks import is_alive
-from lib.record.paths import COMPARE_STAGE, PLANS, results_root, run_paths
+from lib.record.paths import COMPARE_STAGE, PLANS, ArtifactError, results_root, run_paths
 from lib.record.progress import read_file, write_file
 
 FILE = "tasks.json"
@@ -131,12 +133,11 @@ class Tasks:
     def state(self, task: Task) -> State:
         """As its file says; a worker of this machine that has ended without a word is lost."""
         content = read_file(self.file(task)) | self._written.get(task.number, {})
-        if not content:
-            return State()
-        names = ("state", "tries", "where", "started", "wall_s", "failure")
-        work = content.get("work", [])
-        state = State(**{name: content[name] for name in names}, num_rows=work[-1].done if work else 0)
-        is_here = content["where"] == socket.gethostname()
+        known = {name: content.get(name, value) for name, value in asdict(State()).items()}
+        if work := content.get("work"):
+            known["num_rows"] = work[-1].done
+        state = State(**known)
+        is_here = state.where == socket.gethostname()
         gone = state.state == RUNNING and is_here and not is_alive(content["driver"])
         return replace(state, state=LOST, failure="its process was ended from outside") if gone else state
 
@@ -213,8 +214,11 @@ def freeze(
     UsageError with the difference where one of these ``is_at_work``.
     """
     content = {"runs": [_from_plan(plan) for plan in plans], "tasks": [asdict(task) for task in tasks]}
-    folder = results / PLANS / sha256_json(content)[:12]
-    found = (folder / FILE).exists()
+    digest = sha256_json(content)
+    folder = results / PLANS / digest[:12]
+    # A folder that came from elsewhere may hold another plan under this name.
+    there = read_json(folder / FILE) if (folder / FILE).exists() else {}
+    found = sha256_json({name: there[name] for name in content if name in there}) == digest
     for other in (results / PLANS).glob("*"):
         if other != folder:
             if is_at_work(other):
@@ -274,7 +278,10 @@ def _from_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _to_plan(run: Mapping[str, Any], typed: str) -> Plan:
-    params = Params.model_validate(run["parameters"])
+    try:
+        params = Params.model_validate(run["parameters"])
+    except ValidationError:
+        raise ArtifactError(f"the plan of {run['preset']!r} is of another version: delete {PLANS}/") from None
     params.origin.update(run["origin"])
     results, reports = results_root(run["settings"]["results_dir"]).resolve(), Path(run["reports_dir"])
     paths = run_paths(str(results), run["preset"])
