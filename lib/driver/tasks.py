@@ -138,7 +138,7 @@ class Tasks:
             known["num_rows"] = work[-1].done
         state = State(**known)
         is_here = state.where == socket.gethostname()
-        gone = state.state == RUNNING and is_here and not is_alive(content["driver"])
+        gone = state.state == RUNNING and is_here and not is_alive(content.get("driver", 0))
         return replace(state, state=LOST, failure="its process was ended from outside") if gone else state
 
     def write(self, task: Task, driver: int, **changed: Any) -> None:
