@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar
 
 from jupyter_client.connect import KernelConnectionInfo
@@ -166,7 +165,7 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         # Python delivers signals only to the main thread.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -178,11 +177,8 @@ class Interrupts:
         if self.count:
             raise StopAsked
 
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """As a signal does."""
+    def stop(self, *_: object) -> None:
+        """Pass on one interrupt, by a signal or by a file that asks for it."""
         self.count += 1
         if self.count == 1:
             self.tell("stopping after the current row; Ctrl-C again stops now")

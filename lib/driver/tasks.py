@@ -248,7 +248,7 @@ def _refusal(plan: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> s
 
 
 def read_tasks(folder: Path) -> Tasks:
-    """A frozen plan; ArtifactError where there is none."""
+    """Read a frozen plan; ArtifactError if it is missing or of another version."""
     return Tasks(folder.resolve(), read_json(folder / FILE))
 
 

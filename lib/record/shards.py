@@ -68,7 +68,7 @@ def joined(read: Mapping[Path, Sequence[Row]], keys: Sequence[Any], key: str, pr
         raise ArtifactError(f"{display_path(path.parent)}: no share has row {missing[0]!r}; delete the folder")
     if foreign := seen.keys() - set(keys):
         name = min(foreign, key=str)
-        raise ArtifactError(f"{display_path(seen[name])}: row {name!r} is none of those asked for; delete the file")
+        raise ArtifactError(f"{display_path(seen[name])}: row {name!r} was not asked for; delete the file")
     return [row for rows in read.values() for row in rows]
 
 

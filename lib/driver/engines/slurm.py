@@ -153,7 +153,7 @@ def _cancel(plan: Path, *which: str) -> None:
 
 def _slurm(*command: str) -> str:
     try:
-        # A session of its own: Ctrl-C is for the driver.
+        # In a new session, so that Ctrl-C reaches the driver alone.
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UsageError(f"--engine slurm: {command[0]} cannot be run ({error})") from None
